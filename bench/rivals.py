@@ -1,0 +1,188 @@
+"""Measures what else a user could merge with, on a linear merge, half and half.
+
+    python bench/synthetic.py PAIR --kind qwen2 --size full
+    python bench/rivals.py PAIR/base PAIR/donor OUT_DIR [--only NAME ...] [--env FOLDER]
+
+BASE and DONOR must have the same architecture, as mergekit wants it. Every row starts with its
+inputs out of the page cache, its program's imports in it, and free memory settled; its output is
+synced (timed apart, as `sync_s`) and deleted; and a copy limit taken just before it says what the
+disk could do at that moment. mergekit gets an environment of its own, because it may want other
+versions than we do; it is made on first use. The other rows run with this interpreter and need
+torch and safetensors. Our own merge is measured elsewhere: see merge.py.
+
+Prints a table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from measure import all_files, copy_limit, drop_caches, measure, settled
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+MERGEKIT = ["torch==2.13.0", "mergekit==0.1.5"]
+RECIPE = """\
+merge_method: linear
+models:
+  - model: {base}
+    parameters: {{weight: 0.5}}
+  - model: {donor}
+    parameters: {{weight: 0.5}}
+dtype: bfloat16
+"""
+COSTS = ("wall_s", "cpu_s", "peak_anon_bytes", "peak_rss_bytes")
+TUNED = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge to make: the output has `bytes`; mergekit lives in `env`."""
+
+    base: Path
+    donor: Path
+    out: Path
+    bytes: int
+    env: Path
+
+
+@dataclass(frozen=True)
+class Rival:
+    """How to start one merger: `prepare` puts its imports into the page cache."""
+
+    prepare: Callable[[Job], list[str]]
+    command: Callable[[Job], list[str]]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def mergekit(*options: str) -> Callable[[Job], list[str]]:
+    def command(job: Job) -> list[str]:
+        recipe = job.out.with_name("linear.yaml")
+        recipe.write_text(RECIPE.format(base=quote(job.base), donor=quote(job.donor)))
+        return [str(mergekit_program(job.env)), str(recipe), str(job.out), *options]
+
+    return command
+
+
+def quote(path: Path) -> str:
+    return json.dumps(str(path))
+
+
+def mergekit_help(job: Job) -> list[str]:
+    return [str(mergekit_program(job.env)), "--help"]
+
+
+def script(name: str) -> Callable[[Job], list[str]]:
+    return lambda job: [sys.executable, str(HERE / name), *map(str, (job.base, job.donor, job.out))]
+
+
+def import_torch(_job: Job) -> list[str]:
+    return [sys.executable, "-c", "import torch, safetensors.torch"]
+
+
+FASTER = ("--lazy-unpickle", "--async-write", "--write-threads", "2")
+RIVALS = {
+    "mergekit": Rival(mergekit_help, mergekit("--lazy-unpickle")),
+    "mergekit-tuned": Rival(mergekit_help, mergekit(*FASTER), TUNED),
+    "nine-lines": Rival(import_torch, script("nine_lines.py")),
+    "whole-model": Rival(import_torch, script("whole_model.py")),
+}
+
+
+def mergekit_program(env: Path) -> Path:
+    """mergekit-yaml in its own environment, which is made if it is missing."""
+    program = env / "bin" / "mergekit-yaml"
+    if not program.exists():
+        print(f"installing {' '.join(MERGEKIT)} into {env}", file=sys.stderr)
+        checked([sys.executable, "-m", "venv", str(env)])
+        checked([str(env / "bin" / "python"), "-m", "pip", "install", "--quiet", *MERGEKIT])
+    return program
+
+
+def checked(argv: list[str]) -> None:
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        why = last_line(done.stdout)
+        raise RuntimeError(f"{' '.join(argv)} ended with {done.returncode}: {why}")
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+def run_row(name: str, rival: Rival, job: Job) -> dict[str, Any]:
+    """One rival from cold inputs to synced output; a row with `failed` where it did not work."""
+    try:
+        prepare, command = rival.prepare(job), rival.command(job)
+        limit = copy_limit([job.base], [job.donor], job.bytes, job.out)
+        drop_caches([job.base, job.donor])
+        checked(prepare)
+        with settled(job.out.parent, 4 * job.bytes):
+            run = measure(command, env={"HF_HUB_OFFLINE": "1", **rival.env})
+            sync_s = sync(job.out)
+        if run.returncode:
+            raise RuntimeError(f"ended with {run.returncode}: {last_line(run.stdout_tail)}")
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return {"name": name, "failed": str(error)}
+    finally:
+        shutil.rmtree(job.out, ignore_errors=True)
+    costs = {key: value for key, value in asdict(run).items() if key in COSTS}
+    return {"name": name, **costs, "sync_s": sync_s, "copy_limit_s": limit}
+
+
+def sync(folder: Path) -> float:
+    """Seconds until everything in the folder is on the disk."""
+    start = time.perf_counter()
+    for path in all_files([folder]):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def table_line(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['name']:<16}failed: {row['failed']}"
+    times = (row["copy_limit_s"], row["wall_s"], row["sync_s"])
+    ratio = (row["wall_s"] + row["sync_s"]) / row["copy_limit_s"]
+    memory = (row["peak_anon_bytes"] / 1e9, row["peak_rss_bytes"] / 1e9)
+    return f"{row['name']:<16}" + "".join(
+        f"{value:>12.2f}" for value in (*times, ratio, row["cpu_s"], *memory)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure other mergers on the same merge.")
+    parser.add_argument("base", type=Path)
+    parser.add_argument("donor", type=Path)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--only", choices=RIVALS, nargs="+", default=list(RIVALS))
+    parser.add_argument("--env", type=Path, default=CACHE / "lowmem-adamms-bench" / "mergekit")
+    args = parser.parse_args()
+    base, donor = args.base.resolve(), args.donor.resolve()
+    out_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    heads = ("limit s", "wall s", "sync s", "x limit", "cpu s", "anon GB", "rss GB")
+    print(f"{'':<16}" + "".join(f"{head:>12}" for head in heads))
+    rows = []
+    for name in args.only:
+        with tempfile.TemporaryDirectory(dir=args.out_dir) as scratch:
+            out = Path(scratch).resolve() / "merged"
+            job = Job(base, donor, out, out_bytes, args.env.absolute())
+            rows.append(run_row(name, RIVALS[name], job))
+        print(table_line(rows[-1]), flush=True)
+    print(json.dumps({"benchmark": "rivals", "bytes": out_bytes, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

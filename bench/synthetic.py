@@ -1,0 +1,428 @@
+"""Makes a pair of synthetic checkpoints: true names, shapes, shards, configs and tokenizers.
+
+    python bench/synthetic.py OUT [--size full|1gb|small] [--kind vlm|qwen2] [--donor-dtype F16]
+
+writes OUT/base and OUT/donor. Kind `vlm` is Qwen2-VL-7B-Instruct and LLaVA-OneVision-7B in the
+llava-hf spelling; kind `qwen2` is two plain Qwen2-7B checkpoints, for mergers that need equal
+architectures. The smaller sizes keep the names and scale layers, widths and vocabulary.
+
+The values are seeded noise. Tensors with the same role in both language models come from the same
+place of one noise pool, the donor's with a little noise on top, so a pair is kin (cosine 0.99) and
+its other parts are strangers. The weights compute nothing: whoever needs answers from a model, or
+a processor for images, must look elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Bits = npt.NDArray[np.uint16]
+Floats = npt.NDArray[np.float32]
+Shapes = dict[str, tuple[int, ...]]
+
+STD = 0.02
+DRIFT = 0.14 * STD  # the donor's distance from the base: cosine 1 / sqrt(1 + 0.14²) = 0.990
+POOL, NORMS = 8_388_593, 65_521  # primes, so that no row of a matrix ever repeats
+HEAD_DIM = 128
+UNUSED_ROWS = 421  # vocabulary rows above the plain tokens: 152064 - 151643
+CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BASE_TOKENS = [
+    *(f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")),
+    *(f"<|{kind}|>" for kind in ("vision_start", "vision_end", "vision_pad")),
+    *(f"<|{kind}_pad|>" for kind in ("image", "video")),
+]
+DONOR_TOKENS = ["<image>", "<video>"]
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of a pair: the language model's, the base's ViT's, the donor's SigLIP's."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    kv_heads: int
+    vocab: int
+    vit: int
+    siglip: int
+    siglip_ffn: int
+
+    @property
+    def tokens(self) -> int:
+        return self.vocab - UNUSED_ROWS
+
+
+SIZES = {
+    "full": Size(3584, 18944, 28, 4, 152064, 1280, 1152, 4304),
+    "1gb": Size(1024, 5376, 15, 2, 48000, 512, 512, 1904),
+    "small": Size(256, 1344, 12, 1, 16000, 128, 128, 480),
+}
+VIT_DEPTH, SIGLIP_DEPTH = 32, 26
+
+
+@dataclass(frozen=True)
+class Side:
+    """One checkpoint to write."""
+
+    shapes: Shapes
+    config: dict[str, Any]
+    shards: int
+    dtype: str
+    added_tokens: list[str]
+
+
+# --- names and shapes ---------------------------------------------------------------------------
+
+
+def with_bias(name: str, *shape: int) -> Shapes:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def language(size: Size, vocab: int, prefix: str = "") -> Shapes:
+    """The decoder of Qwen2."""
+    hidden, kv = size.hidden, size.kv_heads * HEAD_DIM
+    shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(size.layers):
+        at = f"{prefix}model.layers.{layer}."
+        shapes |= with_bias(f"{at}self_attn.q_proj", hidden, hidden)
+        shapes |= with_bias(f"{at}self_attn.k_proj", kv, hidden)
+        shapes |= with_bias(f"{at}self_attn.v_proj", kv, hidden)
+        shapes[f"{at}self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{at}mlp.gate_proj.weight"] = (size.ffn, hidden)
+        shapes[f"{at}mlp.up_proj.weight"] = (size.ffn, hidden)
+        shapes[f"{at}mlp.down_proj.weight"] = (hidden, size.ffn)
+        shapes[f"{at}input_layernorm.weight"] = (hidden,)
+        shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
+    shapes[f"{prefix}model.norm.weight"] = (hidden,)
+    shapes[f"{prefix}lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def qwen2_vl(size: Size) -> Shapes:
+    vit, merged = size.vit, 4 * size.vit
+    shapes: Shapes = {"visual.patch_embed.proj.weight": (vit, 3, 2, 14, 14)}
+    for block in range(VIT_DEPTH):
+        at = f"visual.blocks.{block}."
+        shapes |= with_bias(f"{at}norm1", vit) | with_bias(f"{at}norm2", vit)
+        shapes |= with_bias(f"{at}attn.qkv", 3 * vit, vit)
+        shapes |= with_bias(f"{at}attn.proj", vit, vit)
+        shapes |= with_bias(f"{at}mlp.fc1", 4 * vit, vit)
+        shapes |= with_bias(f"{at}mlp.fc2", vit, 4 * vit)
+    shapes |= with_bias("visual.merger.ln_q", vit)
+    shapes |= with_bias("visual.merger.mlp.0", merged, merged)
+    shapes |= with_bias("visual.merger.mlp.2", size.hidden, merged)
+    return shapes | language(size, size.vocab)
+
+
+def llava_onevision(size: Size) -> Shapes:
+    width, ffn, tower = size.siglip, size.siglip_ffn, "vision_tower.vision_model."
+    shapes = with_bias(f"{tower}embeddings.patch_embedding", width, 3, 14, 14)
+    shapes[f"{tower}embeddings.position_embedding.weight"] = (729, width)
+    for layer in range(SIGLIP_DEPTH):
+        at = f"{tower}encoder.layers.{layer}."
+        shapes |= with_bias(f"{at}layer_norm1", width) | with_bias(f"{at}layer_norm2", width)
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= with_bias(f"{at}self_attn.{part}", width, width)
+        shapes |= with_bias(f"{at}mlp.fc1", ffn, width) | with_bias(f"{at}mlp.fc2", width, ffn)
+    shapes |= with_bias(f"{tower}post_layernorm", width)
+    shapes |= with_bias("multi_modal_projector.linear_1", size.hidden, width)
+    shapes |= with_bias("multi_modal_projector.linear_2", size.hidden, size.hidden)
+    shapes["image_newline"] = (size.hidden,)
+    return shapes | language(size, size.vocab + 64, "language_model.")
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+
+def qwen2_config(size: Size, vocab: int, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.ffn,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // HEAD_DIM,
+        "num_key_value_heads": size.kv_heads,
+        "vocab_size": vocab,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": {"BF16": "bfloat16", "F16": "float16"}[dtype],
+        "bos_token_id": size.tokens,
+        "eos_token_id": size.tokens + 2,
+    }
+
+
+def qwen2_vl_config(size: Size) -> dict[str, Any]:
+    return qwen2_config(size, size.vocab, "BF16") | {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_start_token_id": size.tokens + 9,
+        "vision_end_token_id": size.tokens + 10,
+        "vision_token_id": size.tokens + 11,
+        "image_token_id": size.tokens + 12,
+        "video_token_id": size.tokens + 13,
+        "vision_config": {
+            "model_type": "qwen2_vl",
+            "depth": VIT_DEPTH,
+            "embed_dim": size.vit,
+            "hidden_size": size.hidden,
+            "num_heads": 16,
+            "mlp_ratio": 4,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+        },
+    }
+
+
+def llava_onevision_config(size: Size, dtype: str) -> dict[str, Any]:
+    text = qwen2_config(size, size.vocab + 64, dtype)
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "hidden_size": size.hidden,
+        "image_token_index": size.tokens + 3,
+        "video_token_index": size.tokens + 4,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": False,
+        "torch_dtype": text["torch_dtype"],
+        "text_config": text,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": size.siglip,
+            "intermediate_size": size.siglip_ffn,
+            "num_hidden_layers": SIGLIP_DEPTH,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+
+
+# --- tokenizer ----------------------------------------------------------------------------------
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's 256 characters, one a byte: printable ones stand for themselves, space is Ġ."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + place) for place in range(len(others))]
+
+
+def grow_vocabulary(tokens: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A consistent byte-level BPE: every further token is the merge of two earlier ones."""
+    chance = random.Random(0)
+    vocab = {token: place for place, token in enumerate(byte_alphabet())}
+    pieces = [*8 * "etaoinshrdlcumwfgypbvk", *sorted(vocab)]
+    merges: list[tuple[str, str]] = []
+    while len(vocab) < tokens:
+        left = "Ġ" if chance.random() < 0.25 else pieces[int(chance.random() ** 3 * len(pieces))]
+        right = pieces[int(chance.random() ** 3 * len(pieces))]
+        word = left + right
+        if word in vocab or len(word) > 12 or "Ġ" in right:
+            continue
+        vocab[word] = len(vocab)
+        merges.append((left, right))
+        pieces.append(word)
+    return vocab, merges
+
+
+def write_tokenizer(folder: Path, tokens: int, added: list[str]) -> None:
+    vocab, merges = grow_vocabulary(tokens)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated"}
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": tokens + place, "content": content, **flags, "special": True}
+            for place, content in enumerate(added)
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
+        },
+        "post_processor": byte_level | {"use_regex": False},
+        "decoder": byte_level | {"use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    write_json(folder / "tokenizer.json", document)
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": added[2], "pad_token": added[0]}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+# --- values and shards --------------------------------------------------------------------------
+
+
+def to_bits(values: Floats, dtype: str) -> Bits:
+    """16-bit patterns, rounded to nearest even."""
+    if dtype == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+class Noise:
+    """Endless values for tensors: a pool of noise read from a place that the role decides."""
+
+    def __init__(self, dtype: str, drift: float) -> None:
+        self.weights = self._pool(POOL, 0.0, dtype, drift)
+        self.norms = self._pool(NORMS, 1.0, dtype, drift)
+
+    @staticmethod
+    def _pool(length: int, mean: float, dtype: str, drift: float) -> Bits:
+        kept, added = np.random.default_rng([0, length]), np.random.default_rng([1, length])
+        pool = np.empty(length, np.uint16)
+        for start in range(0, length, 1 << 20):
+            count = min(1 << 20, length - start)
+            values = np.float32(mean) + np.float32(STD) * kept.standard_normal(count, np.float32)
+            values += np.float32(drift) * added.standard_normal(count, np.float32)
+            pool[start : start + count] = to_bits(values, dtype)
+        return pool
+
+    def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
+        is_norm = len(shape) == 1 and name.endswith(".weight")
+        pool = self.norms if is_norm else self.weights
+        role = name.removeprefix("language_model.")
+        place, left = zlib.crc32(role.encode()) % len(pool), int(np.prod(shape))
+        while left:
+            part = pool[place : place + left]
+            yield part.data
+            place, left = 0, left - len(part)
+
+
+def split_shards(shapes: Shapes, count: int) -> list[Shapes]:
+    """Fills shard after shard in order, as transformers does; the last one gets what is left."""
+    limit = 1.2 * sum(map(tensor_bytes, shapes.values())) / count
+    shards: list[Shapes] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        if filled + tensor_bytes(shape) > limit and shards[-1]:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += tensor_bytes(shape)
+    return shards
+
+
+def tensor_bytes(shape: tuple[int, ...]) -> int:
+    return 2 * int(np.prod(shape))
+
+
+def write_shard(path: Path, shapes: Shapes, dtype: str, noise: Noise) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + tensor_bytes(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            for chunk in noise.chunks(name, shape):
+                file.write(chunk)
+                push_to_disk(file, len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def push_to_disk(file: BufferedWriter, fresh: int) -> None:
+    """Starts the disk on what was just written, and lets go of what has already arrived there."""
+    end = file.tell()
+    start = max(0, end - fresh - (64 << 20))
+    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+def write_json(path: Path, document: object) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2, ensure_ascii=False)
+
+
+def write_checkpoint(folder: Path, side: Side, size: Size, noise: Noise) -> int:
+    """Writes one folder; returns the bytes of its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = split_shards(side.shapes, side.shards)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file_name, shapes in zip(names, shards, strict=True):
+        write_shard(folder / file_name, dict(sorted(shapes.items())), side.dtype, noise)
+    total = sum(map(tensor_bytes, side.shapes.values()))
+    places = {name: file for file, shapes in zip(names, shards, strict=True) for name in shapes}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "config.json", side.config)
+    generation = {"bos_token_id": size.tokens, "eos_token_id": [size.tokens + 2, size.tokens]}
+    write_json(folder / "generation_config.json", generation | {"do_sample": False})
+    write_tokenizer(folder, size.tokens, CHAT_TOKENS + side.added_tokens)
+    return total
+
+
+# --- the pair -----------------------------------------------------------------------------------
+
+
+def make_sides(kind: str, size: Size, donor_dtype: str) -> tuple[Side, Side]:
+    if kind == "qwen2":
+        shapes = language(size, size.vocab)
+        base_config = qwen2_config(size, size.vocab, "BF16")
+        donor_config = qwen2_config(size, size.vocab, donor_dtype)
+        base = Side(shapes, base_config, 4, "BF16", [])
+        return base, Side(shapes, donor_config, 4, donor_dtype, [])
+    base = Side(qwen2_vl(size), qwen2_vl_config(size), 5, "BF16", BASE_TOKENS)
+    config = llava_onevision_config(size, donor_dtype)
+    return base, Side(llava_onevision(size), config, 4, donor_dtype, DONOR_TOKENS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a pair of synthetic checkpoints.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--kind", choices=("vlm", "qwen2"), default="vlm")
+    parser.add_argument("--donor-dtype", choices=("BF16", "F16"), default="BF16")
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    base, donor = make_sides(args.kind, size, args.donor_dtype)
+    for name, side, drift in (("base", base, 0.0), ("donor", donor, DRIFT)):
+        total = write_checkpoint(args.out / name, side, size, Noise(side.dtype, drift))
+        print(f"{args.out / name}: {len(side.shapes)} tensors, {total / 1e9:.2f} GB {side.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m lowmem_adamms`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,143 @@
+"""The papers that go with a merged checkpoint: model card, `adamms.json`, config under --dtype.
+
+Front matter follows the Hub's model card specification (hf.co/docs/hub/model-cards). Leaves to
+others: where these are written, and the digests of what was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .dtypes import DTYPES
+from .kinship import Kinship
+from .plan import Plan
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+def model_card(plan: Plan, alpha: float) -> str:
+    """README.md of the merged model, with Hub front matter."""
+    parents = [plan.base.name, plan.donor.name]
+    multimodal = any("tower" in kind for kind in plan.base_layout.kinds.values())
+    task = "image-text-to-text" if multimodal else "text-generation"
+    front = [
+        "base_model:",
+        *(f"- {json.dumps(parent)}" for parent in parents),
+        "base_model_relation: merge",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags:\n- adamms\n- merge\n- lowmem-adamms",
+        *_licence(plan.base),
+    ]
+    counts = plan.to_json()["counts"]
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {plan.base.name} + {plan.donor.name}, merged",
+            "",
+            "Made by [AdaMMS](https://arxiv.org/abs/2503.23733) parameter mapping and linear",
+            "interpolation with lowmem-adamms. Architecture, vision encoder, connector, tokenizer",
+            f"and processor are those of `{plan.base.name}`; into its language model were blended",
+            f"the weights of `{plan.donor.name}`:",
+            "",
+            f"    out = (1 - {alpha:g}) * base + {alpha:g} * donor",
+            "",
+            f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
+            "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
+            "The licences of both models apply.",
+            "",
+        ]
+    )
+
+
+def _licence(base: Checkpoint) -> list[str]:
+    """The licence lines of the base's own model card, if it has any."""
+    path = base.folder / "README.md" if base.folder else None
+    if path is None or not path.is_file():
+        return []
+    front = re.match(r"---\n(.*?)\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    return [line for line in lines if re.match(r"license(_name|_link)?: *\S", line)]
+
+
+def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A copy of a config.json that announces another dtype, at each level that announced one."""
+    spoken = DTYPES[dtype].torch
+
+    def changed(level: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: spoken
+            if key in ("dtype", "torch_dtype")
+            else (changed(value) if isinstance(value, dict) else value)
+            for key, value in level.items()
+        }
+
+    return {"torch_dtype": spoken, **changed(config)}
+
+
+def recipe(plan: Plan, alpha: float, kinship: Kinship, kernel: str) -> dict[str, Any]:
+    """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it."""
+    from . import __version__
+
+    group, cosine = kinship.lowest if kinship.cosines else (None, None)
+    return {
+        "alpha": alpha,
+        "base": str(plan.base.path.resolve()),
+        "donor": str(plan.donor.path.resolve()),
+        "version": __version__,
+        "formula": "(1 - alpha) * base + alpha * donor",
+        "options": dict(plan.options),
+        "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
+        "counts": plan.to_json()["counts"],
+        "notes": list(plan.notes),
+        "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
+        "made_with": {"python": platform.python_version(), "kernel": kernel},
+        "inputs": {
+            side: [input_digest(shard) for shard in checkpoint.shards]
+            for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
+        },
+    }
+
+
+def input_digest(path: Path) -> dict[str, Any]:
+    """Size and a sampled digest of an input file, and its full sha256 where the Hub noted it.
+
+    sample_sha256 covers 64 evenly spread blocks of 4096 bytes, the first and the last included:
+    enough to tell two files apart without reading 16 GB.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb", buffering=0) as file:
+        for i in range(_SAMPLES):
+            file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    found: dict[str, Any] = {
+        "file": path.name,
+        "size": size,
+        "sample_sha256": digest.hexdigest(),
+    }
+    if noted := _hub_sha256(path):
+        found["sha256"] = noted
+    return found
+
+
+def _hub_sha256(path: Path) -> str | None:
+    """huggingface_hub names cached blobs, and notes local downloads, by their sha256."""
+    blob = Path(os.path.realpath(path)).name
+    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    for candidate in (blob, lines[1] if len(lines) > 1 else ""):
+        if re.fullmatch(r"[0-9a-f]{64}", candidate):
+            return candidate
+    return None

@@ -1,0 +1,263 @@
+"""A checkpoint on disk: folder or file -> shards -> spans. Headers only; bytes are read elsewhere.
+
+Safetensors files are read by `header.py`. `pytorch_model*.bin` goes through torch's restricted
+unpickler onto the meta device, which executes no code of the file's and reads no tensor, but tells
+where each tensor's bytes lie; from there on a .bin is streamed like any other file.
+Leaves to others: what the names mean (`arch.py`) and reading data (`stream.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import header
+from .dtypes import FROM_TORCH, DType
+from .errors import FormatError
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_SUFFIXES = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .ot .npz .tflite".split()
+)
+OURS = frozenset({"README.md", "adamms.json", "report.html"})
+"""Files of a checkpoint folder that describe that checkpoint only and are written anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of bytes in a file: absolute `start` and `stop`, and the tensor it stands for."""
+
+    path: Path
+    dtype: DType
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run."""
+        return self.stop - self.start
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index along dim 0 (of the whole, for a scalar or an empty tensor)."""
+        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+    def rows(self, start: int, stop: int) -> Span:
+        """The part of it between two indices along dim 0."""
+        if not self.shape or (start, stop) == (0, self.shape[0]):
+            return self
+        first = self.start + start * self.row_bytes
+        last = self.start + stop * self.row_bytes
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, start=first, stop=last, shape=shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Every tensor of a checkpoint as a span, in the order of its shards and of their bytes."""
+
+    path: Path
+    shards: tuple[Path, ...]
+    tensors: Mapping[str, Span]
+    config: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its sidecars lie; None for a bare file."""
+        return self.path if self.path.is_dir() else None
+
+    @property
+    def name(self) -> str:
+        """`org/name` where the path or the config tells it, else the folder's or file's name."""
+        for part in self.path.absolute().parts:
+            if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
+                return f"{match[1]}/{match[2]}"
+        spoken = self.config.get("_name_or_path")
+        if isinstance(spoken, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spoken):
+            return spoken
+        return self.path.absolute().name
+
+    @property
+    def tied(self) -> bool:
+        """Whether its config ties the head to the embedding (only if it says so)."""
+        text = self.config.get("text_config")
+        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        return self.config.get("tie_word_embeddings", inner) is True
+
+    def sidecars(self) -> Iterator[Path]:
+        """Relative paths of the files that belong to the model but hold no weights."""
+        for path in sorted(self.folder.rglob("*")) if self.folder else ():
+            relative = path.relative_to(self.path)
+            hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
+            weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+            if path.is_file() and not (hidden or weights or str(relative) in OURS):
+                yield relative
+
+
+def open_checkpoint(ref: str | Path) -> Checkpoint:
+    """Open a folder or a bare file by its headers. FormatError says what is missing or wrong."""
+    path = Path(ref)
+    if not path.exists():
+        hint = (
+            f"; to fetch it from the Hub: hf download {ref} --local-dir DIR"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(ref))
+            else ""
+        )
+        raise FormatError(f"{ref}: no such folder or file{hint}")
+    config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    _refuse_quantized_config(path, config)
+    names, weight_map = _shards(path)
+    tensors: dict[str, Span] = {}
+    home: dict[str, Path] = {}
+    for shard in names:
+        for name, span in _spans(shard):
+            if name in home:
+                raise FormatError(f"{path}: tensor {name} is in {home[name].name} and {shard.name}")
+            tensors[name], home[name] = span, shard
+    for name, file in weight_map.items():
+        if name not in home or home[name].name != file:
+            raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
+    if not tensors:
+        raise FormatError(f"{path}: no tensors in it")
+    _refuse_quantized_tensors(path, tensors)
+    return Checkpoint(path, tuple(names), tensors, config)
+
+
+def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a checkpoint in order, and the index's weight map if there is one."""
+    if path.is_file():
+        return [path], {}
+    for index_name, single in zip(INDEXES, SINGLES, strict=True):
+        if (path / index_name).is_file():
+            weight_map = _weight_map(path / index_name)
+            return [path / file for file in sorted(set(weight_map.values()))], weight_map
+        if (path / single).is_file():
+            return [path / single], {}
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, {}
+    raise FormatError(
+        f"{path}: no {SINGLES[0]}, no {INDEXES[0]} and no pytorch_model.bin in it;"
+        f" found {len(found)} other .safetensors files"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The index's map of tensor to file, every file a plain name that exists beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: no weight_map in it")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise FormatError(f"{index}: {name} is said to be in {file!r}, outside the folder")
+        if not (index.parent / file).is_file():
+            raise FormatError(f"{index}: {file} is missing beside it (it holds {name})")
+    return weight_map
+
+
+def _spans(shard: Path) -> Iterator[tuple[str, Span]]:
+    """Name and span of every tensor of one weight file."""
+    if shard.suffix in (".bin", ".pt", ".pth"):
+        yield from _bin_spans(shard)
+        return
+    for info in header.read(shard).tensors:
+        yield info.name, Span(shard, info.dtype, info.start, info.stop, info.shape)
+
+
+def _bin_spans(shard: Path) -> Iterator[tuple[str, Span]]:
+    """The tensors of a torch file, located through `torch.load(weights_only=True, mmap=True)`.
+
+    On the meta device torch notes each storage's offset in the zip file (`_checkpoint_offset`),
+    so nothing but the pickle of names is read. Needs the zip format of torch 1.6 and later.
+    """
+    import torch
+
+    if not zipfile.is_zipfile(shard):
+        raise FormatError(
+            f"{shard}: not a zip; torch files older than 1.6 cannot be mapped. Load and save it"
+            " once with a current torch"
+        )
+    with zipfile.ZipFile(shard) as archive:
+        packed = [item for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise FormatError(f"{shard}: {packed[0].filename} is compressed; expected stored records")
+    try:
+        state = torch.load(shard, map_location="meta", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise FormatError(f"{shard}: torch refuses it under weights_only=True: {reason}") from None
+    if not isinstance(state, dict):
+        raise FormatError(f"{shard}: holds a {type(state).__name__}, expected a dict of tensors")
+    size = shard.stat().st_size
+    for name, tensor in sorted(state.get("state_dict", state).items(), key=_storage_offset):
+        yield str(name), _bin_span(shard, size, str(name), tensor)
+
+
+def _storage_offset(item: tuple[str, Any]) -> tuple[int, str]:
+    name, tensor = item
+    storage = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else None
+    return getattr(storage, "_checkpoint_offset", 0), str(name)
+
+
+def _bin_span(shard: Path, size: int, name: str, tensor: Any) -> Span:
+    """Where one torch tensor's bytes lie in the file; FormatError unless they are one plain run."""
+    dtype = FROM_TORCH.get(str(getattr(tensor, "dtype", "")).removeprefix("torch."))
+    if dtype is None or not tensor.is_contiguous():
+        raise FormatError(f"{shard}: {name} is not a plain contiguous tensor")
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or sys.byteorder != "little":
+        raise FormatError(f"{shard}: this torch cannot locate tensors in a .bin; use torch 2.13")
+    start = offset + tensor.storage_offset() * dtype.itemsize
+    shape = tuple(tensor.shape)
+    stop = start + dtype.nbytes(math.prod(shape))
+    if not 0 <= start <= stop <= size:
+        raise FormatError(f"{shard}: {name} lies outside the file; truncated? Download it again")
+    return Span(shard, dtype, start, stop, shape)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; FormatError names the file."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: expected a JSON object")
+    return document
+
+
+def _refuse_quantized_config(path: Path, config: Mapping[str, Any]) -> None:
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
+    quantization = config.get("quantization_config") or inner
+    if quantization:
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+        _refuse_quantized(path, f"config.json has a quantization_config ({method})")
+
+
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale(_inv)?)$"
+)
+
+
+def _refuse_quantized_tensors(path: Path, tensors: Mapping[str, Span]) -> None:
+    """GPTQ, AWQ, bitsandbytes and FP8 block scales betray themselves by their tensor names."""
+    for name, span in tensors.items():
+        if _QUANTIZED.search(name) or span.dtype.name.startswith("F8_"):
+            _refuse_quantized(path, f"tensor {name} ({span.dtype.name})")
+
+
+def _refuse_quantized(path: Path, sign: str) -> None:
+    raise FormatError(
+        f"{path}: quantized weights cannot be blended: {sign}; expected bf16, fp16 or fp32."
+        " Merge the unquantized checkpoint and quantize the result"
+    )

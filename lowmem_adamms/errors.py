@@ -1,0 +1,26 @@
+"""The errors a user can mend. The CLI turns each into one line and exit code 2.
+
+Anything else that is raised is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MergeError(Exception):
+    """Base of all errors that name something the user can change."""
+
+
+class FormatError(MergeError):
+    """A checkpoint on disk is not what it says it is, or is of a kind that cannot be merged."""
+
+
+class MappingError(MergeError):
+    """The two checkpoints do not belong together: shapes, layers or ancestry differ."""
+
+
+class RecipeError(MergeError):
+    """An option is out of range or does not go with another."""
+
+
+class OutputError(MergeError):
+    """The output cannot be written where it was asked for."""

@@ -1,0 +1,229 @@
+"""The one loop: run(plan, alpha, sink). A disk writer and a live model are both just sinks.
+
+Output is produced in windows: consecutive pieces of consecutive tensors, at most WINDOW bytes,
+blended by one kernel call per triple of dtypes (nearly always one). A window crosses tensor bounds,
+so that a layer's many small tensors cost one call, and a tensor's bounds, so that a 1 GB embedding
+costs no more memory than a bias. While one window is blended the pages of the next are brought in
+and the sink deals with the last. Leaves to others: joining (`plan.py`), arithmetic (`kernels/`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from .checkpoint import Span
+from .errors import RecipeError
+from .plan import Part, Plan, Step
+from .stream import Files
+
+if TYPE_CHECKING:
+    from .kernels.select import Kernel
+    from .stream import Bytes
+
+WINDOW = 8 << 20
+"""Bytes of output per window."""
+AHEAD = 3
+"""Windows whose pages are brought in before they are needed."""
+
+
+class Sink(Protocol):
+    """Where results go. Calls come from one thread, in the order of the plan's steps."""
+
+    def wants(self, step: Step) -> bool:
+        """Whether the step is still to be done."""
+
+    def copy(self, step: Step, offset: int, span: Span) -> None:
+        """Take `span`'s bytes verbatim as those of the output tensor from byte `offset`."""
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
+        """A writable buffer for bytes `offset` to `offset + nbytes` of the output tensor."""
+
+    def commit(self) -> None:
+        """All slots handed out since the last commit are filled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of one output tensor from byte `offset`; donor None means the base is cast."""
+
+    step: Step
+    offset: int
+    base: Span
+    donor: Span | None
+    nbytes: int
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The input bytes it needs."""
+        return (self.base, self.donor) if self.donor else (self.base,)
+
+    @property
+    def dtypes(self) -> tuple[str, str, str]:
+        """Of base, donor and output."""
+        donor = self.donor or self.base
+        return self.base.dtype.name, donor.dtype.name, self.step.dtype.name
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A part that is taken verbatim."""
+
+    step: Step
+    offset: int
+    span: Span
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of output."""
+        return self.span.nbytes
+
+
+Window = list[Piece] | Copy
+
+
+def check_alpha(alpha: float) -> float:
+    """The donor's weight as a float in 0..1; RecipeError otherwise (NaN included)."""
+    alpha = float(alpha)
+    if math.isnan(alpha) or not 0 <= alpha <= 1:
+        raise RecipeError(f"alpha is {alpha}; expected 0 (the base) to 1 (the donor)")
+    return alpha
+
+
+def run(
+    plan: Plan,
+    alpha: float,
+    sink: Sink,
+    *,
+    kernel: Kernel | None = None,
+    evict: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Carry out the plan at one alpha into the sink.
+
+    kernel: default is the one `kernels.select` chooses. evict: drop read pages from the page cache.
+    progress: called with the bytes of output produced since the last call.
+    """
+    alpha = check_alpha(alpha)
+    if kernel is None:
+        from .kernels.select import select
+
+        kernel, _ = select()
+    with Files(evict=evict) as files, ThreadPoolExecutor(2, "read") as readers:
+        for window in _read_ahead(_windows(plan, alpha, sink), files, readers):
+            if isinstance(window, Copy):
+                sink.copy(window.step, window.offset, window.span)
+            else:
+                _blend(window, alpha, sink, files, kernel)
+            if progress:
+                progress(sum(piece.nbytes for piece in _pieces_of(window)))
+
+
+def _pieces_of(window: Window) -> list[Piece] | list[Copy]:
+    return [window] if isinstance(window, Copy) else window
+
+
+def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: Kernel) -> None:
+    """One window: a slot for each piece, one kernel call per triple of dtypes, pages let go."""
+    calls: dict[tuple[str, str, str], list[tuple[Bytes, Bytes, Bytes]]] = {}
+    for piece in window:
+        base = files.view(piece.base)
+        donor = files.view(piece.donor) if piece.donor else base
+        out = sink.slot(piece.step, piece.offset, piece.nbytes)
+        calls.setdefault(piece.dtypes, []).append((base, donor, out))
+    for dtypes, parts in calls.items():
+        kernel(parts, dtypes, alpha)
+    sink.commit()
+    for piece in window:
+        for span in piece.spans:
+            files.release(span)
+
+
+def _read_ahead(
+    windows: Iterator[Window], files: Files, readers: ThreadPoolExecutor
+) -> Iterator[Window]:
+    """The same windows, each with its pages brought in; AHEAD more are under way behind it."""
+    queue: deque[tuple[Window, list[Future[None]]]] = deque()
+    for window in windows:
+        futures: list[Future[None]] = []
+        if not isinstance(window, Copy):
+            for span in (span for piece in window for span in piece.spans):
+                files.open(span)
+                futures.append(readers.submit(files.populate, span))
+        queue.append((window, futures))
+        if len(queue) > AHEAD:
+            yield _ready(*queue.popleft())
+    while queue:
+        yield _ready(*queue.popleft())
+
+
+def _ready(window: Window, futures: list[Future[None]]) -> Window:
+    for future in futures:
+        future.result()
+    return window
+
+
+def _windows(plan: Plan, alpha: float, sink: Sink) -> Iterator[Window]:
+    """All the work the sink wants, in order: copies whole, everything else in windows."""
+    window: list[Piece] = []
+    room = WINDOW
+    for step in plan.steps:
+        if not sink.wants(step):
+            continue
+        offset = 0
+        for part in step.parts:
+            base, donor = _sides(part, alpha)
+            if donor is None and base.dtype == step.dtype:
+                if window:
+                    yield window
+                    window, room = [], WINDOW
+                yield Copy(step, offset, base)
+                offset += base.nbytes
+                continue
+            for piece in _cut(step, offset, base, donor, room):
+                window.append(piece)
+                room -= piece.nbytes
+                offset += piece.nbytes
+                if room < step.dtype.itemsize:
+                    yield window
+                    window, room = [], WINDOW
+    if window:
+        yield window
+
+
+def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
+    """What a part is made of at this alpha: at 0 the base alone, at 1 the donor alone."""
+    if part.donor is None or alpha == 0:
+        return part.base, None
+    return (part.donor, None) if alpha == 1 else (part.base, part.donor)
+
+
+def _cut(
+    step: Step, offset: int, base: Span, donor: Span | None, room: int
+) -> Iterator[Piece]:
+    """A part in pieces: the first fills `room` bytes of output, the others a window each."""
+    size = step.dtype.itemsize
+    elements, done = base.nbytes // base.dtype.itemsize, 0
+    while done < elements:
+        take = min(elements - done, room // size)
+        yield Piece(
+            step,
+            offset + done * size,
+            _slice(base, done, take),
+            _slice(donor, done, take) if donor else None,
+            take * size,
+        )
+        done += take
+        room = WINDOW
+
+
+def _slice(span: Span, first: int, count: int) -> Span:
+    """`count` elements of a span from element `first`, as a flat span."""
+    size = span.dtype.itemsize
+    start = span.start + first * size
+    return replace(span, start=start, stop=start + count * size, shape=(count,))
+

@@ -1,0 +1,368 @@
+"""The join: base x donor -> Plan. Pure data; knows no alpha and reads no tensor bytes.
+
+Roles are joined by AdaMMS's mapping step (arXiv 2503.23733, section 3.1): a role takes its like, a
+duplicated role (`q@vision`) the weight it was duplicated from, and what has no counterpart stays
+the base's. Embedding and head rows are joined by token. Leaves the arithmetic to `merge.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import archs, tokens
+from .arch import BUFFER, Block, Layout, recognise, span_of
+from .checkpoint import Checkpoint, Span, open_checkpoint
+from .dtypes import DType
+from .errors import FormatError, MappingError
+
+Embeddings = Literal["merge", "keep"]
+MANY_RUNS = 16
+"""Above this many separate runs of rows `plan --json` says "tokens" and their count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one output tensor: the base's bytes, and the donor's to blend in (None: copy)."""
+
+    rows: tuple[int, int]
+    role: str | None
+    base: Span
+    donor: Span | None = None
+    donor_name: str | None = None
+    donor_rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output tensor: its parts in order. `kind` groups steps for people to read."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+    parts: tuple[Part, ...]
+
+    @property
+    def action(self) -> str:
+        """`interpolate` if any part has a donor, else `copy`."""
+        return "interpolate" if any(part.donor for part in self.parts) else "copy"
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the output tensor."""
+        return sum(part.base.nbytes * 8 // part.base.dtype.bits for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output tensor."""
+        return self.dtype.nbytes(self.elements)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a merge of `base` and `donor` does at any alpha, in the order of the base's bytes."""
+
+    base: Checkpoint
+    donor: Checkpoint
+    base_layout: Layout
+    donor_layout: Layout
+    steps: tuple[Step, ...]
+    leftover: Mapping[str, str]
+    notes: tuple[str, ...]
+    options: Mapping[str, str | None]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of base and donor that a merge reads."""
+        parts = [part for step in self.steps for part in step.parts]
+        return sum(p.base.nbytes + (p.donor.nbytes if p.donor else 0) for p in parts)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensors that a merge writes."""
+        return sum(step.nbytes for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `plan --json`."""
+        actions = [step.action for step in self.steps]
+        return {
+            "base": str(self.base.path),
+            "donor": str(self.donor.path),
+            "base_arch": self.base_layout.arch,
+            "donor_arch": self.donor_layout.arch,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "counts": {word: actions.count(word) for word in ("interpolate", "copy")},
+            "steps": [_step_json(step) for step in self.steps],
+            "leftover": dict(self.leftover),
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    base: str | Path | Checkpoint,
+    donor: str | Path | Checkpoint,
+    *,
+    embeddings: Embeddings = "merge",
+    dtype: DType | None = None,
+) -> Plan:
+    """Plan the merge of two checkpoints from their headers.
+
+    embeddings: "merge" joins the rows of embed and head by token, "keep" leaves the base's.
+    dtype: of the output's floating tensors; None keeps each base tensor's own.
+    Raises FormatError for a broken or quantized input, MappingError where the two do not fit.
+    """
+    base, donor = _opened(base), _opened(donor)
+    base_layout, donor_layout = (
+        recognise(checkpoint, archs.ARCHS, archs.FALLBACK) for checkpoint in (base, donor)
+    )
+    join = _Join(base, donor, base_layout, donor_layout, embeddings)
+    join.check_sizes()
+    steps = tuple(
+        step for name in base.tensors if (step := join.step(name, dtype)) is not None
+    )
+    if not any(step.action == "interpolate" for step in steps):
+        raise MappingError(f"{base.path} and {donor.path} have no parameter in common")
+    return Plan(
+        base,
+        donor,
+        base_layout,
+        donor_layout,
+        steps,
+        join.leftover(),
+        tuple(join.notes),
+        {"embeddings": embeddings, "dtype": dtype.name if dtype else None},
+    )
+
+
+def _opened(ref: str | Path | Checkpoint) -> Checkpoint:
+    return ref if isinstance(ref, Checkpoint) else open_checkpoint(ref)
+
+
+class _Join:
+    """The join under way: looks up counterparts and remembers which donor tensors were used."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        donor: Checkpoint,
+        base_layout: Layout,
+        donor_layout: Layout,
+        embeddings: Embeddings,
+    ) -> None:
+        self.base, self.donor = base, donor
+        self.base_layout, self.donor_layout = base_layout, donor_layout
+        self.embeddings = embeddings
+        self.donor_roles = donor_layout.roles()
+        self.used: set[str] = set()
+        self.notes = [
+            f"{side}: {layout.assumed}"
+            for side, layout in (("base", base_layout), ("donor", donor_layout))
+            if layout.assumed
+        ]
+        self._runs: tuple[list[tokens.Run], str] | None = None
+
+    def check_sizes(self) -> None:
+        """Depth and width must agree before anything is joined; MappingError names the tensors."""
+        sides = ((self.base, self.base_layout), (self.donor, self.donor_layout))
+        (base_depth, donor_depth) = (layout.layers for _, layout in sides)
+        if base_depth != donor_depth:
+            raise MappingError(
+                f"layer counts differ: {self.base.path} has {base_depth} decoder layers,"
+                f" {self.donor.path} has {donor_depth}; they do not share an ancestor"
+            )
+        (base_name, base_span), (donor_name, donor_span) = (
+            (name, span_of(checkpoint, name, block))
+            for checkpoint, layout in sides
+            for name, block in (layout.roles()["embed"],)
+        )
+        if base_span.shape[1:] != donor_span.shape[1:]:
+            raise MappingError(
+                f"widths differ: {base_name} in {self.base.path} is {list(base_span.shape)},"
+                f" {donor_name} in {self.donor.path} is {list(donor_span.shape)}"
+            )
+
+    def step(self, name: str, dtype: DType | None) -> Step | None:
+        """The step of one base tensor; None for the head of a tied base, which must not be written.
+
+        transformers refuses to tie a head that is on disk and differs from the embedding.
+        """
+        span = self.base.tensors[name]
+        blocks = self.base_layout.blocks.get(name)
+        if blocks is None:
+            kind = self.base_layout.kinds[name]
+            out = dtype if dtype and span.dtype.blendable and kind != BUFFER else span.dtype
+            reason = "rotary buffer: never blended" if kind == BUFFER else f"base's {kind}"
+            return Step(name, out, span.shape, kind, reason, (Part(_rows(span), None, span),))
+        if blocks[0].role == "head" and self.base.tied:
+            self.notes.append(f"{name} is left out: the base ties its head to the embedding")
+            return None
+        if not span.dtype.blendable:
+            raise FormatError(
+                f"{self.base.path}: {name} is {span.dtype.name}; expected BF16, F16 or F32"
+            )
+        parts: list[Part] = []
+        reasons: list[str] = []
+        for block in blocks:
+            found, reason = self._parts(name, block)
+            parts += found
+            if reason not in reasons:
+                reasons.append(reason)
+        kind = kind_of(blocks[0].role)
+        return Step(name, dtype or span.dtype, span.shape, kind, "; ".join(reasons), tuple(parts))
+
+    def leftover(self) -> dict[str, str]:
+        """The donor's tensors that nothing takes, and what they are."""
+        kinds = self.donor_layout.kinds
+        return {
+            name: kinds.get(name, "no counterpart in the base")
+            for name in self.donor.tensors
+            if name not in self.used
+        }
+
+    def _parts(self, name: str, block: Block) -> tuple[list[Part], str]:
+        """The parts of one block of a base tensor, and why they are what they are."""
+        span = span_of(self.base, name, block)
+        alone = [Part((block.start, block.stop), block.role, span)]
+        if block.role in ("embed", "head") and self.embeddings == "keep":
+            return alone, "--embeddings keep"
+        found = self._counterpart(block.role)
+        if found is None:
+            return alone, "no counterpart in the donor"
+        donor_name, donor_block, reason = found
+        donor_span = self.donor.tensors[donor_name]
+        if not donor_span.dtype.blendable:
+            raise FormatError(
+                f"{self.donor.path}: {donor_name} is {donor_span.dtype.name};"
+                " expected BF16, F16 or F32"
+            )
+        self.used.add(donor_name)
+        if block.role in ("embed", "head"):
+            return self._token_parts(name, block, donor_name, donor_block, reason)
+        partner = span_of(self.donor, donor_name, donor_block)
+        if partner.shape != span.shape:
+            raise MappingError(
+                f"shapes differ for {block.role}: {name} in {self.base.path} is"
+                f" {list(span.shape)}, {donor_name} in {self.donor.path} is {list(partner.shape)}"
+            )
+        rows = (donor_block.start, donor_block.stop)
+        return [Part((block.start, block.stop), block.role, span, partner, donor_name, rows)], reason
+
+    def _counterpart(self, role: str) -> tuple[str, Block, str] | None:
+        """The donor's tensor and block for a base role, by the design's joining rules."""
+        plain, _, stream = role.partition("@")
+        candidates = [(role, "same role")]
+        if stream:
+            candidates.append((plain, f"{stream} copy takes the plain weight"))
+        else:
+            candidates.append((f"{plain}@text", "takes the donor's text copy"))
+        if role == "head" and (self.donor.tied or "head" not in self.donor_roles):
+            candidates = [("embed", "tied donor lends its embedding")]
+        for candidate, reason in candidates:
+            if candidate in self.donor_roles:
+                return (*self.donor_roles[candidate], reason)
+        return None
+
+    def _token_parts(
+        self, name: str, block: Block, donor_name: str, donor_block: Block, reason: str
+    ) -> tuple[list[Part], str]:
+        """Rows of embed or head, joined by token; rows between the runs stay the base's."""
+        base_span, donor_span = self.base.tensors[name], self.donor.tensors[donor_name]
+        if base_span.shape[1:] != donor_span.shape[1:]:
+            raise MappingError(
+                f"shapes differ for {block.role}: {name} in {self.base.path} is"
+                f" {list(base_span.shape)}, {donor_name} is {list(donor_span.shape)}"
+            )
+        runs, how = self._token_runs(block.stop, donor_block.stop)
+        parts: list[Part] = []
+        position = 0
+        for run in runs:
+            if run.base > position:
+                gap = (position, run.base)
+                parts.append(Part(gap, block.role, base_span.rows(*gap)))
+            position = run.base + run.length
+            rows, partner = (run.base, position), (run.donor, run.donor + run.length)
+            parts.append(
+                Part(
+                    rows,
+                    block.role,
+                    base_span.rows(*rows),
+                    donor_span.rows(*partner),
+                    donor_name,
+                    partner,
+                )
+            )
+        if position < block.stop:
+            gap = (position, block.stop)
+            parts.append(Part(gap, block.role, base_span.rows(*gap)))
+        return parts, how if reason == "same role" else f"{reason}; {how}"
+
+    def _token_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
+        """Runs of shared rows and how they were found; worked out once for embed and head."""
+        if self._runs is None:
+            self._runs = self._find_runs(base_rows, donor_rows)
+        runs, how = self._runs
+        return [
+            tokens.Run(run.base, run.donor, length)
+            for run in runs
+            if (length := min(run.length, base_rows - run.base, donor_rows - run.donor)) > 0
+        ], how
+
+    def _find_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
+        base_ids = tokens.vocabulary(self.base.folder)
+        donor_ids = tokens.vocabulary(self.donor.folder) if base_ids is not None else None
+        if base_ids is not None and donor_ids is not None:
+            runs = tokens.join(base_ids, donor_ids, base_rows, donor_rows)
+            shared = sum(run.length for run in runs)
+            moved = sum(run.length for run in runs if run.base != run.donor)
+            return runs, (
+                f"rows by token: {shared} shared, {moved} of them moved,"
+                f" {base_rows - shared} kept"
+            )
+        declared = [self.base_layout.shared_ids, self.donor_layout.shared_ids]
+        shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])
+        self.notes.append(
+            f"no tokenizer.json or vocab.json on both sides: the first {shared} rows of embedding"
+            f" and head are assumed to be the same tokens, {base_rows - shared} are kept"
+        )
+        return [tokens.Run(0, 0, shared)], f"rows by position: first {shared} assumed shared"
+
+
+def kind_of(role: str) -> str:
+    """The group a role is shown under: embedding, head, attention, MLP or norm."""
+    rest = re.sub(r"^layers\.\d+\.", "", role.partition("@")[0])
+    kinds = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLP"}
+    return kinds.get(rest.split(".")[0], "norm")
+
+
+def _rows(span: Span) -> tuple[int, int]:
+    return (0, span.shape[0] if span.shape else 1)
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    blended = [part for part in step.parts if part.donor]
+    parts: list[dict[str, Any]]
+    if len(blended) > MANY_RUNS:
+        count = sum(part.rows[1] - part.rows[0] for part in blended)
+        donor = {"name": blended[0].donor_name, "rows": "tokens"}
+        parts = [{"rows": "tokens", "count": count, "role": blended[0].role, "donor": donor}]
+    else:
+        parts = [_part_json(part) for part in step.parts]
+    return {
+        "name": step.name,
+        "dtype": step.dtype.name,
+        "shape": list(step.shape),
+        "action": step.action,
+        "reason": step.reason,
+        "parts": parts,
+    }
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    donor = {"name": part.donor_name, "rows": list(part.donor_rows)} if part.donor_rows else None
+    return {"rows": list(part.rows), "role": part.role, "donor": donor}

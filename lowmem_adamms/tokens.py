@@ -1,0 +1,132 @@
+"""Which row of the donor's embedding belongs to which row of the base's: joined by token string.
+
+Reads `tokenizer.json`, or `vocab.json` with its added tokens, from the two folders. A vocabulary is
+kept as one hash per id, and the merges of tokenizer.json are skipped unparsed: two 150 000-token
+vocabularies as Python objects would not fit the memory a whole merge is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import FormatError
+
+_SPACE = re.compile(r"[\s,:]*")
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+_ABSENT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`length` consecutive base rows from `base` take the donor's rows from `donor`."""
+
+    base: int
+    donor: int
+    length: int
+
+
+def vocabulary(folder: Path | None) -> array[int] | None:
+    """For each token id a 64-bit hash of its string (0: no such id), or None without a tokenizer.
+
+    Hashes are Python's own, so they compare within one process only.
+    """
+    if folder is None:
+        return None
+    hashes = array("q")
+    try:
+        if (folder / "tokenizer.json").is_file():
+            _fill(hashes, _from_tokenizer_json((folder / "tokenizer.json").read_text("utf-8")))
+        elif (folder / "vocab.json").is_file():
+            _fill(hashes, json.loads((folder / "vocab.json").read_bytes()).items())
+        else:
+            return None
+        _fill(hashes, _added(folder))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"{folder}: its tokenizer files cannot be read ({error!r})") from None
+    return hashes
+
+
+def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[Run]:
+    """Runs of base rows whose token the donor has too, in the order of the base's rows."""
+    where = {token: i for i, token in enumerate(donor[:donor_rows]) if token != _ABSENT}
+    runs: list[Run] = []
+    first, length, shift = 0, 0, 0
+    for i, token in enumerate(base[:base_rows]):
+        j = where.get(token)
+        if j is None:
+            continue
+        if length and i == first + length and j == i + shift:
+            length += 1
+            continue
+        if length:
+            runs.append(Run(first, first + shift, length))
+        first, length, shift = i, 1, j - i
+    return [*runs, Run(first, first + shift, length)] if length else runs
+
+
+def _fill(hashes: array[int], tokens: Any) -> None:
+    """Enter (token, id) pairs; an id beyond any real vocabulary is refused, not allocated."""
+    for token, i in tokens:
+        if not 0 <= i < 1 << 22:
+            raise ValueError(f"token id {i} out of range")
+        if i >= len(hashes):
+            hashes.extend([_ABSENT] * (i + 1 - len(hashes)))
+        hashes[i] = hash(token) or 1
+
+
+def _from_tokenizer_json(text: str) -> Iterator[tuple[str, int]]:
+    """The pairs of `model.vocab` (a map, or Unigram's list) and of `added_tokens`."""
+    read = json.JSONDecoder().raw_decode
+    top = dict(_members(text, _SPACE.match(text).end()))  # type: ignore[union-attr]
+    model = dict(_members(text, top["model"]))
+    vocab, _ = read(text, model["vocab"])
+    if isinstance(vocab, dict):
+        yield from vocab.items()
+    else:
+        yield from ((piece, i) for i, (piece, _) in enumerate(vocab))
+    if "added_tokens" in top:
+        added, _ = read(text, top["added_tokens"])
+        yield from ((token["content"], token["id"]) for token in added)
+
+
+def _added(folder: Path) -> Iterator[tuple[str, int]]:
+    """Tokens that only the slow tokenizer's files mention."""
+    if (path := folder / "added_tokens.json").is_file():
+        yield from json.loads(path.read_bytes()).items()
+    if (path := folder / "tokenizer_config.json").is_file():
+        added = json.loads(path.read_bytes()).get("added_tokens_decoder", {})
+        yield from ((token["content"], int(i)) for i, token in added.items())
+
+
+def _members(text: str, start: int) -> Iterator[tuple[str, int]]:
+    """Each key of the JSON object at `start`, with the position of its value; values unparsed."""
+    if text[start] != "{":
+        raise ValueError("expected a JSON object")
+    position = start + 1
+    while text[position := _after_space(text, position)] != "}":
+        key, position = json.JSONDecoder().raw_decode(text, position)
+        position = _after_space(text, position)
+        yield key, position
+        position = _skip(text, position)
+
+
+def _after_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+
+def _skip(text: str, position: int) -> int:
+    """The position behind the JSON value at `position`."""
+    if text[position] not in "[{":
+        return json.JSONDecoder().raw_decode(text, position)[1]
+    depth = 0
+    for match in _STRUCTURE.finditer(text, position):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    raise ValueError("unfinished JSON")

@@ -1,0 +1,189 @@
+"""Whether a merged folder is what it says: its structure, and on request its bytes.
+
+The deep check recomputes sampled rows from the inputs with the numpy reference, not with the kernel
+that wrote them. Leaves to others: how a checkpoint is read (`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import card, header
+from .checkpoint import Checkpoint, Span, open_checkpoint
+from .dtypes import DTYPES
+from .errors import FormatError
+from .journal import WORK
+from .plan import Part, Plan, Step, make_plan
+from .writer import INDEX
+
+if TYPE_CHECKING:
+    from .kernels.reference import Bits
+
+SAMPLED_ROWS = 4
+SAMPLED_ELEMENTS = 4096
+"""Of each part, at most this many elements at each of SAMPLED_ROWS places."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was checked."""
+
+    tensors: int
+    shards: int
+    bytes: int
+    rows: int | None = None
+
+
+def verify(
+    out: str | Path, *, deep: bool = False, progress: Callable[[str], None] | None = None
+) -> Verdict:
+    """Check the merged folder `out`; FormatError says what is wrong.
+
+    Always: headers, index, total_size, metadata, recorded sizes. deep: also the sha256 of every
+    shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
+    """
+    out = Path(out)
+    if (out / WORK).exists():
+        raise FormatError(f"{out}: an unfinished merge; run its command again to resume")
+    checkpoint = open_checkpoint(out)
+    recipe = _recipe(out)
+    _check_structure(out, checkpoint, recipe)
+    nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
+    rows = _check_bytes(out, checkpoint, recipe, progress) if deep else None
+    return Verdict(len(checkpoint.tensors), len(checkpoint.shards), nbytes, rows)
+
+
+def _recipe(out: Path) -> dict[str, Any]:
+    path = out / "adamms.json"
+    if not path.is_file():
+        raise FormatError(f"{path}: missing; {out} was not written by lowmem-adamms")
+    try:
+        document = json.loads(path.read_bytes())
+        assert {"alpha", "base", "donor", "options", "inputs", "outputs"} <= set(document)
+    except (ValueError, AssertionError, TypeError):
+        raise FormatError(f"{path}: not a recipe of lowmem-adamms") from None
+    return dict(document)
+
+
+def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) -> None:
+    nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
+    if (out / INDEX).is_file():
+        index = json.loads((out / INDEX).read_bytes())
+        total = index.get("metadata", {}).get("total_size")
+        if total != nbytes:
+            raise FormatError(f"{out / INDEX}: total_size is {total}, the tensors take {nbytes}")
+        unlisted = set(checkpoint.tensors) - set(index["weight_map"])
+        if unlisted:
+            raise FormatError(f"{out / INDEX}: does not list {sorted(unlisted)[0]}")
+    for shard in checkpoint.shards:
+        if header.read(shard).metadata.get("format") != "pt":
+            raise FormatError(f'{shard}: header metadata lacks {{"format": "pt"}}')
+    for output in recipe["outputs"]:
+        path = out / output["file"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != output["size"]:
+            raise FormatError(f"{path}: {size} bytes, adamms.json says {output['size']}")
+
+
+def _check_bytes(
+    out: Path, checkpoint: Checkpoint, recipe: dict[str, Any], progress: Callable[[str], None] | None
+) -> int:
+    """Digests of the outputs, then sampled rows against the inputs; returns how many rows."""
+    for output in recipe["outputs"]:
+        if progress:
+            progress(f"sha256 of {output['file']}")
+        with (out / output["file"]).open("rb") as file:
+            found = _sha256(file)
+        if found != output["sha256"]:
+            raise FormatError(
+                f"{out / output['file']}: sha256 is {found}, adamms.json says {output['sha256']}"
+            )
+    plan = _plan_again(recipe)
+    wanted = {step.name for step in plan.steps}
+    if wanted != set(checkpoint.tensors):
+        odd = sorted(wanted ^ set(checkpoint.tensors))[0]
+        raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
+    rows = 0
+    for step in plan.steps:
+        if progress:
+            progress(f"rows of {step.name}")
+        rows += _check_step(step, checkpoint.tensors[step.name], float(recipe["alpha"]))
+    return rows
+
+
+def _plan_again(recipe: dict[str, Any]) -> Plan:
+    """The plan of the recipe, its inputs being the ones that were merged."""
+    options = recipe["options"]
+    dtype = DTYPES[options["dtype"]] if options["dtype"] else None
+    plan = make_plan(
+        recipe["base"], recipe["donor"], embeddings=options["embeddings"], dtype=dtype
+    )
+    for side, opened in (("base", plan.base), ("donor", plan.donor)):
+        for shard, noted in zip(opened.shards, recipe["inputs"][side], strict=True):
+            if card.input_digest(shard)["sample_sha256"] != noted["sample_sha256"]:
+                raise FormatError(f"{shard}: not the file that was merged (its digest differs)")
+    return plan
+
+
+def _check_step(step: Step, out: Span, alpha: float) -> int:
+    """Compare sampled stretches of one tensor with the reference; returns how many there were."""
+    if out.shape != step.shape or out.dtype != step.dtype:
+        raise FormatError(
+            f"{out.path}: {step.name} is {out.dtype.name} {list(out.shape)},"
+            f" expected {step.dtype.name} {list(step.shape)}"
+        )
+    done, position = 0, 0
+    for part in step.parts:
+        count = part.base.nbytes * 8 // part.base.dtype.bits
+        take = min(count, SAMPLED_ELEMENTS)
+        for first in sorted({(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
+            if _read(out, position + first, take) != _expected(step, part, first, take, alpha):
+                raise FormatError(
+                    f"{out.path}: {step.name} differs from its recipe in elements"
+                    f" {position + first} to {position + first + take}"
+                )
+            done += 1
+        position += count
+    return done
+
+
+def _expected(step: Step, part: Part, first: int, count: int, alpha: float) -> bytes:
+    """What the reference makes of `count` elements of a part from element `first`."""
+    from .kernels import reference
+
+    base = _read(part.base, first, count)
+    if part.donor is None and part.base.dtype == step.dtype:
+        return base
+    donor_span = part.donor or part.base
+    weight = alpha if part.donor else 0.0
+    dtypes = (part.base.dtype.name, donor_span.dtype.name, step.dtype.name)
+    mixed = reference.blend(
+        _bits(base, dtypes[0]), _bits(_read(donor_span, first, count), dtypes[1]), dtypes, weight
+    )
+    return mixed.tobytes()
+
+
+def _bits(raw: bytes, dtype: str) -> Bits:
+    import numpy as np
+
+    from .kernels import reference
+
+    return np.frombuffer(raw, reference.STORAGE[dtype])
+
+
+def _read(span: Span, first: int, count: int) -> bytes:
+    with span.path.open("rb") as file:
+        file.seek(span.start + first * span.dtype.bits // 8)
+        return file.read(span.dtype.nbytes(count))
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

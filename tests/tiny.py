@@ -1,0 +1,607 @@
+"""Tiny real checkpoints: what transformers itself writes, cut down to less than 2 MB.
+
+`ancestor` is a random language model; each `make_<family>` wraps a descendant of it (every weight
+plus a little noise of its own) in a real model class with a random vision tower. `respell` and
+`to_bin` turn the result into the other forms in which such checkpoints are published.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+from zlib import crc32
+
+import torch
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+from safetensors.torch import load_file
+
+from lowmem_adamms.demo import BASE_TOKENS, DONOR_TOKENS, SHARED_TOKENS, quiet, write_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Tensors = dict[str, torch.Tensor]
+Config = dict[str, Any]
+Rename = Callable[[str], "str | None"]
+
+HIDDEN, INNER, HEADS, LAYERS, ROWS = 64, 96, 4, 2, 320
+NOISE = 0.1  # of each tensor's RMS: cosine 0.995 with the ancestor, 0.99 with a sibling
+PATCH, SIDE = 14, 28
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A line of descent: what sets its decoder apart, and how many of its rows are real tokens.
+
+    As in life, Llama's vocabulary fills its rows and Qwen's leaves padding at the end.
+    """
+
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    bias: bool = False
+    qk_norm: bool = False
+
+
+KINDS = {
+    "llama": Kind(kv_heads=HEADS, head_dim=16, tokens=ROWS),
+    "mistral": Kind(kv_heads=2, head_dim=16, tokens=ROWS),
+    "qwen2": Kind(kv_heads=2, head_dim=16, tokens=307, bias=True),
+    # Heads that together are wider than the hidden size, as in Qwen3-4B
+    "qwen3": Kind(kv_heads=2, head_dim=32, tokens=307, qk_norm=True),
+}
+LINE_OF = {
+    "Llava": "llama",
+    "LlavaNext": "llama",
+    "LlavaOnevision": "qwen2",
+    "Qwen2VL": "qwen2",
+    "Qwen2_5_VL": "qwen2",
+}
+
+
+class HandOptions(TypedDict, total=False):
+    """What every factory takes besides `folder` and `ancestor`."""
+
+    seed: int  # of the noise, the added rows and the vision tower; never shared by two families
+    dtype: str
+    noise: float
+    max_shard_size: str
+
+
+class Options(HandOptions, total=False):
+    """What those take that let transformers write the file."""
+
+    tied: bool
+    vocab: int  # rows of embed and head
+
+
+def ancestor(kind: str, seed: int = 0, *, layers: int = LAYERS, tied: bool = False) -> Tensors:
+    """A random language model in float32, named as transformers names a text model's modules."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random) / math.sqrt(shape[-1])
+
+    out = {"embed_tokens.weight": draw(ROWS, HIDDEN), "norm.weight": 1 + draw(HIDDEN)}
+    for layer in range(layers):
+        for name, shape in _layer_shapes(KINDS[kind]).items():
+            # Norms scatter around one, and no bias is zero: two mixed-up layers must differ
+            out[f"layers.{layer}.{name}"] = draw(*shape) + ("norm" in name)
+    out["lm_head.weight"] = out["embed_tokens.weight"].clone() if tied else draw(ROWS, HIDDEN)
+    return out
+
+
+def _layer_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
+    wide, narrow = HEADS * kind.head_dim, kind.kv_heads * kind.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (wide, HIDDEN),
+        "self_attn.k_proj.weight": (narrow, HIDDEN),
+        "self_attn.v_proj.weight": (narrow, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, wide),
+        "mlp.gate_proj.weight": (INNER, HIDDEN),
+        "mlp.up_proj.weight": (INNER, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INNER),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+    if kind.bias:
+        rows = {"q": wide, "k": narrow, "v": narrow}
+        shapes |= {f"self_attn.{role}_proj.bias": (n,) for role, n in rows.items()}
+    if kind.qk_norm:
+        shapes |= {f"self_attn.{role}_norm.weight": (kind.head_dim,) for role in "qk"}
+    return shapes
+
+
+def descend(
+    parent: Tensors,
+    seed: int,
+    *,
+    noise: float = NOISE,
+    vocab: int = ROWS,
+    fresh: slice | None = None,
+) -> Tensors:
+    """The ancestor plus noise; rows beyond its vocabulary and the `fresh` ones are drawn anew."""
+    random = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, old in parent.items():
+        new = old + noise * old.square().mean().sqrt() * torch.randn(old.shape, generator=random)
+        if name in ("embed_tokens.weight", "lm_head.weight"):
+            drawn = torch.randn(vocab, HIDDEN, generator=random) * HIDDEN**-0.5
+            kept = torch.arange(vocab) < len(old)
+            if fresh is not None:
+                kept[fresh] = False
+            drawn[kept] = new[:vocab][kept[: len(old)]]
+            new = drawn
+        out[name] = new
+    return out
+
+
+# Factories
+
+
+def make_llama(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """LlamaForCausalLM."""
+    return _make_text("Llama", folder, ancestor, options)
+
+
+def make_mistral(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """MistralForCausalLM."""
+    return _make_text("Mistral", folder, ancestor, options)
+
+
+def make_qwen2(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """Qwen2ForCausalLM."""
+    return _make_text("Qwen2", folder, ancestor, options)
+
+
+def make_qwen3(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """Qwen3ForCausalLM."""
+    return _make_text("Qwen3", folder, ancestor, options)
+
+
+def make_llava(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """LLaVA-1.5 as llava-hf publishes it: Llama with a CLIP tower, rows padded for `<image>`."""
+    extra = {"vision_config": _clip(), "image_token_index": ROWS}
+    return _make_vision("Llava", folder, ancestor, {"vocab": 384, **options}, extra)
+
+
+def make_llava_next(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """LLaVA-NeXT as llava-hf publishes it: as LLaVA-1.5, with `image_newline`."""
+    extra = {
+        "vision_config": _clip(),
+        "image_token_index": ROWS,
+        "image_grid_pinpoints": [[SIDE, SIDE]],
+    }
+    return _make_vision("LlavaNext", folder, ancestor, {"vocab": 384, **options}, extra)
+
+
+def make_llava_onevision(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """LLaVA-OneVision as llava-hf publishes it: Qwen2 with a SigLIP tower."""
+    image = KINDS["qwen2"].tokens
+    extra = {
+        "vision_config": {
+            **_clip(),
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+        },
+        "image_token_index": image,
+        "video_token_index": image + 1,
+        "image_grid_pinpoints": [[SIDE, SIDE]],
+    }
+    settings: Options = {"vocab": 384, **options}
+    return _make_vision("LlavaOnevision", folder, ancestor, settings, extra)
+
+
+def make_qwen2_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """Qwen2-VL."""
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN}
+    return _make_vision("Qwen2VL", folder, ancestor, options, _qwen_extra(vision))
+
+
+def make_qwen2_5_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """Qwen2.5-VL."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": HIDDEN,
+        "fullatt_block_indexes": [1],
+    }
+    return _make_vision("Qwen2_5_VL", folder, ancestor, options, _qwen_extra(vision))
+
+
+def make_cogvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOptions]) -> Path:
+    """A checkpoint spelled as CogVLM: a second expert for image tokens, q, k and v fused."""
+    settings = _settings("cogvlm", options)
+    names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    out: Tensors = {}
+    # The vision expert began as a copy of the ancestor, and was trained on its own
+    for offset, expert in enumerate(("language", "vision")):
+        text = descend(ancestor, settings["seed"] + offset, noise=settings["noise"])
+        for layer in _layers(text):
+            qkv = [text[f"{layer}.self_attn.{role}_proj.weight"] for role in "qkv"]
+            attention = f"model.{layer}.self_attn.{expert}_expert"
+            out[f"{attention}_query_key_value.weight"] = torch.cat(qkv)
+            out[f"{attention}_dense.weight"] = text[f"{layer}.self_attn.o_proj.weight"]
+            for name in names:
+                spelled = name.replace("mlp.", f"mlp.{expert}_mlp.")
+                out[f"model.{layer}.{spelled}.weight"] = text[f"{layer}.{name}.weight"]
+            if expert == "language":
+                for norm in ("input_layernorm", "post_attention_layernorm"):
+                    out[f"model.{layer}.{norm}.weight"] = text[f"{layer}.{norm}.weight"]
+        if expert == "language":
+            out |= _ends(text)
+    out |= _draw_all(_COGVLM_VISION, settings["seed"])
+    config = {"architectures": ["CogVLMForCausalLM"], **_flat_sizes(ancestor)}
+    # Its remote code gives the class no model_type, and knows no grouped queries
+    del config["num_key_value_heads"]
+    return _write(folder, out, {**config, "template_version": "chat"}, settings)
+
+
+def make_mplug_owl2(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOptions]) -> Path:
+    """A checkpoint spelled as mPLUG-Owl2: k, v and both norms twice, and float32 `inv_freq`."""
+    settings = _settings("mplug_owl2", options)
+    ways = [descend(ancestor, settings["seed"] + way, noise=settings["noise"]) for way in (0, 1)]
+    doubled = ("k_proj", "v_proj", "input_layernorm", "post_attention_layernorm")
+    out = _ends(ways[0])
+    for layer in _layers(ancestor):
+        for name in _layer_shapes(KINDS["llama"]):
+            stem = f"{layer}.{name}".removesuffix(".weight")
+            if stem.endswith(doubled):
+                for way, text in enumerate(ways):
+                    out[f"model.{stem}.multiway.{way}.weight"] = text[f"{stem}.weight"]
+            else:
+                out[f"model.{stem}.weight"] = ways[0][f"{stem}.weight"]
+    out |= _draw_all(_MPLUG_VISION, settings["seed"])
+    out |= inv_freq(len(_layers(ancestor)))
+    config = {"architectures": ["MPLUGOwl2LlamaForCausalLM"], "model_type": "mplug_owl2"}
+    return _write(folder, out, {**config, **_flat_sizes(ancestor)}, settings)
+
+
+# Other forms of the same checkpoint
+
+
+def respell(folder: Path, rename: Rename, out: Path, *, extra: Tensors | None = None) -> Path:
+    """Copy a checkpoint under other tensor names; a name that becomes None is left out."""
+    tensors = dict(extra or {})
+    for name, tensor in load(folder).items():
+        new = rename(name)
+        if new is not None:
+            tensors[new] = tensor
+    _copy_sidecars(folder, out)
+    _save_tensors(tensors, out)
+    return out
+
+
+def to_bin(folder: Path, out: Path, *, max_shard_size: str = "200KB") -> Path:
+    """Copy a checkpoint as sharded pickles with `pytorch_model.bin.index.json`."""
+    _copy_sidecars(folder, out)
+    tensors = load(folder)
+    # Not save_torch_state_dict: it warns of pickles, which are what these tests are about
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=max_shard_size
+    )
+    for file, names in plan.filename_to_tensors.items():
+        torch.save({name: tensors[name] for name in names}, out / file)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(out / "pytorch_model.bin.index.json", index)
+    return out
+
+
+def flat_config(folder: Path, **changes: Any) -> Path:
+    """Rewrite config.json as older files have it, the language model's settings at top level.
+
+    `changes` are made last; None removes a key.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config.pop("text_config", {})
+    text.pop("model_type", None)
+    merged = {**text, **config, **changes}
+    _write_json(path, {key: value for key, value in merged.items() if value is not None})
+    return folder
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Add a tokenizer whose ids agree with the factory's: shared ones, then the family's own.
+
+    To be called before `flat_config` gives the folder another `model_type`.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = config.get("model_type", "")
+    text = config.get("text_config", config).get("model_type", "")
+    kind = "qwen2" if text.startswith("qwen") else "llama"
+    added = {
+        "llava": ("<image>",),
+        "llava_next": ("<image>",),
+        "llava_onevision": DONOR_TOKENS,
+        "qwen2_vl": BASE_TOKENS,
+        "qwen2_5_vl": BASE_TOKENS,
+    }.get(family, ())
+    with quiet():
+        write_tokenizer(folder, added, size=KINDS[kind].tokens - len(SHARED_TOKENS))
+    return folder
+
+
+def inv_freq(layers: int = LAYERS, head_dim: int = 16) -> Tensors:
+    """The float32 rotary buffers that older Llama exports carry; for `respell`'s `extra`."""
+    buffer = 1.0 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": buffer.clone()
+        for layer in range(layers)
+    }
+
+
+def load(folder: Path) -> Tensors:
+    """All tensors of a checkpoint, from safetensors or, where there are none, from pickles."""
+    out: Tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        out |= load_file(path)
+    if not out:
+        for path in sorted(folder.glob("*.bin")):
+            out |= torch.load(path, weights_only=True)
+    return out
+
+
+def load_model(folder: Path) -> Any:
+    """The model that config.json names; fails if a tensor is missing or left over."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with quiet():
+        model, report = _class(config["architectures"][0]).from_pretrained(
+            folder, dtype="auto", output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return model
+
+
+# Spellings, for `respell`; each takes any name that transformers writes for these families
+
+
+def modern(name: str) -> str:
+    """transformers' own module names: `model.language_model.`, `model.vision_tower.`, `lm_head.`"""
+    for old, new in (
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^(visual|vision_tower|multi_modal_projector|image_newline)\b", r"model.\1"),
+        (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+        (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+    ):
+        name = re.sub(old, new, name)
+    return name
+
+
+def qwen_hub(name: str) -> str:
+    """Qwen2-VL and Qwen2.5-VL on the Hub: `model.` and `visual.`."""
+    name = modern(name).replace("model.language_model.", "model.", 1)
+    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+
+
+def llava_hub(name: str) -> str:
+    """The llava-hf repositories: `language_model.model.`, `vision_tower.vision_model.`."""
+    for new, old in (
+        ("lm_head.", "language_model.lm_head."),
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+    ):
+        if modern(name).startswith(new):
+            return modern(name).replace(new, old, 1)
+    return modern(name).removeprefix("model.")
+
+
+def llava_original(name: str) -> str:
+    """liuhaotian and lmms-lab: `model.`, the tower twice wrapped, `model.mm_projector.`."""
+    name = modern(name)
+    for new, old in (
+        ("model.language_model.", "model."),
+        ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ):
+        if name.startswith(new):
+            return name.replace(new, old, 1)
+    return name
+
+
+def llava_original_towerless(name: str) -> str | None:
+    """As `llava_original`, without the tower: LLaVA-1.5 and ShareGPT4V fetch it elsewhere."""
+    name = llava_original(name)
+    return None if name.startswith("model.vision_tower.") else name
+
+
+def headless(name: str) -> str | None:
+    """What saving only the base model leaves (LlamaModel, Qwen2VLModel): no head, no `model.`."""
+    return None if "lm_head" in name else name.removeprefix("model.")
+
+
+# How the factories work
+
+
+def _settings(family: str, options: Options | HandOptions) -> Options:
+    settings: Options = {
+        "seed": 1,
+        "dtype": "bfloat16",
+        "tied": False,
+        "vocab": ROWS,
+        "noise": NOISE,
+        "max_shard_size": "200KB",
+    }
+    settings = {**settings, **options}
+    # Without the family in it, two families made with one seed would share their noise
+    settings["seed"] = crc32(f"{family} {settings['seed']}".encode())
+    return settings
+
+
+def _layers(text: Tensors) -> list[str]:
+    count = sum(name.endswith("input_layernorm.weight") for name in text)
+    return [f"layers.{layer}" for layer in range(count)]
+
+
+def _text_config(kind: str, text: Tensors, settings: Options) -> Config:
+    return {
+        "vocab_size": settings["vocab"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": len(_layers(text)),
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KINDS[kind].kv_heads,
+        "head_dim": KINDS[kind].head_dim,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": settings["tied"],
+    }
+
+
+def _class(name: str) -> Any:
+    """From transformers, without its types: mypy reads them for most of a minute."""
+    return getattr(importlib.import_module("transformers"), name)
+
+
+def _make_text(name: str, folder: Path, parent: Tensors, options: Options) -> Path:
+    settings = _settings(name, options)
+    config = _class(f"{name}Config")(**_text_config(name.lower(), parent, settings))
+    text = descend(parent, settings["seed"], noise=settings["noise"], vocab=settings["vocab"])
+    return _save_model(_class(f"{name}ForCausalLM"), config, text, folder, settings)
+
+
+def _make_vision(name: str, folder: Path, parent: Tensors, options: Options, extra: Config) -> Path:
+    settings = _settings(name, options)
+    kind = LINE_OF[name]
+    text_config = _text_config(kind, parent, settings)
+    if name.startswith("Llava"):
+        text_config["model_type"] = kind
+    else:
+        # The three shares of the rotary dimensions: time, height, width; together half a head
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        text_config["rope_parameters"] = rope
+    config = _class(f"{name}Config")(
+        text_config=text_config, tie_word_embeddings=settings["tied"], **extra
+    )
+    added = KINDS[kind].tokens
+    text = descend(
+        parent,
+        settings["seed"],
+        noise=settings["noise"],
+        vocab=settings["vocab"],
+        # Each family trained its own tokens on these ids: the rows have nothing in common
+        fresh=slice(added, added + len(BASE_TOKENS)),
+    )
+    return _save_model(_class(f"{name}ForConditionalGeneration"), config, text, folder, settings)
+
+
+def _save_model(cls: Any, config: Any, text: Tensors, folder: Path, settings: Options) -> Path:
+    """Build the model, give it the language weights, and let transformers write it."""
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        model = cls(config)
+        for weight in model.parameters():
+            # No zero biases and unit norms in the tower either
+            weight.data += 0.02 * torch.randn(weight.shape)
+        text = dict(text)
+        head = text.pop("lm_head.weight")
+        getattr(model.model, "language_model", model.model).load_state_dict(text)
+        if not settings["tied"]:
+            model.lm_head.load_state_dict({"weight": head})
+        model.to(getattr(torch, settings["dtype"]))
+        model.save_pretrained(folder, max_shard_size=settings["max_shard_size"])
+    return folder
+
+
+def _clip() -> Config:
+    return {
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
+
+
+def _qwen_extra(vision: Config) -> Config:
+    start = KINDS["qwen2"].tokens
+    names = ("vision_start_token_id", "vision_end_token_id", "", "image_token_id", "video_token_id")
+    ids = {name: start + offset for offset, name in enumerate(names) if name}
+    return {**ids, "vision_config": {**vision, "num_heads": 2, "patch_size": PATCH}}
+
+
+def _flat_sizes(text: Tensors) -> Config:
+    return _text_config("llama", text, _settings("", {}))
+
+
+def _ends(text: Tensors) -> Tensors:
+    names = ("embed_tokens.weight", "norm.weight")
+    return {f"model.{name}": text[name] for name in names} | {
+        "lm_head.weight": text["lm_head.weight"]
+    }
+
+
+def _draw_all(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Tensors:
+    random = torch.Generator().manual_seed(seed + 1000)
+    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+def _write(folder: Path, tensors: Tensors, config: Config, settings: Options) -> Path:
+    """Write what no class of transformers could: tensors, and a config.json."""
+    dtype = getattr(torch, settings["dtype"])
+    kept = "rotary_emb.inv_freq"
+    cast = {name: t if name.endswith(kept) else t.to(dtype) for name, t in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_tensors(cast, folder, settings["max_shard_size"])
+    _write_json(folder / "config.json", {**config, "torch_dtype": settings["dtype"]})
+    return folder
+
+
+def _save_tensors(tensors: Tensors, folder: Path, max_shard_size: str = "200KB") -> None:
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def _copy_sidecars(folder: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if not path.name.endswith((".safetensors", ".bin", ".index.json")):
+            shutil.copy(path, out)
+
+
+def _write_json(path: Path, value: Config) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+_COGVLM_VISION: dict[str, tuple[int, ...]] = {
+    "model.vision.boi": (1, 1, HIDDEN),
+    "model.vision.eoi": (1, 1, HIDDEN),
+    "model.vision.patch_embedding.cls_embedding": (1, 32),
+    "model.vision.patch_embedding.proj.weight": (32, 3, PATCH, PATCH),
+    "model.vision.patch_embedding.proj.bias": (32,),
+    "model.vision.patch_embedding.position_embedding.weight": (5, 32),
+    "model.vision.transformer.layers.0.attention.query_key_value.weight": (96, 32),
+    "model.vision.transformer.layers.0.attention.query_key_value.bias": (96,),
+    "model.vision.transformer.layers.0.mlp.fc1.weight": (64, 32),
+    "model.vision.linear_proj.linear_proj.weight": (HIDDEN, 32),
+    "model.vision.linear_proj.norm1.weight": (HIDDEN,),
+    "model.vision.linear_proj.gate_proj.weight": (INNER, HIDDEN),
+}
+_MPLUG_VISION: dict[str, tuple[int, ...]] = {
+    "model.vision_model.embeddings.cls_token": (1, 1, 32),
+    "model.vision_model.embeddings.patch_embed.weight": (32, 3, PATCH, PATCH),
+    "model.vision_model.embeddings.position_embedding": (1, 5, 32),
+    "model.vision_model.encoder.layers.0.input_layernorm.weight": (32,),
+    "model.vision_model.encoder.layers.0.self_attn.query_key_value.weight": (96, 32),
+    "model.vision_model.encoder.layers.0.self_attn.dense.weight": (32, 32),
+    "model.vision_model.post_layernorm.weight": (32,),
+    "model.visual_abstractor.query_embeds": (1, 8, 32),
+    "model.visual_abstractor.visual_fc.weight": (HIDDEN, 32),
+    "model.visual_abstractor.visual_fc.bias": (HIDDEN,),
+    "model.visual_abstractor.vit_eos": (1, 1, HIDDEN),
+    "model.visual_abstractor.encoder.layers.0.crossattention.attention.key.weight": (32, 32),
+}
