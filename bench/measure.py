@@ -1,8 +1,8 @@
 """Measures a command as the kernel sees it: wall, processor time and memory of its process tree.
 
-As a library: `measure(argv) -> Run`; `drop_caches(paths)`, `warm(paths)` and `settled(folder)` for
-the page cache; `copy_limit(...)`, the time in which this machine can read two folders and write a
-third; and `memory_copy_bandwidth(threads)`. As a script, the last two:
+As a library: `measure(argv) -> Run`; `evict(paths)`, `drop_caches(paths)`, `warm(paths)` and
+`settled(folder, bytes)` for the page cache; `copy_limit(...)`, the time in which this machine can
+read two sides and write a third; `memory_copy_bandwidth(threads)`. As a script, the last two:
 
     python bench/measure.py copy OUT_FILE OUT_BYTES --base PATH... --donor PATH...
     python bench/measure.py memory THREADS
@@ -115,13 +115,12 @@ class _Sampler:
 def process_tree(root: int) -> list[int]:
     """The process and its descendants, the root first."""
     children: dict[int, list[int]] = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            with open(f"/proc/{entry}/stat", "rb") as file:
-                parent = int(file.read().rpartition(b")")[2].split()[1])
+            parent = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except OSError:
             continue  # it has just ended
-        children.setdefault(parent, []).append(int(entry))
+        children.setdefault(parent, []).append(int(folder.name))
     tree = [root]
     for pid in tree:
         tree += children.get(pid, [])
@@ -131,8 +130,7 @@ def process_tree(root: int) -> list[int]:
 def anonymous_and_resident(pid: int) -> tuple[int, int]:
     """RssAnon and VmRSS in bytes, from the file that is cheapest to read; 0 once it has ended."""
     try:
-        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-            resident, shared = map(int, file.read().split()[1:3])
+        resident, shared = map(int, Path(f"/proc/{pid}/statm").read_bytes().split()[1:3])
     except OSError:
         return 0, 0
     return (resident - shared) * PAGE, resident * PAGE
@@ -141,26 +139,32 @@ def anonymous_and_resident(pid: int) -> tuple[int, int]:
 def highest_resident(pid: int) -> int:
     """VmHWM in bytes: the kernel's own record of the resident peak of one process."""
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-            return next((int(s.split()[1]) * 1024 for s in file if s.startswith("VmHWM")), 0)
+        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
     except OSError:
         return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"VmHWM")), 0)
 
 
 # --- the page cache -----------------------------------------------------------------------------
 
 
 def all_files(paths: Iterable[StrPath]) -> Iterator[Path]:
+    """The given files, and every file below the given folders."""
     for path in map(Path, paths):
         yield from sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def drop_caches(paths: Iterable[StrPath]) -> None:
-    """Evicts files and folders from the page cache; as root, everything else as well."""
+def evict(paths: Iterable[StrPath]) -> None:
+    """Puts files and folders out of the page cache; needs no rights."""
     for path in all_files(paths):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def drop_caches(paths: Iterable[StrPath]) -> None:
+    """Evicts files and folders; as root also everything else, imported libraries included."""
+    evict(paths)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a container may lack the right
             Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -260,6 +264,7 @@ def memory_copy_bandwidth(threads: int) -> float:
 
 
 def main() -> None:
+    """Prints one of the machine's limits."""
     parser = argparse.ArgumentParser(description="Measure the limits of this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     copy = commands.add_parser("copy", help="seconds to read two sides and write a file")

@@ -14,5 +14,5 @@ base, donor, out = map(Path, sys.argv[1:])
 out.mkdir(parents=True, exist_ok=True)
 for shard in sorted(base.glob("*.safetensors")):
     with safe_open(shard, "pt") as a, safe_open(donor / shard.name, "pt") as b:
-        merged = {k: torch.lerp(a.get_tensor(k), b.get_tensor(k), 0.5) for k in a.offset_keys()}
+        merged = {k: torch.lerp(a.get_tensor(k), b.get_tensor(k), 0.5) for k in sorted(a.keys())}
     save_file(merged, out / shard.name, metadata={"format": "pt"})

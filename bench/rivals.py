@@ -4,9 +4,9 @@
     python bench/rivals.py PAIR/base PAIR/donor OUT_DIR [--only NAME ...] [--env FOLDER]
 
 BASE and DONOR must have the same architecture, as mergekit wants it. Every row starts with its
-inputs out of the page cache, its program's imports in it, and free memory settled; its output is
-synced (timed apart, as `sync_s`) and deleted; and a copy limit taken just before it says what the
-disk could do at that moment. mergekit gets an environment of its own, because it may want other
+inputs out of the page cache, its program's imports in it, and free memory settled; a copy limit
+taken just before says what the machine could do at that moment; the output is synced (timed apart,
+as `sync_s`) and deleted. mergekit gets an environment of its own, because it may want other
 versions than we do; it is made on first use. The other rows run with this interpreter and need
 torch and safetensors. Our own merge is measured elsewhere: see merge.py.
 
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measure import all_files, copy_limit, drop_caches, measure, settled
+from measure import all_files, copy_limit, drop_caches, evict, measure, settled
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -67,6 +67,8 @@ class Rival:
 
 
 def mergekit(*options: str) -> Callable[[Job], list[str]]:
+    """The command of a mergekit run with these options; writes the recipe for it."""
+
     def command(job: Job) -> list[str]:
         recipe = job.out.with_name("linear.yaml")
         recipe.write_text(RECIPE.format(base=quote(job.base), donor=quote(job.donor)))
@@ -76,18 +78,22 @@ def mergekit(*options: str) -> Callable[[Job], list[str]]:
 
 
 def quote(path: Path) -> str:
+    """A path as a YAML string."""
     return json.dumps(str(path))
 
 
 def mergekit_help(job: Job) -> list[str]:
+    """A command that imports what mergekit imports."""
     return [str(mergekit_program(job.env)), "--help"]
 
 
 def script(name: str) -> Callable[[Job], list[str]]:
+    """The command of a script that stands beside this one."""
     return lambda job: [sys.executable, str(HERE / name), *map(str, (job.base, job.donor, job.out))]
 
 
 def import_torch(_job: Job) -> list[str]:
+    """A command that imports what the scripts import."""
     return [sys.executable, "-c", "import torch, safetensors.torch"]
 
 
@@ -111,13 +117,17 @@ def mergekit_program(env: Path) -> Path:
 
 
 def checked(argv: list[str]) -> None:
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Runs a command that must succeed."""
+    done = subprocess.run(
+        argv, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         why = last_line(done.stdout)
         raise RuntimeError(f"{' '.join(argv)} ended with {done.returncode}: {why}")
 
 
 def last_line(text: str) -> str:
+    """Where a traceback says what happened."""
     return (text.strip().splitlines() or ["no output"])[-1]
 
 
@@ -125,14 +135,15 @@ def run_row(name: str, rival: Rival, job: Job) -> dict[str, Any]:
     """One rival from cold inputs to synced output; a row with `failed` where it did not work."""
     try:
         prepare, command = rival.prepare(job), rival.command(job)
-        limit = copy_limit([job.base], [job.donor], job.bytes, job.out)
         drop_caches([job.base, job.donor])
         checked(prepare)
         with settled(job.out.parent, 4 * job.bytes):
+            limit = copy_limit([job.base], [job.donor], job.bytes, job.out)
+            evict([job.base, job.donor])
             run = measure(command, env={"HF_HUB_OFFLINE": "1", **rival.env})
+            if run.returncode:
+                raise RuntimeError(f"ended with {run.returncode}: {last_line(run.stdout_tail)}")
             sync_s = sync(job.out)
-        if run.returncode:
-            raise RuntimeError(f"ended with {run.returncode}: {last_line(run.stdout_tail)}")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return {"name": name, "failed": str(error)}
     finally:
@@ -151,6 +162,7 @@ def sync(folder: Path) -> float:
 
 
 def table_line(row: dict[str, Any]) -> str:
+    """A row for people."""
     if "failed" in row:
         return f"{row['name']:<16}failed: {row['failed']}"
     times = (row["copy_limit_s"], row["wall_s"], row["sync_s"])
@@ -162,6 +174,7 @@ def table_line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measures the chosen rivals one after another."""
     parser = argparse.ArgumentParser(description="Measure other mergers on the same merge.")
     parser.add_argument("base", type=Path)
     parser.add_argument("donor", type=Path)

@@ -65,6 +65,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
+        """How many plain tokens the tokenizer has: the id of the first added one."""
         return self.vocab - UNUSED_ROWS
 
 
@@ -91,6 +92,7 @@ class Side:
 
 
 def with_bias(name: str, *shape: int) -> Shapes:
+    """A layer's weight, and its bias of as many elements as the weight has rows."""
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
@@ -115,6 +117,7 @@ def language(size: Size, vocab: int, prefix: str = "") -> Shapes:
 
 
 def qwen2_vl(size: Size) -> Shapes:
+    """Qwen2-VL as it lies on the Hub."""
     vit, merged = size.vit, 4 * size.vit
     shapes: Shapes = {"visual.patch_embed.proj.weight": (vit, 3, 2, 14, 14)}
     for block in range(VIT_DEPTH):
@@ -131,6 +134,7 @@ def qwen2_vl(size: Size) -> Shapes:
 
 
 def llava_onevision(size: Size) -> Shapes:
+    """LLaVA-OneVision as llava-hf spells it on the Hub."""
     width, ffn, tower = size.siglip, size.siglip_ffn, "vision_tower.vision_model."
     shapes = with_bias(f"{tower}embeddings.patch_embedding", width, 3, 14, 14)
     shapes[f"{tower}embeddings.position_embedding.weight"] = (729, width)
@@ -151,6 +155,7 @@ def llava_onevision(size: Size) -> Shapes:
 
 
 def qwen2_config(size: Size, vocab: int, dtype: str) -> dict[str, Any]:
+    """A config.json of Qwen2ForCausalLM."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -172,6 +177,7 @@ def qwen2_config(size: Size, vocab: int, dtype: str) -> dict[str, Any]:
 
 
 def qwen2_vl_config(size: Size) -> dict[str, Any]:
+    """A config.json of Qwen2VLForConditionalGeneration."""
     return qwen2_config(size, size.vocab, "BF16") | {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
@@ -196,6 +202,7 @@ def qwen2_vl_config(size: Size) -> dict[str, Any]:
 
 
 def llava_onevision_config(size: Size, dtype: str) -> dict[str, Any]:
+    """A config.json of LlavaOnevisionForConditionalGeneration."""
     text = qwen2_config(size, size.vocab + 64, dtype)
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -251,6 +258,7 @@ def grow_vocabulary(tokens: int) -> tuple[dict[str, int], list[tuple[str, str]]]
 
 
 def write_tokenizer(folder: Path, tokens: int, added: list[str]) -> None:
+    """Writes tokenizer.json and tokenizer_config.json as transformers 5 does for Qwen2."""
     vocab, merges = grow_vocabulary(tokens)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
@@ -318,6 +326,7 @@ class Noise:
         return pool
 
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
+        """The values of one tensor, as views of the pool."""
         is_norm = len(shape) == 1 and name.endswith(".weight")
         pool = self.norms if is_norm else self.weights
         role = name.removeprefix("language_model.")
@@ -343,10 +352,12 @@ def split_shards(shapes: Shapes, count: int) -> list[Shapes]:
 
 
 def tensor_bytes(shape: tuple[int, ...]) -> int:
+    """The size of a tensor of 16-bit elements."""
     return 2 * int(np.prod(shape))
 
 
 def write_shard(path: Path, shapes: Shapes, dtype: str, noise: Noise) -> None:
+    """Streams one safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -373,6 +384,7 @@ def push_to_disk(file: BufferedWriter, fresh: int) -> None:
 
 
 def write_json(path: Path, document: object) -> None:
+    """Writes readable JSON."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=2, ensure_ascii=False)
 
@@ -399,6 +411,7 @@ def write_checkpoint(folder: Path, side: Side, size: Size, noise: Noise) -> int:
 
 
 def make_sides(kind: str, size: Size, donor_dtype: str) -> tuple[Side, Side]:
+    """Base and donor of a kind."""
     if kind == "qwen2":
         shapes = language(size, size.vocab)
         base_config = qwen2_config(size, size.vocab, "BF16")
@@ -411,6 +424,7 @@ def make_sides(kind: str, size: Size, donor_dtype: str) -> tuple[Side, Side]:
 
 
 def main() -> None:
+    """Writes the pair that the command line asks for."""
     parser = argparse.ArgumentParser(description="Make a pair of synthetic checkpoints.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="small")

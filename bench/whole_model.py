@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
     return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 

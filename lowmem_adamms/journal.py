@@ -3,7 +3,7 @@
 One JSON object a line, each line fsynced before what it promises is relied on:
     {"merge": fingerprint}                        which merge this folder is of
     {"file": name, "upto": n}                     the first n bytes of the file are durable
-    {"file": name, "size": n, "sha256": digest}   the file is complete and durable
+    {"file": name, "size": n, "blake3": digest}   the file is complete and durable
 A last line cut short by the kill is ignored. The journal is locked while a merge runs.
 """
 
@@ -89,7 +89,7 @@ class Journal:
         self._file.truncate(end)
 
     def _take(self, line: dict[str, Any]) -> None:
-        if "sha256" in line:
+        if "blake3" in line:
             self.done[line["file"]] = line
         elif "upto" in line:
             self.upto[line["file"]] = line["upto"]

@@ -119,6 +119,8 @@ def run(
                 sink.copy(window.step, window.offset, window.span)
             else:
                 _blend(window, alpha, sink, files, kernel)
+                for span in (span for piece in window for span in piece.spans):
+                    readers.submit(files.release, span)
             if progress:
                 progress(sum(piece.nbytes for piece in _pieces_of(window)))
 
@@ -128,7 +130,7 @@ def _pieces_of(window: Window) -> list[Piece] | list[Copy]:
 
 
 def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: Kernel) -> None:
-    """One window: a slot for each piece, one kernel call per triple of dtypes, pages let go."""
+    """One window: a slot for each piece, then one kernel call per triple of dtypes."""
     calls: dict[tuple[str, str, str], list[tuple[Bytes, Bytes, Bytes]]] = {}
     for piece in window:
         base = files.view(piece.base)
@@ -138,9 +140,6 @@ def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: 
     for dtypes, parts in calls.items():
         kernel(parts, dtypes, alpha)
     sink.commit()
-    for piece in window:
-        for span in piece.spans:
-            files.release(span)
 
 
 def _read_ahead(

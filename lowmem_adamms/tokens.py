@@ -73,19 +73,18 @@ def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -
 def _fill(hashes: array[int], tokens: Any) -> None:
     """Enter (token, id) pairs; an id beyond any real vocabulary is refused, not allocated."""
     for token, i in tokens:
-        if not 0 <= i < 1 << 22:
-            raise ValueError(f"token id {i} out of range")
-        if i >= len(hashes):
-            hashes.extend([_ABSENT] * (i + 1 - len(hashes)))
+        if not 0 <= i < len(hashes):
+            if not 0 <= i < 1 << 22:
+                raise ValueError(f"token id {i} out of range")
+            hashes.extend([_ABSENT] * max(i + 1 - len(hashes), len(hashes)))
         hashes[i] = hash(token) or 1
 
 
 def _from_tokenizer_json(text: str) -> Iterator[tuple[str, int]]:
     """The pairs of `model.vocab` (a map, or Unigram's list) and of `added_tokens`."""
     read = json.JSONDecoder().raw_decode
-    top = dict(_members(text, _SPACE.match(text).end()))  # type: ignore[union-attr]
-    model = dict(_members(text, top["model"]))
-    vocab, _ = read(text, model["vocab"])
+    top = _find(text, _after_space(text, 0), "added_tokens", "model")
+    vocab, _ = read(text, _find(text, top["model"], "vocab")["vocab"])
     if isinstance(vocab, dict):
         yield from vocab.items()
     else:
@@ -102,6 +101,17 @@ def _added(folder: Path) -> Iterator[tuple[str, int]]:
     if (path := folder / "tokenizer_config.json").is_file():
         added = json.loads(path.read_bytes()).get("added_tokens_decoder", {})
         yield from ((token["content"], int(i)) for i, token in added.items())
+
+
+def _find(text: str, start: int, *wanted: str) -> dict[str, int]:
+    """Where the values of the wanted keys stand; what comes behind the last is not looked at."""
+    found: dict[str, int] = {}
+    for key, position in _members(text, start):
+        if key in wanted:
+            found[key] = position
+        if len(found) == len(wanted):
+            break
+    return found
 
 
 def _members(text: str, start: int) -> Iterator[tuple[str, int]]:

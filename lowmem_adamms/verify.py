@@ -6,12 +6,13 @@ that wrote them. Leaves to others: how a checkpoint is read (`checkpoint.py`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 from . import card, header
 from .checkpoint import Checkpoint, Span, open_checkpoint
@@ -44,7 +45,7 @@ def verify(
 ) -> Verdict:
     """Check the merged folder `out`; FormatError says what is wrong.
 
-    Always: headers, index, total_size, metadata, recorded sizes. deep: also the sha256 of every
+    Always: headers, index, total_size, metadata, recorded sizes. deep: also the BLAKE3 digest of every
     shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
     """
     out = Path(out)
@@ -96,12 +97,12 @@ def _check_bytes(
     """Digests of the outputs, then sampled rows against the inputs; returns how many rows."""
     for output in recipe["outputs"]:
         if progress:
-            progress(f"sha256 of {output['file']}")
+            progress(f"BLAKE3 of {output['file']}")
         with (out / output["file"]).open("rb") as file:
-            found = _sha256(file)
-        if found != output["sha256"]:
+            found = _digest(file)
+        if found != output["blake3"]:
             raise FormatError(
-                f"{out / output['file']}: sha256 is {found}, adamms.json says {output['sha256']}"
+                f"{out / output['file']}: BLAKE3 is {found}, adamms.json says {output['blake3']}"
             )
     plan = _plan_again(recipe)
     wanted = {step.name for step in plan.steps}
@@ -182,8 +183,8 @@ def _read(span: Span, first: int, count: int) -> bytes:
         return file.read(span.dtype.nbytes(count))
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
+def _digest(file: Any) -> str:
+    digest = blake3()
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()

@@ -21,6 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from . import card, header, kinship
 from .checkpoint import Span
 from .errors import MappingError, OutputError
@@ -32,8 +34,8 @@ from .stream import start_writeback
 if TYPE_CHECKING:
     from .stream import Bytes
 
-BUFFERS = 3
-"""Windows of output in memory at once: one being blended, one being written, one between."""
+BUFFERS = 4
+"""Windows of output in memory at once: one being blended, one being written, two between."""
 DURABLE = 1 << 30
 """Bytes after which what is written is made durable and noted, for a killed run to resume from."""
 TRAIL = 64 << 20
@@ -128,7 +130,7 @@ def _out_file(name: str, steps: list[Step]) -> OutFile:
 class DiskSink:
     """Writes windows to the shards in `out/.partial`, in order, in threads of its own.
 
-    Anonymous memory: BUFFERS windows. One thread writes, one computes the sha256 of what is written.
+    Anonymous memory: BUFFERS windows. One thread writes, one computes the digest of what is written.
     """
 
     def __init__(
@@ -230,7 +232,7 @@ class DiskSink:
 
     def _finish(self, shard: _Shard) -> None:
         digest = shard.finish()
-        self._journal.note(file=shard.file.name, size=shard.file.size, sha256=digest)
+        self._journal.note(file=shard.file.name, size=shard.file.size, blake3=digest)
 
     def _submit(self, work: Callable[..., None], *args: Any) -> None:
         self._pending.append(self._writer.submit(work, *args))
@@ -258,13 +260,13 @@ def _joined(
 
 
 class _Shard:
-    """One output file being written, from byte `resume` on; its sha256 covers it from byte 0."""
+    """One output file being written, from byte `resume` on; its digest covers it from byte 0."""
 
     def __init__(
         self, work: Path, file: OutFile, resume: int, hasher: ThreadPoolExecutor, *, evict: bool
     ) -> None:
         self.file, self._hasher, self._evict = file, hasher, evict
-        self._sha = hashlib.sha256()
+        self._digest = blake3()
         fresh = resume <= len(file.header)
         flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
         self._fd = os.open(work / file.name, flags, 0o666)
@@ -275,13 +277,13 @@ class _Shard:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._fd, 0, file.size)
             _pwrite_all(self._fd, memoryview(file.header), 0)
-            self._sha.update(file.header)
+            self._digest.update(file.header)
         else:
             self._hash_file(self._fd, 0, resume)
 
     def write(self, at: int, view: Bytes) -> None:
         """Write and hash one stretch."""
-        hashing = self._hasher.submit(self._sha.update, view)
+        hashing = self._hasher.submit(self._digest.update, view)
         _pwrite_all(self._fd, memoryview(view), at)
         self._written(at, view.size)
         hashing.result()
@@ -304,10 +306,10 @@ class _Shard:
         return self._end
 
     def finish(self) -> str:
-        """fsync, close, and the sha256 of the whole file."""
+        """fsync, close, and the BLAKE3 digest of the whole file."""
         os.fsync(self._fd)
         self.close()
-        return self._sha.hexdigest()
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         """Close the file; again is harmless."""
@@ -329,7 +331,7 @@ class _Shard:
         for at in range(start, start + nbytes, len(view)):
             wanted = view[: min(len(view), start + nbytes - at)]
             _pread_all(fd, wanted, at)
-            self._sha.update(wanted)
+            self._digest.update(wanted)
 
 
 def _pwrite_all(fd: int, view: memoryview, at: int) -> None:
@@ -438,7 +440,7 @@ def _write_papers(
         _write_json(work / "config.json", card.config_in_dtype(plan.base.config, dtype))
     _write_file(work / "README.md", card.model_card(plan, alpha).encode())
     made = [journal.done[file.name] for file in files]
-    outputs = [{key: line[key] for key in ("file", "size", "sha256")} for line in made]
+    outputs = [{key: line[key] for key in ("file", "size", "blake3")} for line in made]
     _write_json(work / "adamms.json", papers | {"outputs": outputs})
 
 
