@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW = 8 << 20
 """Bytes of output per window."""
-AHEAD = 3
+AHEAD = 6
 """Windows whose pages are brought in before they are needed."""
 
 
@@ -71,11 +72,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A part that is taken verbatim."""
+    """A stretch that is taken verbatim. Its pages are brought in, but evicted by the sink."""
 
     step: Step
     offset: int
     span: Span
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The input bytes it needs."""
+        return (self.span,)
 
     @property
     def nbytes(self) -> int:
@@ -113,19 +119,22 @@ def run(
         from .kernels.select import select
 
         kernel, _ = select()
-    with Files(evict=evict) as files, ThreadPoolExecutor(2, "read") as readers:
+    with Files() as files, ExitStack() as stack:
+        # One reader a side: the kernel reads ahead well only where a file is read in order.
+        *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
         for window in _read_ahead(_windows(plan, alpha, sink), files, readers):
             if isinstance(window, Copy):
                 sink.copy(window.step, window.offset, window.span)
             else:
                 _blend(window, alpha, sink, files, kernel)
-                for span in (span for piece in window for span in piece.spans):
-                    readers.submit(files.release, span)
+            for piece in _pieces(window):
+                for span in piece.spans:
+                    releaser.submit(files.behind(span, evict=evict and isinstance(piece, Piece)))
             if progress:
-                progress(sum(piece.nbytes for piece in _pieces_of(window)))
+                progress(sum(piece.nbytes for piece in _pieces(window)))
 
 
-def _pieces_of(window: Window) -> list[Piece] | list[Copy]:
+def _pieces(window: Window) -> Sequence[Piece | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
@@ -143,16 +152,15 @@ def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: 
 
 
 def _read_ahead(
-    windows: Iterator[Window], files: Files, readers: ThreadPoolExecutor
+    windows: Iterator[Window], files: Files, readers: Sequence[ThreadPoolExecutor]
 ) -> Iterator[Window]:
     """The same windows, each with its pages brought in; AHEAD more are under way behind it."""
     queue: deque[tuple[Window, list[Future[None]]]] = deque()
     for window in windows:
         futures: list[Future[None]] = []
-        if not isinstance(window, Copy):
-            for span in (span for piece in window for span in piece.spans):
-                files.open(span)
-                futures.append(readers.submit(files.populate, span))
+        for piece in _pieces(window):
+            for reader, span in zip(readers, piece.spans, strict=False):
+                futures += map(reader.submit, files.ahead(span))
         queue.append((window, futures))
         if len(queue) > AHEAD:
             yield _ready(*queue.popleft())
@@ -180,8 +188,11 @@ def _windows(plan: Plan, alpha: float, sink: Sink) -> Iterator[Window]:
                 if window:
                     yield window
                     window, room = [], WINDOW
-                yield Copy(step, offset, base)
-                offset += base.nbytes
+                for start in range(base.start, base.stop, WINDOW):
+                    stop = min(start + WINDOW, base.stop)
+                    stretch = replace(base, start=start, stop=stop, shape=(stop - start,))
+                    yield Copy(step, offset, stretch)
+                    offset += stretch.nbytes
                 continue
             for piece in _cut(step, offset, base, donor, room):
                 window.append(piece)

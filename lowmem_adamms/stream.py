@@ -1,8 +1,10 @@
 """Mapped reads of weight files: pages are brought in ahead of use and let go behind it.
 
-A mapping costs no anonymous memory; its pages are the kernel's to evict. On Linux 5.14 and later
-pages are populated by an explicit call in a thread, elsewhere by advice. Leaves to others: what is
-read, in which order, and when it is done with.
+A mapping costs no anonymous memory; its pages are the kernel's to evict. Reading ahead and letting
+go happen in aligned blocks, whatever the tensors' bounds: whole blocks make requests of full size,
+and hold the cache's large folios whole, which could not be dropped by halves. On Linux 5.14 and
+later a block is populated by an explicit call, elsewhere by advice. Leaves to others: what is read,
+in which order, and when it is done with.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, linux/mman.h; not in Python's mmap module
-_PAGE = mmap.PAGESIZE
+BLOCK = 8 << 20
+"""Bytes brought in or let go at a time, from multiples of it on."""
 
 
 class Mapped:
@@ -43,22 +47,20 @@ class Mapped:
         """The bytes from `start` to `stop`; must not be used after close()."""
         return self._bytes[start:stop]
 
-    def populate(self, start: int, stop: int) -> None:
-        """Bring the pages in now, without holding the GIL. Only ever advice: errors are ignored."""
-        start -= start % _PAGE
-        if _madvise(self._address + start, stop - start, _POPULATE_READ) != 0:
-            self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+    def populate(self, block: int) -> None:
+        """Bring a block's pages in now, without the GIL. Only ever advice: errors are ignored."""
+        start = block * BLOCK
+        length = min(BLOCK, self._bytes.size - start)
+        if _madvise(self._address + start, length, _POPULATE_READ) != 0:
+            self._map.madvise(mmap.MADV_WILLNEED, start, length)
 
-    def release(self, start: int, stop: int, *, evict: bool) -> None:
-        """Unmap whole pages before `stop`; with `evict` also drop them from the page cache."""
-        start, stop = start - start % _PAGE, stop - stop % _PAGE
-        if stop <= start:
-            return
-        self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
-        if evict and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                self._file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED
-            )
+    def release(self, first: int, last: int, *, evict: bool) -> None:
+        """Unmap blocks `first` to `last - 1`; with `evict` also drop them from the page cache."""
+        start, stop = first * BLOCK, min(last * BLOCK, self._bytes.size)
+        if start < stop:
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            if evict:
+                evict_range(self._file.fileno(), start, stop)
 
     def close(self) -> None:
         """Unmap; views handed out before keep the mapping alive until they are gone."""
@@ -71,11 +73,11 @@ class Mapped:
 
 
 class Files:
-    """The mapped files of one run, opened on first use and closed together."""
+    """The mapped files of one run, opened on first use and closed together. Used by one thread."""
 
-    def __init__(self, *, evict: bool) -> None:
-        self._evict = evict
+    def __init__(self) -> None:
         self._open: dict[Path, Mapped] = {}
+        self._asked: set[tuple[Path, int]] = set()
 
     def __enter__(self) -> Files:
         return self
@@ -95,17 +97,22 @@ class Files:
         view = self._mapped(span.path).view(span.start, span.stop)
         return view.copy() if span.start % span.dtype.itemsize else view
 
-    def populate(self, span: Span) -> None:
-        """Bring a span's pages in ahead of use."""
-        self._mapped(span.path).populate(span.start, span.stop)
+    def ahead(self, span: Span) -> list[Callable[[], None]]:
+        """Calls, for any thread, that bring in those blocks of a span nobody has asked for yet."""
+        mapped = self._mapped(span.path)
+        blocks = range(span.start // BLOCK, -(-span.stop // BLOCK))
+        fresh = [block for block in blocks if (span.path, block) not in self._asked]
+        self._asked.update((span.path, block) for block in fresh)
+        return [partial(mapped.populate, block) for block in fresh]
 
-    def release(self, span: Span) -> None:
-        """Let a span's pages go."""
-        self._mapped(span.path).release(span.start, span.stop, evict=self._evict)
+    def behind(self, span: Span, *, evict: bool) -> Callable[[], None]:
+        """A call, for any thread, that lets go of the blocks which end inside a span.
 
-    def open(self, span: Span) -> None:
-        """Map a span's file (done in one thread, so that others only ever find it mapped)."""
-        self._mapped(span.path)
+        evict: also from the page cache.
+        """
+        first, last = span.start // BLOCK, span.stop // BLOCK
+        self._asked.difference_update((span.path, block) for block in range(first, last))
+        return partial(self._mapped(span.path).release, first, last, evict=evict)
 
     def _mapped(self, path: Path) -> Mapped:
         if path not in self._open:
@@ -131,10 +138,15 @@ def _madvise(address: int, length: int, advice: int) -> int:
     return _libc_madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
-def start_writeback(fd: int, offset: int, length: int, *, wait: bool = False) -> None:
+def evict_range(fd: int, start: int, stop: int) -> None:
+    """Drop clean, unmapped pages of a range from the page cache."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
+def write_out(fd: int, start: int, stop: int, *, wait: bool = False) -> None:
     """Have dirty pages of a range written out now, so that fsync finds little left (Linux)."""
-    if _libc_sync_file_range is not None:
+    if _libc_sync_file_range is not None and start < stop:
+        length = ctypes.c_int64(stop - start)
         flags = 7 if wait else 2  # WAIT_BEFORE | WRITE | WAIT_AFTER, or WRITE alone
-        _libc_sync_file_range(
-            ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(flags)
-        )
+        _libc_sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), length, ctypes.c_uint(flags))

@@ -29,7 +29,7 @@ from .errors import MappingError, OutputError
 from .journal import NAME, WORK, Journal
 from .merge import WINDOW, check_alpha, run
 from .plan import Plan, Step
-from .stream import start_writeback
+from .stream import BLOCK, evict_range, write_out
 
 if TYPE_CHECKING:
     from .stream import Bytes
@@ -296,6 +296,8 @@ class _Shard:
             _copy_range(source, self._fd, span.start, at, span.nbytes)
             self._written(at, span.nbytes)
             hashing.result()
+            if self._evict:
+                evict_range(source, span.start, span.stop)
         finally:
             os.close(source)
 
@@ -318,13 +320,15 @@ class _Shard:
             self._fd = -1
 
     def _written(self, at: int, nbytes: int) -> None:
-        self._end = at + nbytes
+        """Start writing out the whole blocks that are filled, and see off those TRAIL behind."""
+        before, self._end = self._end // BLOCK, at + nbytes
         self.since_durable += nbytes
-        start_writeback(self._fd, at, nbytes)
-        if at >= TRAIL:
-            start_writeback(self._fd, at - TRAIL, nbytes, wait=True)
-            if self._evict and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fd, at - TRAIL, nbytes, os.POSIX_FADV_DONTNEED)
+        first, last = before * BLOCK, self._end // BLOCK * BLOCK
+        write_out(self._fd, first, last)
+        first, last = max(0, first - TRAIL), max(0, last - TRAIL)
+        write_out(self._fd, first, last, wait=True)
+        if self._evict and first < last:
+            evict_range(self._fd, first, last)
 
     def _hash_file(self, fd: int, start: int, nbytes: int) -> None:
         view = memoryview(self._scratch)
