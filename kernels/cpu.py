@@ -10,7 +10,10 @@ Everything the compiled code needs stands in this file, because numba's cache do
 in others. Leaves to others: which parts, and when pages are mapped or released.
 """
 
+# What numba compiles it also types; mypy sees neither its types nor that an intrinsic's first
+# argument is numba's own.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="call-arg, var-annotated"
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from numba.extending import intrinsic, overload
 BLOCK = 1 << 15
 """Elements a thread takes at a time: large enough to stream, small enough to share out."""
 
-_TAGS = {
+_TAGS: dict[str, npt.NDArray[Any]] = {
     "BF16": np.empty(0, np.uint16),
     "F16": np.empty(0, np.int16),
     "F32": np.empty(0, np.float32),

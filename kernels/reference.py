@@ -55,7 +55,7 @@ def cast(bits: Bits, dtype: str, out_dtype: str) -> Bits:
 def widen(bits: Bits, dtype: str) -> Floats:
     """Exact float64 values of a storage array."""
     if dtype == "BF16":
-        bits, dtype = bits.astype(np.uint32) << 16, "F32"
+        bits, dtype = np.left_shift(bits, np.uint32(16), dtype=np.uint32), "F32"
     with np.errstate(invalid="ignore"):
         return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float64)
 
@@ -85,4 +85,5 @@ def _narrow_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     up = (size > middle) | ((size == middle) & (lower & 1 == 1))
     up &= ~np.isinf(size)
     sign = np.signbit(values).astype(np.uint16) << np.uint16(15)
-    return (lower + up.astype(np.uint16)) | sign
+    rounded: npt.NDArray[np.uint16] = (lower + up.astype(np.uint16)) | sign
+    return rounded

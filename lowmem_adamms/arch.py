@@ -4,9 +4,9 @@ An Arch is data (`archs.py` holds them all). Reading a checkpoint with one gives
 tensor either the blocks of the common decoder in it, in memory order along dim 0, or what else it
 is (vision tower, connector, …). Nothing here knows a family by name.
 
-Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of `attn.{q,k,v,o}.{weight,bias}`,
-`attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`, `attn_norm.weight`, `mlp_norm.weight`.
-A stream may follow: `@text`, `@vision` (a copy that only those tokens use).
+Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
+`attn.{q,k,v,o}.{weight,bias}`, `attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`,
+`attn_norm.weight`, `mlp_norm.weight`. A stream may follow: `@text`, `@vision` (a copy that only those tokens use).
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def recognise(checkpoint: Checkpoint, archs: Iterable[Arch], fallback: Arch) -> 
     named = [layout for arch, layout in fits if announced & set(arch.classes)]
     if named:
         return min(named, key=_unexplained)
-    says = f"config.json announces {', '.join(sorted(announced))}" if announced else "no config.json"
+    says = (
+        f"config.json announces {', '.join(sorted(announced))}" if announced else "no config.json"
+    )
     exact = [layout for _, layout in fits if not _unexplained(layout)]
     for layout in exact:
         return _assume(layout, f"{says}; taken for {layout.arch} by its tensor names")
@@ -109,7 +111,8 @@ def recognise(checkpoint: Checkpoint, archs: Iterable[Arch], fallback: Arch) -> 
         for head in (f"{prefix}lm_head.weight", *_heads(checkpoint), ""):
             if layout := _read(checkpoint, fallback, prefix, head):
                 return _assume(
-                    layout, f"{says}; a {fallback.name} decoder under {prefix!r} by its tensor names"
+                    layout,
+                    f"{says}; a {fallback.name} decoder under {prefix!r} by its tensor names",
                 )
     example = next(iter(fallback.decoder))
     raise MappingError(

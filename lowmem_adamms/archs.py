@@ -81,10 +81,15 @@ MPLUG_OWL2 = _decoder(
     }
 )
 
-PLAIN = (("model.", "lm_head.weight"),)
+PLAIN = (
+    ("model.", "lm_head.weight"),  # the Hub, and save_pretrained of the …ForCausalLM class
+    ("", "lm_head.weight"),  # save_pretrained of the …Model class
+)
 NESTED = (
-    ("model.language_model.", "lm_head.weight"),  # transformers 5, save_pretrained
+    ("model.language_model.", "lm_head.weight"),  # transformers 5's own module names
     ("language_model.model.", "language_model.lm_head.weight"),  # the Hub, transformers 4
+    ("language_model.model.", "lm_head.weight"),  # a …Model file loaded and saved with its head
+    ("language_model.", "lm_head.weight"),  # save_pretrained of the …Model class
 )
 
 _QWEN_TOWER = {
@@ -113,7 +118,7 @@ ARCHS = (
     Arch(
         name="Llama",
         source="hf.co/meta-llama/Llama-2-7b-hf, lmsys/vicuna-7b-v1.5: weight index",
-        classes=("LlamaForCausalLM",),
+        classes=("LlamaForCausalLM", "LlamaModel"),
         spellings=PLAIN,
         decoder=LLAMA,
         others={},
@@ -121,7 +126,7 @@ ARCHS = (
     Arch(
         name="Qwen2",
         source="hf.co/Qwen/Qwen2-7B, Qwen2.5-7B: weight index",
-        classes=("Qwen2ForCausalLM",),
+        classes=("Qwen2ForCausalLM", "Qwen2Model"),
         spellings=PLAIN,
         decoder=LLAMA,
         others={},
@@ -130,7 +135,7 @@ ARCHS = (
     Arch(
         name="Qwen3",
         source="hf.co/Qwen/Qwen3-8B: weight index; q and k norms per head",
-        classes=("Qwen3ForCausalLM",),
+        classes=("Qwen3ForCausalLM", "Qwen3Model"),
         spellings=PLAIN,
         decoder=LLAMA,
         others={},
@@ -139,7 +144,7 @@ ARCHS = (
     Arch(
         name="Mistral",
         source="hf.co/mistralai/Mistral-7B-v0.1: weight index",
-        classes=("MistralForCausalLM",),
+        classes=("MistralForCausalLM", "MistralModel"),
         spellings=PLAIN,
         decoder=LLAMA,
         others={},
@@ -148,7 +153,7 @@ ARCHS = (
     Arch(
         name="Qwen2-VL",
         source="hf.co/Qwen/Qwen2-VL-7B-Instruct: weight index",
-        classes=("Qwen2VLForConditionalGeneration",),
+        classes=("Qwen2VLForConditionalGeneration", "Qwen2VLModel"),
         spellings=(*PLAIN, *NESTED),
         decoder=LLAMA,
         others=_QWEN_TOWER,
@@ -157,7 +162,7 @@ ARCHS = (
     Arch(
         name="Qwen2.5-VL",
         source="hf.co/Qwen/Qwen2.5-VL-7B-Instruct: weight index",
-        classes=("Qwen2_5_VLForConditionalGeneration",),
+        classes=("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel"),
         spellings=(*PLAIN, *NESTED),
         decoder=LLAMA,
         others=_QWEN_TOWER,
@@ -166,7 +171,7 @@ ARCHS = (
     Arch(
         name="Qwen3-VL",
         source="hf.co/Qwen/Qwen3-VL-8B-Instruct: weight index",
-        classes=("Qwen3VLForConditionalGeneration",),
+        classes=("Qwen3VLForConditionalGeneration", "Qwen3VLModel"),
         spellings=NESTED,
         decoder=LLAMA,
         others=_QWEN_TOWER,
@@ -175,7 +180,7 @@ ARCHS = (
     Arch(
         name="LLaVA-OneVision",
         source="hf.co/llava-hf/llava-onevision-qwen2-7b-ov-hf: weight index",
-        classes=("LlavaOnevisionForConditionalGeneration",),
+        classes=("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel"),
         spellings=NESTED,
         decoder=LLAMA,
         others=_LLAVA_HF,
@@ -193,7 +198,7 @@ ARCHS = (
     Arch(
         name="LLaVA",
         source="hf.co/llava-hf/llava-1.5-7b-hf: weight index",
-        classes=("LlavaForConditionalGeneration",),
+        classes=("LlavaForConditionalGeneration", "LlavaModel"),
         spellings=NESTED,
         decoder=LLAMA,
         others=_LLAVA_HF,
@@ -202,7 +207,7 @@ ARCHS = (
     Arch(
         name="LLaVA-NeXT",
         source="hf.co/llava-hf/llava-v1.6-vicuna-7b-hf: weight index",
-        classes=("LlavaNextForConditionalGeneration",),
+        classes=("LlavaNextForConditionalGeneration", "LlavaNextModel"),
         spellings=NESTED,
         decoder=LLAMA,
         others=_LLAVA_HF,

@@ -24,8 +24,9 @@ from .errors import FormatError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
-WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .ot .npz .tflite".split()
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
+    *(".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite"),
 )
 OURS = frozenset({"README.md", "adamms.json", "report.html"})
 """Files of a checkpoint folder that describe that checkpoint only and are written anew."""

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"disk full ({error}); free some space and run the same command to resume")
+            return _fail(f"disk full ({error}); free some and run the same command to resume")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _fail(f"{error.filename}: {error.strerror}")
         raise

@@ -212,9 +212,7 @@ def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
     return (part.donor, None) if alpha == 1 else (part.base, part.donor)
 
 
-def _cut(
-    step: Step, offset: int, base: Span, donor: Span | None, room: int
-) -> Iterator[Piece]:
+def _cut(step: Step, offset: int, base: Span, donor: Span | None, room: int) -> Iterator[Piece]:
     """A part in pieces: the first fills `room` bytes of output, the others a window each."""
     size = step.dtype.itemsize
     elements, done = base.nbytes // base.dtype.itemsize, 0
@@ -236,4 +234,3 @@ def _slice(span: Span, first: int, count: int) -> Span:
     size = span.dtype.itemsize
     start = span.start + first * size
     return replace(span, start=start, stop=start + count * size, shape=(count,))
-

@@ -123,9 +123,7 @@ def make_plan(
     )
     join = _Join(base, donor, base_layout, donor_layout, embeddings)
     join.check_sizes()
-    steps = tuple(
-        step for name in base.tensors if (step := join.step(name, dtype)) is not None
-    )
+    steps = tuple(step for name in base.tensors if (step := join.step(name, dtype)) is not None)
     if not any(step.action == "interpolate" for step in steps):
         raise MappingError(f"{base.path} and {donor.path} have no parameter in common")
     return Plan(
@@ -251,7 +249,9 @@ class _Join:
                 f" {list(span.shape)}, {donor_name} in {self.donor.path} is {list(partner.shape)}"
             )
         rows = (donor_block.start, donor_block.stop)
-        return [Part((block.start, block.stop), block.role, span, partner, donor_name, rows)], reason
+        return [
+            Part((block.start, block.stop), block.role, span, partner, donor_name, rows)
+        ], reason
 
     def _counterpart(self, role: str) -> tuple[str, Block, str] | None:
         """The donor's tensor and block for a base role, by the design's joining rules."""
@@ -321,8 +321,7 @@ class _Join:
             shared = sum(run.length for run in runs)
             moved = sum(run.length for run in runs if run.base != run.donor)
             return runs, (
-                f"rows by token: {shared} shared, {moved} of them moved,"
-                f" {base_rows - shared} kept"
+                f"rows by token: {shared} shared, {moved} of them moved, {base_rows - shared} kept"
             )
         declared = [self.base_layout.shared_ids, self.donor_layout.shared_ids]
         shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])

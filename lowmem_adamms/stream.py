@@ -9,6 +9,7 @@ in which order, and when it is done with.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -65,10 +66,8 @@ class Mapped:
     def close(self) -> None:
         """Unmap; views handed out before keep the mapping alive until they are gone."""
         del self._bytes
-        try:
+        with contextlib.suppress(BufferError):
             self._map.close()
-        except BufferError:
-            pass
         self._file.close()
 
 

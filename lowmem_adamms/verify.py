@@ -45,8 +45,8 @@ def verify(
 ) -> Verdict:
     """Check the merged folder `out`; FormatError says what is wrong.
 
-    Always: headers, index, total_size, metadata, recorded sizes. deep: also the BLAKE3 digest of every
-    shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
+    Always: headers, index, total_size, metadata, recorded sizes. deep: also the BLAKE3 digest of
+    every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
     """
     out = Path(out)
     if (out / WORK).exists():
@@ -92,7 +92,10 @@ def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) 
 
 
 def _check_bytes(
-    out: Path, checkpoint: Checkpoint, recipe: dict[str, Any], progress: Callable[[str], None] | None
+    out: Path,
+    checkpoint: Checkpoint,
+    recipe: dict[str, Any],
+    progress: Callable[[str], None] | None,
 ) -> int:
     """Digests of the outputs, then sampled rows against the inputs; returns how many rows."""
     for output in recipe["outputs"]:
@@ -121,9 +124,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     """The plan of the recipe, its inputs being the ones that were merged."""
     options = recipe["options"]
     dtype = DTYPES[options["dtype"]] if options["dtype"] else None
-    plan = make_plan(
-        recipe["base"], recipe["donor"], embeddings=options["embeddings"], dtype=dtype
-    )
+    plan = make_plan(recipe["base"], recipe["donor"], embeddings=options["embeddings"], dtype=dtype)
     for side, opened in (("base", plan.base), ("donor", plan.donor)):
         for shard, noted in zip(opened.shards, recipe["inputs"][side], strict=True):
             if card.input_digest(shard)["sample_sha256"] != noted["sample_sha256"]:
@@ -142,7 +143,9 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
     for part in step.parts:
         count = part.base.nbytes * 8 // part.base.dtype.bits
         take = min(count, SAMPLED_ELEMENTS)
-        for first in sorted({(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
+        for first in sorted(
+            {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
+        ):
             if _read(out, position + first, take) != _expected(step, part, first, take, alpha):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
@@ -163,10 +166,9 @@ def _expected(step: Step, part: Part, first: int, count: int, alpha: float) -> b
     donor_span = part.donor or part.base
     weight = alpha if part.donor else 0.0
     dtypes = (part.base.dtype.name, donor_span.dtype.name, step.dtype.name)
-    mixed = reference.blend(
-        _bits(base, dtypes[0]), _bits(_read(donor_span, first, count), dtypes[1]), dtypes, weight
-    )
-    return mixed.tobytes()
+    donor = _read(donor_span, first, count)
+    mixed = reference.blend(_bits(base, dtypes[0]), _bits(donor, dtypes[1]), dtypes, weight)
+    return bytes(mixed.tobytes())
 
 
 def _bits(raw: bytes, dtype: str) -> Bits:

@@ -25,7 +25,7 @@ from blake3 import blake3
 
 from . import card, header, kinship
 from .checkpoint import Span
-from .errors import MappingError, OutputError
+from .errors import OutputError
 from .journal import NAME, WORK, Journal
 from .merge import WINDOW, check_alpha, run
 from .plan import Plan, Step
@@ -130,7 +130,7 @@ def _out_file(name: str, steps: list[Step]) -> OutFile:
 class DiskSink:
     """Writes windows to the shards in `out/.partial`, in order, in threads of its own.
 
-    Anonymous memory: BUFFERS windows. One thread writes, one computes the digest of what is written.
+    Anonymous memory: BUFFERS windows. One thread writes, one digests what is written.
     """
 
     def __init__(
@@ -283,8 +283,9 @@ class _Shard:
 
     def write(self, at: int, view: Bytes) -> None:
         """Write and hash one stretch."""
-        hashing = self._hasher.submit(self._digest.update, view)
-        _pwrite_all(self._fd, memoryview(view), at)
+        data = memoryview(view)  # type: ignore[arg-type]  # a buffer from Python 3.12's view on
+        hashing = self._hasher.submit(self._digest.update, data)
+        _pwrite_all(self._fd, data, at)
         self._written(at, view.size)
         hashing.result()
 
@@ -374,8 +375,8 @@ def _copy_range(source: int, target: int, start: int, at: int, nbytes: int) -> N
 
 def _forget_lost(out: Path, file: OutFile, journal: Journal) -> None:
     """What the journal promises but somebody deleted or changed must be made again."""
-    sizes = [path.stat().st_size for path in (out / WORK / file.name, out / file.name) if path.exists()]
-    if file.size not in sizes:
+    places = (out / WORK / file.name, out / file.name)
+    if file.size not in [path.stat().st_size for path in places if path.exists()]:
         journal.done.pop(file.name, None)
         journal.upto.pop(file.name, None)
 
@@ -467,7 +468,7 @@ def _publish(out: Path) -> None:
     for path in sorted(made, key=lambda path: path.name == INDEX):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        path.replace(target)
     _sync_folder(out)
     shutil.rmtree(work)
     _sync_folder(out)

@@ -366,7 +366,7 @@ def load_model(folder: Path) -> Any:
 
 
 def modern(name: str) -> str:
-    """transformers' own module names: `model.language_model.`, `model.vision_tower.`, `lm_head.`"""
+    """Transformers' own module names: `model.language_model.`, `model.vision_tower.`, `lm_head.`"""
     for old, new in (
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^language_model\.model\.", "model.language_model."),
@@ -397,7 +397,7 @@ def llava_hub(name: str) -> str:
 
 
 def llava_original(name: str) -> str:
-    """liuhaotian and lmms-lab: `model.`, the tower twice wrapped, `model.mm_projector.`."""
+    """Liuhaotian and lmms-lab: `model.`, the tower twice wrapped, `model.mm_projector.`."""
     name = modern(name)
     for new, old in (
         ("model.language_model.", "model."),
