@@ -7,8 +7,8 @@ BASE and DONOR must have the same architecture, as mergekit wants it. Every row 
 inputs out of the page cache, its program's imports in it, and free memory settled; a copy limit
 taken just before says what the machine could do at that moment; the output is synced (timed apart,
 as `sync_s`) and deleted. mergekit gets an environment of its own, because it may want other
-versions than we do; it is made on first use. The other rows run with this interpreter and need
-torch and safetensors. Our own merge is measured elsewhere: see merge.py.
+versions than we do; it is made on first use. The other rows, ours among them, run with this
+interpreter and need torch and safetensors. What else there is to say of ours: see merge.py.
 
 Prints a table and, last, one line of JSON.
 """
@@ -31,6 +31,7 @@ from typing import Any
 from measure import all_files, copy_limit, drop_caches, evict, measure, settled
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent  # where `python -m lowmem_adamms` works without an installation
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 MERGEKIT = ["torch==2.13.0", "mergekit==0.1.5"]
 RECIPE = """\
@@ -97,8 +98,21 @@ def import_torch(_job: Job) -> list[str]:
     return [sys.executable, "-c", "import torch, safetensors.torch"]
 
 
+def ours(job: Job) -> list[str]:
+    """The command of our own merge."""
+    out = ["-o", str(job.out), "--alpha", "0.5"]
+    return [sys.executable, "-m", "lowmem_adamms", str(job.base), str(job.donor), *out]
+
+
+def import_ours(_job: Job) -> list[str]:
+    """A command that imports what our merge imports, and compiles its kernel the first time."""
+    warm = "import lowmem_adamms, rich.progress; from lowmem_adamms.kernels import cpu; cpu.warm()"
+    return [sys.executable, "-c", warm]
+
+
 FASTER = ("--lazy-unpickle", "--async-write", "--write-threads", "2")
 RIVALS = {
+    "lowmem-adamms": Rival(import_ours, ours),
     "mergekit": Rival(mergekit_help, mergekit("--lazy-unpickle")),
     "mergekit-tuned": Rival(mergekit_help, mergekit(*FASTER), TUNED),
     "nine-lines": Rival(import_torch, script("nine_lines.py")),
@@ -119,7 +133,7 @@ def mergekit_program(env: Path) -> Path:
 def checked(argv: list[str]) -> None:
     """Runs a command that must succeed."""
     done = subprocess.run(
-        argv, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        argv, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
     if done.returncode:
         why = last_line(done.stdout)
@@ -140,7 +154,7 @@ def run_row(name: str, rival: Rival, job: Job) -> dict[str, Any]:
         with settled(job.out.parent, 4 * job.bytes):
             limit = copy_limit([job.base], [job.donor], job.bytes, job.out)
             evict([job.base, job.donor])
-            run = measure(command, env={"HF_HUB_OFFLINE": "1", **rival.env})
+            run = measure(command, cwd=ROOT, env={"HF_HUB_OFFLINE": "1", **rival.env})
             if run.returncode:
                 raise RuntimeError(f"ended with {run.returncode}: {last_line(run.stdout_tail)}")
             sync_s = sync(job.out)

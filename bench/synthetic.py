@@ -1,6 +1,6 @@
 """Makes a pair of synthetic checkpoints: true names, shapes, shards, configs and tokenizers.
 
-    python bench/synthetic.py OUT [--size full|1gb|small] [--kind vlm|qwen2] [--donor-dtype F16]
+    python bench/synthetic.py OUT [--size full|5gb|1gb|small] [--kind vlm|qwen2] [--donor-dtype F16]
 
 writes OUT/base and OUT/donor. Kind `vlm` is Qwen2-VL-7B-Instruct and LLaVA-OneVision-7B in the
 llava-hf spelling; kind `qwen2` is two plain Qwen2-7B checkpoints, for mergers that need equal
@@ -71,6 +71,7 @@ class Size:
 
 SIZES = {
     "full": Size(3584, 18944, 28, 4, 152064, 1280, 1152, 4304),
+    "5gb": Size(2048, 10752, 26, 2, 100000, 1280, 1152, 4304),
     "1gb": Size(1024, 5376, 15, 2, 48000, 512, 512, 1904),
     "small": Size(256, 1344, 12, 1, 16000, 128, 128, 480),
 }

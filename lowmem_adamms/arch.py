@@ -6,7 +6,8 @@ is (vision tower, connector, …). Nothing here knows a family by name.
 
 Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
 `attn.{q,k,v,o}.{weight,bias}`, `attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`,
-`attn_norm.weight`, `mlp_norm.weight`. A stream may follow: `@text`, `@vision` (a copy that only those tokens use).
+`attn_norm.weight`, `mlp_norm.weight`. A stream may follow: `@text`, `@vision` (a copy that only
+those tokens use).
 """
 
 from __future__ import annotations

@@ -68,9 +68,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m lowmem_adamms",
-        description="Merge two multimodal LLMs of different architecture whose language models share"
-        " an ancestor (AdaMMS, arXiv 2503.23733), in constant memory. BASE keeps its architecture,"
-        " vision encoder, tokenizer and processor; DONOR's language weights are blended in.",
+        description="Merge two multimodal LLMs of different architecture whose language models"
+        " share an ancestor (AdaMMS, arXiv 2503.23733), in constant memory. BASE keeps its"
+        " architecture, vision encoder, tokenizer and processor; DONOR's language weights are"
+        " blended in.",
         epilog="python -m lowmem_adamms BASE DONOR -o OUT --alpha 0.3   is short for   merge …",
     )
     parser.add_argument("--version", action="version", version=__version__)
