@@ -1,0 +1,62 @@
+"""Fixtures that several test files share; each is made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from families import FAMILIES, write_headers
+from hypothesis import settings
+
+from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    import tiny
+
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
+
+TINY_LINES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_onevision": "qwen2",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "cogvlm": "llama",
+    "mplug_owl2": "llama",
+}
+
+
+@pytest.fixture(scope="session")
+def true_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Every family of families.py, opened from a folder of true-size headers without data."""
+    root = tmp_path_factory.mktemp("true-size")
+    for name, family in FAMILIES.items():
+        write_headers(root / name, family)
+    return {name: open_checkpoint(root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def ancestors() -> dict[str, tiny.Tensors]:
+    """One tiny random language model for each line of descent."""
+    import tiny
+
+    return {kind: tiny.ancestor(kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(
+    tmp_path_factory: pytest.TempPathFactory, ancestors: dict[str, tiny.Tensors]
+) -> dict[str, Path]:
+    """A tiny real checkpoint of every family, all of a line from one ancestor. Read only."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    for family, line in TINY_LINES.items():
+        getattr(tiny, f"make_{family}")(root / family, ancestor=ancestors[line])
+    return {family: root / family for family in TINY_LINES}
