@@ -153,20 +153,21 @@ class DiskSink:
         self._writer = ThreadPoolExecutor(1, "write")
         self._hasher = ThreadPoolExecutor(1, "hash")
         self._pending: deque[Future[None]] = deque()
+        self._failed = False
 
     def __enter__(self) -> DiskSink:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the last shard; after an error only stop the threads."""
+        """Finish the last shard; after an error only what was handed over before it."""
         try:
             if kind is None:
                 self._turn_to(None)
                 self.commit()
                 self._check(wait=True)
         finally:
-            self._writer.shutdown(cancel_futures=True)
-            self._hasher.shutdown(cancel_futures=True)
+            self._writer.shutdown()
+            self._hasher.shutdown()
             for shard in (*self._ended, self._current):
                 if shard is not None:
                     shard.close()
@@ -184,13 +185,14 @@ class DiskSink:
         shard, at = self._place(step, offset)
         self.commit()
         self._submit(shard.copy, at, span)
+        self._check()
 
     def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
         """The next stretch of the current buffer; waits for one to be free."""
         shard, at = self._place(step, offset)
         if self._buffer is None:
-            self._check()
             self._buffer, self._used = self._free.get(), 0
+            self._check()
         view = self._buffer[self._used : self._used + nbytes]
         self._used += nbytes
         self._extents.append((shard, at, view))
@@ -198,8 +200,9 @@ class DiskSink:
 
     def commit(self) -> None:
         """Hand the filled buffer to the writer, and after it the shards that ended in it."""
-        if self._buffer is not None:
-            self._submit(self._write, self._extents, self._buffer)
+        if (buffer := self._buffer) is not None:
+            written = self._submit(self._write, self._extents, buffer)
+            written.add_done_callback(lambda _: self._free.put(buffer))
             self._buffer, self._extents = None, []
         for shard in self._ended:
             self._submit(self._finish, shard)
@@ -221,11 +224,8 @@ class DiskSink:
         self._current = shard
 
     def _write(self, extents: list[tuple[_Shard, int, Bytes]], buffer: Bytes) -> None:
-        try:
-            for shard, at, view in _joined(extents, buffer):
-                shard.write(at, view)
-        finally:
-            self._free.put(buffer)
+        for shard, at, view in _joined(extents, buffer):
+            shard.write(at, view)
         shard = extents[-1][0]
         if shard.since_durable >= DURABLE:
             self._journal.note(file=shard.file.name, upto=shard.make_durable())
@@ -234,9 +234,19 @@ class DiskSink:
         digest = shard.finish()
         self._journal.note(file=shard.file.name, size=shard.file.size, blake3=digest)
 
-    def _submit(self, work: Callable[..., None], *args: Any) -> None:
-        self._pending.append(self._writer.submit(work, *args))
-        self._check()
+    def _submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
+        """Queue work for the writer; once something failed, nothing queued behind it is done."""
+        future = self._writer.submit(self._attempt, work, *args)
+        self._pending.append(future)
+        return future
+
+    def _attempt(self, work: Callable[..., None], *args: Any) -> None:
+        if not self._failed:
+            try:
+                work(*args)
+            except BaseException:
+                self._failed = True
+                raise
 
     def _check(self, *, wait: bool = False) -> None:
         """Raise what went wrong in the writer's thread, if anything did."""

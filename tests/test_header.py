@@ -128,7 +128,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     arrays: dict[str, npt.NDArray[Any]] = {
         "model.embed_tokens.weight": random.standard_normal((5, 4)).astype(np.float16),
         "größe.数": random.standard_normal((3, 1, 2)).astype(np.float32),
-        "scalar": np.float64(2.5).reshape(()),
+        "scalar": np.array(2.5),
         "empty": np.zeros((0, 4), np.int64),
         "mask": np.array([True, False, True]),
     }

@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lowmem_adamms.kernels import cpu, reference, select
 
 Bits = npt.NDArray[Any]
@@ -82,7 +81,8 @@ def values(bits: Bits, dtype: str) -> list[Fraction]:
 
 def finite(bits: Bits, dtype: str) -> npt.NDArray[np.bool_]:
     fraction, _, top = fields(dtype)
-    return (bits >> fraction) & top != top
+    mask: npt.NDArray[np.bool_] = (bits >> fraction) & top != top
+    return mask
 
 
 def rounded(value: Fraction, dtype: str) -> int:
@@ -141,9 +141,7 @@ def test_kernel_equals_reference_on_any_bits(dtypes: Triple) -> None:
         np.array(column, reference.STORAGE[dtype])
         for column, dtype in zip(zip(*grid, strict=True), dtypes, strict=False)
     )
-    sides = [
-        np.concatenate(both) for both in zip(pair(dtypes, 40_000, 3), ends, strict=True)
-    ]
+    sides = [np.concatenate(both) for both in zip(pair(dtypes, 40_000, 3), ends, strict=True)]
     for alpha in ALPHAS:
         expected = reference.blend(sides[0], sides[1], dtypes, alpha)
         (found,) = run([(sides[0], sides[1])], dtypes, alpha)
@@ -240,8 +238,9 @@ def interesting(dtype: str) -> list[Fraction]:
     out += [unit * ((1 << fraction) + Fraction(step, 2)) for step in range(-5, 6)]
     out += [top + Fraction(2) ** (largest - fraction) * step / 4 for step in range(-4, 5)]
     out += [1 + Fraction(step, 4) / (1 << fraction) for step in range(-9, 10)]
-    near = [x + side * abs(x) / (1 << 50) for x in out for side in (-1, 1)]
-    return [x for x in out + near if x == Fraction(float(x))]
+    assert all(x == Fraction(float(x)) for x in out)
+    near = [math.nextafter(float(x), side) for x in out for side in (-math.inf, math.inf)]
+    return out + [Fraction(x) for x in near]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -250,11 +249,8 @@ def test_narrow_rounds_once_to_nearest_even(dtype: str) -> None:
     middle = FORMATS[dtype][2]
     drawn = random.standard_normal(3000) * 2.0 ** random.integers(-middle - 25, middle + 2, 3000)
     exact = interesting(dtype) + [Fraction(x) for x in drawn.tolist()]
-    assert len(exact) > 3100
     found = reference.narrow(np.array([float(x) for x in exact]), dtype)
-    assert ordered(found, dtype).tolist() == [
-        int(ordered(rounded(x, dtype), dtype)) for x in exact
-    ]
+    assert ordered(found, dtype).tolist() == [int(ordered(rounded(x, dtype), dtype)) for x in exact]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -282,7 +278,8 @@ def test_narrow_agrees_with_numpy_and_torch(dtype: str) -> None:
 
 def scaled(dtype: str, count: int, seed: int) -> Bits:
     """Weights as they are: about normal, sigma 0.02."""
-    return reference.narrow(np.random.default_rng(seed).normal(0, 0.02, count), dtype)
+    bits: Bits = reference.narrow(np.random.default_rng(seed).normal(0, 0.02, count), dtype)
+    return bits
 
 
 def assert_correctly_rounded(base: Bits, donor: Bits, dtypes: Triple, alpha: float) -> None:
@@ -399,7 +396,7 @@ def test_equal_inputs_come_out_unchanged(kernel: Any, dtype: str) -> None:
     bits = np.concatenate([patterns(dtype, 20_000, 0), np.array(specials(dtype))])
     bits = bits.astype(reference.STORAGE[dtype])
     for alpha in ALPHAS:
-        assert np.array_equal(run([(bits, bits)], (dtype,) * 3, alpha, kernel)[0], bits)  # type: ignore[arg-type]
+        assert np.array_equal(run([(bits, bits)], (dtype,) * 3, alpha, kernel)[0], bits)
 
 
 @pytest.mark.parametrize("dtypes", TRIPLES, ids="-".join)
