@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import FormatError
 
 _SPACE = re.compile(r"[\s,:]*")
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 _ABSENT = 0
+_MOST_IDS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,14 @@ def vocabulary(folder: Path | None) -> array[int] | None:
     hashes = array("q")
     try:
         if (folder / "tokenizer.json").is_file():
-            _fill(hashes, _from_tokenizer_json((folder / "tokenizer.json").read_text("utf-8")))
+            for tokens in _from_tokenizer_json((folder / "tokenizer.json").read_text("utf-8")):
+                _fill(hashes, tokens)
         elif (folder / "vocab.json").is_file():
-            _fill(hashes, json.loads((folder / "vocab.json").read_bytes()).items())
+            _fill(hashes, json.loads((folder / "vocab.json").read_bytes()))
         else:
             return None
-        _fill(hashes, _added(folder))
+        for tokens in _added(folder):
+            _fill(hashes, tokens)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise FormatError(f"{folder}: its tokenizer files cannot be read ({error!r})") from None
     return hashes
@@ -70,37 +72,37 @@ def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -
     return [*runs, Run(first, first + shift, length)] if length else runs
 
 
-def _fill(hashes: array[int], tokens: Any) -> None:
-    """Enter (token, id) pairs; an id beyond any real vocabulary is refused, not allocated."""
-    for token, i in tokens:
-        if not 0 <= i < len(hashes):
-            if not 0 <= i < 1 << 22:
-                raise ValueError(f"token id {i} out of range")
-            hashes.extend([_ABSENT] * max(i + 1 - len(hashes), len(hashes)))
+def _fill(hashes: array[int], tokens: Mapping[str, int]) -> None:
+    """Enter a map of token to id; an id beyond any real vocabulary is refused, not allocated."""
+    if not tokens:
+        return
+    lowest, highest = min(tokens.values()), max(tokens.values())
+    if lowest < 0 or highest >= _MOST_IDS:
+        raise ValueError(f"token ids {lowest} to {highest}, at most {_MOST_IDS} are believed")
+    hashes.extend([_ABSENT] * (highest + 1 - len(hashes)))
+    for token, i in tokens.items():
         hashes[i] = hash(token) or 1
 
 
-def _from_tokenizer_json(text: str) -> Iterator[tuple[str, int]]:
-    """The pairs of `model.vocab` (a map, or Unigram's list) and of `added_tokens`."""
+def _from_tokenizer_json(text: str) -> Iterator[dict[str, int]]:
+    """The maps of `model.vocab` (of Unigram a list) and of `added_tokens`."""
     read = json.JSONDecoder().raw_decode
     top = _find(text, _after_space(text, 0), "added_tokens", "model")
     vocab, _ = read(text, _find(text, top["model"], "vocab")["vocab"])
-    if isinstance(vocab, dict):
-        yield from vocab.items()
-    else:
-        yield from ((piece, i) for i, (piece, _) in enumerate(vocab))
+    yield vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    del vocab
     if "added_tokens" in top:
         added, _ = read(text, top["added_tokens"])
-        yield from ((token["content"], token["id"]) for token in added)
+        yield {token["content"]: token["id"] for token in added}
 
 
-def _added(folder: Path) -> Iterator[tuple[str, int]]:
+def _added(folder: Path) -> Iterator[dict[str, int]]:
     """Tokens that only the slow tokenizer's files mention."""
     if (path := folder / "added_tokens.json").is_file():
-        yield from json.loads(path.read_bytes()).items()
+        yield json.loads(path.read_bytes())
     if (path := folder / "tokenizer_config.json").is_file():
         added = json.loads(path.read_bytes()).get("added_tokens_decoder", {})
-        yield from ((token["content"], int(i)) for i, token in added.items())
+        yield {token["content"]: int(i) for i, token in added.items()}
 
 
 def _find(text: str, start: int, *wanted: str) -> dict[str, int]:
