@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,17 @@ Kernel = Callable[[Sequence[tuple[Bytes, Bytes, Bytes]], tuple[str, str, str], f
 """kernel(parts, dtypes, alpha): see `cpu.blend`."""
 
 
-def select() -> tuple[Kernel, str]:
-    """The fastest kernel that works here and the reason it was chosen."""
+def select(triples: Iterable[tuple[str, str, str]] = ()) -> tuple[Kernel, str]:
+    """The fastest kernel that works here and the reason it was chosen.
+
+    triples: dtypes of base, donor and output it should be ready for when it is returned.
+    """
     try:
         from . import cpu
     except ImportError as error:
         return _plain, f"numpy: numba cannot be imported ({error})"
+    for dtypes in triples:
+        cpu.warm(dtypes)
     return cpu.blend, "numba: compiled, parallel"
 
 

@@ -8,7 +8,7 @@ the base's. Embedding and head rows are joined by token. Leaves the arithmetic t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,10 +77,27 @@ class Plan:
     options: Mapping[str, str | None]
 
     @property
+    def spans(self) -> Iterator[Span]:
+        """All input bytes that a merge reads, in the order it reads them."""
+        for part in (part for step in self.steps for part in step.parts):
+            yield part.base
+            if part.donor:
+                yield part.donor
+
+    @property
+    def dtypes(self) -> set[tuple[str, str, str]]:
+        """The triples of dtypes, of base, donor and output, that are blended."""
+        return {
+            (part.base.dtype.name, part.donor.dtype.name, step.dtype.name)
+            for step in self.steps
+            for part in step.parts
+            if part.donor
+        }
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of base and donor that a merge reads."""
-        parts = [part for step in self.steps for part in step.parts]
-        return sum(p.base.nbytes + (p.donor.nbytes if p.donor else 0) for p in parts)
+        return sum(span.nbytes for span in self.spans)
 
     @property
     def bytes_written(self) -> int:

@@ -29,7 +29,7 @@ from .errors import OutputError
 from .journal import NAME, WORK, Journal
 from .merge import WINDOW, check_alpha, run
 from .plan import Plan, Step
-from .stream import BLOCK, evict_range, write_out
+from .stream import BLOCK, evict_range, reading, write_out
 
 if TYPE_CHECKING:
     from .stream import Bytes
@@ -74,10 +74,11 @@ def merge(
     fingerprint = _fingerprint(plan, alpha, files)
     _check_place(plan, out)
     _check_space(files, out)
-    kin = kinship.measure(plan) if force else kinship.check(plan)
     from .kernels.select import select
 
-    kernel, why = select()
+    with reading(plan.spans):
+        kin = kinship.measure(plan) if force else kinship.check(plan)
+        kernel, why = select(plan.dtypes)
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
     with Journal(out, fingerprint) as journal:
         with DiskSink(out, files, journal, evict=evict) as sink:
