@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from .checkpoint import Checkpoint, Span
 from .errors import MappingError
@@ -27,7 +28,7 @@ _ESSENTIAL = frozenset(
     + [f"mlp.{part}.weight" for part in ("gate", "up", "down")]
     + ["attn_norm.weight", "mlp_norm.weight"]
 )
-_LAYER = re.compile(r"([A-Za-z_.]+\.)(\d+)(\..+)")
+_LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})(\..+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,9 @@ def recognise(checkpoint: Checkpoint, archs: Iterable[Arch], fallback: Arch) -> 
     `fallback` is the spelling tried under any prefix when no declaration explains every tensor;
     the layout then says in `assumed` what was taken for granted. MappingError if nothing fits.
     """
-    announced = set(checkpoint.config.get("architectures") or ())
+    spoken = checkpoint.config.get("architectures")
+    spoken = spoken if isinstance(spoken, list) else [spoken]
+    announced = {name for name in spoken if isinstance(name, str)}
     fits = [
         (arch, layout)
         for arch in archs
@@ -109,7 +112,7 @@ def recognise(checkpoint: Checkpoint, archs: Iterable[Arch], fallback: Arch) -> 
     for layout in exact:
         return _assume(layout, f"{says}; taken for {layout.arch} by its tensor names")
     for prefix in _prefixes(checkpoint, fallback):
-        for head in (f"{prefix}lm_head.weight", *_heads(checkpoint), ""):
+        for head in (*_heads(checkpoint, prefix), ""):
             if layout := _read(checkpoint, fallback, prefix, head):
                 return _assume(
                     layout,
@@ -142,8 +145,16 @@ def _prefixes(checkpoint: Checkpoint, arch: Arch) -> list[str]:
     return sorted(found, key=len)
 
 
-def _heads(checkpoint: Checkpoint) -> list[str]:
-    return [name for name in checkpoint.tensors if name.endswith("lm_head.weight")]
+def _heads(checkpoint: Checkpoint, prefix: str) -> list[str]:
+    """Every tensor that may be the head of the decoder under `prefix`, the likeliest first."""
+    found = [name for name in checkpoint.tensors if re.fullmatch(r"(.+\.)?lm_head\.weight", name)]
+    return sorted(found, key=lambda name: -_shared_parts(name, prefix))
+
+
+def _shared_parts(name: str, prefix: str) -> int:
+    """How many leading dotted parts a name shares with a prefix."""
+    same = (a == b for a, b in zip(name.split("."), prefix.split("."), strict=False))
+    return sum(1 for _ in takewhile(bool, same))
 
 
 def _read(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:

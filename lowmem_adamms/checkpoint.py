@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,11 +90,13 @@ class Checkpoint:
         return self.path.absolute().name
 
     @property
-    def tied(self) -> bool:
-        """Whether its config ties the head to the embedding (only if it says so)."""
+    def tied(self) -> bool | None:
+        """Whether its config ties the head to the embedding; None if it does not say."""
         text = self.config.get("text_config")
-        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-        return self.config.get("tie_word_embeddings", inner) is True
+        for level in (self.config, text if isinstance(text, dict) else {}):
+            if isinstance(tied := level.get("tie_word_embeddings"), bool):
+                return tied
+        return None
 
     def sidecars(self) -> Iterator[Path]:
         """Relative paths of the files that belong to the model but hold no weights."""
@@ -108,11 +112,10 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
     """Open a folder or a bare file by its headers. FormatError says what is missing or wrong."""
     path = Path(ref)
     if not path.exists():
-        hint = (
-            f"; to fetch it from the Hub: hf download {ref} --local-dir DIR"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(ref))
-            else ""
-        )
+        hint = ""
+        if hub := re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\S+))?", str(ref)):
+            revision = f" --revision {hub[2]}" if hub[2] else ""
+            hint = f"; to fetch it from the Hub: hf download {hub[1]}{revision} --local-dir DIR"
         raise FormatError(f"{ref}: no such folder or file{hint}")
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
     _refuse_quantized_config(path, config)
@@ -160,7 +163,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
             raise FormatError(f"{index}: {name} is said to be in {file!r}, outside the folder")
-        if not (index.parent / file).is_file():
+        if len(file) > 255 or not (index.parent / file).is_file():
             raise FormatError(f"{index}: {file} is missing beside it (it holds {name})")
     return weight_map
 
@@ -182,37 +185,59 @@ def _bin_spans(shard: Path) -> Iterator[tuple[str, Span]]:
     """
     import torch
 
-    if not zipfile.is_zipfile(shard):
-        raise FormatError(
-            f"{shard}: not a zip; torch files older than 1.6 cannot be mapped. Load and save it"
-            " once with a current torch"
-        )
-    with zipfile.ZipFile(shard) as archive:
-        packed = [item for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise FormatError(f"{shard}: {packed[0].filename} is compressed; expected stored records")
+    try:
+        if not zipfile.is_zipfile(shard):
+            raise FormatError(
+                f"{shard}: not a zip; truncated, or a torch file older than 1.6, which cannot be"
+                " mapped: load and save it once with a current torch"
+            )
+        with zipfile.ZipFile(shard) as archive:
+            _check_zip(shard, archive)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        raise FormatError(f"{shard}: damaged zip ({error}); download it again") from None
     try:
         state = torch.load(shard, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise FormatError(f"{shard}: torch refuses it under weights_only=True: {reason}") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise FormatError(f"{shard}: holds a {type(state).__name__}, expected a dict of tensors")
     size = shard.stat().st_size
-    for name, tensor in sorted(state.get("state_dict", state).items(), key=_storage_offset):
+    for name, tensor in sorted(state.items(), key=_storage_offset):
         yield str(name), _bin_span(shard, size, str(name), tensor)
+
+
+def _check_zip(shard: Path, archive: zipfile.ZipFile) -> None:
+    """What torch does not check before it maps: plain records, in our byte order."""
+    for item in archive.infolist():
+        if item.compress_type != zipfile.ZIP_STORED:
+            raise FormatError(f"{shard}: {item.filename} is compressed; expected stored records")
+        if item.filename.endswith("/byteorder") and archive.open(item).read(16) != b"little":
+            raise FormatError(f"{shard}: its numbers are not little-endian")
+
+
+def _is_strided(tensor: Any) -> bool:
+    return str(getattr(tensor, "layout", "")) == "torch.strided"
 
 
 def _storage_offset(item: tuple[str, Any]) -> tuple[int, str]:
     name, tensor = item
-    storage = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else None
+    storage = tensor.untyped_storage() if _is_strided(tensor) else None
     return getattr(storage, "_checkpoint_offset", 0), str(name)
 
 
 def _bin_span(shard: Path, size: int, name: str, tensor: Any) -> Span:
     """Where one torch tensor's bytes lie in the file; FormatError unless they are one plain run."""
     dtype = FROM_TORCH.get(str(getattr(tensor, "dtype", "")).removeprefix("torch."))
-    if dtype is None or not tensor.is_contiguous():
+    if dtype is None or not _is_strided(tensor) or not tensor.is_contiguous():
         raise FormatError(f"{shard}: {name} is not a plain contiguous tensor")
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or sys.byteorder != "little":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .dtypes import DTYPES, DType
 from .errors import FormatError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
+MAX_SIZE = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twin = next(name for name in names if names.count(name) > 1)
+            twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise FormatError(f"header names {twin!r} twice")
         return found
 
@@ -131,6 +132,10 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         raise FormatError(f"header is not JSON ({error})") from None
     if not isinstance(document, dict):
         raise FormatError("header is not a JSON object")
+    try:
+        "".join(document).encode()
+    except UnicodeEncodeError:
+        raise FormatError("header has a tensor name that is not Unicode text") from None
     return document
 
 
@@ -154,6 +159,8 @@ def _entry(name: str, entry: Any, data_start: int) -> TensorInfo:
         raise FormatError(f"tensor {name}: shape {shape!r} is not a list of sizes")
     if not _is_naturals(offsets) or len(offsets) != 2:
         raise FormatError(f"tensor {name}: data_offsets {offsets!r} is not a pair of positions")
+    if any(size > MAX_SIZE for size in (*shape, *offsets)):
+        raise FormatError(f"tensor {name}: sizes beyond 2**64 in shape or data_offsets")
     try:
         expected = dtype.nbytes(math.prod(shape))
     except FormatError as error:

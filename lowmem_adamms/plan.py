@@ -278,7 +278,8 @@ class _Join:
             candidates.append((plain, f"{stream} copy takes the plain weight"))
         else:
             candidates.append((f"{plain}@text", "takes the donor's text copy"))
-        if role == "head" and (self.donor.tied or "head" not in self.donor_roles):
+        tied = self.donor.tied
+        if role == "head" and (tied or (tied is None and "head" not in self.donor_roles)):
             candidates = [("embed", "tied donor lends its embedding")]
         for candidate, reason in candidates:
             if candidate in self.donor_roles:
@@ -322,7 +323,7 @@ class _Join:
     def _token_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
         """Runs of shared rows and how they were found; worked out once for embed and head."""
         if self._runs is None:
-            self._runs = self._find_runs(base_rows, donor_rows)
+            self._runs = self._find_runs(*map(_most_rows, (self.base_layout, self.donor_layout)))
         runs, how = self._runs
         return [
             tokens.Run(run.base, run.donor, length)
@@ -354,6 +355,12 @@ def kind_of(role: str) -> str:
     rest = re.sub(r"^layers\.\d+\.", "", role.partition("@")[0])
     kinds = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLP"}
     return kinds.get(rest.split(".")[0], "norm")
+
+
+def _most_rows(layout: Layout) -> int:
+    """Rows of the larger of embedding and head."""
+    blocks = (blocks[0] for blocks in layout.blocks.values())
+    return max(block.stop for block in blocks if block.role in ("embed", "head"))
 
 
 def _rows(span: Span) -> tuple[int, int]:

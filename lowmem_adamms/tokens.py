@@ -49,7 +49,7 @@ def vocabulary(folder: Path | None) -> array[int] | None:
             return None
         for tokens in _added(folder):
             _fill(hashes, tokens)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"{folder}: its tokenizer files cannot be read ({error!r})") from None
     return hashes
 
@@ -74,6 +74,8 @@ def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -
 
 def _fill(hashes: array[int], tokens: Mapping[str, int]) -> None:
     """Enter a map of token to id; an id beyond any real vocabulary is refused, not allocated."""
+    if not isinstance(tokens, dict):
+        raise ValueError("expected a map of tokens to ids")
     if not tokens:
         return
     lowest, highest = min(tokens.values()), max(tokens.values())

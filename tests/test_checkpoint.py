@@ -96,7 +96,7 @@ def test_bare_file(tmp_path: Path) -> None:
     put(tmp_path, {"weights.safetensors": {"a": A}})
     checkpoint = open_checkpoint(tmp_path / "weights.safetensors")
     assert contents(checkpoint) == {"a": ("F32", (4, 3), A.tobytes())}
-    assert (checkpoint.folder, checkpoint.config, checkpoint.tied) == (None, {}, False)
+    assert (checkpoint.folder, checkpoint.config, checkpoint.tied) == (None, {}, None)
     assert list(checkpoint.sidecars()) == []
 
 
@@ -159,17 +159,18 @@ def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "tied"),
     [
-        ({}, False),
+        ({}, None),
         ({"tie_word_embeddings": True}, True),
         ({"tie_word_embeddings": False}, False),
         ({"text_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True),
-        ({"tie_word_embeddings": "yes"}, False),
-        ({"text_config": None}, False),
+        ({"tie_word_embeddings": "yes"}, None),
+        ({"text_config": None}, None),
+        ({"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}}, True),
     ],
 )
-def test_tied_is_what_the_config_says(tmp_path: Path, config: object, tied: bool) -> None:
+def test_tied_is_what_the_config_says(tmp_path: Path, config: object, tied: bool | None) -> None:
     put(tmp_path, {"model.safetensors": {"a": A}})
     write_json(tmp_path / "config.json", config)
     assert open_checkpoint(tmp_path).tied is tied

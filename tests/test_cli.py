@@ -398,7 +398,7 @@ def nothing_there(base: Path, donor: Path) -> None:
     shutil.rmtree(donor)
 
 
-BAD = {
+BAD: dict[Callable[[Path, Path], None], str] = {
     truncated: "truncated",
     truncated_in_its_header: "truncated",
     empty_shard: "too short",
