@@ -63,7 +63,8 @@ def blend(
     """Blend all parts of one triple of dtypes in one call.
 
     parts: (base, donor, out) byte buffers holding the same number of elements of dtypes[0], [1]
-    and [2] ("BF16", "F16" or "F32"); out is overwritten. Buffers must be aligned to their elements.
+    and [2] ("BF16", "F16" or "F32"); out is overwritten. Buffers should be aligned to their
+    elements (x86-64 and 64-bit Arm do without).
     """
     if alpha in (0, 1):
         # Half of one side and half of the same is that side exactly: the ends need no other loop.

@@ -4,7 +4,7 @@
 
 evaluated in float64, rounded once, to nearest, ties to even. Every bf16, fp16 and fp32 value is
 exact in float64, so the only error left is that of the sum (2**-52 relative to its larger term):
-what is written is the correctly rounded result, also where base and donor nearly cancel.
+what is written is that float64 correctly rounded, where base and donor nearly cancel as well.
 
 Exceptions, so that nothing is lost at the ends: alpha 0 gives the base and alpha 1 the donor, also
 beside NaN or infinity; where base and donor have equal bits of the output's dtype, these come out

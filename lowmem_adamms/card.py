@@ -27,7 +27,7 @@ _SAMPLE_BYTES = 4096
 def model_card(plan: Plan, alpha: float) -> str:
     """README.md of the merged model, with Hub front matter."""
     parents = [plan.base.name, plan.donor.name]
-    multimodal = any("tower" in kind for kind in plan.base_layout.kinds.values())
+    multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
     front = [
         "base_model:",

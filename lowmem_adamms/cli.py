@@ -10,6 +10,7 @@ import argparse
 import errno
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -38,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(words)
         command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
     except MergeError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # such as `plan --json | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"disk full ({error}); free some and run the same command to resume")
@@ -273,8 +279,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     """Make a tiny Qwen2-VL and LLaVA-OneVision of one ancestor, plan, merge, generate."""
-    if arguments.out and arguments.out.exists() and any(arguments.out.iterdir()):
-        raise OutputError(f"{arguments.out} is not empty; choose another -o")
+    if arguments.out and arguments.out.exists():
+        if not arguments.out.is_dir():
+            raise OutputError(f"{arguments.out} is a file; -o names a folder")
+        if any(arguments.out.iterdir()):
+            raise OutputError(f"{arguments.out} is not empty; choose another -o")
     if arguments.out:
         return _demo_in(arguments.out, arguments.alpha)
     with tempfile.TemporaryDirectory(prefix="lowmem-adamms-") as folder:

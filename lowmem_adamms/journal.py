@@ -20,7 +20,8 @@ from .errors import OutputError
 
 WORK = ".partial"
 """The folder inside OUT where everything is made; what is in OUT itself is complete."""
-NAME = "journal.jsonl"
+NAME = ".journal.jsonl"
+"""Hidden, as no sidecar of a model is."""
 
 
 class Journal:

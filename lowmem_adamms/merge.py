@@ -139,15 +139,19 @@ def _pieces(window: Window) -> Sequence[Piece | Copy]:
 
 
 def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: Kernel) -> None:
-    """One window: a slot for each piece, then one kernel call per triple of dtypes."""
-    calls: dict[tuple[str, str, str], list[tuple[Bytes, Bytes, Bytes]]] = {}
+    """One window: a slot for each piece, then one kernel call per triple of dtypes.
+
+    What is only cast has weight 0: blended with itself at alpha it need not come out the same.
+    """
+    calls: dict[tuple[tuple[str, str, str], float], list[tuple[Bytes, Bytes, Bytes]]] = {}
     for piece in window:
         base = files.view(piece.base)
         donor = files.view(piece.donor) if piece.donor else base
         out = sink.slot(piece.step, piece.offset, piece.nbytes)
-        calls.setdefault(piece.dtypes, []).append((base, donor, out))
-    for dtypes, parts in calls.items():
-        kernel(parts, dtypes, alpha)
+        weight = alpha if piece.donor else 0.0
+        calls.setdefault((piece.dtypes, weight), []).append((base, donor, out))
+    for (dtypes, weight), parts in calls.items():
+        kernel(parts, dtypes, weight)
     sink.commit()
 
 

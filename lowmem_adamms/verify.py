@@ -18,7 +18,7 @@ from . import card, header
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError
-from .journal import WORK
+from .journal import NAME, WORK
 from .plan import Part, Plan, Step, make_plan
 from .writer import INDEX
 
@@ -49,7 +49,7 @@ def verify(
     every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
     """
     out = Path(out)
-    if (out / WORK).exists():
+    if (out / WORK / NAME).exists():
         raise FormatError(f"{out}: an unfinished merge; run its command again to resume")
     checkpoint = open_checkpoint(out)
     recipe = _recipe(out)
@@ -60,14 +60,28 @@ def verify(
 
 
 def _recipe(out: Path) -> dict[str, Any]:
+    """`adamms.json`, in so far as a check relies on it: keys and types."""
     path = out / "adamms.json"
     if not path.is_file():
         raise FormatError(f"{path}: missing; {out} was not written by lowmem-adamms")
     try:
         document = json.loads(path.read_bytes())
-        assert {"alpha", "base", "donor", "options", "inputs", "outputs"} <= set(document)
-    except (ValueError, AssertionError, TypeError):
-        raise FormatError(f"{path}: not a recipe of lowmem-adamms") from None
+        options, inputs = document["options"], document["inputs"]
+        fits = [
+            isinstance(document["alpha"], (int, float)),
+            isinstance(document["base"], str) and isinstance(document["donor"], str),
+            options["embeddings"] in ("merge", "keep"),
+            options["dtype"] is None or DTYPES[options["dtype"]].blendable,
+            all(isinstance(item["sample_sha256"], str) for item in inputs["base"]),
+            all(isinstance(item["sample_sha256"], str) for item in inputs["donor"]),
+            all(isinstance(item["blake3"], str) for item in document["outputs"]),
+            all(isinstance(item["file"], str) for item in document["outputs"]),
+            all(isinstance(item["size"], int) for item in document["outputs"]),
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fits = [False]
+    if not all(fits):
+        raise FormatError(f"{path}: not a recipe of lowmem-adamms")
     return dict(document)
 
 
@@ -75,7 +89,8 @@ def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) 
     nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
     if (out / INDEX).is_file():
         index = json.loads((out / INDEX).read_bytes())
-        total = index.get("metadata", {}).get("total_size")
+        metadata = index.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != nbytes:
             raise FormatError(f"{out / INDEX}: total_size is {total}, the tensors take {nbytes}")
         unlisted = set(checkpoint.tensors) - set(index["weight_map"])
@@ -84,6 +99,9 @@ def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) 
     for shard in checkpoint.shards:
         if header.read(shard).metadata.get("format") != "pt":
             raise FormatError(f'{shard}: header metadata lacks {{"format": "pt"}}')
+    listed = sorted(output["file"] for output in recipe["outputs"])
+    if listed != sorted(shard.name for shard in checkpoint.shards):
+        raise FormatError(f"{out / 'adamms.json'}: its outputs are not the shards of {out}")
     for output in recipe["outputs"]:
         path = out / output["file"]
         size = path.stat().st_size if path.is_file() else None
@@ -126,6 +144,8 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     dtype = DTYPES[options["dtype"]] if options["dtype"] else None
     plan = make_plan(recipe["base"], recipe["donor"], embeddings=options["embeddings"], dtype=dtype)
     for side, opened in (("base", plan.base), ("donor", plan.donor)):
+        if len(opened.shards) != len(recipe["inputs"][side]):
+            raise FormatError(f"{opened.path}: not the {side} that was merged (other shards)")
         for shard, noted in zip(opened.shards, recipe["inputs"][side], strict=True):
             if card.input_digest(shard)["sample_sha256"] != noted["sample_sha256"]:
                 raise FormatError(f"{shard}: not the file that was merged (its digest differs)")

@@ -140,6 +140,7 @@ class DiskSink:
         import numpy as np
 
         self._work, self._journal, self._evict = out / WORK, journal, evict
+        self._files = files
         self._homes = {name: file for file in files for name in file.offsets}
         for file in files:
             _forget_lost(out, file, journal)
@@ -166,6 +167,7 @@ class DiskSink:
                 self._turn_to(None)
                 self.commit()
                 self._check(wait=True)
+                self._finish_empty()
         finally:
             self._writer.shutdown()
             self._hasher.shutdown()
@@ -173,13 +175,19 @@ class DiskSink:
                 if shard is not None:
                     shard.close()
 
+    def _finish_empty(self) -> None:
+        """Write the shards that no byte was ever handed over for: all their tensors are empty."""
+        for file in self._files:
+            if file.name not in self._journal.done:
+                self._finish(_Shard(self._work, file, 0, self._hasher, evict=False))
+
     def wants(self, step: Step) -> bool:
-        """Whether the step's bytes are not yet durable."""
+        """Whether the step is not yet durable; a shard's last never is before the shard."""
         file = self._homes[step.name]
         if file.name in self._journal.done:
             return False
         end = file.offsets[step.name] + step.nbytes
-        return end > self._journal.upto.get(file.name, 0)
+        return end > self._journal.upto.get(file.name, 0) or end == file.size
 
     def copy(self, step: Step, offset: int, span: Span) -> None:
         """Have a span copied file to file."""
@@ -287,6 +295,8 @@ class _Shard:
         if fresh:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._fd, 0, file.size)
+            else:
+                os.ftruncate(self._fd, file.size)
             _pwrite_all(self._fd, memoryview(file.header), 0)
             self._digest.update(file.header)
         else:
@@ -394,19 +404,27 @@ def _forget_lost(out: Path, file: OutFile, journal: Journal) -> None:
 
 def _check_place(plan: Plan, out: Path) -> None:
     """OUT must be new, empty, or our own unfinished merge, and not an input or inside one."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; -o names a folder")
+    there = _nearest(out)
+    if not there.is_dir():
+        raise OutputError(f"{out}: {there} is a file; -o names a folder")
     for side in (plan.base, plan.donor):
-        folder = (side.folder or side.path.parent).resolve()
-        if out.resolve() == folder or folder in out.resolve().parents:
+        if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
-    if out.is_dir() and any(out.iterdir()) and not (out / WORK / NAME).is_file():
+    if there != out or (out / WORK / NAME).is_file():
+        return
+    found = list(out.rglob("*"))
+    if found not in ([], [out / WORK]):
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself if it exists, else the nearest folder above it that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _check_space(files: tuple[OutFile, ...], out: Path) -> None:
     """The whole output must fit before anything starts."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    there = _nearest(out)
     partial = [out / WORK / file.name for file in files]
     already = sum(path.stat().st_blocks * 512 for path in partial if path.exists())
     placed = sum(file.size for file in files if (out / file.name).exists())
@@ -475,13 +493,18 @@ def _write_file(path: Path, content: bytes) -> None:
 def _publish(out: Path) -> None:
     """Move everything to its final name, the index last, then remove the work folder."""
     work = out / WORK
-    made = [path for path in sorted(work.rglob("*")) if path.is_file() and path.name != NAME]
+    everything = sorted(work.rglob("*"))
+    made = [path for path in everything if path.is_file() and path.name != NAME]
     for path in sorted(made, key=lambda path: path.name == INDEX):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-    _sync_folder(out)
-    shutil.rmtree(work)
+    for folder in {out.absolute().parent, *(out / path.relative_to(work).parent for path in made)}:
+        _sync_folder(folder)
+    for folder in [path for path in reversed(everything) if path.is_dir()]:
+        folder.rmdir()
+    (work / NAME).unlink()
+    work.rmdir()
     _sync_folder(out)
 
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from lowmem_adamms import demo, header, make_plan, merge
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import FormatError
-from lowmem_adamms.journal import WORK
+from lowmem_adamms.journal import NAME, WORK
 from lowmem_adamms.verify import verify
 
 INDEX = "model.safetensors.index.json"
@@ -195,7 +195,7 @@ def wrong_size(out: Path) -> None:
 
 def unfinished(out: Path) -> None:
     (out / WORK).mkdir()
-    (out / WORK / "journal.jsonl").write_text("{}\n")
+    (out / WORK / NAME).write_text("{}\n")
 
 
 def metadata_lost(out: Path) -> None:
