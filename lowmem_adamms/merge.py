@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW = 8 << 20
 """Bytes of output per window."""
-AHEAD = 6
+AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
 
 
