@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    """One line, whatever a file's names put into it."""
+    line = " ".join(message.split())
+    safe = "".join(letter if letter.isprintable() else "?" for letter in line)
+    print("error:", safe, file=sys.stderr)
     return 2
 
 

@@ -182,7 +182,7 @@ class DiskSink:
                 self._finish(_Shard(self._work, file, 0, self._hasher, evict=False))
 
     def wants(self, step: Step) -> bool:
-        """Whether the step is not yet durable; a shard's last never is before the shard."""
+        """Whether the step is not yet durable; the last of a shard is wanted till that is noted."""
         file = self._homes[step.name]
         if file.name in self._journal.done:
             return False
