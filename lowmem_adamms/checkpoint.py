@@ -82,8 +82,8 @@ class Checkpoint:
     def name(self) -> str:
         """`org/name` where the path or the config tells it, else the folder's or file's name."""
         for part in self.path.absolute().parts:
-            if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
-                return f"{match[1]}/{match[2]}"
+            if part.startswith("models--"):  # a repository in the Hub's cache
+                return part.removeprefix("models--").replace("--", "/", 1)
         spoken = self.config.get("_name_or_path")
         if isinstance(spoken, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spoken):
             return spoken
