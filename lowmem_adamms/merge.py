@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW = 8 << 20
 """Bytes of output per window."""
+_LARGEST_ITEM = 4  # bytes of an F32 element: a window with less room left takes no more
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
 
@@ -202,7 +203,7 @@ def _windows(plan: Plan, alpha: float, sink: Sink) -> Iterator[Window]:
                 window.append(piece)
                 room -= piece.nbytes
                 offset += piece.nbytes
-                if room < step.dtype.itemsize:
+                if room < _LARGEST_ITEM:
                     yield window
                     window, room = [], WINDOW
     if window:

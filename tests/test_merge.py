@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,7 @@ from lowmem_adamms import demo, make_plan, merge
 from lowmem_adamms.checkpoint import Span
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import RecipeError
-from lowmem_adamms.plan import Plan, Step
+from lowmem_adamms.plan import Part, Plan, Step
 
 loop = importlib.import_module("lowmem_adamms.merge")  # the package's `merge` is the function
 writer = importlib.import_module("lowmem_adamms.writer")
@@ -579,3 +581,16 @@ print(sorted({"torch", "transformers", "safetensors"} & set(sys.modules)))
         cwd=Path(__file__).parent.parent,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_window_with_room_for_a_bf16_but_not_for_an_fp32_is_closed() -> None:
+    """Or the fp32 tensor behind it would be cut too large for the buffer."""
+    steps = []
+    for name, count in (("BF16", loop.WINDOW // 2 - 1), ("F32", loop.WINDOW)):
+        dtype = DTYPES[name]
+        span = Span(Path(name), dtype, 0, count * dtype.itemsize, (count,))
+        steps.append(Step(name, dtype, (count,), "", "", (Part((0, count), name, span, span),)))
+    windows = list(loop._windows(SimpleNamespace(steps=steps), 0.3, MagicMock()))
+    sizes = [[piece.nbytes for piece in window] for window in windows]
+    assert all(0 < sum(pieces) <= loop.WINDOW and all(pieces) for pieces in sizes)
+    assert sum(map(sum, sizes)) == sum(step.nbytes for step in steps)
