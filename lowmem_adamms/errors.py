@@ -24,3 +24,11 @@ class RecipeError(MergeError):
 
 class OutputError(MergeError):
     """The output cannot be written where it was asked for."""
+
+
+class PromptError(MergeError):
+    """A prompt set, or a set of recorded answers, cannot be read or used."""
+
+
+class PlacementError(MergeError):
+    """The model does not fit into the memory there is."""
