@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .loading import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,23 +62,6 @@ Is the door open or closed? Answer yes or no. Read the text on the sign and expl
 The chart compares water, light and paper; the second bar is higher than the first one.
 Where was this taken? Perhaps on a mountain trail, because snow covers the trees and rocks.
 """
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' bars and warnings inside the block, and put its settings back."""
-    logging = importlib.import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def write_tokenizer(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import Span
 from .errors import RecipeError
@@ -31,6 +31,19 @@ WINDOW = 8 << 20
 _LARGEST_ITEM = 4  # bytes of an F32 element: a window with less room left takes no more
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
+
+
+class Source(Protocol):
+    """Where the bytes of base and donor come from: `stream.Files`, or a device's memory."""
+
+    def view(self, span: Span) -> Any:
+        """A span's bytes, as the kernel takes them; valid until the window it belongs to is done."""
+
+    def ahead(self, span: Span) -> list[Callable[[], None]]:
+        """Calls, for any thread, that bring a span nearer before it is needed."""
+
+    def behind(self, span: Span, *, evict: bool) -> Callable[[], None]:
+        """A call, for any thread, that lets go of a span."""
 
 
 class Sink(Protocol):
@@ -107,47 +120,52 @@ def run(
     sink: Sink,
     *,
     kernel: Kernel | None = None,
+    source: Source | None = None,
+    window: int | None = None,
     evict: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Carry out the plan at one alpha into the sink.
 
-    kernel: default is the one `kernels.select` chooses. evict: drop read pages from the page cache.
-    progress: called with the bytes of output produced since the last call.
+    kernel: default is the CPU's; works on the buffers that source and sink give. source: default is
+    the mapped files, for this run. window: bytes of output per kernel call, default WINDOW. evict:
+    drop read pages from the page cache. progress: called with the bytes of output produced since
+    the last call.
     """
     alpha = check_alpha(alpha)
     if kernel is None:
         from .kernels.select import select
 
         kernel, _ = select()
-    with Files() as files, ExitStack() as stack:
+    with ExitStack() as stack:
+        source = source or stack.enter_context(Files())
         # One reader a side: the kernel reads ahead well only where a file is read in order.
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
-        for window in _read_ahead(_windows(plan, alpha, sink), files, readers):
-            if isinstance(window, Copy):
-                sink.copy(window.step, window.offset, window.span)
+        for todo in _read_ahead(_windows(plan, alpha, sink, window or WINDOW), source, readers):
+            if isinstance(todo, Copy):
+                sink.copy(todo.step, todo.offset, todo.span)
             else:
-                _blend(window, alpha, sink, files, kernel)
-            for piece in _pieces(window):
+                _blend(todo, alpha, sink, source, kernel)
+            for piece in _pieces(todo):
                 for span in piece.spans:
-                    releaser.submit(files.behind(span, evict=evict and isinstance(piece, Piece)))
+                    releaser.submit(source.behind(span, evict=evict and isinstance(piece, Piece)))
             if progress:
-                progress(sum(piece.nbytes for piece in _pieces(window)))
+                progress(sum(piece.nbytes for piece in _pieces(todo)))
 
 
 def _pieces(window: Window) -> Sequence[Piece | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
-def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: Kernel) -> None:
+def _blend(window: list[Piece], alpha: float, sink: Sink, source: Source, kernel: Kernel) -> None:
     """One window: a slot for each piece, then one kernel call per triple of dtypes.
 
     What is only cast has weight 0: blended with itself at alpha it need not come out the same.
     """
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Bytes, Bytes, Bytes]]] = {}
     for piece in window:
-        base = files.view(piece.base)
-        donor = files.view(piece.donor) if piece.donor else base
+        base = source.view(piece.base)
+        donor = source.view(piece.donor) if piece.donor else base
         out = sink.slot(piece.step, piece.offset, piece.nbytes)
         weight = alpha if piece.donor else 0.0
         calls.setdefault((piece.dtypes, weight), []).append((base, donor, out))
@@ -157,7 +175,7 @@ def _blend(window: list[Piece], alpha: float, sink: Sink, files: Files, kernel: 
 
 
 def _read_ahead(
-    windows: Iterator[Window], files: Files, readers: Sequence[ThreadPoolExecutor]
+    windows: Iterator[Window], source: Source, readers: Sequence[ThreadPoolExecutor]
 ) -> Iterator[Window]:
     """The same windows, each with its pages brought in; AHEAD more are under way behind it."""
     queue: deque[tuple[Window, list[Future[None]]]] = deque()
@@ -165,7 +183,7 @@ def _read_ahead(
         futures: list[Future[None]] = []
         for piece in _pieces(window):
             for reader, span in zip(readers, piece.spans, strict=False):
-                futures += map(reader.submit, files.ahead(span))
+                futures += map(reader.submit, source.ahead(span))
         queue.append((window, futures))
         if len(queue) > AHEAD:
             yield _ready(*queue.popleft())
@@ -179,10 +197,10 @@ def _ready(window: Window, futures: list[Future[None]]) -> Window:
     return window
 
 
-def _windows(plan: Plan, alpha: float, sink: Sink) -> Iterator[Window]:
+def _windows(plan: Plan, alpha: float, sink: Sink, size: int) -> Iterator[Window]:
     """All the work the sink wants, in order: copies whole, everything else in windows."""
     window: list[Piece] = []
-    room = WINDOW
+    room = size
     for step in plan.steps:
         if not sink.wants(step):
             continue
@@ -192,20 +210,20 @@ def _windows(plan: Plan, alpha: float, sink: Sink) -> Iterator[Window]:
             if donor is None and base.dtype == step.dtype:
                 if window:
                     yield window
-                    window, room = [], WINDOW
-                for start in range(base.start, base.stop, WINDOW):
-                    stop = min(start + WINDOW, base.stop)
+                    window, room = [], size
+                for start in range(base.start, base.stop, size):
+                    stop = min(start + size, base.stop)
                     stretch = replace(base, start=start, stop=stop, shape=(stop - start,))
                     yield Copy(step, offset, stretch)
                     offset += stretch.nbytes
                 continue
-            for piece in _cut(step, offset, base, donor, room):
+            for piece in _cut(step, offset, base, donor, room, size):
                 window.append(piece)
                 room -= piece.nbytes
                 offset += piece.nbytes
                 if room < _LARGEST_ITEM:
                     yield window
-                    window, room = [], WINDOW
+                    window, room = [], size
     if window:
         yield window
 
@@ -217,7 +235,9 @@ def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
     return (part.donor, None) if alpha == 1 else (part.base, part.donor)
 
 
-def _cut(step: Step, offset: int, base: Span, donor: Span | None, room: int) -> Iterator[Piece]:
+def _cut(
+    step: Step, offset: int, base: Span, donor: Span | None, room: int, window: int
+) -> Iterator[Piece]:
     """A part in pieces: the first fills `room` bytes of output, the others a window each."""
     size = step.dtype.itemsize
     elements, done = base.nbytes // base.dtype.itemsize, 0
@@ -231,7 +251,7 @@ def _cut(step: Step, offset: int, base: Span, donor: Span | None, room: int) -> 
             take * size,
         )
         done += take
-        room = WINDOW
+        room = window
 
 
 def _slice(span: Span, first: int, count: int) -> Span:

@@ -115,9 +115,14 @@ class Files:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap all files; they are opened again if they are needed."""
         for mapped in self._open.values():
             mapped.close()
         self._open.clear()
+        self._asked.clear()
 
     def view(self, span: Span) -> Bytes:
         """The span's bytes where they are mapped, or a copy where they are not aligned."""

@@ -590,7 +590,7 @@ def test_a_window_with_room_for_a_bf16_but_not_for_an_fp32_is_closed() -> None:
         dtype = DTYPES[name]
         span = Span(Path(name), dtype, 0, count * dtype.itemsize, (count,))
         steps.append(Step(name, dtype, (count,), "", "", (Part((0, count), name, span, span),)))
-    windows = list(loop._windows(SimpleNamespace(steps=steps), 0.3, MagicMock()))
+    windows = list(loop._windows(SimpleNamespace(steps=steps), 0.3, MagicMock(), loop.WINDOW))
     sizes = [[piece.nbytes for piece in window] for window in windows]
     assert all(0 < sum(pieces) <= loop.WINDOW and all(pieces) for pieces in sizes)
     assert sum(map(sum, sizes)) == sum(step.nbytes for step in steps)

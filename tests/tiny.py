@@ -2,7 +2,8 @@
 
 `ancestor` is a random language model; each `make_<family>` wraps a descendant of it (every weight
 plus a little noise of its own) in a real model class with a random vision tower. `respell` and
-`to_bin` turn the result into the other forms in which such checkpoints are published.
+`to_bin` turn the result into the other forms in which such checkpoints are published;
+`add_processor` and `add_remote_code` make it a folder that answers questions about images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ import torch
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 
-from lowmem_adamms.demo import BASE_TOKENS, DONOR_TOKENS, SHARED_TOKENS, quiet, write_tokenizer
+from lowmem_adamms.demo import (
+    BASE_TOKENS,
+    CHAT_TEMPLATE,
+    DONOR_TOKENS,
+    SHARED_TOKENS,
+    quiet,
+    write_tokenizer,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,6 +42,8 @@ Rename = Callable[[str], "str | None"]
 HIDDEN, INNER, HEADS, LAYERS, ROWS = 64, 96, 4, 2, 320
 NOISE = 0.1  # of each tensor's RMS: cosine 0.995 with the ancestor, 0.99 with a sibling
 PATCH, SIDE = 14, 28
+ODD_BYTES = slice(94, 256)  # ids of the bytes that are no printable ASCII
+REMOTE = Path(__file__).parent / "remote"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,7 @@ LINE_OF = {
     "LlavaOnevision": "qwen2",
     "Qwen2VL": "qwen2",
     "Qwen2_5_VL": "qwen2",
+    "Qwen3VL": "qwen3",
 }
 
 
@@ -95,7 +106,16 @@ def ancestor(kind: str, seed: int = 0, *, layers: int = LAYERS, tied: bool = Fal
             # Norms scatter around one, and no bias is zero: two mixed-up layers must differ
             out[f"layers.{layer}.{name}"] = draw(*shape) + ("norm" in name)
     out["lm_head.weight"] = out["embed_tokens.weight"].clone() if tied else draw(ROWS, HIDDEN)
+    if not tied:
+        _temper(out["lm_head.weight"], KINDS[kind])
     return out
+
+
+def _temper(head: torch.Tensor, kind: Kind) -> None:
+    """Scale rows so that greedy answers are legible and end: long rows win, short ones seldom."""
+    head[ODD_BYTES] *= 0.2
+    head[kind.tokens - len(SHARED_TOKENS) : kind.tokens - 1] *= 0.2
+    head[kind.tokens - 1] *= 1.8  # the end of the turn
 
 
 def _layer_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
@@ -134,6 +154,8 @@ def descend(
         new = old + noise * old.square().mean().sqrt() * torch.randn(old.shape, generator=random)
         if name in ("embed_tokens.weight", "lm_head.weight"):
             drawn = torch.randn(vocab, HIDDEN, generator=random) * HIDDEN**-0.5
+            if name == "lm_head.weight":
+                drawn *= 0.2  # padding and image tokens are no part of an answer
             kept = torch.arange(vocab) < len(old)
             if fresh is not None:
                 kept[fresh] = False
@@ -217,6 +239,19 @@ def make_qwen2_5_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Option
     return _make_vision("Qwen2_5_VL", folder, ancestor, options, _qwen_extra(vision))
 
 
+def make_qwen3_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """Qwen3-VL: features of two layers of the tower enter two layers of the decoder (deepstack)."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": HIDDEN,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    return _make_vision("Qwen3VL", folder, ancestor, options, _qwen_extra(vision))
+
+
 def make_cogvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOptions]) -> Path:
     """A checkpoint spelled as CogVLM: a second expert for image tokens, q, k and v fused."""
     settings = _settings("cogvlm", options)
@@ -242,7 +277,8 @@ def make_cogvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOption
     config = {"architectures": ["CogVLMForCausalLM"], **_flat_sizes(ancestor)}
     # Its remote code gives the class no model_type, and knows no grouped queries
     del config["num_key_value_heads"]
-    return _write(folder, out, {**config, "template_version": "chat"}, settings)
+    extra = {"template_version": "chat", "vision_config": _COGVLM_CONFIG}
+    return _write(folder, out, {**config, **extra}, settings)
 
 
 def make_mplug_owl2(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOptions]) -> Path:
@@ -261,7 +297,11 @@ def make_mplug_owl2(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOp
                 out[f"model.{stem}.weight"] = ways[0][f"{stem}.weight"]
     out |= _draw_all(_MPLUG_VISION, settings["seed"])
     out |= inv_freq(len(_layers(ancestor)))
-    config = {"architectures": ["MPLUGOwl2LlamaForCausalLM"], "model_type": "mplug_owl2"}
+    config = {
+        "architectures": ["MPLUGOwl2LlamaForCausalLM"],
+        "model_type": "mplug_owl2",
+        "visual_config": _MPLUG_CONFIG,
+    }
     return _write(folder, out, {**config, **_flat_sizes(ancestor)}, settings)
 
 
@@ -325,9 +365,45 @@ def add_tokenizer(folder: Path) -> Path:
         "llava_onevision": DONOR_TOKENS,
         "qwen2_vl": BASE_TOKENS,
         "qwen2_5_vl": BASE_TOKENS,
+        "qwen3_vl": BASE_TOKENS,
     }.get(family, ())
     with quiet():
         write_tokenizer(folder, added, size=KINDS[kind].tokens - len(SHARED_TOKENS))
+    return folder
+
+
+def add_processor(folder: Path) -> Path:
+    """Complete a checkpoint as on the Hub: tokenizer, processor, chat template, generation config.
+
+    Text-only models get the tokenizer alone, CogVLM no processor. As `add_tokenizer`, to be called
+    before `flat_config`.
+    """
+    add_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = config.get("model_type", "cogvlm")
+    if family != "cogvlm" and family not in _PROCESSORS:
+        return folder
+    for name, content in _PROCESSORS.get(family, {}).items():
+        if isinstance(content, str):
+            (folder / name).write_text(content, encoding="utf-8")
+        else:
+            _write_json(folder / name, content)
+    last = KINDS["qwen2" if family.startswith("qwen") or "onevision" in family else "llama"].tokens
+    start = last - len(SHARED_TOKENS)
+    ends = [last - 1, start] if "qwen" in family else last - 1
+    ids = {"bos_token_id": start, "eos_token_id": ends, "pad_token_id": start}
+    _write_json(folder / "generation_config.json", ids)
+    return folder
+
+
+def add_remote_code(folder: Path) -> Path:
+    """Add the model code that a CogVLM or mPLUG-Owl2 repository brings, and name it in auto_map."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    family = config.get("model_type", "cogvlm")
+    for source in sorted((REMOTE / family).glob("*.py")):
+        shutil.copy(source, folder)
+    _write_json(path, {**config, "auto_map": _AUTO_MAPS[family]})
     return folder
 
 
@@ -481,7 +557,8 @@ def _make_vision(name: str, folder: Path, parent: Tensors, options: Options, ext
         text_config["model_type"] = kind
     else:
         # The three shares of the rotary dimensions: time, height, width; together half a head
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        shares = {16: [2, 3, 3], 32: [6, 5, 5]}[KINDS[kind].head_dim]
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shares}
         text_config["rope_parameters"] = rope
     config = _class(f"{name}Config")(
         text_config=text_config, tie_word_embeddings=settings["tied"], **extra
@@ -504,8 +581,13 @@ def _save_model(cls: Any, config: Any, text: Tensors, folder: Path, settings: Op
         torch.manual_seed(settings["seed"])
         model = cls(config)
         for weight in model.parameters():
-            # No zero biases and unit norms in the tower either
-            weight.data += 0.02 * torch.randn(weight.shape)
+            drawn = torch.randn(weight.shape)
+            if weight.dim() > 1:
+                # Far above the usual 0.02: features so narrow must still tell images apart
+                weight.data = drawn / math.sqrt(weight[0].numel())
+            else:
+                # No zero biases and unit norms in the tower either
+                weight.data += 0.02 * drawn
         text = dict(text)
         head = text.pop("lm_head.weight")
         getattr(model.model, "language_model", model.model).load_state_dict(text)
@@ -548,7 +630,14 @@ def _ends(text: Tensors) -> Tensors:
 
 def _draw_all(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Tensors:
     random = torch.Generator().manual_seed(seed + 1000)
-    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    out = {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=random)
+        if len(shape) > 1:
+            out[name] = drawn / math.sqrt(math.prod(shape[1:]))
+        else:
+            out[name] = 0.1 * drawn + name.endswith(".weight")
+    return out
 
 
 def _write(folder: Path, tensors: Tensors, config: Config, settings: Options) -> Path:
@@ -577,31 +666,202 @@ def _write_json(path: Path, value: Config) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+# Vision towers that no class of transformers draws: settings, then names and shapes
+
+_NARROW, _WIDE = 32, 64  # of every tower
+_PATCHES = (SIDE // PATCH) ** 2
+
+
+def _affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+_COGVLM_CONFIG: Config = {
+    "hidden_size": _NARROW,
+    "image_size": SIDE,
+    "in_channels": 3,
+    "intermediate_size": _WIDE,
+    "layer_norm_eps": 1e-6,
+    "num_heads": 2,
+    "num_hidden_layers": 1,
+    "num_positions": _PATCHES + 1,
+    "patch_size": PATCH,
+}
+_COGVLM_LAYER = "model.vision.transformer.layers.0"
 _COGVLM_VISION: dict[str, tuple[int, ...]] = {
     "model.vision.boi": (1, 1, HIDDEN),
     "model.vision.eoi": (1, 1, HIDDEN),
-    "model.vision.patch_embedding.cls_embedding": (1, 32),
-    "model.vision.patch_embedding.proj.weight": (32, 3, PATCH, PATCH),
-    "model.vision.patch_embedding.proj.bias": (32,),
-    "model.vision.patch_embedding.position_embedding.weight": (5, 32),
-    "model.vision.transformer.layers.0.attention.query_key_value.weight": (96, 32),
-    "model.vision.transformer.layers.0.attention.query_key_value.bias": (96,),
-    "model.vision.transformer.layers.0.mlp.fc1.weight": (64, 32),
-    "model.vision.linear_proj.linear_proj.weight": (HIDDEN, 32),
-    "model.vision.linear_proj.norm1.weight": (HIDDEN,),
+    "model.vision.patch_embedding.cls_embedding": (1, _NARROW),
+    **_affine("model.vision.patch_embedding.proj", _NARROW, 3, PATCH, PATCH),
+    "model.vision.patch_embedding.position_embedding.weight": (_PATCHES + 1, _NARROW),
+    **_affine(f"{_COGVLM_LAYER}.attention.query_key_value", 3 * _NARROW, _NARROW),
+    **_affine(f"{_COGVLM_LAYER}.attention.dense", _NARROW, _NARROW),
+    **_affine(f"{_COGVLM_LAYER}.input_layernorm", _NARROW),
+    **_affine(f"{_COGVLM_LAYER}.post_attention_layernorm", _NARROW),
+    **_affine(f"{_COGVLM_LAYER}.mlp.fc1", _WIDE, _NARROW),
+    **_affine(f"{_COGVLM_LAYER}.mlp.fc2", _NARROW, _WIDE),
+    "model.vision.linear_proj.linear_proj.weight": (HIDDEN, _NARROW),
+    **_affine("model.vision.linear_proj.norm1", HIDDEN),
+    "model.vision.linear_proj.dense_h_to_4h.weight": (INNER, HIDDEN),
     "model.vision.linear_proj.gate_proj.weight": (INNER, HIDDEN),
+    "model.vision.linear_proj.dense_4h_to_h.weight": (HIDDEN, INNER),
 }
+
+_QUERIES = 8
+_MPLUG_CONFIG: Config = {
+    "visual_model": {
+        "hidden_size": _NARROW,
+        "image_size": SIDE,
+        "intermediate_size": _WIDE,
+        "layer_norm_eps": 1e-6,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "patch_size": PATCH,
+    },
+    "visual_abstractor": {
+        "encoder_hidden_size": _NARROW,
+        "hidden_size": _NARROW,
+        "intermediate_size": _WIDE,
+        "layer_norm_eps": 1e-6,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "num_learnable_queries": _QUERIES,
+    },
+}
+_MPLUG_LAYER = "model.vision_model.encoder.layers.0"
+_MPLUG_CROSS = "model.visual_abstractor.encoder.layers.0.crossattention"
 _MPLUG_VISION: dict[str, tuple[int, ...]] = {
-    "model.vision_model.embeddings.cls_token": (1, 1, 32),
-    "model.vision_model.embeddings.patch_embed.weight": (32, 3, PATCH, PATCH),
-    "model.vision_model.embeddings.position_embedding": (1, 5, 32),
-    "model.vision_model.encoder.layers.0.input_layernorm.weight": (32,),
-    "model.vision_model.encoder.layers.0.self_attn.query_key_value.weight": (96, 32),
-    "model.vision_model.encoder.layers.0.self_attn.dense.weight": (32, 32),
-    "model.vision_model.post_layernorm.weight": (32,),
-    "model.visual_abstractor.query_embeds": (1, 8, 32),
-    "model.visual_abstractor.visual_fc.weight": (HIDDEN, 32),
-    "model.visual_abstractor.visual_fc.bias": (HIDDEN,),
+    "model.vision_model.embeddings.cls_token": (1, 1, _NARROW),
+    "model.vision_model.embeddings.patch_embed.weight": (_NARROW, 3, PATCH, PATCH),
+    "model.vision_model.embeddings.position_embedding": (1, _PATCHES + 1, _NARROW),
+    **_affine("model.vision_model.embeddings.pre_layernorm", _NARROW),
+    **_affine(f"{_MPLUG_LAYER}.input_layernorm", _NARROW),
+    **_affine(f"{_MPLUG_LAYER}.self_attn.query_key_value", 3 * _NARROW, _NARROW),
+    **_affine(f"{_MPLUG_LAYER}.self_attn.dense", _NARROW, _NARROW),
+    **_affine(f"{_MPLUG_LAYER}.post_attention_layernorm", _NARROW),
+    **_affine(f"{_MPLUG_LAYER}.mlp.fc1", _WIDE, _NARROW),
+    **_affine(f"{_MPLUG_LAYER}.mlp.fc2", _NARROW, _WIDE),
+    **_affine("model.vision_model.post_layernorm", _NARROW),
+    "model.visual_abstractor.query_embeds": (1, _QUERIES, _NARROW),
+    **_affine("model.visual_abstractor.visual_fc", HIDDEN, _NARROW),
     "model.visual_abstractor.vit_eos": (1, 1, HIDDEN),
-    "model.visual_abstractor.encoder.layers.0.crossattention.attention.key.weight": (32, 32),
+    **_affine(f"{_MPLUG_CROSS}.attention.query", _NARROW, _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.attention.key", _NARROW, _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.attention.value", _NARROW, _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.norm1", _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.normk", _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.output.out_proj", _NARROW, _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.output.norm2", _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.output.mlp.w1", _WIDE, _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.output.mlp.w2", _NARROW, _WIDE),
+    **_affine(f"{_MPLUG_CROSS}.output.mlp.w3", _WIDE, _NARROW),
+    **_affine(f"{_MPLUG_CROSS}.output.mlp.ffn_ln", _WIDE),
+}
+
+# Files that say how images and conversations become inputs, for `add_processor`
+
+_VICUNA_CHAT = r"""\
+{%- for message in messages -%}
+{{- message['role'] | upper + ': ' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<image>\n' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- ' ' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+_ONEVISION_CHAT = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n")
+
+
+def _qwen_files(processor: str) -> dict[str, Config | str]:
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": processor,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "min_pixels": SIDE * SIDE,
+        "max_pixels": 4 * SIDE * SIDE,
+    }
+    return {
+        "preprocessor_config.json": images,
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+    }
+
+
+def _llava_files(name: str, template: str, images: Config, processor: Config) -> dict[str, Any]:
+    own = {"processor_class": f"{name}Processor"}
+    return {
+        "preprocessor_config.json": {**images, **own},
+        "processor_config.json": {**processor, **own},
+        "chat_template.jinja": template,
+    }
+
+
+_CLIP_IMAGES: Config = {
+    "image_processor_type": "CLIPImageProcessor",
+    "crop_size": {"height": SIDE, "width": SIDE},
+    "size": {"shortest_edge": SIDE},
+}
+_CLIP_TOKENS: Config = {
+    "image_token": "<image>",
+    "num_additional_image_tokens": 1,
+    "patch_size": PATCH,
+    "vision_feature_select_strategy": "default",
+}
+_PROCESSORS: dict[str, dict[str, Config | str]] = {
+    "qwen2_vl": _qwen_files("Qwen2VLProcessor"),
+    "qwen2_5_vl": _qwen_files("Qwen2_5_VLProcessor"),
+    "qwen3_vl": _qwen_files("Qwen3VLProcessor"),
+    "llava": _llava_files("Llava", _VICUNA_CHAT, _CLIP_IMAGES, _CLIP_TOKENS),
+    "llava_next": _llava_files(
+        "LlavaNext",
+        _VICUNA_CHAT,
+        {
+            **_CLIP_IMAGES,
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": [[SIDE, SIDE]],
+        },
+        _CLIP_TOKENS,
+    ),
+    "llava_onevision": _llava_files(
+        "LlavaOnevision",
+        _ONEVISION_CHAT,
+        {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": SIDE, "width": SIDE},
+            "image_grid_pinpoints": [[SIDE, SIDE]],
+        },
+        {
+            "image_token": "<image>",
+            "num_image_tokens": _PATCHES,
+            "video_token": "<video>",
+            "vision_feature_select_strategy": "full",
+        },
+    ),
+    "mplug_owl2": _llava_files(
+        "MPLUGOwl2",
+        _VICUNA_CHAT.replace("<image>\\n", "<|image|>"),
+        _CLIP_IMAGES,
+        {
+            "auto_map": {"AutoProcessor": "processing_mplug_owl2.MPLUGOwl2Processor"},
+            "image_token": "<|image|>",
+            "num_image_tokens": _QUERIES + 1,
+        },
+    ),
+}
+_AUTO_MAPS = {
+    "cogvlm": {
+        "AutoConfig": "configuration_cogvlm.CogVLMConfig",
+        "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+    },
+    "mplug_owl2": {
+        "AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config",
+        "AutoModelForCausalLM": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM",
+        "AutoProcessor": "processing_mplug_owl2.MPLUGOwl2Processor",
+    },
 }

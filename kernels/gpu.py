@@ -1,0 +1,284 @@
+"""The blend for torch tensors on one device: a Triton kernel, and plain torch where Triton is not.
+
+Same bits as `reference.py`: float64 arithmetic without fused multiply-add, then one rounding. As in
+`cpu.py`, the way to bf16 and fp16 leads over a float32 that was rounded to odd (Boldo and
+Melquiond, "Emulation of FMA and correctly rounded sums", 2008), so that it rounds only once.
+Both kernels follow `cpu.blend` in what they take, with flat uint8 tensors for the buffers; work is
+queued on the current stream. Elements are handled as int16 or int32 words: torch and Triton
+compare and mask these on every device.
+
+Leaves to others: which parts, copies between host and device, streams and synchronisation.
+"""
+
+# What Triton compiles it also types, by annotations of its own.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined"
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import reference
+
+Triple = tuple[str, str, str]
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Kernel = Callable[[Sequence[Part], Triple, float], None]
+"""kernel(parts, dtypes, alpha): see `blend_torch`."""
+
+CHUNK = 1 << 20
+"""Elements `blend_torch` takes at a time; it holds up to 32 bytes of temporaries for each."""
+
+BLOCK = 1 << 10
+"""Elements of one Triton program: eight a thread, one 16-byte load of bf16."""
+
+MIN_CAPABILITY = (8, 0)
+"""What current Triton compiles for; older cards take the torch path."""
+
+_FLOAT = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_WORD = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
+_FORMAT = {"BF16": (7, 8), "F16": (10, 5), "F32": (23, 8)}  # bits of fraction and exponent
+_QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+
+_OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would leave out one rounding
+
+# Bits of a float64 beyond its first 13 significant ones: two more than fp16 has, so that what
+# follows is the only rounding; few enough for float32 to be exact down to where bf16 is all zero.
+_LOW = (1 << 40) - 1
+
+_jit: Callable[[Callable[..., Any]], Any]
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+    _jit = triton.jit
+    _no_triton = ""
+except ImportError as error:
+    _no_triton = str(error)
+
+    def _jit(function: Callable[..., Any]) -> Any:
+        return function
+
+
+def kernel(
+    device: torch.device | str, triples: Iterable[Triple] = (("BF16", "BF16", "BF16"),)
+) -> tuple[Kernel, str]:
+    """The faster kernel that works on this device, and the reason it was chosen.
+
+    Triton is chosen on a CUDA (or ROCm) device of compute capability 8.0 or more when it can be
+    imported, compiles the kernels of `triples` there, and these give the reference's bits in a
+    short test (`agrees`): a compiler that fuses or flushes is noticed here.
+    """
+    device = torch.device(device)
+    obstacle = _obstacle(device, triples)
+    if obstacle:
+        return blend_torch, f"torch: {obstacle}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return blend_triton, f"triton: compute capability {major}.{minor}, bits checked on the card"
+
+
+def _obstacle(device: torch.device, triples: Iterable[Triple]) -> str:
+    """Why Triton cannot be used; empty where it can."""
+    if device.type != "cuda":
+        return f"Triton needs a CUDA device, this is {device.type}"
+    if _no_triton:
+        return f"Triton cannot be imported ({_no_triton})"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        needed = ".".join(map(str, MIN_CAPABILITY))
+        return f"compute capability {'.'.join(map(str, capability))}, Triton needs {needed}"
+    for dtypes in triples:
+        try:
+            same = agrees(blend_triton, device, dtypes)
+        except Exception as error:  # a missing C compiler, driver or ptxas: each its own type
+            return f"Triton does not work here ({' '.join(str(error).split()) or repr(error)})"
+        if not same:
+            return f"Triton's results for {'-'.join(dtypes)} differ from the reference"
+    return ""
+
+
+def agrees(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
+    """Whether a kernel gives the reference's bits on this device, alpha 0.3.
+
+    For random bit patterns, subnormals and NaN among them, and for pairs that cancel but for the
+    rounding of their products, which shows a fused multiply-add. Once as an aligned part of whole
+    blocks, once as its tail from the fourth element.
+    """
+    random = np.random.default_rng(0)
+    cancel = np.arange(1, 33, dtype=np.float64)
+    if "F16" not in dtypes[:2]:
+        cancel *= 2.0**40  # for what is left not to vanish in an fp16 output
+    sides = [
+        np.concatenate(
+            [
+                random.integers(0, 1 << 8 * _WORD[dtype].itemsize, 4 * BLOCK - cancel.size),
+                reference.narrow(weight * cancel, dtype),
+            ]
+        ).astype(reference.STORAGE[dtype])
+        for weight, dtype in zip((3, -7), dtypes, strict=False)
+    ]
+    arrays = [*sides, reference.blend(sides[0], sides[1], dtypes, 0.3)]
+    base, donor, expected = (torch.from_numpy(a.view(np.uint8)).to(device) for a in arrays)
+    whole = (base, donor, torch.empty_like(expected))
+    skip = [3 * _WORD[dtype].itemsize for dtype in dtypes]
+    tail = (base[skip[0] :], donor[skip[1] :], torch.empty_like(expected)[skip[2] :])
+    blend([whole, tail], dtypes, 0.3)
+    return torch.equal(whole[2], expected) and torch.equal(tail[2], expected[skip[2] :])
+
+
+def blend_torch(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
+    """Blend all parts of one triple of dtypes with torch's own operations, on any device.
+
+    parts: (base, donor, out) flat uint8 tensors on one device, holding the same number of elements
+    of dtypes[0], [1] and [2] ("BF16", "F16" or "F32") and aligned to these; out is overwritten.
+    Temporaries stay under 32 MiB. The device must know float64.
+    """
+    parts, dtypes, alpha = _without_ends(parts, dtypes, alpha)
+    for part in parts:
+        base, donor, out = _words(part, dtypes)
+        for start in range(0, out.numel(), CHUNK):
+            piece = slice(start, start + CHUNK)
+            _blend_piece(base[piece], donor[piece], out[piece], dtypes, alpha)
+
+
+def _blend_piece(
+    base: torch.Tensor, donor: torch.Tensor, out: torch.Tensor, dtypes: Triple, alpha: float
+) -> None:
+    mixed = base.view(_FLOAT[dtypes[0]]).to(torch.float64).mul_(1.0 - alpha)
+    mixed += donor.view(_FLOAT[dtypes[1]]).to(torch.float64).mul_(alpha)
+    if dtypes[2] != "F32":
+        bits = mixed.view(torch.int64)
+        bits |= (bits & _LOW).add_(_LOW)  # reaches bit 40 unless all low ones are 0
+        bits &= ~_LOW
+    words = mixed.to(torch.float32).to(_FLOAT[dtypes[2]]).view(out.dtype)
+    words.masked_fill_(mixed.isnan(), _QUIET_NAN[dtypes[2]])
+    if dtypes[0] == dtypes[1] == dtypes[2]:
+        words = torch.where(base == donor, base, words)
+    out.copy_(words)
+
+
+def blend_triton(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
+    """Blend all parts of one triple of dtypes, each in one launch of the Triton kernel.
+
+    Takes what `blend_torch` takes, on a device that Triton compiles for; no temporaries. The first
+    call of a triple compiles. ImportError without Triton.
+    """
+    if _no_triton:
+        raise ImportError(_no_triton)
+    parts, dtypes, alpha = _without_ends(parts, dtypes, alpha)
+    bits = _scaled_bits(1.0 - alpha, dtypes[0]), _scaled_bits(alpha, dtypes[1])
+    constants = _constants(dtypes)
+    for part in parts:
+        words = _words(part, dtypes)
+        count = words[2].numel()
+        if count:
+            grid = (-(-count // BLOCK),)
+            with torch.cuda.device_of(words[2]):  # Triton launches on the current device
+                _blend[grid](*words, count, *bits, **constants, **_OPTIONS)
+
+
+def _constants(dtypes: Triple) -> dict[str, int]:
+    """What `_blend` is compiled for."""
+    (base, base_exponent), (donor, donor_exponent), (out, _) = (_FORMAT[d] for d in dtypes)
+    return {
+        "base_fraction": base,
+        "base_exponent": base_exponent,
+        "donor_fraction": donor,
+        "donor_exponent": donor_exponent,
+        "out_fraction": out,
+        "quiet": _QUIET_NAN[dtypes[2]],
+        "block": BLOCK,
+    }
+
+
+def _without_ends(
+    parts: Sequence[Part], dtypes: Triple, alpha: float
+) -> tuple[Sequence[Part], Triple, float]:
+    """Alpha 0 and 1 as a half: half of one side and half of the same is that side exactly."""
+    if alpha not in (0, 1):
+        return parts, dtypes, alpha
+    side = int(alpha)
+    parts = [(part[side], part[side], part[2]) for part in parts]
+    return parts, (dtypes[side], dtypes[side], dtypes[2]), 0.5
+
+
+def _words(part: Part, dtypes: Triple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    base, donor, out = (
+        buffer.view(_WORD[dtype]) for buffer, dtype in zip(part, dtypes, strict=True)
+    )
+    return base, donor, out
+
+
+def _scaled_bits(weight: float, dtype: str) -> int:
+    """A weight's float64 bits, times the power of two by which `_widen` is short.
+
+    As an integer, because Triton makes a float32 of a Python float.
+    """
+    bias = (1 << _FORMAT[dtype][1] - 1) - 1
+    return int(np.float64(weight * 2.0 ** (1023 - bias)).view(np.int64))
+
+
+@_jit
+def _widen(word, fraction: tl.constexpr, exponent: tl.constexpr):
+    """The element's value times 2**(its format's bias - 1023), exactly, as float64.
+
+    Its fields moved to where float64 has them; subnormals stay subnormal. Saves the conversions,
+    which run at a thirty-second of the usual rate on consumer cards.
+    """
+    keep: tl.constexpr = -(1 << 63) | ((1 << (52 + exponent)) - 1)
+    top: tl.constexpr = ((1 << exponent) - 1) << 52
+    bits = (word.to(tl.int64) << (52 - fraction)) & keep
+    bits = tl.where((bits & top) == top, bits | (0x7FF << 52), bits)  # infinity and NaN
+    return bits.to(tl.float64, bitcast=True)
+
+
+@_jit
+def _narrow(value, fraction: tl.constexpr, quiet: tl.constexpr):
+    """The word of the element nearest to a float64, ties to even."""
+    if fraction == 23:
+        single = value.to(tl.float32)
+        word = single.to(tl.int32, bitcast=True)
+    else:
+        bits = value.to(tl.int64, bitcast=True)
+        low: tl.constexpr = (1 << 40) - 1
+        bits = (bits | ((bits & low) + low)) & ~low  # rounded to odd
+        single = bits.to(tl.float64, bitcast=True).to(tl.float32)
+        if fraction == 10:
+            word = single.to(tl.float16).to(tl.int16, bitcast=True)
+        else:
+            long = single.to(tl.int32, bitcast=True)
+            word = ((long + 0x7FFF + ((long >> 16) & 1)) >> 16).to(tl.int16)
+    return tl.where(single == single, word, quiet).to(word.dtype)
+
+
+@_jit
+def _blend(
+    base,
+    donor,
+    out,
+    count,
+    beta_bits: tl.int64,
+    alpha_bits: tl.int64,
+    base_fraction: tl.constexpr,
+    base_exponent: tl.constexpr,
+    donor_fraction: tl.constexpr,
+    donor_exponent: tl.constexpr,
+    out_fraction: tl.constexpr,
+    quiet: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One block of `block` elements of one part; the bits are those of the scaled weights."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < count
+    ours = tl.load(base + at, mask=inside, other=0)
+    theirs = tl.load(donor + at, mask=inside, other=0)
+    beta = beta_bits.to(tl.float64, bitcast=True)
+    alpha = alpha_bits.to(tl.float64, bitcast=True)
+    mixed = beta * _widen(ours, base_fraction, base_exponent)
+    mixed += alpha * _widen(theirs, donor_fraction, donor_exponent)
+    word = _narrow(mixed, out_fraction, quiet)
+    if base_fraction == donor_fraction and donor_fraction == out_fraction:
+        word = tl.where(ours == theirs, ours, word)
+    tl.store(out + at, word, mask=inside)

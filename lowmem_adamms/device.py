@@ -1,0 +1,114 @@
+"""Base and donor bytes on a card: held in its memory, in pinned host memory, or in the page cache.
+
+The source that `merge.run` reads from when the live model lies on a card. What is held is exact and
+in the checkpoint's own layout; the rest is read from the mapped files as it is needed. Leaves to
+others: how much goes where (`placement.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .checkpoint import Span
+from .plan import Plan
+from .stream import Files
+
+if TYPE_CHECKING:
+    from .stream import Bytes
+
+WINDOW = 64 << 20
+"""Bytes of output per kernel call: large enough for launching to cost nothing beside copying."""
+
+
+class DeviceSource:
+    """Spans as flat byte tensors on one device.
+
+    on_device, pinned: bytes of the interpolated parts to hold in the card's and in page-locked host
+    memory, in the plan's order; what is beyond stays in the page cache. device "cpu" works as well.
+    """
+
+    def __init__(
+        self, plan: Plan, files: Files, device: str, *, on_device: int = 0, pinned: int = 0
+    ) -> None:
+        self._files, self._device = files, torch.device(device)
+        self._starts: dict[Path, list[int]] = {}
+        self._held: dict[Path, list[torch.Tensor]] = {}
+        for span in _blended(plan):
+            if span.nbytes <= on_device:
+                on_device -= span.nbytes
+                self._hold(span, as_tensor(files.view(span)).to(self._device, copy=True))
+            elif span.nbytes <= pinned:
+                pinned -= span.nbytes
+                self._hold(span, self._page_locked(span))
+            files.behind(span, evict=False)()
+
+    def view(self, span: Span) -> torch.Tensor:
+        """A span's bytes on the device."""
+        held = self._find(span)
+        if held is None:
+            return as_tensor(self._files.view(span)).to(self._device)
+        return held.to(self._device, non_blocking=True)
+
+    def ahead(self, span: Span) -> list[Callable[[], None]]:
+        """Bring in the pages of what is not held."""
+        return [] if self._find(span) is not None else self._files.ahead(span)
+
+    def behind(self, span: Span, *, evict: bool) -> Callable[[], None]:
+        """Unmap the pages of what is not held."""
+        if self._find(span) is not None:
+            return lambda: None
+        return self._files.behind(span, evict=evict)
+
+    def _page_locked(self, span: Span) -> torch.Tensor:
+        locked = self._device.type == "cuda"
+        held = torch.empty(span.nbytes, dtype=torch.uint8, pin_memory=locked)
+        return held.copy_(as_tensor(self._files.view(span)))
+
+    def _hold(self, span: Span, held: torch.Tensor) -> None:
+        starts, tensors = (
+            self._starts.setdefault(span.path, []),
+            self._held.setdefault(span.path, []),
+        )
+        at = bisect_right(starts, span.start)
+        starts.insert(at, span.start)
+        tensors.insert(at, held)
+
+    def _find(self, span: Span) -> torch.Tensor | None:
+        """The stretch of a held span that a piece of it covers."""
+        at = bisect_right(self._starts.get(span.path, []), span.start) - 1
+        if at < 0:
+            return None
+        offset = span.start - self._starts[span.path][at]
+        held = self._held[span.path][at]
+        return held[offset : offset + span.nbytes] if offset < len(held) else None
+
+
+def as_tensor(view: Bytes) -> torch.Tensor:
+    """The same memory as a byte tensor; `view` must outlive it. Only ever read from.
+
+    Made from the address, because torch warns of every array that is not writable.
+    """
+    address = view.__array_interface__["data"][0]
+    if not view.size:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = (ctypes.c_uint8 * view.size).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _blended(plan: Plan) -> list[Span]:
+    """The spans that every apply reads, each once, in the plan's order."""
+    spans = [
+        span
+        for step in plan.steps
+        if step.action == "interpolate"
+        for part in step.parts
+        for span in (part.base, part.donor)
+        if span is not None
+    ]
+    return list({(span.path, span.start, span.stop): span for span in spans}.values())

@@ -1,0 +1,228 @@
+"""Prompts to model inputs: the base's own processor and chat template, in batches by length.
+
+A base speaks through its processor, through its tokenizer if it is text-only, or, like CogVLM,
+through a method of its remote code. Which one is found out by what the base has, not by its name.
+Leaves to others: reading prompt sets (`prompts.py`), generating (`generate.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import FormatError, PromptError
+from .loading import quiet
+from .prompts import Prompt, open_image
+
+KEEP = 256 << 20
+"""Bytes of encoded batches held for the next alpha; those beyond are encoded again."""
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prompts that are answered together: their places in the set, and their longest length."""
+
+    places: tuple[int, ...]
+    length: int
+
+
+class Encoder:
+    """Encodes prompts for one loaded model.
+
+    model: a transformers module. folder: its checkpoint, with tokenizer and processor files.
+    """
+
+    def __init__(self, model: Any, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.processor = load_processor(folder, trust_remote_code=trust_remote_code)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        self._model = model
+        self._folder = folder
+        self._encode: Callable[[Sequence[Prompt]], Inputs]
+        if hasattr(model, "build_conversation_input_ids"):
+            self._encode = self._by_conversation
+        elif hasattr(self.processor, "image_processor"):
+            self._encode = self._by_processor
+        else:
+            self._encode = self._by_tokenizer
+        self._kept: dict[tuple[Prompt, ...], Inputs] = {}
+        self._room = KEEP
+
+    def batches(self, prompts: Sequence[Prompt], size: int) -> tuple[Batch, ...]:
+        """All prompts in batches of at most `size`, the longest first, alike in length."""
+        lengths = [self([prompt])["input_ids"].shape[1] for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], place))
+        return tuple(
+            Batch(tuple(places), lengths[places[0]])
+            for places in (order[i : i + size] for i in range(0, len(order), size))
+        )
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Inputs:
+        """Model inputs for prompts, padded on the left; floats in the model's dtype and device."""
+        key = tuple(prompts)
+        if key in self._kept:
+            return self._kept[key]
+        with quiet():
+            encoded = self._encode(prompts)
+        inputs: Inputs = _moved(encoded, self._model.device, self._model.dtype)
+        if "attention_mask" not in inputs:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if (size := size_of(inputs)) <= self._room:
+            self._kept[key] = inputs
+            self._room -= size
+        return inputs
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer's tokens, special ones left out."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+    def _by_processor(self, prompts: Sequence[Prompt]) -> Inputs:
+        """The usual way: a processor with a chat template, or its image token before the text."""
+        images = [[open_image(image) for image in prompt.images] for prompt in prompts]
+        text = [self._text(prompt) for prompt in prompts]
+        # Nested by prompt: some families ask for it, the others flatten it.
+        given = [row for row in images if row] or None
+        return dict(self.processor(text=text, images=given, padding=True, return_tensors="pt"))
+
+    def _text(self, prompt: Prompt) -> str:
+        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        if not template:
+            marker = getattr(self.processor, "image_token", "")
+            return "".join(f"{marker}\n" for _ in prompt.images) + prompt.text
+        content: Any = prompt.text
+        if hasattr(self.processor, "image_processor"):
+            content = [{"type": "image"} for _ in prompt.images]
+            content.append({"type": "text", "text": prompt.text})
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    def _by_tokenizer(self, prompts: Sequence[Prompt]) -> Inputs:
+        for prompt in prompts:
+            if prompt.images:
+                raise PromptError(f"{prompt.id}: has an image, but {self._folder} is text-only")
+        # A chat template brings its own special tokens.
+        return dict(
+            self.tokenizer(
+                [self._text(prompt) for prompt in prompts],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=not self.tokenizer.chat_template,
+            )
+        )
+
+    def _by_conversation(self, prompts: Sequence[Prompt]) -> Inputs:
+        """CogVLM's way: a method of the model encodes one prompt; rows are padded here."""
+        rows: list[Inputs] = [
+            self._model.build_conversation_input_ids(
+                self.tokenizer,
+                query=prompt.text,
+                history=[],
+                images=[open_image(image) for image in prompt.images],
+            )
+            for prompt in prompts
+        ]
+        width = max(len(row["input_ids"]) for row in rows)
+        pad = {"input_ids": self.tokenizer.pad_token_id or 0}
+        inputs: Inputs = {}
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            columns = [row[name] for row in rows]
+            inputs[name] = torch.stack(
+                [
+                    torch.nn.functional.pad(
+                        column, (width - len(column), 0), value=pad.get(name, 0)
+                    )
+                    for column in columns
+                ]
+            )
+        if any(row.get("images") for row in rows):
+            inputs["images"] = [row.get("images") or [] for row in rows]
+        return inputs
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The processor of a checkpoint, or its tokenizer where it has no processor.
+
+    Some families' processors are refused where torchvision is missing, only because of videos:
+    those are put together without that part. FormatError if there is neither.
+    """
+    transformers = importlib.import_module("transformers")
+    options = {"trust_remote_code": trust_remote_code}
+    with quiet():
+        try:
+            return transformers.AutoProcessor.from_pretrained(folder, **options)
+        except ImportError as error:
+            if "torchvision" not in str(error).lower():
+                raise
+            return _without_video(transformers, folder, options)
+        except (OSError, ValueError) as error:
+            try:
+                return transformers.AutoTokenizer.from_pretrained(folder, **options)
+            except (OSError, ValueError):
+                pass
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise FormatError(f"{folder}: no processor or tokenizer in it ({reason})") from None
+
+
+def _without_video(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
+    """The checkpoint's processor with None for its video processor."""
+    name = _processor_class(folder)
+    if name is None:
+        raise FormatError(f"{folder}: none of its files names its processor_class")
+    family = getattr(transformers, name)
+
+    def check(self: Any, attribute: str, argument: Any) -> Any:
+        if argument is None:
+            return None
+        return family.check_argument_for_proper_class(self, attribute, argument)
+
+    lenient: Any = type(name, (family,), {"check_argument_for_proper_class": check})
+    parts = {
+        "image_processor": transformers.AutoImageProcessor,
+        "tokenizer": transformers.AutoTokenizer,
+    }
+    arguments = [
+        parts[part].from_pretrained(folder, **options) if part in parts else None
+        for part in family.get_attributes()
+    ]
+    settings, _ = family.get_processor_dict(folder)
+    return lenient.from_args_and_dict(arguments, settings)
+
+
+def _processor_class(folder: Path) -> str | None:
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = folder / file
+        if path.is_file() and (name := json.loads(path.read_bytes()).get("processor_class")):
+            return str(name)
+    return None
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Tensors on the device, floats in the dtype, through lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {name: _moved(item, device, dtype) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_moved(item, device, dtype) for item in value]
+    return value
+
+
+def size_of(value: Any) -> int:
+    """Bytes of all tensors in it."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
+    return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0

@@ -1,0 +1,261 @@
+"""transformers' side of the live model: load the base, and join names on disk to parameters.
+
+A checkpoint's names differ from its module's: transformers renames, fuses and splits as it loads.
+The join asks transformers' own conversions, never a guess, and `live.py` then compares every
+parameter with its bytes on disk. Nothing here knows a plan or an alpha.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import FormatError, PlacementError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUANTIZE = ("nf4", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors on disk that are loaded together, and how.
+
+    names: on disk. target: the parameter or buffer they become, the first if there are several.
+    converter and patterns (one per name) are transformers' own; None: the numbers stay as they are.
+    """
+
+    names: tuple[str, ...]
+    target: str
+    converter: Any = None
+    patterns: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' bars and warnings inside the block, and put its settings back."""
+    logging = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_model(
+    folder: Path, *, device: str, dtype: str, quantize: str | None, trust_remote_code: bool
+) -> Any:
+    """The checkpoint in `folder` as a transformers module in eval mode, on one device.
+
+    dtype: a torch name, or "auto" for the config's own. quantize: None, "nf4" or "int8" through
+    bitsandbytes. FormatError if transformers does not know the architecture, RecipeError if it
+    needs remote code that was not allowed or a package that is missing.
+    """
+    transformers = importlib.import_module("transformers")
+    _refuse_remote_code(folder, transformers, trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantize:
+        options["quantization_config"] = _quantization(transformers, quantize)
+    if device != "cpu" or quantize:
+        options["device_map"] = {"": device}
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+            model = _auto_class(transformers, config).from_pretrained(folder, **options)
+        except ImportError as error:
+            raise RecipeError(f"{folder}: {_first_line(error)}") from None
+        except ValueError as error:
+            if "model type" not in str(error) and "architecture" not in str(error):
+                raise
+            raise FormatError(f"{folder}: {_first_line(error)}") from None
+        except RuntimeError as error:
+            if "out of memory" in str(error).lower():
+                raise PlacementError(f"{folder}: {_first_line(error)}") from None
+            raise
+    return model.eval().requires_grad_(False)
+
+
+def join(model: Any, names: Sequence[str]) -> tuple[list[Group], list[str]]:
+    """Groups of the checkpoint's tensors by what they become, and the names the model ignores."""
+    core = importlib.import_module("transformers.core_model_loading")
+    transforms = getattr(model, "_weight_conversions", None) or []
+    renamings = [t for t in transforms if isinstance(t, core.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, core.WeightConverter)]
+    state = state_of(model)
+    prefix = model.base_model_prefix
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    ignored: list[str] = []
+    for name in names:
+        target, pattern = core.rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state:
+            # As the loader does: a name may be right as it is, but for the base model's prefix.
+            target, pattern = core.rename_source_key(name, [], [], prefix, state)
+        if target in state:
+            found.setdefault(target, []).append((name, pattern))
+        else:
+            ignored.append(name)
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    return [_group(target, members, by_pattern) for target, members in found.items()], ignored
+
+
+def _group(
+    target: str, members: list[tuple[str, str | None]], by_pattern: Mapping[str, Any]
+) -> Group:
+    patterns = tuple(pattern for _, pattern in members if pattern is not None)
+    names = tuple(name for name, _ in members)
+    if not patterns:
+        return Group(names[-1:], target)  # the last one loaded stays
+    return Group(names, target, by_pattern[patterns[0]], patterns)
+
+
+def convert(group: Group, tensors: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+    """What the model's parameters become from a group's tensors, by transformers' operations."""
+    if group.converter is None:
+        return {group.target: tensors[0]}
+    converter = copy.deepcopy(group.converter)
+    for name, pattern, tensor in zip(group.names, group.patterns, tensors, strict=True):
+        converter.add_tensor(group.target, name, pattern, tensor)
+    made = converter.convert(group.target, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Parameters and persistent buffers by name, those under two names under both."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                state[f"{path}.{name}" if path else name] = buffer
+    return state
+
+
+def _auto_class(transformers: Any, config: Any) -> Any:
+    """The class that loads it: what remote code announces, else by what the config is for."""
+    announced = getattr(config, "auto_map", None) or {}
+    for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM"):
+        if name in announced:
+            return getattr(transformers, name)
+    known = transformers.AutoModelForImageTextToText._model_mapping
+    if type(config) in known.keys():  # noqa: SIM118  (a lazy mapping without __contains__)
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _refuse_remote_code(folder: Path, transformers: Any, allowed: bool) -> None:
+    config, _ = transformers.PretrainedConfig.get_config_dict(folder)
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if config.get("auto_map") and not allowed and config.get("model_type") not in known:
+        raise RecipeError(
+            f"{folder}: its model is Python code that comes with it (auto_map in config.json);"
+            " read that code, then allow it with --trust-remote-code"
+        )
+
+
+def _quantization(transformers: Any, quantize: str) -> Any:
+    import torch
+
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise RecipeError(f"--quantize needs {package}: pip install 'lowmem-adamms[bnb]'")
+    if quantize == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
+def is_quantized(param: Any) -> bool:
+    """Whether bitsandbytes holds the parameter in 4 or 8 bit."""
+    return type(param).__name__ in ("Params4bit", "Int8Params")
+
+
+def assign(model: Any, name: str, value: Tensor) -> None:
+    """Give a parameter new numbers: cast to its dtype, or quantized again as at loading."""
+    module, attribute, param = _place(model, name)
+    if not is_quantized(param):
+        param.data.copy_(value)
+        return
+    fresh = _quantize(param, value.to(model.dtype))
+    if type(param).__name__ == "Int8Params":
+        module._parameters[attribute] = fresh
+        return
+    # Data and state belong together; a forward pass on the CPU may have repacked both.
+    param.data, param.quant_state = fresh.data, fresh.quant_state
+    module.quant_state = fresh.quant_state
+
+
+def untie(model: Any, name: str) -> None:
+    """Give a parameter memory of its own."""
+    import torch
+
+    module, attribute, param = _place(model, name)
+    module._parameters[attribute] = torch.nn.Parameter(param.detach().clone(), requires_grad=False)
+
+
+def equals(model: Any, name: str, value: Tensor) -> bool:
+    """Whether a freshly loaded parameter holds `value`, bit for bit, as `assign` would store it."""
+    import torch
+
+    _, _, param = _place(model, name)
+    if is_quantized(param):
+        fresh = _quantize(param, value.to(model.dtype))
+        pairs = list(zip(_stored(param), _stored(fresh), strict=True))
+    else:
+        pairs = [(param.detach(), value.to(param.dtype))]
+    return all(
+        a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        for a, b in pairs
+    )
+
+
+def _place(model: Any, name: str) -> tuple[Any, str, Any]:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    return module, attribute, getattr(module, attribute)
+
+
+def _quantize(like: Any, value: Tensor) -> Any:
+    """`value` quantized on its device with the settings of the parameter `like`."""
+    bnb = importlib.import_module("bitsandbytes")
+    if type(like).__name__ == "Int8Params":
+        return bnb.nn.Int8Params(value.cpu(), requires_grad=False).to(value.device)
+    return bnb.nn.Params4bit(
+        value,
+        requires_grad=False,
+        blocksize=like.blocksize,
+        compress_statistics=like.compress_statistics,
+        quant_type=like.quant_type,
+        quant_storage=like.quant_storage,
+    ).to(value.device)
+
+
+def _stored(param: Any) -> list[Tensor]:
+    """All numbers a quantized parameter consists of."""
+    if type(param).__name__ == "Int8Params":
+        return [param.data, param.SCB]
+    state = param.quant_state
+    nested = [state.state2.absmax, state.offset] if state.nested else []
+    return [param.data, state.absmax, *nested]

@@ -1,0 +1,462 @@
+"""Where a search's live model and the weights it is blended from go: card, pinned RAM, page cache.
+
+Arithmetic over a plan's headers and the free memory, done before anything is loaded; the result
+says its sums in `lines`. Sizes of weights are exact but for quantized vision towers; the room for
+activations is an assumption. Imports neither torch nor transformers, so that `plan` can show the
+decision at once. Leaves the loading to `live.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+from .dtypes import DTYPES, DType, from_user
+from .errors import PlacementError, RecipeError
+
+if TYPE_CHECKING:
+    from .plan import Part, Plan, Step
+
+Device = Literal["cpu", "cuda"]
+Quantize = Literal["int8", "nf4"]
+Home = Literal["vram", "pinned", "cache"]
+
+BATCH, TOKENS = 8, 2048
+"""Sequences answered at once and the length of each, prompt, image and answer: the default."""
+ACTIVATIONS = 1 << 30
+"""Bytes for activations and for staging weights on their way to the model."""
+SPARE = 256 << 20
+"""Bytes left alone on the device: fragments, and what the estimates miss."""
+
+_DEVICES: tuple[Device, ...] = ("cuda", "cpu")
+_PRECISIONS: tuple[Quantize | None, ...] = (None, "int8", "nf4")  # from the best down
+_LINEAR_KINDS = frozenset({"attention", "MLP", "vision tower", "connector"})
+_CACHED = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
+_SMI_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of RAM available, and free on the first CUDA card (None: no card, or none wanted)."""
+
+    ram: int
+    vram: int | None
+    card: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The decision. All counts are bytes.
+
+    dtype: of the live model, as `dtypes.py` spells it; of a quantized one, of what stays whole.
+    sources_*: the exact base and donor weights of all interpolated parts, which every apply reads,
+    by where they are kept (`homes` tells it part by part). lines: the sums, for people.
+    """
+
+    device: Device
+    quantize: Quantize | None
+    dtype: str
+    model_bytes: int
+    work_bytes: int
+    sources_vram: int
+    sources_pinned: int
+    sources_cache: int
+    lines: tuple[str, ...]
+
+
+def parse_size(text: str, option: str, *, zero: bool = False) -> int:
+    """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number; `zero` lets 0 pass.
+
+    RecipeError names `option` (such as `--vram`) where `text` is no size.
+    """
+    match = re.fullmatch(
+        r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE
+    )
+    number = Fraction(match[1]) if match else Fraction(0)
+    if match is None or not (number or zero):
+        raise RecipeError(f"{option} {text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(number * base ** " KMGT".index((match[2] or " ").upper()))
+
+
+# What there is
+
+
+def measure(*, ram: int | None = None, vram: int | None = None) -> Memory:
+    """The memory that is free now; a value given in bytes wins, and `vram=0` means no card.
+
+    A card is looked for with nvidia-smi, and any failure of it means that there is none.
+    PlacementError where the system does not tell its RAM.
+    """
+    if ram is None:
+        ram = available_ram()
+    if vram == 0:
+        return Memory(ram, None, None)
+    name, free = _first_card() or (None, None)
+    return Memory(ram, free if vram is None else vram, name)
+
+
+def available_ram(root: Path = Path("/")) -> int:
+    """Bytes this process may still take without swapping, under the `proc` and `sys` of `root`.
+
+    MemAvailable (else what sysconf knows), bounded by every memory cgroup around the process.
+    """
+    match = re.search(r"^MemAvailable: *(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
+    free = int(match[1]) * 1024 if match else _sysconf_ram()
+    return min((free, *_cgroup_rooms(root)))
+
+
+def _sysconf_ram() -> int:
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):  # macOS has the second only
+        try:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # AttributeError: Windows
+            continue
+    raise PlacementError("the system does not tell how much RAM is free; give it as --ram SIZE")
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """What each memory cgroup that holds this process (v1 or v2) still has room for."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if not controllers:
+            mount, names = "", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            mount, names = "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        # In a container the mount may begin at the process's own cgroup, and the path not exist
+        parts = PurePosixPath(path.lstrip("/")).parts
+        depth = 0 if ".." in parts else len(parts)
+        for length in range(depth, -1, -1):
+            folder = (root / "sys/fs/cgroup" / mount).joinpath(*parts[:length])
+            if (room := _room(folder, *names)) is not None:
+                yield room
+
+
+def _room(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
+    """Bytes left under one cgroup's limit; None if it has none."""
+    most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+    if not (most.isdecimal() and used.isdecimal()):  # v2 says "max" where there is no limit
+        return None
+    # Cached files count as used but make way for others: MemAvailable allows for them as well
+    lines = rf"^{prefix}(?:in)?active_file (\d+)$"
+    files = re.findall(lines, _text(folder / "memory.stat"), re.MULTILINE)
+    return max(0, int(most) - max(0, int(used) - sum(map(int, files))))
+
+
+def _text(path: Path) -> str:
+    """A small file of the system's; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _first_card() -> tuple[str, int] | None:
+    """Name and free bytes of the first card CUDA would show us; None where nothing tells.
+
+    nvidia-smi counts cards by bus, CUDA by speed unless CUDA_DEVICE_ORDER says otherwise: with
+    unlike cards in one machine, --vram is the surer word.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    program = shutil.which("nvidia-smi")
+    if first in ("", "-1") or program is None:
+        return None
+    query = ("--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(
+            [program, f"--id={first}", *query],
+            capture_output=True,
+            text=True,
+            timeout=_SMI_SECONDS,
+            check=True,
+        )
+        name, free = done.stdout.strip().splitlines()[0].rsplit(",", 1)
+        return name.strip(), int(free) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+# What is needed
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One way to hold the model: what it needs on its device, and what that has."""
+
+    device: Device
+    quantize: Quantize | None
+    dtype: DType
+    model: int
+    work: int
+    there: int
+
+    @property
+    def need(self) -> int:
+        return self.model + self.work + SPARE
+
+    @property
+    def fits(self) -> bool:
+        return self.need <= self.there
+
+    @property
+    def name(self) -> str:
+        return f"{self.device} {self.quantize or self.dtype.name}"
+
+    @property
+    def flags(self) -> str:
+        return f"--device {self.device} --quantize {self.quantize or 'none'}"
+
+    @property
+    def sum(self) -> str:
+        return (
+            f"model {_bytes(self.model)} + work {_bytes(self.work)} + spare {_bytes(SPARE)}"
+            f" = {_bytes(self.need)} of {_bytes(self.there)}"
+        )
+
+
+def _live_dtype(plan: Plan, dtype: str | None) -> DType:
+    """The one asked for, else that of most of the output's bytes."""
+    if dtype is not None:
+        return from_user(dtype)
+    sizes: dict[str, int] = {}
+    for step in plan.steps:
+        if step.dtype.blendable:
+            sizes[step.dtype.name] = sizes.get(step.dtype.name, 0) + step.nbytes
+    return DTYPES[max(sizes, key=lambda name: sizes[name])]
+
+
+def _live_bytes(step: Step, live: DType) -> int:
+    """Bytes of a whole parameter: floats are cast to the live dtype as they are loaded."""
+    floating = (step.dtype.torch or "").startswith(("float", "bfloat"))
+    return (live if floating else step.dtype).nbytes(step.elements)
+
+
+def _quantized(step: Step) -> bool:
+    """Whether bitsandbytes would quantize it: the weight of an nn.Linear other than the head.
+
+    An estimate on the vision side: there a two-dimensional weight may also be a table of positions,
+    which no name or shape tells from a Linear. Such tables are small.
+    """
+    return len(step.shape) == 2 and step.kind in _LINEAR_KINDS and step.name.endswith(".weight")
+
+
+def _model_bytes(plan: Plan, live: DType, quantize: Quantize | None) -> int:
+    return sum(
+        _quantized_bytes(step, quantize)
+        if quantize and _quantized(step)
+        else _live_bytes(step, live)
+        for step in plan.steps
+    )
+
+
+def _quantized_bytes(step: Step, quantize: Quantize) -> int:
+    """Bytes of a weight in int8 with a float32 scale a row, or in NF4 with double quantization.
+
+    NF4: half a byte an element, one of scale for 64 elements, and 4 for 256 such scales (Dettmers
+    et al., QLoRA, arXiv 2305.14314, section 3).
+    """
+    if quantize == "int8":
+        return step.elements + 4 * step.shape[0]
+    scales = -(-step.elements // 64)
+    return -(-step.elements // 2) + scales + 4 * -(-scales // 256)
+
+
+def _kv_bytes(plan: Plan, live: DType, batch: int, tokens: int) -> int:
+    """Bytes of the key-value cache: `batch` sequences of `tokens` tokens, in the live dtype.
+
+    Streams of one layer (CogVLM's experts) share its cache: each token goes through one of them.
+    """
+    rows: dict[str, int] = {}
+    for part in (part for step in plan.steps for part in step.parts):
+        if part.role and _CACHED.fullmatch(part.role.partition("@")[0]):
+            rows[part.role] = rows.get(part.role, 0) + part.rows[1] - part.rows[0]
+    widest: dict[str, int] = {}
+    for role, count in rows.items():
+        plain = role.partition("@")[0]
+        widest[plain] = max(widest.get(plain, 0), count)
+    return sum(widest.values()) * live.itemsize * batch * tokens
+
+
+def _options(plan: Plan, memory: Memory, live: DType, kv: int) -> list[_Option]:
+    """Every way to hold the model, the most wanted first."""
+    # While a tensor is quantized its blend, a copy and the result are there at once
+    largest = max((_live_bytes(step, live) for step in plan.steps if _quantized(step)), default=0)
+    models = {precision: _model_bytes(plan, live, precision) for precision in _PRECISIONS}
+    room = {"cuda": memory.vram, "cpu": memory.ram}
+    options = []
+    for device, precision in product(_DEVICES, _PRECISIONS):
+        if (there := room[device]) is not None:
+            work = ACTIVATIONS + kv + (3 * largest if precision else 0)
+            options.append(_Option(device, precision, live, models[precision], work, there))
+    return options
+
+
+# The decision
+
+
+def place(
+    plan: Plan,
+    memory: Memory,
+    *,
+    device: str | None = None,
+    quantize: Quantize | Literal["none"] | None = None,
+    dtype: str | None = None,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+) -> Placement:
+    """Decide where the live model and its sources go: the most exact that fits the fastest device.
+
+    device: "cuda" or "cpu"; quantize: "int8", "nf4" or "none"; dtype: of the live model, such as
+    "BF16". None of each: decided here. batch, tokens: what the key-value cache is to hold.
+    PlacementError gives the numbers where nothing that was asked for fits; RecipeError where a wish
+    is none of the above.
+    """
+    if device not in (None, *_DEVICES):
+        raise RecipeError(f"--device {device}: expected cpu or cuda")
+    if quantize not in (None, "none", "int8", "nf4"):
+        raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
+    live = _live_dtype(plan, dtype)
+    kv = _kv_bytes(plan, live, batch, tokens)
+    options = _options(plan, memory, live, kv)
+    wished = [
+        option
+        for option in options
+        if device in (None, option.device) and quantize in (None, option.quantize or "none")
+    ]
+    chosen = next((option for option in wished if option.fits), None)
+    cache = f"{_bytes(kv)} key-value cache of {batch} x {tokens} tokens"
+    if chosen is None:
+        raise _refusal(options, wished, cache)
+    tried = wished[: wished.index(chosen)]
+    staged = chosen.work - ACTIVATIONS - kv
+    lines = [
+        f"memory: {_on_card(memory)}{_bytes(memory.ram)} of RAM available",
+        f"work: {_bytes(ACTIVATIONS)} activations and staging + {cache}"
+        + (f" + {_bytes(staged)}, 3 x the largest quantized tensor" if staged else ""),
+        *(f"{option.name}: {option.sum}: does not fit" for option in tried),
+        f"{chosen.name}: {chosen.sum}: chosen",
+    ]
+    return _with_sources(plan, memory, chosen, lines)
+
+
+def homes(plan: Plan, placement: Placement) -> Iterator[tuple[Step, Part, Home]]:
+    """Every interpolated part in plan order, and where its base and donor bytes are kept."""
+    blended = list(_blended(plan))
+    sizes = (_source_bytes(part) for _, part in blended)
+    where = _fill(sizes, placement.sources_vram, placement.sources_pinned)
+    for (step, part), home in zip(blended, where, strict=True):
+        yield step, part, home
+
+
+def _blended(plan: Plan) -> Iterator[tuple[Step, Part]]:
+    return ((step, part) for step in plan.steps for part in step.parts if part.donor)
+
+
+def _source_bytes(part: Part) -> int:
+    return part.base.nbytes + (part.donor.nbytes if part.donor else 0)
+
+
+def _fill(sizes: Iterable[int], vram: int, pinned: int) -> Iterator[Home]:
+    """A place for each size in turn; one that does not fit ends the place for all that follow.
+
+    So more room never means less in it, and the sums alone are enough to find the parts again.
+    """
+    rooms: Iterator[tuple[Home, int]] = iter((("vram", vram), ("pinned", pinned)))
+    home, room = next(rooms)
+    for size in sizes:
+        while home != "cache" and size > room:
+            home, room = next(rooms, ("cache", 0))
+        room -= size
+        yield home
+
+
+def _with_sources(plan: Plan, memory: Memory, chosen: _Option, lines: list[str]) -> Placement:
+    """The placement, with the sources in what the model leaves free.
+
+    Pinned memory cannot be swapped or given back in need: at most half of the RAM. On the CPU
+    nothing is copied: the mapped files serve, and the kernel caches what it has room for.
+    """
+    on_card = chosen.device == "cuda"
+    vram, pinned = (chosen.there - chosen.need, memory.ram // 2) if on_card else (0, 0)
+    sizes = [_source_bytes(part) for _, part in _blended(plan)]
+    sums: dict[Home, int] = {"vram": 0, "pinned": 0, "cache": 0}
+    for home, size in zip(_fill(sizes, vram, pinned), sizes, strict=True):
+        sums[home] += size
+    taken = sums["pinned"] + SPARE if on_card else chosen.need
+    lines += _source_lines(sums, max(0, memory.ram - taken))
+    return Placement(
+        chosen.device,
+        chosen.quantize,
+        chosen.dtype.name,
+        chosen.model,
+        chosen.work,
+        sums["vram"],
+        sums["pinned"],
+        sums["cache"],
+        tuple(lines),
+    )
+
+
+def _source_lines(sums: dict[Home, int], ram_left: int) -> Iterator[str]:
+    """Where base and donor go, and how much of them each alpha must fetch from the disk anew."""
+    words: dict[Home, str] = {
+        "vram": "in VRAM",
+        "pinned": "in pinned RAM",
+        "cache": "through the page cache",
+    }
+    where = ", ".join(f"{_bytes(sums[home])} {word}" for home, word in words.items() if sums[home])
+    yield f"base + donor: each alpha reads {_bytes(sum(sums.values()))}: {where}"
+    if again := sums["cache"] - min(sums["cache"], ram_left):
+        yield (
+            f"page cache: at most {_bytes(ram_left)} of it stays in the RAM left;"
+            f" each alpha reads the other {_bytes(again)} or more from the disk again"
+        )
+    elif sums["cache"]:
+        yield f"page cache: all of it fits the {_bytes(ram_left)} of RAM left; read from disk once"
+
+
+def _on_card(memory: Memory) -> str:
+    if memory.vram is None:
+        return "no CUDA card, "
+    return f"{_bytes(memory.vram)} free on {memory.card or 'the CUDA card'}, "
+
+
+def _refusal(options: list[_Option], wished: list[_Option], cache: str) -> PlacementError:
+    """What the smallest wished option on each device lacks, and what would fit instead."""
+    other = next((option for option in options if option.fits), None)
+    fitting = f"{other.flags} would fit" if other else "a smaller model would help"
+    if not wished:  # every CPU option exists, so it was a card that was wished for
+        return PlacementError(
+            f"no CUDA card was found, or --vram 0 rules it out; {fitting},"
+            " --vram SIZE plans for a card that nvidia-smi does not show"
+        )
+    least = {
+        device: min(on_device, key=lambda option: option.need)
+        for device in _DEVICES
+        if (on_device := [option for option in wished if option.device == device])
+    }
+    lacks = ", ".join(
+        f"{option.name} needs {_bytes(option.need)}"
+        f" of {'VRAM' if device == 'cuda' else 'RAM'} but {_bytes(option.there)} is free"
+        for device, option in least.items()
+    )
+    free = " and ".join("--vram" if device == "cuda" else "--ram" for device in least)
+    return PlacementError(
+        f"the model does not fit: {lacks} (with a {cache}); {fitting},"
+        f" or free memory ({free} may say how much there will be)"
+    )
+
+
+def _bytes(count: int) -> str:
+    """A size for people, in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

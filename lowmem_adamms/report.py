@@ -1,0 +1,938 @@
+"""The search report: one HTML page that needs neither a network nor a second file.
+
+Prompts and answers are hostile: all text is escaped, and characters that are invisible or reorder
+their neighbours are shown by their code point. Leaves to others: choosing alpha (`search.py`), the
+terminal (`cli.py`), `adamms.json` (`card.py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import math
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from .errors import OutputError
+from .prompts import Prompt
+from .search import Candidate, Result, normalise
+
+SHOWN_CHANGING = 200  # prompts in the table of changes; each may bring images
+SHOWN_STEADY = 500  # prompts in the list of those that never change
+SHOWN_IMAGES = 4  # of one prompt
+SHOWN_TEXT = 4000  # characters of one text when opened; adamms.json and the journal have the rest
+SHORT_ANSWER, SHORT_PROMPT, SHORT_LINES = 160, 260, 4
+THUMBNAIL = 96  # pixels, the longer side
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # those that run no other program
+SIDE_BY_SIDE = 9  # more alphas than this do not fit as columns: answers go below each other
+
+DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one alpha cost. Seconds are wall time; tokens are counts over all prompts.
+
+    forward_tokens: tokens that went through the model. plain_tokens: tokens that would have gone
+    through it without drafts.
+    """
+
+    alpha: float
+    apply_seconds: float
+    seconds: float
+    answer_tokens: int
+    forward_tokens: int
+    plain_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring alphas with one answer: positions first..last in the grid, both included."""
+
+    first: int
+    last: int
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What every section needs: the result, how its alphas are written, and answers by prompt."""
+
+    result: Result
+    alphas: tuple[float, ...]
+    decimals: int
+
+    def name(self, alpha: float) -> str:
+        return f"{alpha:.{self.decimals}f}"
+
+    def span(self, run: Run) -> str:
+        first, last = self.name(self.alphas[run.first]), self.name(self.alphas[run.last])
+        return first if run.first == run.last else f"{first}{DASH}{last}"
+
+    def number(self, value: float | None) -> str:
+        """A difference or score: a count, or a distance with two decimals."""
+        if value is None or not math.isfinite(value):
+            return DASH
+        whole = self.result.measure != "embedding" and value == int(value)
+        return f"{value:,.0f}" if whole else f"{value:,.2f}"
+
+    def interval(self, candidate: Candidate) -> str:
+        if candidate.interval is None:
+            return DASH
+        low, high = candidate.interval
+        return f"{self.number(low)} to {self.number(high)}"
+
+    def candidate(self, alpha: float) -> Candidate | None:
+        return next((c for c in self.result.candidates if c.alpha == alpha), None)
+
+
+def html(
+    result: Result,
+    prompts: Sequence[Prompt],
+    *,
+    timings: Sequence[Timing] = (),
+    facts: Mapping[str, Mapping[str, str]] | None = None,
+    title: str = "Search for alpha",
+) -> str:
+    """The report of a search as one self-contained page; every string in it may be hostile.
+
+    title: base and donor, such as "Qwen2-VL ← LLaVA-OneVision". facts: sections of key and value.
+    prompts: in the order of the answers; may be shorter or empty, as for recorded answers.
+    """
+    view = _view(result)
+    body = [
+        *_header(view, title),
+        *_choice(view),
+        *_curve(view),
+        *_answers(view, prompts),
+        *_timings(view, timings),
+        *_facts(facts or {}),
+    ]
+    stacked = "all" if len(view.alphas) > SIDE_BY_SIDE else "(max-width: 60rem)"
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    return _PAGE.format(
+        # Only our own script runs, even if a string should ever get past the escaping
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'",
+        title=plain(title),
+        style=_STYLE + f"@media {stacked} {{{_STACKED}}}\n",
+        body="\n".join(body),
+        script=_SCRIPT,
+    )
+
+
+def write(path: Path, page: str) -> None:
+    """Put `page` at `path` as UTF-8, whole or not at all. OutputError if that cannot be done."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(page)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{path}: cannot write the report: {reason}; choose another") from error
+
+
+def spark(result: Result) -> str:
+    """The curve in one line of block characters; a middle dot where there is no score."""
+    scores = [c.score for c in result.candidates if c.score is not None]
+    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(
+        "\N{MIDDLE DOT}"
+        if c.score is None
+        else blocks[round((c.score - low) / ((high - low) or 1.0) * (len(blocks) - 1))]
+        for c in result.candidates
+    )
+
+
+def runs(answers: Sequence[str], prefer: int | None = None) -> tuple[Run, ...]:
+    """Answers over the grid, neighbours that are equal once normalised merged into one run.
+
+    A run shows the spelling of its first answer, or of position `prefer` if that lies inside.
+    """
+    found = []
+    for _, group in groupby(range(len(answers)), key=lambda i: normalise(answers[i])):
+        inside = list(group)
+        shown = prefer if prefer is not None and prefer in inside else inside[0]
+        found.append(Run(inside[0], inside[-1], answers[shown]))
+    return tuple(found)
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """Escaped for element text and for attributes; unprintable characters as [U+202E]."""
+    return "".join(escape(c) if _harmless(c) else f"[U+{ord(c):04X}]" for c in _lines(text))
+
+
+def marked(text: str) -> str:
+    """Escaped for element text; unprintable characters as a small box with their code point."""
+    return "".join(
+        escape(c) if _harmless(c) else f'<span class="code">U+{ord(c):04X}</span>'
+        for c in _lines(text)
+    )
+
+
+def _lines(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
+def _harmless(character: str) -> bool:
+    """Whether a character shows itself; joiners stay, for Persian, Hindi and emoji need them."""
+    if character in "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
+
+
+def _text(text: str, limit: int) -> str:
+    """A text in its own direction; a long one shortened, the full text one click away."""
+    if not text.strip():
+        return '<p class="none">(empty)</p>' if not text else f"<p>{marked(text)}</p>"
+    if len(text) <= limit and text.count("\n") < SHORT_LINES:
+        return f'<p dir="auto">{marked(text)}</p>'
+    full, rest = text[:SHOWN_TEXT], len(text) - SHOWN_TEXT
+    more = f' <span class="muted">({rest:,} more characters)</span>' if rest > 0 else ""
+    return (
+        f'<details class="long"><summary dir="auto"><span>{marked(_shortened(text, limit))}</span>'
+        f"</summary><p dir='auto'>{marked(full)}{more}</p></details>"
+    )
+
+
+def _shortened(text: str, limit: int) -> str:
+    """At most `limit` characters and an ellipsis, cut between words where there are any."""
+    text = " ".join(text[: 4 * limit].split())
+    cut = min(limit, len(text))
+    while 0 < cut < len(text) and (
+        unicodedata.combining(text[cut]) or "\N{ZERO WIDTH JOINER}" in text[cut - 1 : cut + 1]
+    ):
+        cut -= 1
+    space = text.rfind(" ", cut - 24, cut)
+    return text[: space if space > 0 and cut < len(text) else cut] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _share(part: float, whole: float = 1.0) -> str:
+    return f"{100 * part / whole:.0f}\N{NO-BREAK SPACE}%"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _rows(head: Iterable[str], rows: Iterable[str], *, label: str, cls: str = "") -> list[str]:
+    """A table of numbers: `head` holds texts of our own, `rows` holds finished <tr> elements."""
+    cells = "".join(f'<th scope="col">{name}</th>' for name in head)
+    return [
+        f'<div class="scroll"><table class="numbers {cls}"><caption>{label}</caption>',
+        f"<thead><tr>{cells}</tr></thead><tbody>",
+        *rows,
+        "</tbody></table></div>",
+    ]
+
+
+# Header and choice --------------------------------------------------------------------------------
+
+
+def _view(result: Result) -> _View:
+    """Alphas as short as the grid allows: one decimal, more only where two would look alike."""
+    alphas = tuple(c.alpha for c in result.candidates)
+    places = next(
+        (
+            n
+            for n in range(1, 6)
+            if all(abs(round(a, n) - a) < 1e-9 for a in (*alphas, result.alpha))
+        ),
+        6,
+    )
+    return _View(result, alphas, places)
+
+
+def _header(view: _View, title: str) -> list[str]:
+    result = view.result
+    about = (
+        f"{_count(result.prompts, 'prompt')}, {_count(len(view.alphas), 'alpha')}"
+        f", measure {plain(result.measure)}"
+    )
+    shown = plain(title.replace("<-", "\N{LEFTWARDS ARROW}"))
+    return [f'<header><p class="muted">Search for alpha: {about}</p><h1>{shown}</h1></header>']
+
+
+def _choice(view: _View) -> list[str]:
+    result = view.result
+    lines = [*_why(view), *_doubts(view)]
+    return [
+        '<section class="choice" aria-label="Chosen alpha">',
+        f'<p class="alpha"><span>alpha</span><b>{view.name(result.alpha)}</b></p>',
+        "<div>",
+        f'<p class="lead">Merge at alpha {view.name(result.alpha)}: the language weights are'
+        f" {_share(1 - result.alpha)} base and {_share(result.alpha)} donor.</p>",
+        "<ul>",
+        *(f"<li>{line}</li>" for line in lines),
+        *(f'<li class="note">{marked(note)}</li>' for note in result.notes),
+        "</ul></div></section>",
+    ]
+
+
+def _why(view: _View) -> list[str]:
+    """How the chosen alpha compares with the other candidates that have a score."""
+    chosen = view.candidate(view.result.alpha)
+    if chosen is None or chosen.score is None:
+        return ["This alpha has no score of its own: a score needs two neighbours in the grid."]
+    scored = [(c.score, c) for c in view.result.candidates if c.score is not None]
+    around = f", 95 % interval {view.interval(chosen)}" if chosen.interval else ""
+    lower = [c for score, c in scored if score < chosen.score]
+    rank = f"the lowest of {len(scored)}" if len(scored) > 1 else "the only one"
+    if lower:
+        rank = f"with {len(lower)} lower passed over"
+    said = f"Score {view.number(chosen.score)}, {rank}{around}."
+    lines = [said if lower else said + " Around it, answers change least."]
+    for c in lower:
+        lines.append(
+            f"Alpha {view.name(c.alpha)} scores {view.number(c.score)}, but {c.degenerate:,} of"
+            f" {view.result.prompts:,} answers there are degenerate."
+        )
+    if above := [c for score, c in scored if score > chosen.score]:
+        second = min(above, key=lambda c: c.score or 0.0)
+        lines.append(f"Next best: {view.name(second.alpha)} with {view.number(second.score)}.")
+    return lines
+
+
+def _doubts(view: _View) -> list[str]:
+    """How sure the choice is: resamples, ties, noise."""
+    result, lines = view.result, []
+    if result.wins:
+        lines.append(f"It wins {_share(result.wins.get(result.alpha, 0.0))} of the resamples.")
+    if len(result.ties) > 1:
+        names = ", ".join(view.name(alpha) for alpha in result.ties)
+        smallest = result.alpha == min(result.ties)
+        taken = "; the smallest was taken" if smallest else ""
+        lines.append(f"Alphas {names} share the best score{taken}.")
+    if result.noise is not None:
+        unit = "summed distance" if result.measure == "embedding" else "answers"
+        lines.append(
+            f"Noise floor: {view.number(result.noise)} {unit} between two runs at one alpha."
+        )
+    return lines
+
+
+# The curve ----------------------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT = 720, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 44, 84
+_PAD = 40  # between the axis and the first alpha: the end's "no score" stands there
+_TICK_GAP = 56  # room for one alpha's name, also in the large type of narrow screens
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Chart units of an alpha and of a score."""
+
+    low: float
+    high: float
+    top: float
+    step: float
+
+    def x(self, alpha: float) -> float:
+        inner = _WIDTH - _RIGHT - _LEFT - 2 * _PAD
+        share = (alpha - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return _LEFT + _PAD + share * inner
+
+    def y(self, score: float) -> float:
+        return _HEIGHT - _BOTTOM - score / self.top * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _curve(view: _View) -> list[str]:
+    if not view.alphas:
+        return []
+    return [
+        '<section class="curve"><h2>Disagreement over alpha</h2><div class="pair"><figure>',
+        *_chart(view),
+        "<figcaption>",
+        '<span class="key point"></span>score D: answers that differ from the neighbours\''
+        if view.result.measure != "embedding"
+        else '<span class="key point"></span>score D: distance from the neighbours\' answers',
+        ' <span class="key whisker"></span>95 % bootstrap interval',
+        ' <span class="key bar"></span>difference between two neighbouring alphas',
+        ' <span class="key cross">×</span>degenerate answers (empty, repeating, constant)'
+        if any(c.degenerate for c in view.result.candidates)
+        else "",
+        "</figcaption></figure>",
+        *_candidates(view),
+        "</div></section>",
+    ]
+
+
+def _scale(view: _View) -> _Scale:
+    heights = [1.0 if view.result.measure != "embedding" else 0.01]
+    for c in view.result.candidates:
+        heights += [c.score or 0.0, c.diff_next or 0.0, *(c.interval or ())]
+    peak = max(height for height in heights if math.isfinite(height))
+    raw = peak / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)
+    if view.result.measure != "embedding":
+        step = max(step, 1.0)
+    return _Scale(min(view.alphas), max(view.alphas), step * math.ceil(peak / step + 0.05), step)
+
+
+def _chart(view: _View) -> list[str]:
+    scale = _scale(view)
+    unit = "summed cosine distance" if view.result.measure == "embedding" else "answers"
+    scored = [c for c in view.result.candidates if c.score is not None]
+    points = " ".join(f"{scale.x(c.alpha):.1f},{scale.y(c.score or 0.0):.1f}" for c in scored)
+    return [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="chart-title">',
+        f'<title id="chart-title">Score over alpha, lowest is best; chosen: '
+        f"{view.name(view.result.alpha)}. The table beside it has all numbers.</title>",
+        *_axes(view, scale, f"score D ({unit})"),
+        *_bars(view, scale),
+        *(line for c in view.result.candidates if c.score is None for line in _end(view, scale, c)),
+        f'<polyline class="line" points="{points}"/>',
+        *(line for c in scored for line in _point(view, scale, c)),
+        "</svg>",
+    ]
+
+
+def _axes(view: _View, scale: _Scale, title: str) -> list[str]:
+    floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    x = scale.x(view.result.alpha)
+    drawn = [
+        f'<rect class="band" x="{x - 22:.1f}" y="{_TOP}" width="44" height="{floor - _TOP}"/>',
+        f'<text class="title" x="4" y="22">{title}</text>',
+        f'<text class="title" x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 8}"'
+        ' text-anchor="middle">alpha (weight of the donor)</text>',
+    ]
+    for i in range(round(scale.top / scale.step) + 1):
+        y = scale.y(i * scale.step)
+        drawn += [
+            f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>',
+            f'<text x="{_LEFT - 8}" y="{y:.1f}" dy="0.35em" text-anchor="end">'
+            f"{i * scale.step:.10g}</text>",
+        ]
+    for alpha in _ticks(view, scale):
+        chosen = ' class="chosen"' if alpha == view.result.alpha else ""
+        drawn.append(
+            f'<text{chosen} x="{scale.x(alpha):.1f}" y="{floor + 23}" text-anchor="middle">'
+            f"{view.name(alpha)}</text>"
+        )
+    return drawn
+
+
+def _ticks(view: _View, scale: _Scale) -> list[float]:
+    """The alphas whose names fit below the axis: the chosen one and the ends go first."""
+    kept: list[float] = []
+    for alpha in (view.result.alpha, view.alphas[0], view.alphas[-1], *view.alphas):
+        if all(abs(scale.x(alpha) - scale.x(other)) >= _TICK_GAP for other in kept):
+            kept.append(alpha)
+    return sorted(kept)
+
+
+def _bars(view: _View, scale: _Scale) -> list[str]:
+    """Between two alphas, a bar as high as their difference, with the number at its foot."""
+    drawn = []
+    floor = _HEIGHT - _BOTTOM
+    for a, b in pairwise(view.result.candidates):
+        if a.diff_next is None:
+            continue
+        left, right, y = scale.x(a.alpha), scale.x(b.alpha), scale.y(a.diff_next)
+        inset = min(14.0, 0.2 * (right - left))
+        drawn.append(
+            f'<rect class="bar" x="{left + inset:.1f}" y="{y:.1f}"'
+            f' width="{right - left - 2 * inset:.1f}" height="{floor - y:.1f}"/>'
+        )
+        if right - left >= 30:
+            tight = " tight" if right - left < 60 else ""
+            drawn.append(
+                f'<text class="diff{tight}" x="{(left + right) / 2:.1f}" y="{floor - 8}"'
+                f' text-anchor="middle">{view.number(a.diff_next)}</text>'
+            )
+    return drawn
+
+
+def _end(view: _View, scale: _Scale, c: Candidate) -> list[str]:
+    """An alpha without a score: a broken line, and why, upright on its outer side."""
+    x, floor = scale.x(c.alpha), _HEIGHT - _BOTTOM
+    drawn = [f'<line class="end" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{floor}"/>']
+    if c.alpha in (view.alphas[0], view.alphas[-1]):
+        outer = x - 10 if c.alpha == view.alphas[0] else x + 10
+        base = "auto" if c.alpha == view.alphas[0] else "hanging"
+        drawn.append(
+            f'<text class="why" transform="translate({outer:.1f} {floor - 10}) rotate(-90)"'
+            f' dominant-baseline="{base}">no score: one neighbour</text>'
+        )
+    return [*drawn, *_below(view, scale, c)]
+
+
+def _point(view: _View, scale: _Scale, c: Candidate) -> list[str]:
+    """A score with its whisker, and a cross where answers are degenerate."""
+    x, y = scale.x(c.alpha), scale.y(c.score or 0.0)
+    kinds = ["point"]
+    kinds += ["chosen"] if c.alpha == view.result.alpha else []
+    kinds += ["tie"] if c.alpha in view.result.ties else []
+    kinds += ["degenerate"] if c.degenerate else []
+    drawn = []
+    if c.interval is not None:
+        low, high = scale.y(c.interval[0]), scale.y(c.interval[1])
+        drawn.append(
+            f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}'
+            f'M{x - 6:.1f} {low:.1f}h12M{x - 6:.1f} {high:.1f}h12"/>'
+        )
+    said = f"alpha {view.name(c.alpha)}: score {view.number(c.score)}"
+    said += f", interval {view.interval(c)}" if c.interval else ""
+    radius = 7.5 if c.alpha == view.result.alpha else 5.5
+    drawn.append(
+        f'<circle class="{" ".join(kinds)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+        f"<title>{said}</title></circle>"
+    )
+    return [*drawn, *_below(view, scale, c)]
+
+
+def _below(view: _View, scale: _Scale, c: Candidate) -> list[str]:
+    """Under the alpha's name: that it was chosen, or how many of its answers are degenerate."""
+    x, y = scale.x(c.alpha), _HEIGHT - _BOTTOM + 44
+    if c.alpha == view.result.alpha:
+        return [f'<text class="chosen" x="{x:.1f}" y="{y}" text-anchor="middle">chosen</text>']
+    if c.degenerate:
+        return [
+            f'<text class="warn" x="{x:.1f}" y="{y}" text-anchor="middle">× {c.degenerate:,}</text>'
+        ]
+    return []
+
+
+def _candidates(view: _View) -> list[str]:
+    wins = view.result.wins
+    head = ["alpha", "from previous", "to next", "score D", "95 % interval"]
+    head += ["wins in resamples"] if wins else []
+    rows = []
+    for c in view.result.candidates:
+        chosen = c.alpha == view.result.alpha
+        mark = ' <span class="tag">chosen</span>' if chosen else ""
+        mark += ' <span class="tag">tie</span>' if c.alpha in view.result.ties else ""
+        cells = [
+            view.number(c.diff_previous),
+            view.number(c.diff_next),
+            view.number(c.score),
+            view.interval(c),
+        ]
+        if wins:
+            share = wins.get(c.alpha, 0.0)
+            meter = f'<span class="meter" style="--share:{share:.3f}"></span>'
+            cells.append(f"{_share(share)} {meter}" if c.score is not None else DASH)
+        warn = ' class="warn"' if c.degenerate else ""
+        rows.append(
+            f'<tr class="chosen">' if chosen else "<tr>",
+        )
+        rows.append(
+            f'<th scope="row">{view.name(c.alpha)}{mark}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + f"<td{warn}>{c.degenerate:,}</td></tr>"
+        )
+    return _rows([*head, "degenerate"], rows, label="Candidates")
+
+
+# Answers ------------------------------------------------------------------------------------------
+
+
+def _answers(view: _View, prompts: Sequence[Prompt]) -> list[str]:
+    """Prompts whose answers change, most changeable first; then those that never change."""
+    grid = [view.result.answers.get(alpha, ()) for alpha in view.alphas]
+    count = min(map(len, grid), default=0)
+    if not count:
+        return []
+    chosen = view.alphas.index(view.result.alpha) if view.result.alpha in view.alphas else None
+    asked = [*prompts[:count], *(Prompt("") for _ in range(count - len(prompts)))]
+    every = [(i, p, runs([row[i] for row in grid], chosen)) for i, p in enumerate(asked)]
+    changing = sorted(
+        (item for item in every if len(item[2]) > 1),
+        key=lambda item: (-len(item[2]), -len({normalise(run.answer) for run in item[2]}), item[0]),
+    )
+    steady = [item for item in every if len(item[2]) == 1]
+    return [
+        '<section class="changes"><h2>Answers that change</h2>',
+        *_changing(view, changing, chosen),
+        *_steady(steady),
+        "</section>",
+    ]
+
+
+_Item = tuple[int, Prompt, tuple[Run, ...]]
+
+
+def _changing(view: _View, items: Sequence[_Item], chosen: int | None) -> list[str]:
+    if not items:
+        return ["<p>No answer changes over the grid.</p>"]
+    shown, cache = items[:SHOWN_CHANGING], dict[Path, str]()
+    left = len(items) - len(shown)
+    said = (
+        f"{_count(len(items), 'prompt')} of {view.result.prompts:,}, those that change most first."
+    )
+    if left:
+        said += f" The {left:,} that change least are left out here."
+    heads = "".join(
+        f'<th scope="col"{_class(i == chosen, "chosen")}>{view.name(alpha)}</th>'
+        for i, alpha in enumerate(view.alphas)
+    )
+    return [
+        f'<div class="bar-above"><p class="muted">{said} Neighbouring alphas with the same answer'
+        " share a cell; the chosen alpha's is marked.</p>",
+        '<label id="filter" hidden>Filter <input type="search" autocomplete="off"></label></div>',
+        '<table class="answers"><caption>Answers by prompt and alpha</caption>',
+        f'<colgroup><col class="asked"><col span="{len(view.alphas)}"></colgroup>',
+        f'<thead><tr><th scope="col">prompt</th>{heads}</tr></thead><tbody>',
+        *(_change(view, item, chosen, cache) for item in shown),
+        "</tbody></table>",
+    ]
+
+
+def _class(on: bool, name: str) -> str:
+    return f' class="{name}"' if on else ""
+
+
+def _change(view: _View, item: _Item, chosen: int | None, cache: dict[Path, str]) -> str:
+    i, prompt, found = item
+    cells = [
+        f'<td colspan="{run.last - run.first + 1}"'
+        f"{_class(chosen is not None and run.first <= chosen <= run.last, 'chosen')}>"
+        f'<span class="range">{view.span(run)}</span>{_text(run.answer, SHORT_ANSWER)}</td>'
+        for run in found
+    ]
+    images = "".join(
+        _image(image, k, cache) for k, image in enumerate(prompt.images[:SHOWN_IMAGES])
+    )
+    if (more := len(prompt.images) - SHOWN_IMAGES) > 0:
+        images += f'<span class="file">and {more} more</span>'
+    asked = _text(prompt.text, SHORT_PROMPT) if prompt.text else ""
+    return (
+        f'<tr><th scope="row"><div class="asked"><div class="images">{images}</div>'
+        f'<div>{asked}<p class="muted">{plain(prompt.id) or f"prompt {i + 1}"}</p></div></div></th>'
+        f"{''.join(cells)}</tr>"
+    )
+
+
+def _image(image: Path | bytes, position: int, cache: dict[Path, str]) -> str:
+    """A thumbnail as a data URI, or the file's name where it cannot be shown."""
+    name = image.name if isinstance(image, Path) else f"image {position + 1}"
+    if not isinstance(image, Path):
+        uri = _thumbnail(image)
+    elif image in cache:
+        uri = cache[image]
+    else:
+        uri = cache[image] = _thumbnail(image)
+    if not uri:
+        return f'<span class="file">{plain(name)}</span>'
+    return f'<img src="{uri}" alt="{plain(name)}" title="{plain(name)}">'
+
+
+def _thumbnail(image: Path | bytes) -> str:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            source = image if isinstance(image, Path) else io.BytesIO(image)
+            with Image.open(source, formats=FORMATS) as opened:
+                opened.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+                small = ImageOps.exif_transpose(opened).convert("RGBA")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        paper = Image.new("RGB", small.size, "white")
+        paper.paste(small, mask=small.getchannel("A"))
+        out = io.BytesIO()
+        paper.save(out, "JPEG", quality=80)
+    except Exception:  # a broken file raises whatever its decoder stumbled on; the name will do
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _steady(items: Sequence[_Item]) -> list[str]:
+    if not items:
+        return ["<p>Every prompt's answer changes somewhere.</p>"]
+    shown = items[:SHOWN_STEADY]
+    left = len(items) - len(shown)
+    verb = "keeps its answer" if len(items) == 1 else "keep their answer"
+    return [
+        f'<details class="steady"><summary>{_count(len(items), "prompt")} {verb}'
+        ' at every alpha</summary><table class="steady"><caption>Answers that never change'
+        '</caption><thead><tr><th scope="col">prompt</th><th scope="col">answer</th></tr></thead>'
+        "<tbody>",
+        *(
+            f'<tr><th scope="row">{_text(p.text, SHORT_PROMPT) if p.text else ""}'
+            f'<p class="muted">{plain(p.id) or f"prompt {i + 1}"}</p></th>'
+            f"<td>{_text(found[0].answer, SHORT_ANSWER)}</td></tr>"
+            for i, p, found in shown
+        ),
+        "</tbody></table>",
+        f'<p class="muted">{left:,} more are left out here.</p>' if left else "",
+        "</details>",
+    ]
+
+
+# Timings and facts --------------------------------------------------------------------------------
+
+
+def _seconds(value: float) -> str:
+    if not math.isfinite(value):
+        return DASH
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
+
+
+def _timings(view: _View, timings: Sequence[Timing]) -> list[str]:
+    if not timings:
+        return []
+    forward, plain_ = (
+        sum(t.forward_tokens for t in timings),
+        sum(t.plain_tokens for t in timings),
+    )
+    total = Timing(
+        math.nan,
+        sum(t.apply_seconds for t in timings),
+        sum(t.seconds for t in timings),
+        sum(t.answer_tokens for t in timings),
+        forward,
+        plain_,
+    )
+    head = ["alpha", "apply (s)", "generate (s)", "answer tokens", "tokens per s"]
+    head += ["forwarded", "without drafts", "ratio"]
+    rows = [_timing(view.name(t.alpha), t, t.alpha == view.result.alpha) for t in timings]
+    said = f"Drafts left {_share(forward, plain_)} of the tokens to forward." if plain_ else ""
+    return [
+        f'<section><h2>Timings</h2><p class="muted">{said}</p>',
+        *_rows(head, [*rows, _timing("total", total, False)], label="Time and tokens by alpha"),
+        "</section>",
+    ]
+
+
+def _timing(name: str, t: Timing, chosen: bool) -> str:
+    rate = f"{t.answer_tokens / t.seconds:,.1f}" if t.seconds > 0 else DASH
+    ratio = f"{t.forward_tokens / t.plain_tokens:.2f}" if t.plain_tokens else DASH
+    cells = [
+        _seconds(t.apply_seconds),
+        _seconds(t.seconds),
+        f"{t.answer_tokens:,}",
+        rate,
+        f"{t.forward_tokens:,}",
+        f"{t.plain_tokens:,}",
+        ratio,
+    ]
+    kind = _class(chosen, "chosen") or _class(math.isnan(t.alpha), "total")
+    return f'<tr{kind}><th scope="row">{name}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
+
+
+def _facts(facts: Mapping[str, Mapping[str, str]]) -> list[str]:
+    if not facts:
+        return []
+    drawn = ['<div class="facts">']
+    for name, lines in facts.items():
+        drawn.append(f"<section><h2>{plain(name)}</h2><dl>")
+        drawn += [f"<dt>{plain(k)}</dt><dd>{marked(v)}</dd>" for k, v in lines.items()]
+        drawn.append("</dl></section>")
+    return [*drawn, "</div>"]
+
+
+# The page -----------------------------------------------------------------------------------------
+
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_SCRIPT = """
+(function () {
+  var box = document.getElementById("filter");
+  if (!box) return;
+  var rows = document.querySelectorAll("table.answers tbody tr");
+  box.hidden = false;
+  box.querySelector("input").addEventListener("input", function (event) {
+    var wanted = event.target.value.toLowerCase();
+    rows.forEach(function (row) {
+      row.hidden = row.textContent.toLowerCase().indexOf(wanted) < 0;
+    });
+  });
+})();
+"""
+
+_STYLE = """\
+:root {
+  color-scheme: light;
+  --page: #ffffff; --ink: #1b1f24; --muted: #59636e; --rule: #dde1e6; --soft: #f4f6f8;
+  --bar: #e3e8ee; --line: #8a95a1; --accent: #0a5ca8; --accent-soft: #e6f0fa;
+  --warn: #9a3f00; --code: #7a2e6b; --code-soft: #f7ebf4;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    color-scheme: dark;
+    --page: #14171b; --ink: #e3e7eb; --muted: #9aa5b1; --rule: #2d333a; --soft: #1b1f24;
+    --bar: #29303a; --line: #76818d; --accent: #6db5f7; --accent-soft: #16304a;
+    --warn: #f2a160; --code: #e2a3d3; --code-soft: #37213a;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.45;
+  font: 0.875rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 84rem; margin: 0 auto; padding: 1.75rem 2rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; font-weight: 650; margin: 0 0 0.6rem; }
+section { margin-top: 2.25rem; }
+p, ul, figure, dl, dd { margin: 0; padding: 0; }
+ul { list-style: none; }
+header p { margin-bottom: 0.2rem; }
+.muted, .none { color: var(--muted); }
+.none { font-style: italic; }
+.code { font: 0.75em/1 ui-monospace, "DejaVu Sans Mono", monospace; color: var(--code);
+  background: var(--code-soft); border-radius: 3px; padding: 0.1em 0.3em; margin: 0 0.1em;
+  unicode-bidi: isolate; direction: ltr; white-space: nowrap; }
+
+.choice { display: flex; gap: 1.5rem; align-items: flex-start; margin-top: 1.25rem;
+  border: 1px solid var(--rule); border-left: 4px solid var(--accent); border-radius: 4px;
+  padding: 1rem 1.25rem; }
+.choice .alpha { flex: none; color: var(--accent); text-align: center; }
+.choice .alpha span { display: block; font-size: 0.8rem; color: var(--muted); }
+.choice .alpha b { font-size: 2.6rem; line-height: 1.05; font-weight: 650;
+  font-variant-numeric: tabular-nums; }
+.choice .lead { font-size: 1.05rem; font-weight: 600; margin-bottom: 0.3rem; }
+.choice li { overflow-wrap: anywhere; }
+.choice li.note::before { content: "Note: "; color: var(--warn); font-weight: 600; }
+
+.pair { display: grid; grid-template-columns: minmax(0, 1.15fr) minmax(0, 1fr);
+  gap: 2rem; align-items: start; }
+svg { display: block; width: 100%; height: auto; max-width: 52rem; }
+svg text { font-size: 14px; fill: var(--ink); font-variant-numeric: tabular-nums; }
+svg .title, svg .why, svg .diff { fill: var(--muted); }
+svg text.chosen { fill: var(--accent); font-weight: 700; }
+svg text.warn { fill: var(--warn); font-weight: 600; }
+svg .grid { stroke: var(--rule); }
+svg .band { fill: var(--accent-soft); }
+svg .bar { fill: var(--bar); }
+svg .end { stroke: var(--line); stroke-dasharray: 3 4; }
+svg .line { fill: none; stroke: var(--line); stroke-width: 1.5; }
+svg .whisker { fill: none; stroke: var(--ink); stroke-width: 1.5; }
+svg .point { fill: var(--ink); stroke: var(--page); stroke-width: 1.5; }
+svg .point.chosen { fill: var(--accent); }
+svg .point.tie { stroke: var(--accent); stroke-width: 2.5; }
+svg .point.degenerate { fill: var(--page); stroke: var(--warn); stroke-width: 2.5; }
+figcaption { font-size: 0.8rem; color: var(--muted); margin-top: 0.4rem; }
+.key { display: inline-block; vertical-align: middle; margin: 0 0.4em 0.15em 0; }
+.key:not(:first-child) { margin-left: 1.1em; }
+.key.point { width: 9px; height: 9px; border-radius: 50%; background: var(--ink); }
+.key.whisker { width: 2px; height: 13px; background: var(--ink); }
+.key.bar { width: 14px; height: 10px; background: var(--bar); }
+.key.cross { color: var(--warn); font-weight: 700; }
+
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--muted); font-size: 0.8rem; padding-bottom: 0.3rem; }
+th, td { border-bottom: 1px solid var(--rule); padding: 0.4rem 0.6rem; vertical-align: top;
+  text-align: left; font-weight: 400; }
+thead th { color: var(--muted); font-size: 0.8rem; vertical-align: bottom;
+  border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; }
+.numbers th, .numbers td { text-align: right; white-space: nowrap; }
+.numbers thead th { white-space: normal; line-height: 1.25; }
+.numbers th:first-child { text-align: left; padding-left: 0.5rem; font-weight: 600; }
+tr.chosen > * { background: var(--accent-soft); }
+tr.total > * { border-top: 1px solid var(--line); border-bottom: 0; font-weight: 600; }
+td.warn { color: var(--warn); font-weight: 600; }
+.tag { font-size: 0.75rem; font-weight: 400; color: var(--accent); }
+.meter { display: inline-block; width: 3rem; height: 0.5rem; margin-left: 0.3rem;
+  background: linear-gradient(var(--accent), var(--accent)) no-repeat var(--bar);
+  background-size: calc(100% * var(--share)) 100%; }
+
+.bar-above { display: flex; gap: 1.5rem; justify-content: space-between; align-items: baseline;
+  flex-wrap: wrap; margin-bottom: 0.5rem; }
+input { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line);
+  border-radius: 4px; padding: 0.2rem 0.5rem; margin-left: 0.3rem; }
+.answers { table-layout: fixed; }
+.answers col.asked { width: 26%; }
+.answers caption { position: absolute; width: 1px; height: 1px; overflow: hidden; padding: 0;
+  clip-path: inset(50%); }
+.answers thead th { position: sticky; top: 0; background: var(--page); }
+.answers thead th.chosen { color: var(--accent); font-weight: 700; }
+.answers td { border-left: 1px solid var(--rule); }
+.answers td.chosen { background: var(--accent-soft); box-shadow: inset 2px 0 var(--accent); }
+.answers p, .steady p, .long { overflow-wrap: anywhere; white-space: pre-wrap; }
+.range { font-size: 0.75rem; color: var(--muted); }
+td.chosen .range { color: var(--accent); font-weight: 600; }
+.asked { display: flex; gap: 0.7rem; }
+col.asked { display: table-column; }
+.asked .muted, .steady th .muted { font-size: 0.75rem; }
+.images { display: flex; flex-direction: column; gap: 0.3rem; flex: none; max-width: 96px; }
+.images:empty { display: none; }
+.images img { display: block; max-width: 96px; height: auto; border-radius: 3px; }
+.file { font-size: 0.75rem; color: var(--muted); overflow-wrap: anywhere; }
+summary { cursor: pointer; }
+.long summary { list-style: none; }
+.long summary::-webkit-details-marker { display: none; }
+.long summary::after { content: " more"; color: var(--accent); font-size: 0.8rem; }
+.long[open] summary::after { content: "less"; }
+.long[open] summary span { display: none; }
+details.steady { margin-top: 1rem; }
+details.steady > summary { font-weight: 600; }
+table.steady { margin-top: 0.6rem; table-layout: fixed; }
+table.steady caption { display: none; }
+
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  column-gap: 2.5rem; }
+dl { display: grid; grid-template-columns: minmax(7rem, 30%) minmax(0, 1fr); }
+dt, dd { border-bottom: 1px solid var(--rule); padding: 0.3rem 0; overflow-wrap: anywhere; }
+dt { color: var(--muted); padding-right: 1rem; }
+dd { white-space: pre-wrap; }
+
+@media (max-width: 60rem) {
+  .pair { grid-template-columns: minmax(0, 1fr); }
+}
+@media (max-width: 36rem) {
+  main { padding: 1rem 1rem 3rem; }
+  .choice { gap: 1rem; padding: 0.8rem 0.9rem; }
+  svg text { font-size: 21px; }
+  svg .tight { display: none; }
+  th, td { padding: 0.35rem 0.4rem; }
+  figcaption .key { margin-left: 0; }
+}
+@media print {
+  body { font-size: 8.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  main { max-width: none; padding: 0; }
+  tr, figure, .choice { break-inside: avoid; }
+  #filter { display: none; }
+  .answers thead th { position: static; }
+}
+"""
+
+# With many alphas, or little room, a prompt's answers go below each other
+_STACKED = """
+.answers, .answers tbody, .answers tr, .answers tbody th, .answers td { display: block; }
+.answers thead, .answers colgroup { display: none; }
+.answers tr { border-bottom: 1px solid var(--line); padding: 0.6rem 0; }
+.answers tr[hidden] { display: none; }
+.answers tbody th, .answers td { border: 0; padding: 0.25rem 0.5rem; }
+.answers td { display: grid; grid-template-columns: 4.2rem minmax(0, 1fr); gap: 0.5rem; }
+.answers .range { padding-top: 0.1rem; }
+"""
