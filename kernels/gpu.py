@@ -224,8 +224,8 @@ def _scaled_bits(weight: float, dtype: str) -> int:
 def _widen(word, fraction: tl.constexpr, exponent: tl.constexpr):
     """The element's value times 2**(its format's bias - 1023), exactly, as float64.
 
-    Its fields moved to where float64 has them; subnormals stay subnormal. Saves the conversions,
-    which run at a thirty-second of the usual rate on consumer cards.
+    Its fields moved to where float64 has them; subnormals stay subnormal. Saves conversions, which
+    consumer cards do as slowly as all of float64.
     """
     keep: tl.constexpr = -(1 << 63) | ((1 << (52 + exponent)) - 1)
     top: tl.constexpr = ((1 << exponent) - 1) << 52

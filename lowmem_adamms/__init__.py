@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .live import LiveModel
 
 __version__ = "0.1.0"
 
@@ -12,6 +16,16 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "reference.py")
     __path__.append(str(_root))
 
 from .plan import make_plan  # noqa: E402  (the path must be complete first)
+from .search import search  # noqa: E402
 from .writer import merge  # noqa: E402
 
-__all__ = ["__version__", "make_plan", "merge"]
+__all__ = ["LiveModel", "__version__", "make_plan", "merge", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    """LiveModel needs torch, which takes seconds to import: only those who use it wait."""
+    if name == "LiveModel":
+        from .live import LiveModel
+
+        return LiveModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

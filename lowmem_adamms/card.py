@@ -24,8 +24,8 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
 
-def model_card(plan: Plan, alpha: float) -> str:
-    """README.md of the merged model, with Hub front matter."""
+def model_card(plan: Plan, alpha: float, papers: Mapping[str, Any]) -> str:
+    """README.md of the merged model, with Hub front matter. papers: what adamms.json will say."""
     parents = [plan.base.name, plan.donor.name]
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
@@ -55,10 +55,23 @@ def model_card(plan: Plan, alpha: float) -> str:
             "",
             f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
             "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
+            *_choice(papers),
             "The licences of both models apply.",
             "",
         ]
     )
+
+
+def _choice(papers: Mapping[str, Any]) -> list[str]:
+    """How alpha was chosen, if it was searched for."""
+    if "candidates" not in papers:
+        return []
+    tried = ", ".join(f"{candidate['alpha']:g}" for candidate in papers["candidates"])
+    return [
+        "Alpha was chosen without labels, by the consistency of the answers to"
+        f" {papers['prompts']} prompts",
+        f"at the alphas {tried} (measure: {papers['measure']}); see `report.html`.",
+    ]
 
 
 def _licence(base: Checkpoint) -> list[str]:
@@ -86,8 +99,13 @@ def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {"torch_dtype": spoken, **changed(config)}
 
 
-def recipe(plan: Plan, alpha: float, kinship: Kinship, kernel: str) -> dict[str, Any]:
-    """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it."""
+def recipe(
+    plan: Plan, alpha: float, kinship: Kinship, kernel: str, search: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it.
+
+    search: the document of the search that found alpha, or nothing.
+    """
     from . import __version__
 
     group, cosine = kinship.lowest if kinship.cosines else (None, None)
@@ -100,7 +118,8 @@ def recipe(plan: Plan, alpha: float, kinship: Kinship, kernel: str) -> dict[str,
         "options": dict(plan.options),
         "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
         "counts": plan.to_json()["counts"],
-        "notes": list(plan.notes),
+        **search,
+        "notes": [*plan.notes, *search.get("notes", ())],
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
         "made_with": {"python": platform.python_version(), "kernel": kernel},
         "inputs": {

@@ -30,7 +30,7 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
     *(".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite"),
 )
-OURS = frozenset({"README.md", "adamms.json", "report.html"})
+OURS = frozenset({"README.md", "adamms.json", "report.html", "answers.jsonl"})
 """Files of a checkpoint folder that describe that checkpoint only and are written anew."""
 
 

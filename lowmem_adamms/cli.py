@@ -11,23 +11,28 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, dtypes
-from .errors import MergeError, OutputError, RecipeError
+from .errors import MergeError, OutputError, PlacementError, RecipeError
+from .journal import ANSWERS, WORK
+from .placement import Placement, measure, parse_size, place
 
 if TYPE_CHECKING:
     from .dtypes import DType
-    from .plan import Plan, Step
+    from .plan import Plan
+    from .prompts import Prompt
+    from .search import Result
+    from .session import Session
 
-COMMANDS = ("plan", "merge", "verify", "demo")
+COMMANDS = ("plan", "merge", "search", "verify", "demo")
 _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
 
 
@@ -81,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         " share an ancestor (AdaMMS, arXiv 2503.23733), in constant memory. BASE keeps its"
         " architecture, vision encoder, tokenizer and processor; DONOR's language weights are"
         " blended in.",
-        epilog="python -m lowmem_adamms BASE DONOR -o OUT --alpha 0.3   is short for   merge …",
+        epilog="python -m lowmem_adamms BASE DONOR -o OUT …   is short for   merge BASE DONOR …",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -90,17 +95,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_pair(plan)
     plan.add_argument("-o", "--out", metavar="OUT", type=Path, help="where it would be written")
     plan.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _add_placement(plan)
     plan.set_defaults(command=_plan)
 
-    merge = commands.add_parser("merge", help="map and merge at a given alpha")
+    merge = commands.add_parser("merge", help="map and merge, at a given alpha or a searched one")
     _add_pair(merge)
     merge.add_argument("-o", "--out", metavar="OUT", type=Path, required=True, help="a new folder")
-    merge.add_argument(
-        "--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor; required"
-    )
+    merge.add_argument("--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor")
     merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
     merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
+    _add_search(merge)
     merge.set_defaults(command=_merge)
+
+    search = commands.add_parser("search", help="find alpha by the consistency of the answers")
+    _add_pair(search, nargs="?")
+    search.add_argument(
+        "--answers",
+        metavar="[ALPHA=]FILE",
+        nargs="+",
+        help="score recorded answers instead: lmms-eval sample logs, VLMEvalKit predictions,"
+        " an answers.jsonl",
+    )
+    search.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    search.add_argument("--report", metavar="FILE", type=Path, help="write the HTML report here")
+    search.add_argument("--journal", metavar="FILE", type=Path, help="keep answers, to resume from")
+    search.add_argument("--force", action="store_true", help="search also what looks unrelated")
+    _add_search(search)
+    search.set_defaults(command=_search)
 
     verify = commands.add_parser("verify", help="check a merged folder")
     verify.add_argument("out", metavar="OUT", type=Path)
@@ -116,9 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_pair(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="folder or file of the base checkpoint")
-    parser.add_argument("donor", metavar="DONOR", help="folder or file of the donor checkpoint")
+def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    options: dict[str, Any] = {"nargs": nargs} if nargs else {}
+    parser.add_argument(
+        "base", metavar="BASE", help="folder or file of the base checkpoint", **options
+    )
+    parser.add_argument(
+        "donor", metavar="DONOR", help="folder or file of the donor checkpoint", **options
+    )
     parser.add_argument(
         "--embeddings",
         choices=("merge", "keep"),
@@ -135,13 +161,47 @@ def _dtype(text: str) -> DType:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB` or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise RecipeError(f"--max-shard-size {text!r}: expected a size such as 5GB or 500MB")
-    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * unit)
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where the search's model goes (default: what fits best)")
+    group.add_argument("--device", choices=("cpu", "cuda"))
+    group.add_argument("--quantize", choices=("none", "int8", "nf4"), help="with bitsandbytes")
+    group.add_argument("--live-dtype", metavar="DTYPE", type=_dtype, help="default: the output's")
+    group.add_argument("--vram", metavar="SIZE", help="plan with this much; 0: without a card")
+    group.add_argument("--ram", metavar="SIZE", help="plan with this much")
+    group.add_argument("--batch-size", metavar="N", type=int, help="default: 8, or what fits")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--prompts",
+        metavar="SET",
+        help="unlabelled questions: JSON Lines, a folder of images, Parquet, a Hub dataset",
+    )
+    group.add_argument("--question", help="what to ask of each image of a folder")
+    group.add_argument("--split", help="of a Hub dataset")
+    group.add_argument("--text-column", metavar="NAME", help="of Parquet or a Hub dataset")
+    group.add_argument("--image-column", metavar="NAME", action="append", help="may be repeated")
+    group.add_argument("--samples", metavar="N", type=int, default=100, help="default: 100")
+    group.add_argument("--seed", type=int, default=0, help="of the sampling of prompts")
+    group.add_argument("--alphas", help="such as 0,0.1,0.2 or 0:0.6:0.1; default: 0 to 0.6 by 0.1")
+    group.add_argument(
+        "--refine", metavar="N", type=int, default=0, help="rounds of halving around the best"
+    )
+    group.add_argument(
+        "--measure",
+        choices=("pairwise", "joint", "embedding"),
+        default="pairwise",
+        help="the paper's Algorithm 1 (default), its Appendix B, or embedding distance",
+    )
+    group.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
+    group.add_argument("--no-drafts", action="store_true", help="generate every token anew")
+    group.add_argument("--no-vision-cache", action="store_true", help="encode images every time")
+    group.add_argument("--no-noise", action="store_true", help="do not measure the noise floor")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the base brings"
+    )
+    _add_placement(parser)
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
@@ -153,18 +213,28 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from . import show
+
     plan = _make_plan(arguments)
     forecast = _forecast(plan, arguments.out or Path())
+    try:
+        lines = _place(plan, arguments).lines
+    except PlacementError as error:
+        lines = (str(error),)
     if arguments.json:
-        print(json.dumps(plan.to_json() | {"forecast": forecast}, ensure_ascii=False))
+        document = plan.to_json() | {"forecast": forecast, "search": list(lines)}
+        print(json.dumps(document, ensure_ascii=False))
         return 0
-    _show_plan(plan)
+    console = _console()
+    _show_plan(plan, console)
     print(
-        f"read {_bytes(plan.bytes_read)}, write {_bytes(plan.bytes_written)};"
-        f" disk free {_bytes(forecast['disk_free'])}, needed {_bytes(forecast['disk_needed'])}\n"
+        f"read {show.size(plan.bytes_read)}, write {show.size(plan.bytes_written)};"
+        f" disk free {show.size(forecast['disk_free'])},"
+        f" needed {show.size(forecast['disk_needed'])}\n"
         f"memory at most {_ANONYMOUS_MB} MB besides file pages;"
         f" about {forecast['seconds_at_1_GB_per_s']} s on a disk that moves 1 GB/s"
     )
+    print("a search for alpha would run so:", *lines, sep="\n  ")
     return 0
 
 
@@ -178,64 +248,282 @@ def _forecast(plan: Plan, out: Path) -> dict[str, int]:
     }
 
 
-def _show_plan(plan: Plan) -> None:
-    """The plan as a table, layers collapsed: one row per kind, action and reason."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _place(plan: Plan, arguments: argparse.Namespace) -> Placement:
+    ram = parse_size(arguments.ram, "--ram") if arguments.ram else None
+    vram = parse_size(arguments.vram, "--vram", zero=True) if arguments.vram else None
+    dtype = arguments.live_dtype or arguments.dtype
+    return place(
+        plan,
+        measure(ram=ram, vram=vram),
+        device=arguments.device,
+        quantize=arguments.quantize,
+        dtype=dtype.name if dtype else None,
+        batch=arguments.batch_size,
+    )
 
-    rows: dict[tuple[str, str, str], list[Step]] = {}
-    for step in plan.steps:
-        rows.setdefault((step.kind, step.action, step.reason), []).append(step)
-    table = Table(title_justify="left", title=escape(_title(plan)))
-    for heading in ("base's", "tensors", "size", "action", "why"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
-    for (kind, action, reason), steps in rows.items():
-        size = _bytes(sum(step.nbytes for step in steps))
-        table.add_row(kind, str(len(steps)), size, action, escape(reason))
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    console.print(table)
-    unused: dict[str, int] = {}
-    for kind in plan.leftover.values():
-        unused[kind] = unused.get(kind, 0) + 1
-    listed = ", ".join(f"{count} {kind}" for kind, count in unused.items()) or "nothing"
-    console.print(f"left over of the donor: {escape(listed)}", soft_wrap=True)
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def _show_plan(plan: Plan, console: Any) -> None:
+    from rich.markup import escape
+
+    from . import show
+
+    console.print(show.plan_table(plan))
+    console.print(f"left over of the donor: {escape(show.leftover(plan))}", soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
 
-def _title(plan: Plan) -> str:
-    return (
-        f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
-        f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
-    )
-
-
 def _merge(arguments: argparse.Namespace) -> int:
+    from . import show
     from .merge import check_alpha
-    from .writer import merge
+    from .writer import check_output, merge
 
-    if arguments.alpha is None:
-        raise RecipeError("--alpha is missing: the donor's weight, 0..1 (0.1 to 0.3 is usual)")
-    check_alpha(arguments.alpha)
-    size = _size(arguments.max_shard_size) if arguments.max_shard_size else None
+    if (arguments.alpha is None) == (arguments.prompts is None):
+        raise RecipeError(
+            "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
+            " to search it with"
+        )
+    if arguments.alpha is not None:
+        check_alpha(arguments.alpha)
+    size = (
+        parse_size(arguments.max_shard_size, "--max-shard-size")
+        if arguments.max_shard_size
+        else None
+    )
+    prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
+    check_output(plan, arguments.out, max_shard_size=size)
+    alpha, found = arguments.alpha, None
+    if prompts:
+        found = _run_search(arguments, plan, prompts, arguments.out / WORK / ANSWERS)
+        _show_search(found.result)
+        alpha = found.result.alpha
     with _progress("merging", plan.bytes_written) as progress:
         merge(
             plan,
-            arguments.alpha,
+            alpha,
             arguments.out,
             max_shard_size=size,
             force=arguments.force,
+            search=found.result.to_json() if found else None,
+            beside={"report.html": found.page.encode()} if found else None,
             progress=progress,
         )
     counts = plan.to_json()["counts"]
     print(
         f"{arguments.out}: {counts['interpolate']} tensors interpolated, {counts['copy']} copied,"
-        f" {_bytes(plan.bytes_written)}"
+        f" {show.size(plan.bytes_written)}"
     )
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A finished search and its report."""
+
+    result: Result
+    page: str
+
+
+def _load_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
+    from .prompts import Columns, load_prompts
+
+    columns = None
+    if arguments.text_column or arguments.image_column:
+        images = arguments.image_column
+        columns = Columns(arguments.text_column, tuple(images) if images else None)
+    return load_prompts(
+        arguments.prompts,
+        question=arguments.question,
+        sample=arguments.samples,
+        seed=arguments.seed,
+        split=arguments.split,
+        columns=columns,
+    )
+
+
+def _alphas(text: str | None) -> Sequence[float]:
+    """`0,0.1,0.2` or `start:stop:step`, the stop included."""
+    from .search import DEFAULT_ALPHAS
+
+    if text is None:
+        return DEFAULT_ALPHAS
+    try:
+        if ":" not in text:
+            return [float(word) for word in text.split(",")]
+        start, stop, step = map(float, text.split(":"))
+        return [round(start + i * step, 6) for i in range(int((stop - start) / step + 1.000001))]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise RecipeError(f"--alphas {text!r}: expected 0,0.1,0.2 or 0:0.6:0.1") from None
+
+
+def _run_search(
+    arguments: argparse.Namespace, plan: Plan, prompts: Sequence[Prompt], journal: Path | None
+) -> _Found:
+    """Search on the live model; the journal, if there is one, is resumed from."""
+    from . import show
+    from .search import search
+
+    alphas = _alphas(arguments.alphas)
+    placement = _place(plan, arguments)
+    for line in placement.lines:
+        print(line, file=sys.stderr)
+    progress = show.SearchProgress(len(alphas), len(prompts))
+    with _session(arguments, plan, prompts, placement, journal, progress) as session:
+        with _live(progress):
+            result = search(
+                session,
+                prompts,
+                alphas,
+                measure=arguments.measure,
+                refine=arguments.refine,
+                noise=None if arguments.no_noise else session.again,
+                seed=arguments.seed,
+                progress=progress.candidates,
+            )
+        for note in session.notes:
+            print(f"note: {note}", file=sys.stderr)
+        page = _report(arguments, plan, placement, prompts, result, session)
+    return _Found(result, page)
+
+
+@contextmanager
+def _session(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    placement: Placement,
+    path: Path | None,
+    progress: Any,
+) -> Iterator[Session]:
+    from .generate import Settings
+    from .journal import AnswerJournal
+    from .live import LiveModel
+    from .session import Session, fingerprint
+
+    settings = Settings(
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=placement.batch,
+        drafts=not arguments.no_drafts,
+        vision_cache=not arguments.no_vision_cache,
+    )
+
+    def load() -> LiveModel:
+        return LiveModel(
+            plan,
+            dtype=placement.dtype if arguments.live_dtype else None,
+            placement=placement,
+            trust_remote_code=arguments.trust_remote_code,
+            force=arguments.force,
+        )
+
+    key = fingerprint(plan, prompts, settings, placement)
+    hooks = {"asked": progress.asked, "answered": progress.answered}
+    with (
+        AnswerJournal(path, key) if path else nullcontext() as journal,
+        Session(load, settings, journal, **hooks) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def _live(renderable: Any) -> Iterator[None]:
+    """A renderable kept up to date on stderr, or nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(renderable, console=Console(stderr=True), refresh_per_second=2, transient=True):
+        yield
+
+
+def _report(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    placement: Placement,
+    prompts: Sequence[Prompt],
+    result: Result,
+    session: Session,
+) -> str:
+    from . import report
+
+    recipe = {
+        "base": f"{plan.base.path.resolve()} ({plan.base_layout.arch})",
+        "donor": f"{plan.donor.path.resolve()} ({plan.donor_layout.arch})",
+        "prompts": f"{arguments.prompts}, {len(prompts)} of them, seed {arguments.seed}",
+        "answers": f"greedy, {arguments.max_new_tokens} tokens at most",
+        "batch": str(placement.batch),
+        "embeddings": str(plan.options["embeddings"]),
+        "version": __version__,
+    }
+    where = {str(i): line for i, line in enumerate(placement.lines, 1)}
+    return report.html(
+        result,
+        prompts,
+        timings=session.timings,
+        facts={"Recipe": recipe, "Placement": where},
+        title=f"{plan.base.name} \N{LEFTWARDS ARROW} {plan.donor.name}",
+    )
+
+
+def _show_search(result: Result) -> None:
+    from . import show
+
+    console = _console()
+    console.print(show.search_table(result.candidates, result.alpha))
+    print(show.verdict(result))
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    if arguments.answers:
+        return _search_recorded(arguments)
+    if not (arguments.donor and arguments.prompts):
+        raise RecipeError("search needs BASE, DONOR and --prompts, or --answers")
+    prompts = _load_prompts(arguments)
+    plan = _make_plan(arguments)
+    found = _run_search(arguments, plan, prompts, arguments.journal)
+    if arguments.report:
+        from . import report
+
+        report.write(arguments.report, found.page)
+    base, donor = (str(side.path.resolve()) for side in (plan.base, plan.donor))
+    return _conclude(arguments, found.result, base, donor)
+
+
+def _search_recorded(arguments: argparse.Namespace) -> int:
+    """Score answers that somebody recorded at each alpha."""
+    from . import recorded, report
+    from .prompts import Prompt
+    from .search import choose
+
+    answers, ids = recorded.read([recorded.parse_spec(text) for text in arguments.answers])
+    result = choose(answers, measure=arguments.measure, seed=arguments.seed)
+    if arguments.report:
+        prompts = [Prompt(name, id=name) for name in ids]
+        report.write(arguments.report, report.html(result, prompts, title="Recorded answers"))
+    return _conclude(arguments, result, arguments.base, arguments.donor)
+
+
+def _conclude(
+    arguments: argparse.Namespace, result: Result, base: str | None, donor: str | None
+) -> int:
+    if arguments.json:
+        document = result.to_json() | {"base": base, "donor": donor, "version": __version__}
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        _show_search(result)
     return 0
 
 
@@ -261,6 +549,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None] | None]:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from .show import size
     from .verify import verify
 
     def say(what: str) -> None:
@@ -275,7 +564,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     deep = "" if verdict.rows is None else f", {verdict.rows} sampled rows equal to the recipe's"
     print(
         f"{arguments.out}: ok, {verdict.tensors} tensors in {verdict.shards} shards,"
-        f" {_bytes(verdict.bytes)}{deep}"
+        f" {size(verdict.bytes)}{deep}"
     )
     return 0
 
@@ -300,19 +589,10 @@ def _demo_in(folder: Path, alpha: float) -> int:
     check_alpha(alpha)
     base, donor = demo.make_pair(folder)
     plan = make_plan(base, donor)
-    _show_plan(plan)
+    _show_plan(plan, _console())
     out = merge(plan, alpha, folder / "merged")
     prompt = "the image shows"
     for name, model in (("base", base), (f"merged at alpha {alpha:g}", out)):
         print(f"{name} answers: {demo.generate(model, prompt)!r}")
     print("(both have random weights: what counts is that transformers loads and runs the result)")
     return 0
-
-
-def _bytes(count: int) -> str:
-    """A size for people, in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.2f} GB"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .checkpoint import Span
+from .placement import Placement, homes
 from .plan import Plan
 from .stream import Files
 
@@ -27,26 +28,25 @@ WINDOW = 64 << 20
 
 
 class DeviceSource:
-    """Spans as flat byte tensors on one device.
+    """Spans as flat byte tensors on one device ("cuda", or "cpu" to try it without a card).
 
-    on_device, pinned: bytes of the interpolated parts to hold in the card's and in page-locked host
-    memory, in the plan's order; what is beyond stays in the page cache. device "cpu" works as well.
+    What `placement.homes` puts there is held in the card's memory or in page-locked host memory;
+    everything else stays in the page cache.
     """
 
-    def __init__(
-        self, plan: Plan, files: Files, device: str, *, on_device: int = 0, pinned: int = 0
-    ) -> None:
+    def __init__(self, plan: Plan, files: Files, placement: Placement, device: str) -> None:
         self._files, self._device = files, torch.device(device)
         self._starts: dict[Path, list[int]] = {}
         self._held: dict[Path, list[torch.Tensor]] = {}
-        for span in _blended(plan):
-            if span.nbytes <= on_device:
-                on_device -= span.nbytes
-                self._hold(span, as_tensor(files.view(span)).to(self._device, copy=True))
-            elif span.nbytes <= pinned:
-                pinned -= span.nbytes
-                self._hold(span, self._page_locked(span))
-            files.behind(span, evict=False)()
+        for _, part, home in homes(plan, placement):
+            for span in (part.base, part.donor):
+                if home == "cache" or span is None or self._find(span) is not None:
+                    continue
+                if home == "vram":
+                    self._hold(span, as_tensor(files.view(span)).to(self._device, copy=True))
+                else:
+                    self._hold(span, self._page_locked(span))
+                files.behind(span, evict=False)()
 
     def view(self, span: Span) -> torch.Tensor:
         """A span's bytes on the device."""
@@ -99,16 +99,3 @@ def as_tensor(view: Bytes) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     memory = (ctypes.c_uint8 * view.size).from_address(address)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _blended(plan: Plan) -> list[Span]:
-    """The spans that every apply reads, each once, in the plan's order."""
-    spans = [
-        span
-        for step in plan.steps
-        if step.action == "interpolate"
-        for part in step.parts
-        for span in (part.base, part.donor)
-        if span is not None
-    ]
-    return list({(span.path, span.start, span.stop): span for span in spans}.values())

@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -79,13 +79,13 @@ class Answerer:
     def __call__(
         self,
         prompts: Sequence[Prompt | str],
-        known: dict[int, str] | None = None,
-        answered: Callable[[int, str], None] | None = None,
+        known: Mapping[int, str] | None = None,
+        answered: Callable[[int, str, Tokens], None] | None = None,
     ) -> list[str]:
         """One answer per prompt.
 
         known: answers by place that need not be made again; a batch is left out if all of it is
-        known. answered: called with place and answer as they come.
+        known. answered: called with place, answer and its tokens as they come.
         """
         asked = tuple(p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         self.spent = Spent()
@@ -97,14 +97,20 @@ class Answerer:
             for batch in self._layout[1]:
                 if all(place in answers for place in batch.places):
                     continue
-                for place, answer in self._answer(batch.places, asked):
-                    answers[place] = answer
-                    if answered:
-                        answered(place, answer)
+                for place, answer, tokens in self._answer(batch.places, asked):
+                    if answered and place not in answers:
+                        answered(place, answer, tokens)
+                    answers.setdefault(place, answer)
         self.spent.seconds = time.perf_counter() - start
         return [answers[place] for place in range(len(asked))]
 
-    def _answer(self, places: Sequence[int], asked: Sequence[Prompt]) -> Iterator[tuple[int, str]]:
+    def expect(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
+        """Take tokens, by place, as the drafts of the next answers."""
+        self._drafts |= {prompts[place]: found for place, found in tokens.items()}
+
+    def _answer(
+        self, places: Sequence[int], asked: Sequence[Prompt]
+    ) -> Iterator[tuple[int, str, Tokens]]:
         prompts = [asked[place] for place in places]
         drafts = [self._drafts.get(prompt, []) for prompt in prompts]
         if not self.settings.drafts:
@@ -121,7 +127,7 @@ class Answerer:
         self._count(decoding.spent)
         for place, prompt, found in zip(places, prompts, tokens, strict=True):
             self._drafts[prompt] = found
-            yield place, self._encoder.decode(found)
+            yield place, self._encoder.decode(found), found
 
     def _count(self, spent: Spent) -> None:
         mine = self.spent

@@ -1,10 +1,15 @@
-"""What a killed merge leaves behind, and how the same command finds its way back.
+"""What a killed run leaves behind, and how the same command finds its way back.
 
-One JSON object a line, each line fsynced before what it promises is relied on:
-    {"merge": fingerprint}                        which merge this folder is of
+JSON Lines, one object each. The first line says whose journal it is, by a fingerprint of everything
+that decides the result; a last line cut short by a kill is ignored; the file is locked while it is
+in use. Of a merge (each line fsynced before what it promises is relied on):
+    {"merge": fingerprint}
     {"file": name, "upto": n}                     the first n bytes of the file are durable
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
-A last line cut short by the kill is ignored. The journal is locked while a merge runs.
+Of a search:
+    {"search": fingerprint}
+    {"alpha": a, "index": i, "answer": text, "tokens": [ids]}
+and the same with "again": true where an alpha was asked twice, to measure the noise.
 """
 
 from __future__ import annotations
@@ -22,32 +27,26 @@ WORK = ".partial"
 """The folder inside OUT where everything is made; what is in OUT itself is complete."""
 NAME = ".journal.jsonl"
 """Hidden, as no sidecar of a model is."""
+ANSWERS = "answers.jsonl"
+"""A search's journal; it ends beside the merged model, and scores again with `--answers`."""
 
 
-class Journal:
-    """The journal of one merge in `out/.partial`, opened and locked."""
+class _Log:
+    """A locked file of JSON lines that belongs to one fingerprint."""
 
-    def __init__(self, out: Path, fingerprint: str) -> None:
-        """Start or resume. OutputError if another merge owns the folder or is running in it."""
-        self.path = out / WORK / NAME
-        self.upto: dict[str, int] = {}
-        self.done: dict[str, dict[str, Any]] = {}
-        found = _fingerprint(self.path)
+    def __init__(self, path: Path, kind: str, fingerprint: str, others: str) -> None:
+        """others: what to say if the file belongs to another run than this one."""
+        self.path = path
+        found = _fingerprint(path, kind)
         if found not in (None, fingerprint):
-            raise OutputError(
-                f"{out} holds an unfinished merge of other inputs or options;"
-                f" delete {out / WORK} or choose another -o"
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        self._lock(out)
+            raise OutputError(others)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._lock()
         self._read()
         if found is None:
             self._file.truncate(0)
-            self.note(merge=fingerprint)
-
-    def __enter__(self) -> Journal:
-        return self
+            self._append({kind: fingerprint})
 
     def __exit__(
         self,
@@ -57,19 +56,15 @@ class Journal:
     ) -> None:
         self._file.close()
 
-    @property
-    def resumed(self) -> bool:
-        """Whether an earlier run got somewhere."""
-        return bool(self.upto or self.done)
-
-    def note(self, **line: Any) -> None:
-        """Append a line and make it durable."""
-        self._file.write(json.dumps(line).encode() + b"\n")
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
         self._take(line)
 
-    def _lock(self, out: Path) -> None:
+    def _take(self, line: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _lock(self) -> None:
         with contextlib.suppress(ImportError):
             import fcntl
 
@@ -77,7 +72,7 @@ class Journal:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self._file.close()
-                raise OutputError(f"{out}: another merge is writing there now") from None
+                raise OutputError(f"{self.path}: another run is writing there now") from None
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -89,6 +84,33 @@ class Journal:
             self._take(json.loads(raw))
         self._file.truncate(end)
 
+
+class Journal(_Log):
+    """The journal of one merge in `out/.partial`, opened and locked."""
+
+    def __init__(self, out: Path, fingerprint: str) -> None:
+        """Start or resume. OutputError if another merge owns the folder or is running in it."""
+        self.upto: dict[str, int] = {}
+        self.done: dict[str, dict[str, Any]] = {}
+        others = (
+            f"{out} holds an unfinished merge of other inputs or options;"
+            f" delete {out / WORK} or choose another -o"
+        )
+        super().__init__(out / WORK / NAME, "merge", fingerprint, others)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run got somewhere."""
+        return bool(self.upto or self.done)
+
+    def note(self, **line: Any) -> None:
+        """Append a line and make it durable."""
+        self._append(line)
+        os.fsync(self._file.fileno())
+
     def _take(self, line: dict[str, Any]) -> None:
         if "blake3" in line:
             self.done[line["file"]] = line
@@ -96,11 +118,43 @@ class Journal:
             self.upto[line["file"]] = line["upto"]
 
 
-def _fingerprint(path: Path) -> str | None:
+class AnswerJournal(_Log):
+    """The answers that a search has so far, by alpha and place of the prompt."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """Start or resume. OutputError if the answers there are of another search."""
+        self.answers: dict[float, dict[int, str]] = {}
+        self.tokens: dict[float, dict[int, list[int]]] = {}
+        self.again: dict[float, dict[int, str]] = {}
+        others = (
+            f"{path} holds answers of another search (other models, prompts or settings);"
+            " delete it or choose another place"
+        )
+        super().__init__(path, "search", fingerprint, others)
+
+    def __enter__(self) -> AnswerJournal:
+        return self
+
+    def note(
+        self, alpha: float, index: int, answer: str, tokens: list[int], *, again: bool = False
+    ) -> None:
+        """Append one answer; survives a kill of this process."""
+        line = {"alpha": alpha, "index": index, "answer": answer, "tokens": tokens}
+        self._append(line | {"again": True} if again else line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if line.get("again"):
+            self.again.setdefault(line["alpha"], {})[line["index"]] = line["answer"]
+        elif "answer" in line:
+            self.answers.setdefault(line["alpha"], {})[line["index"]] = line["answer"]
+            self.tokens.setdefault(line["alpha"], {})[line["index"]] = line["tokens"]
+
+
+def _fingerprint(path: Path, kind: str) -> str | None:
     """Whose journal lies there; None if there is none or it was cut off before its first line."""
     try:
         first = path.read_bytes().partition(b"\n")
-        return str(json.loads(first[0])["merge"]) if first[1] else None
+        return str(json.loads(first[0])[kind]) if first[1] else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -134,14 +134,8 @@ class LiveModel:
         from .kernels import gpu
 
         where = self.placement.device
-        source = device.DeviceSource(
-            self.plan,
-            self._files,
-            where,
-            on_device=self.placement.sources_vram,
-            pinned=self.placement.sources_pinned,
-        )
-        return source, gpu.kernel(where)[0], device.WINDOW
+        source = device.DeviceSource(self.plan, self._files, self.placement, where)
+        return source, gpu.kernel(where, self.plan.dtypes)[0], device.WINDOW
 
 
 class LiveSink:

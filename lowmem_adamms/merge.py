@@ -37,7 +37,7 @@ class Source(Protocol):
     """Where the bytes of base and donor come from: `stream.Files`, or a device's memory."""
 
     def view(self, span: Span) -> Any:
-        """A span's bytes, as the kernel takes them; valid until the window it belongs to is done."""
+        """A span's bytes, as the kernel takes them; valid until its window is done."""
 
     def ahead(self, span: Span) -> list[Callable[[], None]]:
         """Calls, for any thread, that bring a span nearer before it is needed."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -29,10 +29,13 @@ Device = Literal["cpu", "cuda"]
 Quantize = Literal["int8", "nf4"]
 Home = Literal["vram", "pinned", "cache"]
 
-BATCH, TOKENS = 8, 2048
-"""Sequences answered at once and the length of each, prompt, image and answer: the default."""
-ACTIVATIONS = 1 << 30
-"""Bytes for activations and for staging weights on their way to the model."""
+BATCHES = (8, 4, 2, 1)
+"""Sequences answered at once, the most wanted first: what is tried where no batch is asked for."""
+TOKENS = 2048
+"""Length of each sequence, prompt, image and answer: the default."""
+ACTIVATIONS, ACTIVATIONS_EACH = 512 << 20, 64 << 20
+"""Bytes for activations and for staging weights on their way to the model, and those that each
+sequence of the batch adds. An assumption: nothing in a header tells them."""
 SPARE = 256 << 20
 """Bytes left alone on the device: fragments, and what the estimates miss."""
 
@@ -54,9 +57,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision. All counts are bytes.
+    """The decision. All counts but the batch are bytes.
 
     dtype: of the live model, as `dtypes.py` spells it; of a quantized one, of what stays whole.
+    batch: sequences answered at once, for which work_bytes are enough.
     sources_*: the exact base and donor weights of all interpolated parts, which every apply reads,
     by where they are kept (`homes` tells it part by part). lines: the sums, for people.
     """
@@ -66,6 +70,7 @@ class Placement:
     dtype: str
     model_bytes: int
     work_bytes: int
+    batch: int
     sources_vram: int
     sources_pinned: int
     sources_cache: int
@@ -191,14 +196,24 @@ def _first_card() -> tuple[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """One way to hold the model: what it needs on its device, and what that has."""
+    """One way to hold the model and answer a batch: what it needs on its device, what that has."""
 
     device: Device
     quantize: Quantize | None
     dtype: DType
+    batch: int
     model: int
-    work: int
+    cache: int
+    staging: int
     there: int
+
+    @property
+    def activations(self) -> int:
+        return ACTIVATIONS + ACTIVATIONS_EACH * self.batch
+
+    @property
+    def work(self) -> int:
+        return self.activations + self.cache + self.staging
 
     @property
     def need(self) -> int:
@@ -210,7 +225,7 @@ class _Option:
 
     @property
     def name(self) -> str:
-        return f"{self.device} {self.quantize or self.dtype.name}"
+        return f"{self.device} {self.quantize or self.dtype.name} at batch {self.batch}"
 
     @property
     def flags(self) -> str:
@@ -271,8 +286,8 @@ def _quantized_bytes(step: Step, quantize: Quantize) -> int:
     return -(-step.elements // 2) + scales + 4 * -(-scales // 256)
 
 
-def _kv_bytes(plan: Plan, live: DType, batch: int, tokens: int) -> int:
-    """Bytes of the key-value cache: `batch` sequences of `tokens` tokens, in the live dtype.
+def _kv_bytes(plan: Plan, live: DType, tokens: int) -> int:
+    """Bytes of the key-value cache of one sequence of `tokens` tokens, in the live dtype.
 
     Streams of one layer (CogVLM's experts) share its cache: each token goes through one of them.
     """
@@ -284,20 +299,31 @@ def _kv_bytes(plan: Plan, live: DType, batch: int, tokens: int) -> int:
     for role, count in rows.items():
         plain = role.partition("@")[0]
         widest[plain] = max(widest.get(plain, 0), count)
-    return sum(widest.values()) * live.itemsize * batch * tokens
+    return sum(widest.values()) * live.itemsize * tokens
 
 
-def _options(plan: Plan, memory: Memory, live: DType, kv: int) -> list[_Option]:
-    """Every way to hold the model, the most wanted first."""
+def _options(
+    plan: Plan, memory: Memory, live: DType, batches: Sequence[int], tokens: int
+) -> list[_Option]:
+    """Every way to hold the model, the most wanted first.
+
+    Each at the first of the falling `batches` with which it fits, or else at the last: quantizing
+    changes the answers, a smaller batch only the time they take.
+    """
     # While a tensor is quantized its blend, a copy and the result are there at once
     largest = max((_live_bytes(step, live) for step in plan.steps if _quantized(step)), default=0)
     models = {precision: _model_bytes(plan, live, precision) for precision in _PRECISIONS}
+    cache = _kv_bytes(plan, live, tokens)
     room = {"cuda": memory.vram, "cpu": memory.ram}
     options = []
     for device, precision in product(_DEVICES, _PRECISIONS):
         if (there := room[device]) is not None:
-            work = ACTIVATIONS + kv + (3 * largest if precision else 0)
-            options.append(_Option(device, precision, live, models[precision], work, there))
+            model, staging = models[precision], 3 * largest if precision else 0
+            ways = [
+                _Option(device, precision, live, batch, model, cache * batch, staging, there)
+                for batch in batches
+            ]
+            options.append(next((way for way in ways if way.fits), ways[-1]))
     return options
 
 
@@ -311,38 +337,41 @@ def place(
     device: str | None = None,
     quantize: Quantize | Literal["none"] | None = None,
     dtype: str | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     tokens: int = TOKENS,
 ) -> Placement:
     """Decide where the live model and its sources go: the most exact that fits the fastest device.
 
     device: "cuda" or "cpu"; quantize: "int8", "nf4" or "none"; dtype: of the live model, such as
-    "BF16". None of each: decided here. batch, tokens: what the key-value cache is to hold.
-    PlacementError gives the numbers where nothing that was asked for fits; RecipeError where a wish
-    is none of the above.
+    "BF16"; batch: sequences answered at once. None of each: decided here, the batch as the largest
+    of `BATCHES` that fits, made smaller before the precision is lowered or a slower device taken.
+    tokens: length of each sequence, in the key-value cache. PlacementError gives the numbers where
+    nothing that was asked for fits; RecipeError where a wish is none of the above.
     """
     if device not in (None, *_DEVICES):
         raise RecipeError(f"--device {device}: expected cpu or cuda")
     if quantize not in (None, "none", "int8", "nf4"):
         raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
     live = _live_dtype(plan, dtype)
-    kv = _kv_bytes(plan, live, batch, tokens)
-    options = _options(plan, memory, live, kv)
+    options = _options(plan, memory, live, BATCHES if batch is None else (batch,), tokens)
     wished = [
         option
         for option in options
         if device in (None, option.device) and quantize in (None, option.quantize or "none")
     ]
     chosen = next((option for option in wished if option.fits), None)
-    cache = f"{_bytes(kv)} key-value cache of {batch} x {tokens} tokens"
     if chosen is None:
-        raise _refusal(options, wished, cache)
+        raise _refusal(options, wished, tokens)
     tried = wished[: wished.index(chosen)]
-    staged = chosen.work - ACTIVATIONS - kv
     lines = [
         f"memory: {_on_card(memory)}{_bytes(memory.ram)} of RAM available",
-        f"work: {_bytes(ACTIVATIONS)} activations and staging + {cache}"
-        + (f" + {_bytes(staged)}, 3 x the largest quantized tensor" if staged else ""),
+        f"work: {_bytes(chosen.activations)} assumed for activations and staging"
+        f" + {_cache(chosen, tokens)}"
+        + (
+            f" + {_bytes(chosen.staging)}, 3 x the largest quantized tensor"
+            if chosen.staging
+            else ""
+        ),
         *(f"{option.name}: {option.sum}: does not fit" for option in tried),
         f"{chosen.name}: {chosen.sum}: chosen",
     ]
@@ -400,6 +429,7 @@ def _with_sources(plan: Plan, memory: Memory, chosen: _Option, lines: list[str])
         chosen.dtype.name,
         chosen.model,
         chosen.work,
+        chosen.batch,
         sums["vram"],
         sums["pinned"],
         sums["cache"],
@@ -431,7 +461,11 @@ def _on_card(memory: Memory) -> str:
     return f"{_bytes(memory.vram)} free on {memory.card or 'the CUDA card'}, "
 
 
-def _refusal(options: list[_Option], wished: list[_Option], cache: str) -> PlacementError:
+def _cache(option: _Option, tokens: int) -> str:
+    return f"{_bytes(option.cache)} key-value cache of {option.batch} x {tokens} tokens"
+
+
+def _refusal(options: list[_Option], wished: list[_Option], tokens: int) -> PlacementError:
     """What the smallest wished option on each device lacks, and what would fit instead."""
     other = next((option for option in options if option.fits), None)
     fitting = f"{other.flags} would fit" if other else "a smaller model would help"
@@ -451,8 +485,10 @@ def _refusal(options: list[_Option], wished: list[_Option], cache: str) -> Place
         for device, option in least.items()
     )
     free = " and ".join("--vram" if device == "cuda" else "--ram" for device in least)
+    smallest = wished[0]  # nothing fits, so all are at the last batch tried
+    fewer = ", a smaller batch may help" if smallest.batch > 1 else ""
     return PlacementError(
-        f"the model does not fit: {lacks} (with a {cache}); {fitting},"
+        f"the model does not fit: {lacks} (with a {_cache(smallest, tokens)}); {fitting}{fewer},"
         f" or free memory ({free} may say how much there will be)"
     )
 

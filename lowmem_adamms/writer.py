@@ -26,7 +26,7 @@ from blake3 import blake3
 from . import card, header, kinship
 from .checkpoint import Span
 from .errors import OutputError
-from .journal import NAME, WORK, Journal
+from .journal import ANSWERS, NAME, WORK, Journal
 from .merge import WINDOW, check_alpha, run
 from .plan import Plan, Step
 from .stream import BLOCK, evict_range, reading, write_out
@@ -61,19 +61,20 @@ def merge(
     *,
     max_shard_size: int | None = None,
     force: bool = False,
+    search: Mapping[str, Any] | None = None,
+    beside: Mapping[str, bytes] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
+    search: how alpha was found, for adamms.json. beside: further files, such as a report.
     progress: called with bytes of output done since the last call. Resumes a killed run of the same
     merge. Raises RecipeError, OutputError or MappingError before anything is written.
     """
     alpha, out = check_alpha(alpha), Path(out)
-    files = out_files(plan, max_shard_size)
+    files = check_output(plan, out, max_shard_size=max_shard_size)
     fingerprint = _fingerprint(plan, alpha, files)
-    _check_place(plan, out)
-    _check_space(files, out)
     from .kernels.select import select
 
     with reading(plan.spans):
@@ -85,10 +86,22 @@ def merge(
             if progress:
                 progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
             run(plan, alpha, sink, kernel=kernel, evict=evict, progress=progress)
-        papers = card.recipe(plan, alpha, kin, why)
+        for name, content in (beside or {}).items():
+            _write_file(out / WORK / name, content)
+        papers = card.recipe(plan, alpha, kin, why, search or {})
         _write_papers(plan, alpha, out, files, journal, papers)
         _publish(out)
     return out
+
+
+def check_output(
+    plan: Plan, out: Path, *, max_shard_size: int | None = None
+) -> tuple[OutFile, ...]:
+    """The output's shards, if `out` can take them; OutputError if it cannot."""
+    files = out_files(plan, max_shard_size)
+    _check_place(plan, out)
+    _check_space(files, out)
+    return files
 
 
 def out_files(plan: Plan, max_shard_size: int | None = None) -> tuple[OutFile, ...]:
@@ -412,8 +425,8 @@ def _check_place(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
     if there != out or (out / WORK / NAME).is_file():
         return
-    found = list(out.rglob("*"))
-    if found not in ([], [out / WORK]):
+    ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
+    if not set(out.rglob("*")) <= ours:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
 
 
@@ -441,14 +454,8 @@ def _fingerprint(plan: Plan, alpha: float, files: tuple[OutFile, ...]) -> str:
     """A digest of everything that decides the output's bytes."""
     from . import __version__
 
-    shards = [
-        [str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns]
-        for side in (plan.base, plan.donor)
-        for shard in side.shards
-    ]
     layout = [[file.name, file.size, sorted(file.offsets.items())] for file in files]
-    steps = plan.to_json()["steps"]
-    document = json.dumps([__version__, repr(alpha), shards, layout, steps])
+    document = json.dumps([__version__, repr(alpha), layout, plan.identity()])
     return hashlib.sha256(document.encode()).hexdigest()
 
 
@@ -472,7 +479,7 @@ def _write_papers(
     dtype = plan.options["dtype"]
     if dtype and plan.base.config:
         _write_json(work / "config.json", card.config_in_dtype(plan.base.config, dtype))
-    _write_file(work / "README.md", card.model_card(plan, alpha).encode())
+    _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode())
     made = [journal.done[file.name] for file in files]
     outputs = [{key: line[key] for key in ("file", "size", "blake3")} for line in made]
     _write_json(work / "adamms.json", papers | {"outputs": outputs})

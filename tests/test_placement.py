@@ -48,13 +48,16 @@ SMALL = DecoderDims(hidden=8, intermediate=12, layers=2, heads=2, kv_heads=1, vo
 # Elements of a layer: q 64, k 32, v 32, o 64, gate, up and down 96 each; two norms of 8
 LINEAR, ROWS = 2 * (64 + 32 + 32 + 64 + 3 * 96), 2 * (8 + 4 + 4 + 8 + 12 + 12 + 8)
 REST = 20 * 8 + 20 * 8 + 8 + 2 * 2 * 8  # embedding, head, last norm, layer norms
-KV = 2 * (4 + 4) * 2 * 8 * 2048  # layers, rows of k and v, bytes, sequences, tokens
+KV_EACH = 2 * (4 + 4) * 2 * 2048  # layers, rows of k and v, bytes, tokens
+KV = 8 * KV_EACH
 STAGING = 3 * 96 * 2
 WHOLE = 2 * (LINEAR + REST)
 SOURCES = (2 + 4) * (LINEAR + REST)  # the base is BF16, the donor F32
 
 QWEN_BF16 = sum(tensor_bytes(*spec) for spec in FAMILIES["qwen2-vl-7b"].tensors.values())
-QWEN_WORK = GIB + 28 * 2 * 512 * 2 * 8 * 2048
+QWEN_KV_EACH = 28 * 2 * 512 * 2 * 2048
+QWEN_WORK = GIB + 8 * QWEN_KV_EACH
+QWEN_STAGING = 3 * 3584 * 18944 * 2
 
 
 @pytest.fixture
@@ -156,9 +159,13 @@ def test_the_live_dtype_is_that_of_most_bytes_unless_one_is_asked_for(small: Mak
         place(small(), PLENTY, dtype="int8")
 
 
-def test_batch_and_length_set_the_key_value_cache(small: MakePlan) -> None:
+def test_batch_and_length_set_the_work(small: MakePlan) -> None:
     found = place(small(), PLENTY, batch=3, tokens=100)
-    assert found.work_bytes == GIB + KV * 300 // (8 * 2048)
+    assert found.batch == 3
+    assert found.work_bytes == (512 + 3 * 64) * MIB + 3 * KV_EACH * 100 // 2048
+    # A gibibyte of activations at the batch that is tried first, 576 MiB at the last
+    assert place(small(), PLENTY, batch=8).work_bytes == GIB + KV
+    assert place(small(), PLENTY, batch=1).work_bytes == 576 * MIB + KV_EACH
 
 
 @pytest.mark.parametrize(
@@ -180,26 +187,41 @@ def test_two_streams_of_keys_and_values_share_one_cache(
 
 
 @pytest.mark.parametrize(
-    ("ram", "vram", "device", "quantize"),
+    ("ram", "vram", "device", "quantize", "batch"),
     [
-        (32 * GB, 24 * GB, "cuda", None),
-        (4 * GB, 24 * GB, "cuda", None),
-        (32 * GB, 12 * GIB, "cuda", "int8"),
-        (32 * GB, 12 * GB, "cuda", "nf4"),
-        (32 * GB, 8 * GIB, "cuda", "nf4"),
-        (32 * GB, 6 * GIB, "cpu", None),
-        (24 * GB, None, "cpu", None),
-        (14 * GB, None, "cpu", "int8"),
-        (10 * GB, None, "cpu", "nf4"),
+        (32 * GB, 24 * GB, "cuda", None, 8),
+        (4 * GB, 24 * GB, "cuda", None, 8),
+        (32 * GB, 17 * GIB, "cuda", None, 4),
+        (32 * GB, 12 * GIB, "cuda", "int8", 8),
+        (32 * GB, 12 * GB, "cuda", "int8", 4),
+        (32 * GB, 11 * GB, "cuda", "int8", 2),
+        (32 * GB, 8 * GIB, "cuda", "nf4", 8),
+        (32 * GB, 7 * GIB, "cuda", "nf4", 2),
+        (32 * GB, 6 * GIB, "cpu", None, 8),
+        (18 * GB, None, "cpu", None, 2),
+        (14 * GB, None, "cpu", "int8", 8),
+        (10 * GB, None, "cpu", "nf4", 8),
     ],
 )
 def test_a_7b_model_goes_to_the_fastest_device_at_the_best_precision(
-    qwen: Plan, ram: int, vram: int | None, device: str, quantize: str | None
+    qwen: Plan, ram: int, vram: int | None, device: str, quantize: str | None, batch: int
 ) -> None:
     found = place(qwen, Memory(ram, vram, "a card" if vram else None))
     assert (found.device, found.quantize, found.dtype) == (device, quantize, "BF16")
-    if quantize is None:
+    assert found.batch == batch
+    if (quantize, batch) == (None, 8):
         assert (found.model_bytes, found.work_bytes) == (QWEN_BF16, QWEN_WORK)
+
+
+def test_a_7b_model_in_nf4_fits_a_card_of_8_gb_with_7_6_gib_free(qwen: Plan) -> None:
+    card = Memory(16 * GB, 76 * GIB // 10, "a card")
+    found = place(qwen, card)
+    assert (found.device, found.quantize, found.batch) == ("cuda", "nf4", 4)
+    assert found.model_bytes == 5_898_495_360
+    assert found.work_bytes == 768 * MIB + 4 * QWEN_KV_EACH + QWEN_STAGING
+    assert found.model_bytes + found.work_bytes + SPARE == 7_849_371_008
+    with pytest.raises(PlacementError, match=r"cuda nf4 at batch 8 needs 8\.59 GB"):
+        place(qwen, card, device="cuda", batch=8)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -208,17 +230,34 @@ def test_the_need_is_model_work_and_256_mib_to_the_byte(
     qwen: Plan, device: str, quantize: Any
 ) -> None:
     wish: dict[str, Any] = {"device": device, "quantize": quantize}
-    found = place(qwen, Memory(1000 * GB, 1000 * GB, None), **wish)
-    need = found.model_bytes + found.work_bytes + SPARE
 
     def there(count: int) -> Memory:
         return Memory(count, GB, None) if device == "cpu" else Memory(GB, count, None)
 
-    again = place(qwen, there(need), **wish)
-    assert (again.device, again.quantize or "none") == (device, quantize)
-    assert again.model_bytes == found.model_bytes
-    with pytest.raises(PlacementError):
-        place(qwen, there(need - 1), **wish)
+    for batch, smaller in [(8, 4), (4, 2), (2, 1), (1, None), (3, None)]:
+        found = place(qwen, there(1000 * GB), batch=batch, **wish)
+        need = found.model_bytes + found.work_bytes + SPARE
+        again = place(qwen, there(need), batch=batch, **wish)
+        assert (again.device, again.quantize or "none", again.batch) == (device, quantize, batch)
+        assert (again.model_bytes, again.work_bytes) == (found.model_bytes, found.work_bytes)
+        with pytest.raises(PlacementError, match=f"at batch {batch} needs"):
+            place(qwen, there(need - 1), batch=batch, **wish)
+        if smaller:
+            assert place(qwen, there(need), **wish).batch == batch
+            assert place(qwen, there(need - 1), **wish).batch == smaller
+
+
+def test_a_given_batch_is_kept_and_the_precision_gives_way(qwen: Plan) -> None:
+    card = Memory(32 * GB, 12 * GB, "a card")
+    found = [place(qwen, card, batch=batch) for batch in (None, 1, 8, 16)]
+    assert [(each.device, each.quantize, each.batch) for each in found] == [
+        ("cuda", "int8", 4),
+        ("cuda", "int8", 1),
+        ("cuda", "nf4", 8),
+        ("cuda", "nf4", 16),
+    ]
+    assert place(qwen, PLENTY, batch=64).batch == 64
+    assert place(qwen, PLENTY).batch == 8
 
 
 def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
@@ -236,31 +275,40 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
         (
             Memory(4 * GB, None, None),
             {},
-            ["cpu nf4 needs 8.59 GB of RAM but 4.00 GB is free", "smaller model", "--ram", "0.94"],
+            [
+                "cpu nf4 at batch 1 needs 7.30 GB of RAM but 4.00 GB is free",
+                "a 0.12 GB key-value cache of 1 x 2048 tokens",
+                "smaller model",
+                "--ram",
+            ],
         ),
         (
             Memory(4 * GB, 5 * GB, "a card"),
             {},
             [
-                "cuda nf4 needs 8.59 GB of VRAM but 5.00 GB is free",
-                "cpu nf4 needs 8.59 GB of RAM but 4.00 GB is free",
+                "cuda nf4 at batch 1 needs 7.30 GB of VRAM but 5.00 GB is free",
+                "cpu nf4 at batch 1 needs 7.30 GB of RAM but 4.00 GB is free",
                 "--vram and --ram",
             ],
         ),
         (
             Memory(12 * GB, None, None),
             {"quantize": "none"},
-            ["cpu BF16 needs 18.86 GB", "--device cpu --quantize nf4 would fit"],
+            ["cpu BF16 at batch 1 needs 17.57 GB", "--device cpu --quantize int8 would fit"],
         ),
         (
             Memory(32 * GB, 12 * GB, "a card"),
-            {"device": "cuda", "quantize": "none"},
-            ["cuda BF16 needs 18.86 GB of VRAM", "--device cuda --quantize nf4 would fit"],
+            {"device": "cuda", "quantize": "none", "batch": 8},
+            [
+                "cuda BF16 at batch 8 needs 18.86 GB of VRAM",
+                "a 0.94 GB key-value cache of 8 x 2048 tokens",
+                "--device cuda --quantize nf4 would fit, a smaller batch may help",
+            ],
         ),
         (
             Memory(32 * GB, 4 * GB, "a card"),
             {"device": "cuda"},
-            ["cuda nf4 needs", "--device cpu --quantize none would fit"],
+            ["cuda nf4 at batch 1 needs", "--device cpu --quantize none would fit, or free"],
         ),
         (
             Memory(32 * GB, None, None),
@@ -287,18 +335,23 @@ def test_an_unknown_wish_is_refused_by_name(qwen: Plan, wish: dict[str, Any]) ->
 
 
 def test_the_lines_hold_the_sums(qwen: Plan) -> None:
-    lines = place(qwen, Memory(24 * GB, 12 * GB, "NVIDIA Test"), device="cuda").lines
-    assert lines[0] == "memory: 12.00 GB free on NVIDIA Test, 24.00 GB of RAM available"
-    assert "1.07 GB" in lines[1]
-    assert "0.94 GB key-value cache of 8 x 2048 tokens + 0.41 GB" in lines[1]
-    assert [line.split(":")[0] for line in lines[2:5]] == ["cuda BF16", "cuda int8", "cuda nf4"]
-    assert [line.rpartition(": ")[2] for line in lines[2:5]] == [
-        "does not fit",
-        "does not fit",
-        "chosen",
-    ]
-    assert "model 5.90 GB + work 2.42 GB + spare 0.27 GB = 8.59 GB of 12.00 GB" in lines[4]
+    lines = place(qwen, Memory(24 * GB, 7_900_000_000, "NVIDIA Test"), device="cuda").lines
+    assert lines[:5] == (
+        "memory: 7.90 GB free on NVIDIA Test, 24.00 GB of RAM available",
+        "work: 0.81 GB assumed for activations and staging"
+        " + 0.47 GB key-value cache of 4 x 2048 tokens"
+        " + 0.41 GB, 3 x the largest quantized tensor",
+        "cuda BF16 at batch 1: model 16.58 GB + work 0.72 GB + spare 0.27 GB = 17.57 GB of 7.90 GB:"
+        " does not fit",
+        "cuda int8 at batch 1: model 9.39 GB + work 1.13 GB + spare 0.27 GB = 10.79 GB of 7.90 GB:"
+        " does not fit",
+        "cuda nf4 at batch 4: model 5.90 GB + work 1.68 GB + spare 0.27 GB = 7.85 GB of 7.90 GB:"
+        " chosen",
+    )
     assert all("\n" not in line for line in lines)
+    whole = place(qwen, Memory(24 * GB, None, None)).lines
+    assert "work: 1.07 GB" in whole[1] and whole[1].endswith("of 8 x 2048 tokens")
+    assert whole[2].startswith("cpu BF16 at batch 8:") and whole[2].endswith(": chosen")
 
 
 # Where base and donor go
@@ -367,9 +420,9 @@ CARDS = st.none() | AMOUNTS
 RANKS = [(device, quantize) for device in ("cpu", "cuda") for quantize in ("nf4", "int8", None)]
 
 
-def attempt(plan: Plan, memory: Memory) -> Placement | None:
+def attempt(plan: Plan, memory: Memory, **wish: Any) -> Placement | None:
     try:
-        return place(plan, memory)
+        return place(plan, memory, **wish)
     except PlacementError:
         return None
 
@@ -385,10 +438,42 @@ def test_more_memory_never_gives_a_worse_placement(
         return
     assert more is not None
     ranks = [RANKS.index((found.device, found.quantize)) for found in (less, more)]
-    assert ranks[0] <= ranks[1]
-    if ranks[0] == ranks[1]:
+    # The batch counts only between placements that are otherwise as good
+    assert (ranks[0], less.batch) <= (ranks[1], more.batch)
+    if (ranks[0], less.batch) == (ranks[1], more.batch):
         assert less.sources_vram <= more.sources_vram
         assert less.sources_cache >= more.sources_cache
+
+
+@pytest.fixture(scope="module")
+def needs(mplug: Plan) -> dict[tuple[str | None, int], int]:
+    """Bytes that each precision and batch takes up on its device, the most wanted first."""
+    found = [
+        place(mplug, PLENTY, quantize=quantize, batch=batch)
+        for quantize in WISHES
+        for batch in (8, 4, 2, 1)
+    ]
+    return {
+        (each.quantize, each.batch): each.model_bytes + each.work_bytes + SPARE for each in found
+    }
+
+
+WISHES: tuple[Any, ...] = ("none", "int8", "nf4")
+
+
+@given(ram=AMOUNTS, vram=CARDS)
+def test_the_batch_gives_way_before_the_precision_and_the_precision_before_the_device(
+    mplug: Plan, needs: dict[tuple[str | None, int], int], ram: int, vram: int | None
+) -> None:
+    found = attempt(mplug, Memory(ram, vram, None))
+    fitting = [
+        (device, *way)
+        for device, there in (("cuda", vram or 0), ("cpu", ram))
+        for way, need in needs.items()
+        if need <= there
+    ]
+    chosen = (found.device, found.quantize, found.batch) if found else None
+    assert chosen == next(iter(fitting), None)
 
 
 @given(ram=AMOUNTS, vram=CARDS)

@@ -93,18 +93,18 @@ def test_joint_scores_count_a_prompt_once() -> None:
 
 
 def test_the_measures_can_choose_differently() -> None:
-    """Pairwise: 4 against 5. Joint: 4 against 3, as the same prompts change twice."""
+    """At 0.1 the same two prompts change on both sides, at 0.2 two and then another."""
     table = {
         0.0: ["a", "b", "c", "d", "e"],
-        0.1: ["A", "B", "C!", "d", "e"],
-        0.2: ["A!", "B!", "C!!", "D!", "e"],
-        0.3: ["A!!", "B!", "C!!", "D!", "e"],
-        0.4: ["1", "2", "3", "4", "5"],
+        0.1: ["a1", "b1", "c", "d", "e"],
+        0.2: ["a2", "b2", "c", "d", "e"],
+        0.3: ["a2", "b2", "c3", "d", "e"],
+        0.4: ["a4", "b4", "c4", "d4", "e"],
     }
     pairwise, joint = choose(table), choose(table, measure="joint")
-    assert scores(pairwise)[0.1] == 5 and scores(joint)[0.1] == 4
-    assert scores(pairwise)[0.2] == 5 and scores(joint)[0.2] == 4
-    assert pairwise.ties == joint.ties == (0.1, 0.2)
+    assert [scores(pairwise)[alpha] for alpha in (0.1, 0.2, 0.3)] == [4, 3, 5]
+    assert [scores(joint)[alpha] for alpha in (0.1, 0.2, 0.3)] == [2, 3, 4]
+    assert (pairwise.alpha, joint.alpha) == (0.2, 0.1)
 
 
 def test_embedding_scores_sum_the_distances_given() -> None:
@@ -178,7 +178,7 @@ def test_differences_are_those_of_the_neighbour_seen_from_the_other_side(
 
 @given(st.lists(ANSWERS, min_size=1, max_size=12), st.sampled_from(["pairwise", "joint"]))
 def test_identical_answers_score_zero_everywhere(row: list[str], measure: Measure) -> None:
-    result = choose({alpha: row for alpha in DEFAULT_ALPHAS}, measure=measure)
+    result = choose(dict.fromkeys(DEFAULT_ALPHAS, row), measure=measure)
     assert {c.score for c in result.candidates[1:-1]} == {0}
     assert {c.interval for c in result.candidates[1:-1]} == {(0.0, 0.0)}
     assert result.alpha == 0.1
@@ -255,9 +255,10 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
         "0" * 64,
         "0, " * 20,
         "Sure. " + "The image shows a man. " * 6,
-        "A long and honest beginning that says a lot about the picture. " * 1
-        + "It is what it seems, in every way that one can think of, on any day of the week. "
-        + "and so on, " * 8,
+        "A long and honest beginning that says a lot about the picture. "
+        "It is what it seems, in every way that one can think of, on any day of the week. "
+        + "and so on, "
+        * 8,
         "这是一只猫。" * 5,
         "<unk><unk><unk><unk>",
         "the the the the the",
@@ -388,9 +389,7 @@ def test_ties_go_to_the_smaller_alpha_and_are_said() -> None:
     result = choose(with_changes(5, 3, 7, 3, 5, 9))
     assert scores(result) == {0.0: None, 0.1: 8, 0.2: 10, 0.3: 10, 0.4: 8, 0.5: 14, 0.6: None}
     assert (result.alpha, result.ties) == (0.1, (0.1, 0.4))
-    assert noted(result, "0.1 and 0.4 share the best score, 8; the smaller") or noted(
-        result, "0.1 and 0.4 share the best score, 8; the smallest, 0.1, is taken"
-    )
+    assert noted(result, "0.1 and 0.4 share the best score, 8; the smallest, 0.1, is taken")
 
 
 def test_a_single_best_is_no_tie() -> None:
@@ -440,17 +439,16 @@ def test_intervals_hold_the_score_and_are_those_of_a_binomial() -> None:
 
 
 def test_wins_are_shares_that_follow_the_scores() -> None:
-    result = choose(with_changes(10, 10, 11, 9, 20, 20, prompts=100))
+    result = choose(with_changes(10, 10, 12, 12, 14, 20, prompts=100))
     assert sum(result.wins.values()) == pytest.approx(1)
     assert set(result.wins) == {0.1, 0.2, 0.3, 0.4, 0.5}
     assert result.wins[0.1] > result.wins[0.2] > result.wins[0.5]
-    assert noted(result, "Alpha 0.1 wins in only") or result.wins[0.1] >= 0.5
     clear = choose(with_changes(20, 2, 2, 20, prompts=100))
     assert clear.wins[0.2] > 0.99
 
 
 def test_a_narrow_win_is_noted() -> None:
-    result = choose(with_changes(11, 10, 11, 11, 11, 12, prompts=100))
+    result = choose(with_changes(11, 10, 12, 11, 12, 12, prompts=100))
     assert result.wins[result.alpha] < 0.5
     assert noted(result, f"Alpha {result.alpha} wins in only {result.wins[result.alpha]:.0%}")
 
@@ -500,39 +498,36 @@ def test_progress_tells_what_is_known_after_each_alpha() -> None:
     assert told[-1][1][-2:] == [(0.3, 3, 4, 7), (0.4, 4, None, None)]
 
 
-def stepwise(centre: float) -> Callable[[float, Sequence[str]], list[str]]:
-    """Answers that change the faster the further alpha lies from the centre."""
+MANY = [str(i) for i in range(600)]
 
-    def generate(alpha: float, prompts: Sequence[str]) -> list[str]:
-        moved = round(400 * (alpha - centre) * abs(alpha - centre), 3)
-        return [str(int((moved * 40 + i) // 40)) for i in range(len(prompts))]
 
-    return generate
+def cubic(alpha: float, prompts: Sequence[str]) -> list[str]:
+    """Answers that change the slower the closer alpha is to 0.27: by alpha, as a cubic does."""
+    moved = round(20000 * (alpha - 0.27) ** 3)
+    return [f"{i}: {(moved + i) // len(prompts)}" for i in range(len(prompts))]
 
 
 def test_refining_asks_halfway_to_the_neighbours_and_nothing_twice() -> None:
     calls: list[float] = []
-    generate = stepwise(0.27)
 
     def counted(alpha: float, prompts: Sequence[str]) -> list[str]:
         calls.append(alpha)
-        return generate(alpha, prompts)
+        return cubic(alpha, prompts)
 
-    prompts = [str(i) for i in range(40)]
-    assert search(counted, prompts).alpha == 0.3
+    assert search(counted, MANY).alpha == 0.3
     calls.clear()
-    once = search(counted, prompts, refine=1)
+    once = search(counted, MANY, refine=1)
     assert calls == [*DEFAULT_ALPHAS, 0.25, 0.35]
     assert once.alpha == 0.25
     calls.clear()
-    twice = search(counted, prompts, refine=2)
+    twice = search(counted, MANY, refine=2)
     assert calls == [*DEFAULT_ALPHAS, 0.25, 0.35, 0.225, 0.275]
     assert twice.alpha == 0.275
     assert set(twice.wins) == {0.225, 0.25, 0.275}
 
 
 def test_refined_candidates_are_scored_against_their_new_neighbours() -> None:
-    result = search(stepwise(0.27), [str(i) for i in range(40)], refine=1)
+    result = search(cubic, MANY, refine=1)
     found = by_alpha(result.candidates)
     assert list(found) == [0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6]
     assert {a: c.round for a, c in found.items() if c.round} == {0.25: 1, 0.3: 1, 0.35: 1}
@@ -547,8 +542,8 @@ def test_refined_candidates_are_scored_against_their_new_neighbours() -> None:
 def test_progress_goes_on_while_refining() -> None:
     told: list[tuple[float, list[float]]] = []
     search(
-        stepwise(0.27),
-        [str(i) for i in range(40)],
+        cubic,
+        MANY,
         refine=1,
         progress=lambda alpha, found: told.append((alpha, [c.alpha for c in found])),
     )
@@ -600,9 +595,9 @@ def test_noise_is_measured_at_the_alpha_that_refining_ends_with() -> None:
 
     def noise(alpha: float, prompts: Sequence[str]) -> list[str]:
         asked.append(alpha)
-        return stepwise(0.27)(alpha, prompts)
+        return cubic(alpha, prompts)
 
-    result = search(stepwise(0.27), [str(i) for i in range(40)], refine=2, noise=noise)
+    result = search(cubic, MANY, refine=2, noise=noise)
     assert asked == [0.275]
     assert result.noise == 0
 
@@ -656,7 +651,7 @@ def test_answers_that_break_the_contract_are_the_callers_mistake(answers: Any) -
 
 def test_the_document_keeps_its_contract() -> None:
     table = with_changes(20, 4, 3, 20, prompts=100)
-    noisy = {0.2: ["other"] + table[0.2][1:]}
+    noisy = {0.2: ["other", *table[0.2][1:]]}
     result = search(
         playback(table), [str(i) for i in range(100)], tuple(table), noise=playback(noisy)
     )

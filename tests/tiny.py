@@ -28,9 +28,9 @@ from lowmem_adamms.demo import (
     CHAT_TEMPLATE,
     DONOR_TOKENS,
     SHARED_TOKENS,
-    quiet,
     write_tokenizer,
 )
+from lowmem_adamms.loading import quiet
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,12 +50,14 @@ REMOTE = Path(__file__).parent / "remote"
 class Kind:
     """A line of descent: what sets its decoder apart, and how many of its rows are real tokens.
 
-    As in life, Llama's vocabulary fills its rows and Qwen's leaves padding at the end.
+    As in life, Llama's vocabulary fills its rows and Qwen's leaves padding at the end. `ending`
+    lengthens the head's row for the end of the turn, so that some short answers reach it.
     """
 
     kv_heads: int
     head_dim: int
     tokens: int
+    ending: float = 1.6
     bias: bool = False
     qk_norm: bool = False
 
@@ -63,9 +65,9 @@ class Kind:
 KINDS = {
     "llama": Kind(kv_heads=HEADS, head_dim=16, tokens=ROWS),
     "mistral": Kind(kv_heads=2, head_dim=16, tokens=ROWS),
-    "qwen2": Kind(kv_heads=2, head_dim=16, tokens=307, bias=True),
+    "qwen2": Kind(kv_heads=2, head_dim=16, tokens=307, ending=2.3, bias=True),
     # Heads that together are wider than the hidden size, as in Qwen3-4B
-    "qwen3": Kind(kv_heads=2, head_dim=32, tokens=307, qk_norm=True),
+    "qwen3": Kind(kv_heads=2, head_dim=32, tokens=307, ending=2.3, qk_norm=True),
 }
 LINE_OF = {
     "Llava": "llama",
@@ -115,7 +117,7 @@ def _temper(head: torch.Tensor, kind: Kind) -> None:
     """Scale rows so that greedy answers are legible and end: long rows win, short ones seldom."""
     head[ODD_BYTES] *= 0.2
     head[kind.tokens - len(SHARED_TOKENS) : kind.tokens - 1] *= 0.2
-    head[kind.tokens - 1] *= 1.8  # the end of the turn
+    head[kind.tokens - 1] *= kind.ending
 
 
 def _layer_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:

@@ -117,8 +117,8 @@ class VisionExpertAttention(nn.Module):
         cache: Any,
     ) -> Tensor:
         fused = (self.language_expert_query_key_value, self.vision_expert_query_key_value)
-        parts = choose(vision, hidden, fused).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        by_head = choose(vision, hidden, fused).view(*hidden.shape[:2], 3, self.heads, -1)
+        q, k, v = by_head.permute(2, 0, 3, 1, 4)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)

@@ -1,0 +1,148 @@
+"""One search on one live model: answers alpha by alpha, journalled, timed, resumed after a kill.
+
+What lies between the search, which knows no model, and the model, which knows no search. The model
+is loaded at the first question that the journal cannot answer. Leaves to others: choosing
+(`search.py`), showing (`cli.py`, `report.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from .generate import Answerer, Settings
+from .journal import AnswerJournal
+from .prompts import Prompt, digest
+from .report import Timing
+
+if TYPE_CHECKING:
+    from .live import LiveModel
+    from .placement import Placement
+    from .plan import Plan
+
+
+class Session:
+    """Callable as `search.Generate`. `timings` has a line for each alpha that was not all known.
+
+    load: makes the live model. journal: None keeps no record. asked: called before each alpha's
+    answers, and `answered` after each, for progress.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LiveModel],
+        settings: Settings,
+        journal: AnswerJournal | None = None,
+        *,
+        asked: Callable[[float], None] | None = None,
+        answered: Callable[[float], None] | None = None,
+    ) -> None:
+        self.timings: list[Timing] = []
+        self.notes: list[str] = []
+        self._load, self._settings, self._journal = load, settings, journal
+        self._asked, self._answered = asked, answered
+        self._tokens = {**journal.tokens} if journal else {}
+        self._last: float | None = None
+        self._live: LiveModel | None = None
+        self._answerer: Answerer | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.close()
+        self._live = self._answerer = None
+
+    def __call__(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers at one alpha, from the journal as far as it knows them."""
+        if self._asked:
+            self._asked(alpha)
+        known = dict(self._journal.answers.get(alpha, {})) if self._journal else {}
+        for _ in known:
+            self._tell(alpha)
+        if len(known) < len(prompts):
+            return self._ask(alpha, prompts, known)
+        self._last = alpha
+        return [known[place] for place in range(len(prompts))]
+
+    def again(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+        """The same alpha once more, in batches of another size: what differs is noise.
+
+        Its own answers serve as drafts, so that it takes little more than one pass a batch.
+        """
+        known = dict(self._journal.again.get(alpha, {})) if self._journal else {}
+        if len(known) < len(prompts):
+            live = self._ready()
+            live.apply(alpha)
+            size = self._settings.batch_size
+            other = replace(self._settings, batch_size=size // 2 if size > 1 else 2)
+            answerer = Answerer(live, other)
+            answerer.expect(prompts, self._tokens[alpha])
+            note = self._journal.note if self._journal else lambda *_, **__: None
+            answers = answerer(prompts, known, partial(note, alpha, again=True))
+            known = dict(enumerate(answers))
+        return [known[place] for place in range(len(prompts))]
+
+    def _ask(self, alpha: float, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
+        live = self._ready()
+        assert self._answerer is not None
+        if self._last is not None:
+            self._answerer.expect(prompts, self._tokens[self._last])
+        self._last = alpha
+        start = time.perf_counter()
+        live.apply(alpha)
+        applied = time.perf_counter() - start
+
+        def answered(place: int, answer: str, tokens: list[int]) -> None:
+            self._tokens.setdefault(alpha, {})[place] = tokens
+            if self._journal:
+                self._journal.note(alpha, place, answer, tokens)
+            self._tell(alpha)
+
+        answers = self._answerer(prompts, known, answered)
+        spent = self._answerer.spent
+        self.timings.append(
+            Timing(
+                alpha,
+                applied,
+                spent.seconds,
+                spent.answer_tokens,
+                spent.forward_tokens,
+                spent.plain_tokens,
+            )
+        )
+        self.notes = self._answerer.notes
+        return answers
+
+    def _ready(self) -> LiveModel:
+        if self._live is None:
+            self._live = self._load()
+            self._answerer = Answerer(self._live, self._settings)
+        return self._live
+
+    def _tell(self, alpha: float) -> None:
+        if self._answered:
+            self._answered(alpha)
+
+
+def fingerprint(
+    plan: Plan, prompts: Sequence[Prompt], settings: Settings, placement: Placement
+) -> str:
+    """A digest of everything that decides the answers at an alpha."""
+    from . import __version__
+
+    model = [placement.device, placement.quantize, placement.dtype]
+    document = [__version__, plan.identity(), digest(prompts), asdict(settings), model]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -1,0 +1,119 @@
+"""Tables for the terminal, as rich renderables: a plan, a search. `cli.py` prints them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .plan import Plan, Step
+    from .search import Candidate, Result
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    value: float = count
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan with its layers collapsed: one row per kind, action and reason."""
+    rows: dict[tuple[str, str, str], list[Step]] = {}
+    for step in plan.steps:
+        rows.setdefault((step.kind, step.action, step.reason), []).append(step)
+    table = Table(title_justify="left", title=escape(_title(plan)))
+    for heading in ("base's", "tensors", "size", "action", "why"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
+    for (kind, action, reason), steps in rows.items():
+        total = size(sum(step.nbytes for step in steps))
+        table.add_row(kind, str(len(steps)), total, action, escape(reason))
+    return table
+
+
+def leftover(plan: Plan) -> str:
+    """What of the donor nothing takes, by kind."""
+    unused: dict[str, int] = {}
+    for kind in plan.leftover.values():
+        unused[kind] = unused.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in unused.items()) or "nothing"
+
+
+def _title(plan: Plan) -> str:
+    return (
+        f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
+        f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
+    )
+
+
+def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -> Table:
+    """One row per alpha; differences and scores as far as they are known."""
+    table = Table()
+    for heading in ("alpha", "differs from previous", "from next", "D", "95 %", "degenerate"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for candidate in sorted(candidates, key=lambda candidate: candidate.alpha):
+        interval = candidate.interval
+        table.add_row(
+            f"{candidate.alpha:g}",
+            *map(_number, (candidate.diff_previous, candidate.diff_next, candidate.score)),
+            f"{interval[0]:g} to {interval[1]:g}" if interval else "",
+            str(candidate.degenerate or ""),
+            "<- chosen" if candidate.alpha == chosen else "",
+        )
+    return table
+
+
+def verdict(result: Result) -> str:
+    """The chosen alpha in one sentence."""
+    found = next((c for c in result.candidates if c.alpha == result.alpha), None)
+    score = f", D = {found.score:g}" if found and found.score is not None else ""
+    noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
+    return f"alpha {result.alpha:g}{score} over {result.prompts} prompts ({result.measure}){noise}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+class SearchProgress:
+    """What is on the terminal while a search runs; a rich renderable that is always up to date."""
+
+    def __init__(self, alphas: int, prompts: int) -> None:
+        self._alphas, self._prompts = alphas, prompts
+        self._candidates: Sequence[Candidate] = ()
+        self._alpha: float | None = None
+        self._asked = self._answered = self._here = 0
+        self._start = time.perf_counter()
+
+    def asked(self, alpha: float) -> None:
+        """The search has turned to an alpha."""
+        self._alpha, self._here = alpha, 0
+        self._asked += 1
+        self._alphas = max(self._alphas, self._asked)
+
+    def answered(self, alpha: float) -> None:
+        """One more answer is there."""
+        self._here += 1
+        self._answered += 1
+
+    def candidates(self, alpha: float, candidates: Sequence[Candidate]) -> None:
+        """An alpha is done."""
+        self._candidates = candidates
+
+    def __rich__(self) -> Any:
+        elapsed = time.perf_counter() - self._start
+        left = self._alphas * self._prompts - self._answered
+        rate = f"{self._answered / elapsed:.2f} answers/s" if elapsed > 1 else ""
+        time_left = f"{elapsed / self._answered * left:.0f} s left" if self._answered else ""
+        where = "loading the model" if self._alpha is None else f"alpha {self._alpha:g}"
+        line = f"{where}: {self._here}/{self._prompts} prompts  {rate}  {time_left}"
+        return Group(search_table(self._candidates), line)
