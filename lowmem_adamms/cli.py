@@ -18,21 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from . import __version__, dtypes
+from . import __version__
 from .errors import MergeError, OutputError, PlacementError, RecipeError
 from .journal import ANSWERS, WORK
+from .options import COMMANDS, parser
 from .placement import Placement, measure, parse_size, place
 
 if TYPE_CHECKING:
-    from .dtypes import DType
     from .plan import Plan
     from .prompts import Prompt
     from .search import Result
     from .session import Session
 
-COMMANDS = ("plan", "merge", "search", "verify", "demo")
 _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
 
 
@@ -42,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         words.insert(0, "merge")
     try:
-        arguments = _parser().parse_args(words)
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        code = command(arguments)
+        arguments = parser().parse_args(words)
+        code = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return code
     except MergeError as error:
@@ -69,139 +67,6 @@ def _fail(message: str) -> int:
     safe = "".join(letter if letter.isprintable() else "?" for letter in line)
     print("error:", safe, file=sys.stderr)
     return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m lowmem_adamms",
-        description="Merge two multimodal LLMs of different architecture whose language models"
-        " share an ancestor (AdaMMS, arXiv 2503.23733), in constant memory. BASE keeps its"
-        " architecture, vision encoder, tokenizer and processor; DONOR's language weights are"
-        " blended in.",
-        epilog="python -m lowmem_adamms BASE DONOR -o OUT …   is short for   merge BASE DONOR …",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-
-    plan = commands.add_parser("plan", help="what would be done, from headers alone")
-    _add_pair(plan)
-    plan.add_argument("-o", "--out", metavar="OUT", type=Path, help="where it would be written")
-    plan.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    _add_placement(plan)
-    plan.set_defaults(command=_plan)
-
-    merge = commands.add_parser("merge", help="map and merge, at a given alpha or a searched one")
-    _add_pair(merge)
-    merge.add_argument("-o", "--out", metavar="OUT", type=Path, required=True, help="a new folder")
-    merge.add_argument("--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor")
-    merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
-    merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
-    _add_search(merge)
-    merge.set_defaults(command=_merge)
-
-    search = commands.add_parser("search", help="find alpha by the consistency of the answers")
-    _add_pair(search, nargs="?")
-    search.add_argument(
-        "--answers",
-        metavar="[ALPHA=]FILE",
-        nargs="+",
-        help="score recorded answers instead: lmms-eval sample logs, VLMEvalKit predictions,"
-        " an answers.jsonl",
-    )
-    search.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    search.add_argument("--report", metavar="FILE", type=Path, help="write the HTML report here")
-    search.add_argument("--journal", metavar="FILE", type=Path, help="keep answers, to resume from")
-    search.add_argument("--force", action="store_true", help="search also what looks unrelated")
-    _add_search(search)
-    search.set_defaults(command=_search)
-
-    verify = commands.add_parser("verify", help="check a merged folder")
-    verify.add_argument("out", metavar="OUT", type=Path)
-    verify.add_argument(
-        "--deep", action="store_true", help="also digests, and sampled rows against the inputs"
-    )
-    verify.set_defaults(command=_verify)
-
-    demo = commands.add_parser("demo", help="make a tiny pair, merge it, generate from the result")
-    demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep the three models here")
-    demo.add_argument("--alpha", type=float, default=0.3)
-    demo.set_defaults(command=_demo)
-    return parser
-
-
-def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    options: dict[str, Any] = {"nargs": nargs} if nargs else {}
-    parser.add_argument(
-        "base", metavar="BASE", help="folder or file of the base checkpoint", **options
-    )
-    parser.add_argument(
-        "donor", metavar="DONOR", help="folder or file of the donor checkpoint", **options
-    )
-    parser.add_argument(
-        "--embeddings",
-        choices=("merge", "keep"),
-        default="merge",
-        help="join embedding and head rows by token (default), or keep the base's",
-    )
-    parser.add_argument("--dtype", type=_dtype, help="of the output: bf16, fp16, fp32")
-
-
-def _dtype(text: str) -> DType:
-    try:
-        return dtypes.from_user(text)
-    except RecipeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _add_placement(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where the search's model goes (default: what fits best)")
-    group.add_argument("--device", choices=("cpu", "cuda"))
-    group.add_argument("--quantize", choices=("none", "int8", "nf4"), help="with bitsandbytes")
-    group.add_argument("--live-dtype", metavar="DTYPE", type=_dtype, help="default: the output's")
-    group.add_argument("--vram", metavar="SIZE", help="plan with this much; 0: without a card")
-    group.add_argument("--ram", metavar="SIZE", help="plan with this much")
-    group.add_argument("--batch-size", metavar="N", type=int, help="default: 8, or what fits")
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("search")
-    group.add_argument(
-        "--prompts",
-        metavar="SET",
-        help="unlabelled questions: JSON Lines, a folder of images, Parquet, a Hub dataset",
-    )
-    group.add_argument("--question", help="what to ask of each image of a folder")
-    group.add_argument("--split", help="of a Hub dataset")
-    group.add_argument("--text-column", metavar="NAME", help="of Parquet or a Hub dataset")
-    group.add_argument("--image-column", metavar="NAME", action="append", help="may be repeated")
-    group.add_argument("--samples", metavar="N", type=int, default=100, help="default: 100")
-    group.add_argument("--seed", type=int, default=0, help="of the sampling of prompts")
-    group.add_argument("--alphas", help="such as 0,0.1,0.2 or 0:0.6:0.1; default: 0 to 0.6 by 0.1")
-    group.add_argument(
-        "--refine", metavar="N", type=int, default=0, help="rounds of halving around the best"
-    )
-    group.add_argument(
-        "--measure",
-        choices=("pairwise", "joint", "embedding"),
-        default="pairwise",
-        help="the paper's Algorithm 1 (default), its Appendix B, or embedding distance",
-    )
-    group.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
-    group.add_argument("--no-drafts", action="store_true", help="generate every token anew")
-    group.add_argument("--no-vision-cache", action="store_true", help="encode images every time")
-    group.add_argument("--no-noise", action="store_true", help="do not measure the noise floor")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the base brings"
-    )
-    _add_placement(parser)
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
@@ -358,7 +223,7 @@ def _alphas(text: str | None) -> Sequence[float]:
         return DEFAULT_ALPHAS
     try:
         if ":" not in text:
-            return [float(word) for word in text.split(",")]
+            return sorted({float(word) for word in text.split(",")})
         start, stop, step = map(float, text.split(":"))
         return [round(start + i * step, 6) for i in range(int((stop - start) / step + 1.000001))]
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -596,3 +461,12 @@ def _demo_in(folder: Path, alpha: float) -> int:
         print(f"{name} answers: {demo.generate(model, prompt)!r}")
     print("(both have random weights: what counts is that transformers loads and runs the result)")
     return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "plan": _plan,
+    "merge": _merge,
+    "search": _search,
+    "verify": _verify,
+    "demo": _demo,
+}

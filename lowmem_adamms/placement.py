@@ -486,7 +486,7 @@ def _refusal(options: list[_Option], wished: list[_Option], tokens: int) -> Plac
     )
     free = " and ".join("--vram" if device == "cuda" else "--ram" for device in least)
     smallest = wished[0]  # nothing fits, so all are at the last batch tried
-    fewer = ", a smaller batch may help" if smallest.batch > 1 else ""
+    fewer = ", a smaller --batch-size may help" if smallest.batch > 1 else ""
     return PlacementError(
         f"the model does not fit: {lacks} (with a {_cache(smallest, tokens)}); {fitting}{fewer},"
         f" or free memory ({free} may say how much there will be)"

@@ -78,7 +78,7 @@ class Session:
         return [known[place] for place in range(len(prompts))]
 
     def again(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
-        """The same alpha once more, in batches of another size: what differs is noise.
+        """The same alpha once more, in batches of half the size: what differs is noise.
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
         """
@@ -87,7 +87,7 @@ class Session:
             live = self._ready()
             live.apply(alpha)
             size = self._settings.batch_size
-            other = replace(self._settings, batch_size=size // 2 if size > 1 else 2)
+            other = replace(self._settings, batch_size=max(1, size // 2))
             answerer = Answerer(live, other)
             answerer.expect(prompts, self._tokens[alpha])
             note = self._journal.note if self._journal else lambda *_, **__: None

@@ -32,6 +32,7 @@ from lowmem_adamms import demo, make_plan, merge
 from lowmem_adamms.checkpoint import Span
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import RecipeError
+from lowmem_adamms.loading import quiet
 from lowmem_adamms.plan import Part, Plan, Step
 
 loop = importlib.import_module("lowmem_adamms.merge")  # the package's `merge` is the function
@@ -516,7 +517,7 @@ def test_transformers_loads_and_runs_the_result(name: str, make: Make, tmp_path:
     logits = []
     for alpha in (0.0, 0.3):
         model = tiny.load_model(merge(plan, alpha, tmp_path / str(alpha)))
-        with torch.inference_mode(), demo.quiet():
+        with torch.inference_mode(), quiet():
             logits.append(model(input_ids=ids).logits)
             answer = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
         assert answer.shape[1] > ids.shape[1]

@@ -302,7 +302,7 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
             [
                 "cuda BF16 at batch 8 needs 18.86 GB of VRAM",
                 "a 0.94 GB key-value cache of 8 x 2048 tokens",
-                "--device cuda --quantize nf4 would fit, a smaller batch may help",
+                "--device cuda --quantize nf4 would fit, a smaller --batch-size may help",
             ],
         ),
         (

@@ -168,7 +168,7 @@ def test_prediction_tables_are_read(tmp_path: Path, suffix: str) -> None:
 
 def test_predictions_may_be_json_records(tmp_path: Path) -> None:
     records = [
-        {"index": 1, "question": "?", "prediction": "B"},
+        {"index": 1.0, "question": "?", "prediction": "B"},
         {"index": 0, "question": "?", "prediction": float("nan")},
     ]
     (tmp_path / "model_MMBench.json").write_text(json.dumps(records, indent=4))

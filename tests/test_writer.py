@@ -406,7 +406,7 @@ def test_a_running_merge_is_left_alone(
     break_off(pair, out, 50, monkeypatch)
     with (out / WORK / NAME).open("rb") as running:
         fcntl.flock(running, fcntl.LOCK_EX)
-        assert_refused(pair, out, "another merge is writing there now")
+        assert_refused(pair, out, "another run is writing there now")
     assert seen(merge(make_plan(*pair), 0.3, out)) == whole
 
 
