@@ -22,7 +22,12 @@ from .prompts import Prompt, open_image
 
 KEEP = 256 << 20
 """Bytes of encoded batches held for the next alpha; those beyond are encoded again."""
+FEWEST = 64
+"""Tokens that any vocabulary has: transformers makes up a smaller one where there is no file."""
 Inputs = dict[str, Any]
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TOKENIZER_FILES = "tokenizer_config.json and tokenizer.json or tokenizer.model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,11 @@ class Encoder:
         self._room = KEEP
 
     def batches(self, prompts: Sequence[Prompt], size: int) -> tuple[Batch, ...]:
-        """All prompts in batches of at most `size`, the longest first, alike in length."""
-        lengths = [self([prompt])["input_ids"].shape[1] for prompt in prompts]
+        """All prompts in batches of at most `size`, the longest first, alike in length.
+
+        PromptError for a prompt that the model's own code does not take.
+        """
+        lengths = [self._length(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], place))
         return tuple(
             Batch(tuple(places), lengths[places[0]])
@@ -81,6 +89,18 @@ class Encoder:
             self._room -= size
         return inputs
 
+    def _length(self, prompt: Prompt) -> int:
+        """Tokens of one prompt; not kept, as it is answered beside others."""
+        try:
+            with quiet():
+                ids = self._encode([prompt])["input_ids"]
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise PromptError(
+                f"{prompt.id or prompt.text[:40]!r}: {self._folder} does not take it ({reason})"
+            ) from None
+        return int(ids.shape[1])
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer's tokens, special ones left out."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -92,7 +112,11 @@ class Encoder:
         text = [self._text(prompt) for prompt in prompts]
         # Nested by prompt: some families ask for it, the others flatten it.
         given = [row for row in images if row] or None
-        return dict(self.processor(text=text, images=given, padding=True, return_tensors="pt"))
+        first = self.tokenizer.bos_token
+        options = {"padding": True, "return_tensors": "pt"}
+        if first and text[0].startswith(first):
+            options["add_special_tokens"] = False  # the chat template has written it already
+        return dict(self.processor(text=text, images=given, **options))
 
     def _text(self, prompt: Prompt) -> str:
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
@@ -104,14 +128,20 @@ class Encoder:
             content = [{"type": "image"} for _ in prompt.images]
             content.append({"type": "text", "text": prompt.text})
         text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content}],
+            chat_template=template,  # a processor does not look for its tokenizer's
+            tokenize=False,
+            add_generation_prompt=True,
         )
         return text
 
     def _by_tokenizer(self, prompts: Sequence[Prompt]) -> Inputs:
         for prompt in prompts:
             if prompt.images:
-                raise PromptError(f"{prompt.id}: has an image, but {self._folder} is text-only")
+                raise PromptError(
+                    f"{prompt.id}: has an image, but {self._folder} is text-only"
+                    " (there is no preprocessor_config.json in it)"
+                )
         # A chat template brings its own special tokens.
         return dict(
             self.tokenizer(
@@ -155,8 +185,16 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The processor of a checkpoint, or its tokenizer where it has no processor.
 
     Some families' processors are refused where torchvision is missing, only because of videos:
-    those are put together without that part. FormatError if there is neither.
+    those are put together without that part. FormatError if there is neither, or if what is there
+    cannot be read.
     """
+    found = _load_processor(folder, trust_remote_code)
+    if len(getattr(found, "tokenizer", found)) < FEWEST:
+        raise FormatError(f"{folder}: no tokenizer in it; copy {_TOKENIZER_FILES} there")
+    return found
+
+
+def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
     transformers = importlib.import_module("transformers")
     options = {"trust_remote_code": trust_remote_code}
     with quiet():
@@ -167,12 +205,16 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 raise
             return _without_video(transformers, folder, options)
         except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+                raise FormatError(f"{folder}: its processor cannot be read ({reason})") from None
             try:
                 return transformers.AutoTokenizer.from_pretrained(folder, **options)
             except (OSError, ValueError):
                 pass
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise FormatError(f"{folder}: no processor or tokenizer in it ({reason})") from None
+            raise FormatError(
+                f"{folder}: no tokenizer that can be read in it; copy {_TOKENIZER_FILES} there"
+            ) from None
 
 
 def _without_video(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
@@ -201,7 +243,7 @@ def _without_video(transformers: Any, folder: Path, options: dict[str, Any]) -> 
 
 
 def _processor_class(folder: Path) -> str | None:
-    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+    for file in (*_PROCESSOR_FILES, "tokenizer_config.json"):
         path = folder / file
         if path.is_file() and (name := json.loads(path.read_bytes()).get("processor_class")):
             return str(name)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .live import LiveModel
 
 Tokens = list[int]
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Answerer:
         self._encoder = Encoder(live.model, folder, trust_remote_code=live.trust_remote_code)
         self._features = FeatureCache(self.settings.vision_bytes)
         self._drafts: dict[Prompt, Tokens] = {}
+        self._drafting = self.settings.drafts
         self._layout: tuple[tuple[Prompt, ...], Any] | None = None
 
     def __call__(
@@ -112,16 +115,15 @@ class Answerer:
         self, places: Sequence[int], asked: Sequence[Prompt]
     ) -> Iterator[tuple[int, str, Tokens]]:
         prompts = [asked[place] for place in places]
-        drafts = [self._drafts.get(prompt, []) for prompt in prompts]
-        if not self.settings.drafts:
-            drafts = [[] for _ in prompts]
+        drafts = [self._drafts.get(prompt, []) if self._drafting else [] for prompt in prompts]
         inputs = self._encoder(prompts)
         try:
             decoding = Decoding(self._live.model, drafts, self.settings)
             tokens = decoding.run(inputs, self._encoder.tokenizer)
         except CannotResumeError as error:
-            self.settings = replace(self.settings, drafts=False)
+            self._drafting = False
             self.notes.append(str(error))
+            self._count(decoding.spent)
             decoding = Decoding(self._live.model, [[] for _ in prompts], self.settings)
             tokens = decoding.run(inputs, self._encoder.tokenizer)
         self._count(decoding.spent)
@@ -172,13 +174,18 @@ class FeatureCache:
             places = [(inner, "get_image_features")]
         else:
             places = [(module, "forward") for module in _largest(model, vision)]
+        # Others (accelerate) may have put a method of theirs on the same module.
+        before = [vars(owner).get(name) for owner, name in places]
         for owner, name in places:
             setattr(owner, name, self._remembering(getattr(owner, name)))
         try:
             yield
         finally:
-            for owner, name in places:
-                delattr(owner, name)
+            for (owner, name), old in zip(places, before, strict=True):
+                if old is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, old)
 
     def _remembering(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(compute)
@@ -248,7 +255,7 @@ class Decoding:
 
     def __init__(self, model: Any, drafts: Sequence[Tokens], settings: Settings) -> None:
         self._model, self._settings = model, settings
-        self._drafts = [draft[: settings.max_new_tokens] for draft in drafts]
+        self._drafts = [_usable(draft, model, settings) for draft in drafts]
         self._longest = max(map(len, self._drafts))
         self._ends: frozenset[int] = frozenset()
         self._answers: list[Tokens] = [[] for _ in drafts]
@@ -265,10 +272,15 @@ class Decoding:
         )
         self._ends = frozenset(generation.eos_token_id)
         extended = self._extended(inputs, tokenizer.pad_token_id)
-        with quiet():
-            self._model.generate(
-                **extended, generation_config=generation, custom_generate=self._decode
-            )
+        # transformers fills what is unset from the model's own, such as beams or a kind of cache.
+        own, self._model.generation_config = self._model.generation_config, generation
+        try:
+            with quiet():
+                self._model.generate(
+                    **extended, generation_config=generation, custom_generate=self._decode
+                )
+        finally:
+            self._model.generation_config = own
         width = inputs["input_ids"].shape[1] + max(map(len, self._answers)) - 1
         self.spent.plain_tokens = len(self._answers) * width
         self.spent.answer_tokens = sum(map(len, self._answers))
@@ -302,14 +314,17 @@ class Decoding:
         kwargs.pop("logits_to_keep", None)
         if "logits_to_keep" in _parameters(model):
             kwargs["logits_to_keep"] = 1
-        if self._longest and not _can_resume(outputs):
+        resumes = _can_resume(outputs)
+        if self._longest and not resumes:
             raise CannotResumeError(
                 f"drafts are off: the cache of {type(model).__name__} cannot be cut"
             )
-        taken = self._verify(chosen.tolist())
+        taken = self._verify(chosen.tolist(), leaving=self._settings.drafts and resumes)
         going = [row for row, count in enumerate(taken) if count is not None]
         if going and self._longest:
             input_ids, kwargs = _resume(input_ids, kwargs, self._longest, taken)
+        elif going:
+            input_ids, kwargs = _select(input_ids, kwargs, going)
         last = [self._answers[row][-1] for row in going]
         while going:
             ids = torch.tensor(last, dtype=input_ids.dtype, device=input_ids.device)
@@ -325,17 +340,18 @@ class Decoding:
                 if not self._ended(row):
                     self._answers[row].append(token)
             left = [i for i, row in enumerate(going) if not self._ended(row)]
-            if self._settings.drafts and left:
+            if self._settings.drafts and resumes and left:
                 input_ids, kwargs = _select(input_ids, kwargs, left)
                 going, last = [going[i] for i in left], [found[i] for i in left]
             else:
                 going, last = (going if left else []), found
         return input_ids
 
-    def _verify(self, chosen: list[list[int]]) -> list[int | None]:
+    def _verify(self, chosen: list[list[int]], *, leaving: bool) -> list[int | None]:
         """How many draft tokens each row keeps, given the model's choice after each of them.
 
         None for a row whose answer is complete; the others' answers get the choice that follows.
+        leaving: whether complete rows leave the batch; if not, they stay till all are done.
         """
         taken: list[int | None] = []
         for row, (draft, choice) in enumerate(zip(self._drafts, chosen, strict=True)):
@@ -344,8 +360,8 @@ class Decoding:
             if not self._ended(row):
                 self._answers[row].append(choice[count])
             taken.append(None if self._ended(row) else count)
-        if not self._settings.drafts and any(count is not None for count in taken):
-            return [count or 0 for count in taken]  # without drafts, rows stay till all are done
+        if not leaving and any(count is not None for count in taken):
+            return [count or 0 for count in taken]
         return taken
 
     def _ended(self, row: int) -> bool:
@@ -357,6 +373,17 @@ class Decoding:
     def _spend(self, computed: torch.Tensor) -> None:
         self.spent.forward_tokens += computed.numel()
         self.spent.passes += 1
+
+
+def _usable(draft: Tokens, model: Any, settings: Settings) -> Tokens:
+    """A draft up to the first token that a prompt may only hold where an image or video stands.
+
+    A broken model may well answer with one; read as part of a prompt it would ask for features.
+    """
+    settled = model.config.to_dict()
+    places = {settled[name] for name in settled if _PLACEHOLDER.fullmatch(name)}
+    end = next((i for i, token in enumerate(draft) if token in places), len(draft))
+    return draft[: min(end, settings.max_new_tokens)]
 
 
 def _resume(

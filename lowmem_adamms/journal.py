@@ -80,8 +80,12 @@ class _Log:
         for raw in self._file:
             if not raw.endswith(b"\n"):
                 break
+            try:
+                line = json.loads(raw)
+            except ValueError:  # what a power cut may leave of lines that were not fsynced
+                break
             end += len(raw)
-            self._take(json.loads(raw))
+            self._take(line)
         self._file.truncate(end)
 
 

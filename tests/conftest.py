@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +17,10 @@ from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import tiny
+
+# Where transformers copies remote code to; read when it is imported, which nothing above does.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
@@ -27,6 +35,7 @@ TINY_LINES = {
     "llava_onevision": "qwen2",
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
     "cogvlm": "llama",
     "mplug_owl2": "llama",
 }

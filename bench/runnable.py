@@ -1,0 +1,187 @@
+"""Makes a pair that can be run: a Qwen2-VL base and a LLaVA-OneVision donor, random but related.
+
+    python bench/runnable.py PAIR --size small
+
+Unlike synthetic.py's pairs (true names, no sense) these answer: both language models are one random
+ancestor plus a little noise, the tokenizer and chat template are the demo's, images are random
+blocks of colour. `distance` sets how far apart the two are, and so how many answers change from one
+alpha to the next. Real models change 5 to 20 % of theirs (the paper's curves). Writes
+PAIR/base, PAIR/donor, PAIR/prompts.jsonl and PAIR/images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lowmem_adamms import demo
+from lowmem_adamms.loading import quiet
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Widths and depths; heads are 64 wide. Vision keeps its share of Qwen2-VL-2B's arithmetic."""
+
+    hidden: int
+    inner: int
+    layers: int
+    rows: int
+    vision: int
+    depth: int
+
+
+SIZES = {
+    "tiny": Size(256, 704, 6, 4096, 128, 4),
+    "small": Size(896, 4864, 24, 32768, 640, 16),
+    "medium": Size(1536, 8960, 28, 65536, 1280, 32),  # Qwen2-VL-2B but for its vocabulary
+}
+BLOCKS = 8  # colour blocks along the side of an image
+WORDS = ["what", "is", "shown", "here", "describe", "the", "colours", "count", "read", "blocks"]
+
+
+def main() -> None:
+    """Make the pair."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pair", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--distance", type=float, default=0.02, help="noise, of each tensor's RMS")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--pixels", type=int, default=224, help="side of an image")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make_pair(arguments.pair, SIZES[arguments.size], arguments.distance, arguments.seed)
+    make_prompts(arguments.pair, arguments.prompts, arguments.pixels, arguments.seed)
+
+
+def make_pair(pair: Path, size: Size, distance: float, seed: int) -> None:
+    """Write base and donor in bf16."""
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(seed)
+    with quiet():
+        tokens = demo.write_tokenizer(
+            pair / "base", demo.BASE_TOKENS, chat_template=demo.CHAT_TEMPLATE
+        )
+        base = _base(transformers, tokens, size)
+        language = base.model.language_model
+        ancestor = {name: p.detach().clone() for name, p in language.named_parameters()}
+        ancestor["lm_head.weight"] = base.lm_head.weight.detach().clone()
+        _write(base, pair / "base", tokens, transformers)
+        del base, language
+        tokens = demo.write_tokenizer(pair / "donor", demo.DONOR_TOKENS)
+        donor = _donor(transformers, tokens, size)
+        mine = dict(donor.model.language_model.named_parameters())
+        mine["lm_head.weight"] = donor.lm_head.weight
+        for name, parent in ancestor.items():
+            scale = distance * parent.float().square().mean().sqrt()
+            mine[name].data.copy_(parent + scale * torch.randn(parent.shape))
+        _write(donor, pair / "donor", tokens, transformers)
+    config: dict[str, Any] = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+    }
+    config |= {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    path = pair / "base" / "preprocessor_config.json"
+    path.write_text(json.dumps(config | {"min_pixels": 3136, "max_pixels": 1003520}))
+
+
+def _text(tokens: Any, size: Size) -> dict[str, Any]:
+    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)
+    return {
+        "vocab_size": size.rows,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.inner,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // 64,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        # Large enough for answers to depend on the prompt, as a trained model's do
+        "initializer_range": 1.5 / size.hidden**0.5,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_turn,
+        "tie_word_embeddings": False,
+    }
+
+
+def _base(transformers: Any, tokens: Any, size: Size) -> Any:
+    start, end, _, image, video = tokens.convert_tokens_to_ids(demo.BASE_TOKENS)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+    config = transformers.Qwen2VLConfig(
+        text_config={**_text(tokens, size), "rope_parameters": rope},
+        vision_config={
+            "depth": size.depth,
+            "embed_dim": size.vision,
+            "num_heads": size.vision // 64,
+            "hidden_size": size.hidden,
+            "patch_size": 14,
+            "initializer_range": size.vision**-0.5,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    with torch.device("cpu"):
+        return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _donor(transformers: Any, tokens: Any, size: Size) -> Any:
+    image, video = tokens.convert_tokens_to_ids(demo.DONOR_TOKENS)
+    config = transformers.LlavaOnevisionConfig(
+        text_config={**_text(tokens, size), "model_type": "qwen2"},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "num_hidden_layers": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        image_token_index=image,
+        video_token_index=video,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _write(model: Any, folder: Path, tokens: Any, transformers: Any) -> None:
+    """Words get all the probability, end-of-turn some: answers are text, and a few end early."""
+    words = torch.zeros(model.lm_head.weight.shape[0], dtype=torch.bool)
+    pieces = tokens.convert_ids_to_tokens(range(len(tokens)))
+    for index, piece in enumerate(pieces):
+        words[index] = piece.isascii() or piece.startswith("Ġ")
+    model.lm_head.weight.data[~words] *= 0.1
+    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
+    )
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
+
+
+def make_prompts(pair: Path, count: int, pixels: int, seed: int) -> None:
+    """Questions of five to ten words, each about an image of its own."""
+    image_module = importlib.import_module("PIL.Image")
+    random = np.random.default_rng(seed)
+    (pair / "images").mkdir(exist_ok=True)
+    with (pair / "prompts.jsonl").open("w") as lines:
+        for index in range(count):
+            blocks = random.integers(0, 256, (BLOCKS, BLOCKS, 3), dtype=np.uint8)
+            side = pixels // BLOCKS
+            name = f"images/{index}.png"
+            image_module.fromarray(blocks.repeat(side, 0).repeat(side, 1)).save(pair / name)
+            text = " ".join(random.choice(WORDS, random.integers(5, 11)))
+            lines.write(json.dumps({"prompt": text + "?", "image": name}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

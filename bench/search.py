@@ -1,0 +1,218 @@
+"""Measures the search: apply against the bare kernel, the whole against the authors' procedure.
+
+    python bench/runnable.py PAIR --size small --distance 0.002
+    python bench/search.py PAIR [--prompts 16] [--tokens 4 64] [--batch 8] [--only apply]
+
+apply: `LiveModel.apply` against the kernel alone, called once per part on the same mapped bytes and
+writing memory of the model's size; and the growth of RssAnon while it runs. search: one loaded
+model, drafts and kept vision features, against what the authors' scripts do: for each alpha write
+the merged checkpoint, load it, generate all answers with transformers' own generate() in the same
+batches (our merge writes it, faster than theirs). The load of the live model counts. Prints a table
+and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lowmem_adamms.kernels.select import select
+
+from lowmem_adamms import LiveModel, make_plan, merge, search
+from lowmem_adamms.encode import Encoder
+from lowmem_adamms.generate import Answerer, Settings
+from lowmem_adamms.loading import quiet
+from lowmem_adamms.plan import Plan
+from lowmem_adamms.prompts import Prompt, load_prompts
+from lowmem_adamms.search import DEFAULT_ALPHAS
+from lowmem_adamms.stream import Files
+
+MIB = 1 << 20
+
+
+def main() -> None:
+    """Measure, print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pair", type=Path)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 64])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--only", choices=("apply", "search"))
+    arguments = parser.parse_args()
+    plan = make_plan(arguments.pair / "base", arguments.pair / "donor")
+    prompts = load_prompts(arguments.pair / "prompts.jsonl")[: arguments.prompts]
+    figures: dict[str, Any] = {"bytes": plan.bytes_written, "prompts": len(prompts)}
+    if arguments.only != "search":
+        figures["apply"] = show("apply", measure_apply(plan))
+    if arguments.only != "apply":
+        for tokens in arguments.tokens:
+            settings = Settings(max_new_tokens=tokens, batch_size=arguments.batch)
+            row = measure_search(plan, prompts, settings)
+            figures[f"search_{tokens}"] = show(f"search, {tokens} tokens", row)
+    print(json.dumps(figures))
+
+
+def show(title: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Print a section; returns it."""
+    print(title)
+    for name, value in row.items():
+        print(f"  {name:28} {value:.3f}" if isinstance(value, float) else f"  {name:28} {value}")
+    return row
+
+
+def measure_apply(plan: Plan) -> dict[str, Any]:
+    """Seconds of apply and of the kernel alone, in turn; and anonymous memory."""
+    applied, bare = [], []
+    with LiveModel(plan, device="cpu") as live:
+        live.apply(0.25)
+        stream = bare_kernel(plan)
+        before, peak = anonymous(), 0
+        for alpha in (0.1, 0.2, 0.3, 0.4, 0.5):
+            bare.append(seconds(lambda alpha=alpha: stream(alpha)))  # type: ignore[misc]
+            with watched() as peaks:
+                applied.append(seconds(lambda alpha=alpha: live.apply(alpha)))  # type: ignore[misc]
+            peak = max(peak, *peaks)
+    pairs = zip(applied, bare, strict=True)
+    return {
+        "apply_s": statistics.median(applied),
+        "kernel_s": statistics.median(bare),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "anonymous_growth_mib": (peak - before) / MIB,
+    }
+
+
+def bare_kernel(plan: Plan) -> Callable[[float], None]:
+    """The kernel over every part, mapped in, out to as much memory as the parts take."""
+    kernel, _ = select(plan.dtypes)
+    files = Files()
+    calls = []
+    for step in plan.steps:
+        for part in step.parts:
+            if part.donor is not None:
+                dtypes = (part.base.dtype.name, part.donor.dtype.name, step.dtype.name)
+                views = files.view(part.base), files.view(part.donor)
+                size = part.base.nbytes // part.base.dtype.itemsize * step.dtype.itemsize
+                calls.append(((*views, np.zeros(size, np.uint8)), dtypes))
+
+    def stream(alpha: float) -> None:
+        for views, dtypes in calls:
+            kernel([views], dtypes, alpha)
+
+    stream(0.5)
+    return stream
+
+
+def measure_search(plan: Plan, prompts: Sequence[Prompt], settings: Settings) -> dict[str, Any]:
+    """Both procedures on the same grid, and whether they agree."""
+    start = time.perf_counter()
+    spent: list[Any] = []
+    with LiveModel(plan, device="cpu") as live:
+        answerer = Answerer(live, settings)
+
+        def ours(alpha: float, asked: Sequence[Prompt]) -> list[str]:
+            live.apply(alpha)
+            answers = answerer(asked)
+            spent.append(answerer.spent)
+            return answers
+
+        mine = search(ours, prompts)
+    mine_s = time.perf_counter() - start
+    start = time.perf_counter()
+    theirs = search(lambda alpha, asked: authors(plan, alpha, asked, settings), prompts)
+    theirs_s = time.perf_counter() - start
+    differing = sum(
+        a != b
+        for alpha in DEFAULT_ALPHAS
+        for a, b in zip(mine.answers[alpha], theirs.answers[alpha], strict=True)
+    )
+    changes = [c.diff_next for c in mine.candidates if c.diff_next is not None]
+    return {
+        "ours_s": mine_s,
+        "authors_s": theirs_s,
+        "times_faster": theirs_s / mine_s,
+        "alpha": [mine.alpha, theirs.alpha],
+        "answers_that_differ": differing,
+        "of": len(prompts) * len(DEFAULT_ALPHAS),
+        "changed_between_neighbours": statistics.mean(changes) / len(prompts),
+        "forward_tokens": [s.forward_tokens for s in spent],
+        "without_drafts": [s.plain_tokens for s in spent],
+        "passes": [s.passes for s in spent],
+        "answer_tokens": [s.answer_tokens for s in spent],
+    }
+
+
+def authors(plan: Plan, alpha: float, asked: Sequence[Prompt], settings: Settings) -> list[str]:
+    """One alpha by the authors' procedure."""
+    transformers = importlib.import_module("transformers")
+    with tempfile.TemporaryDirectory(dir=plan.base.path.parent) as folder:
+        out = merge(plan, alpha, Path(folder) / "merged")
+        with quiet():
+            model = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype="auto")
+        encoder = Encoder(model.eval(), out)
+        answers: dict[int, str] = {}
+        for batch in encoder.batches(asked, settings.batch_size):
+            inputs = encoder([asked[place] for place in batch.places])
+            with quiet(), torch.inference_mode():
+                made = model.generate(
+                    **inputs, do_sample=False, max_new_tokens=settings.max_new_tokens
+                )
+            for place, row in zip(
+                batch.places, made[:, inputs["input_ids"].shape[1] :], strict=True
+            ):
+                answers[place] = encoder.decode(row.tolist())
+        shutil.rmtree(out)
+    return [answers[place] for place in range(len(asked))]
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def anonymous() -> int:
+    """RssAnon of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """RssAnon every 5 ms while the block runs."""
+    found, stop = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            found.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
