@@ -86,11 +86,11 @@ class DeviceSource:
             return None
         offset = span.start - self._starts[span.path][at]
         held = self._held[span.path][at]
-        return held[offset : offset + span.nbytes] if offset < len(held) else None
+        return held[offset : offset + span.nbytes] if offset + span.nbytes <= len(held) else None
 
 
 def as_tensor(view: Bytes) -> torch.Tensor:
-    """The same memory as a byte tensor; `view` must outlive it. Only ever read from.
+    """The same memory as a byte tensor, which keeps `view` alive. Only ever read from.
 
     Made from the address, because torch warns of every array that is not writable.
     """
@@ -98,4 +98,5 @@ def as_tensor(view: Bytes) -> torch.Tensor:
     if not view.size:
         return torch.empty(0, dtype=torch.uint8)
     memory = (ctypes.c_uint8 * view.size).from_address(address)
+    memory.view = view  # type: ignore[attr-defined]
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -8,7 +8,7 @@ card (`device.py`), answers (`generate.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,17 +75,22 @@ class LiveModel:
         self.alpha: float | None = 0.0
         self._answerer: Any = None
         self._files = Files()
-        self._source, self._kernel, self._window = self._backend()
-        groups, ignored = loading.join(self.model, list(plan.base.tensors))
-        check_loaded(self.model, plan, groups, self._files)
-        kinds = plan.base_layout.kinds
-        self.vision = frozenset(group.target for group in groups if group.names[0] in kinds)
-        self._sink = LiveSink(self.model, plan, groups, ignored, self._source)
+        try:
+            self._source, self._kernel, self._window = self._backend()
+            groups, ignored = loading.join(self.model, list(plan.base.tensors))
+            check_loaded(self.model, plan, groups, self._files)
+            kinds = plan.base_layout.kinds
+            self.vision = frozenset(group.target for group in groups if group.names[0] in kinds)
+            self._sink = LiveSink(self.model, plan, groups, ignored, self._source)
+        except BaseException:
+            self._files.close()
+            raise
 
     def apply(self, alpha: float, progress: Callable[[int], None] | None = None) -> None:
         """Blend base and donor at `alpha` into the loaded parameters."""
         alpha = check_alpha(alpha)
         self.alpha = None
+        self._sink.forget()  # what an interrupted apply left
         run(
             self.plan,
             alpha,
@@ -186,6 +191,12 @@ class LiveSink:
             target.flush()
         self._touched = []
 
+    def forget(self) -> None:
+        """Drop what was staged and not committed."""
+        for target in self._targets.values():
+            target.forget()
+        self._touched = []
+
     def close(self) -> None:
         """Let go of the parameters."""
         self._targets, self._touched = {}, []
@@ -218,19 +229,23 @@ class _Target(Protocol):
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor: ...
     def flush(self) -> None: ...
+    def forget(self) -> None: ...
 
 
 class _InPlace:
     """The parameter's own memory: it has the dtype that is written."""
 
     def __init__(self, param: torch.Tensor) -> None:
-        self.param = param
+        self.param, self._loaded = param, param.detach()
         self._bytes = bytes_of(param)
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
         return self._bytes[offset : offset + nbytes]
 
     def flush(self) -> None:
+        _restore(self.param, self._loaded)
+
+    def forget(self) -> None:
         pass
 
 
@@ -238,8 +253,8 @@ class _Cast:
     """A parameter of another dtype than is written: cast window by window, as a loader would."""
 
     def __init__(self, param: torch.Tensor, dtype: torch.dtype) -> None:
-        self.param, self._dtype = param, dtype
-        self._flat = param.detach().view(-1)
+        self.param, self._loaded, self._dtype = param, param.detach(), dtype
+        self._flat = self._loaded.view(-1)
         self._staged: list[tuple[int, torch.Tensor]] = []
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
@@ -251,6 +266,10 @@ class _Cast:
         for start, buffer in self._staged:
             values = buffer.view(self._dtype)
             self._flat[start : start + len(values)].copy_(values)
+        self._staged = []
+        _restore(self.param, self._loaded)
+
+    def forget(self) -> None:
         self._staged = []
 
 
@@ -264,7 +283,8 @@ class _Whole:
         self._model, self._group, self._members = model, group, members
         self._device = param.device
         self._staged: dict[str, torch.Tensor] = {}
-        self._missing = self._total = sum(step.nbytes for step in members)
+        self._missing = 0
+        self.forget()
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
         if name not in self._staged:
@@ -280,9 +300,19 @@ class _Whole:
             self._staged[step.name].view(_torch_dtype(step)).view(step.shape)
             for step in self._members
         ]
-        self._staged, self._missing = {}, self._total
+        self.forget()
         for name, value in loading.convert(self._group, tensors, self._model).items():
             loading.assign(self._model, name, value)
+
+    def forget(self) -> None:
+        self._staged = {}
+        self._missing = sum(step.nbytes for step in self._members)
+
+
+def _restore(param: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Give a parameter its memory back: a forward pass of bitsandbytes puts cast biases aside."""
+    if param.data_ptr() != loaded.data_ptr():
+        param.data = loaded
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -318,6 +348,19 @@ def check_loaded(model: Any, plan: Plan, groups: Sequence[loading.Group], files:
             raise FormatError(
                 f"{plan.base.path}: holds no weights for {name} of {type(model).__name__};"
                 " its answers would be random"
+            )
+    _check_tied(plan, groups, state)
+
+
+def _check_tied(plan: Plan, groups: Sequence[loading.Group], state: Mapping[str, Any]) -> None:
+    """What the plan leaves out as tied must be: transformers keeps a head that differs on disk."""
+    written = {step.name for step in plan.steps}
+    kept = {state[group.target].data_ptr() for group in groups if written & set(group.names)}
+    for group in groups:
+        if not written & set(group.names) and state[group.target].data_ptr() not in kept:
+            raise FormatError(
+                f"{plan.base.path}: config.json ties {group.names[0]} to the embedding, but the two"
+                " differ on disk; say tie_word_embeddings: false there to keep both"
             )
 
 

@@ -100,7 +100,7 @@ def join(model: Any, names: Sequence[str]) -> tuple[list[Group], list[str]]:
     prefix = model.base_model_prefix
     found: dict[str, list[tuple[str, str | None]]] = {}
     ignored: list[str] = []
-    for name in names:
+    for name in sorted(names, key=core.dot_natural_key):  # the loader's order
         target, pattern = core.rename_source_key(name, renamings, converters, prefix, state)
         if target not in state:
             # As the loader does: a name may be right as it is, but for the base model's prefix.
@@ -110,7 +110,13 @@ def join(model: Any, names: Sequence[str]) -> tuple[list[Group], list[str]]:
         else:
             ignored.append(name)
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    return [_group(target, members, by_pattern) for target, members in found.items()], ignored
+    groups = [_group(target, members, by_pattern) for target, members in found.items()]
+    # Of two tensors for one parameter the loader takes the first
+    taken = {name for group in groups for name in group.names}
+    return groups, [
+        *ignored,
+        *(n for members in found.values() for n, _ in members if n not in taken),
+    ]
 
 
 def _group(
@@ -119,7 +125,7 @@ def _group(
     patterns = tuple(pattern for _, pattern in members if pattern is not None)
     names = tuple(name for name, _ in members)
     if not patterns:
-        return Group(names[-1:], target)  # the last one loaded stays
+        return Group(names[:1], target)
     return Group(names, target, by_pattern[patterns[0]], patterns)
 
 
@@ -148,7 +154,7 @@ def _auto_class(transformers: Any, config: Any) -> Any:
     """The class that loads it: what remote code announces, else by what the config is for."""
     announced = getattr(config, "auto_map", None) or {}
     for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM"):
-        if name in announced:
+        if name in announced and hasattr(transformers, name):  # 5 has no Vision2Seq
             return getattr(transformers, name)
     known = transformers.AutoModelForImageTextToText._model_mapping
     if type(config) in known.keys():  # noqa: SIM118  (a lazy mapping without __contains__)

@@ -20,9 +20,10 @@ from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
 
+from .answers import normalise
 from .errors import OutputError
 from .prompts import Prompt
-from .search import Candidate, Result, normalise
+from .search import Candidate, Result
 
 SHOWN_CHANGING = 200  # prompts in the table of changes; each may bring images
 SHOWN_STEADY = 500  # prompts in the list of those that never change
@@ -533,7 +534,7 @@ def _candidates(view: _View) -> list[str]:
             cells.append(f"{_share(share)} {meter}" if c.score is not None else DASH)
         warn = ' class="warn"' if c.degenerate else ""
         rows.append(
-            f'<tr class="chosen">' if chosen else "<tr>",
+            '<tr class="chosen">' if chosen else "<tr>",
         )
         rows.append(
             f'<th scope="row">{view.name(c.alpha)}{mark}</th>'

