@@ -70,7 +70,8 @@ def _choice(papers: Mapping[str, Any]) -> list[str]:
     return [
         "Alpha was chosen without labels, by the consistency of the answers to"
         f" {papers['prompts']} prompts",
-        f"at the alphas {tried} (measure: {papers['measure']}); see `report.html`.",
+        f"at the alphas {tried} (measure: {papers['measure']}). `report.html`, where it lies",
+        "beside this file, shows how.",
     ]
 
 
@@ -110,6 +111,7 @@ def recipe(
 
     group, cosine = kinship.lowest if kinship.cosines else (None, None)
     return {
+        **search,
         "alpha": alpha,
         "base": str(plan.base.path.resolve()),
         "donor": str(plan.donor.path.resolve()),
@@ -118,7 +120,6 @@ def recipe(
         "options": dict(plan.options),
         "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
         "counts": plan.to_json()["counts"],
-        **search,
         "notes": [*plan.notes, *search.get("notes", ())],
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
         "made_with": {"python": platform.python_version(), "kernel": kernel},

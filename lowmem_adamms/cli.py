@@ -15,29 +15,33 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import MergeError, OutputError, PlacementError, RecipeError
-from .journal import ANSWERS, WORK
-from .options import COMMANDS, parser
+from .journal import ANSWERS, NAME, WORK
+from .options import COMMANDS, NEED_A_MODEL, parser
 from .placement import Placement, measure, parse_size, place
 
 if TYPE_CHECKING:
+    from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
     from .search import Result
     from .session import Session
 
+_NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+_MOST_ALPHAS = 1001
 _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    arguments = argparse.Namespace()
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         words.insert(0, "merge")
     try:
@@ -53,12 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"disk full ({error}); free some and run the same command to resume")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _NOT_THERE:
             return _fail(f"{error.filename}: {error.strerror}")
         raise
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
+        print(f"interrupted{_way_back(arguments)}", file=sys.stderr)
         return 130
+
+
+def _way_back(arguments: argparse.Namespace) -> str:
+    """What to do after an interruption; nothing where there is nothing to resume."""
+    command = getattr(arguments, "command", None)
+    if command == "merge" or getattr(arguments, "journal", None):
+        return ": run the same command again to resume"
+    return ": nothing was kept; with --journal FILE a search resumes" if command == "search" else ""
 
 
 def _fail(message: str) -> int:
@@ -163,12 +175,11 @@ def _merge(arguments: argparse.Namespace) -> int:
     )
     prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
-    for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+    _show_notes(plan.notes)
     check_output(plan, arguments.out, max_shard_size=size)
     alpha, found = arguments.alpha, None
     if prompts:
-        found = _run_search(arguments, plan, prompts, arguments.out / WORK / ANSWERS)
+        found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
         _show_search(found.result)
         alpha = found.result.alpha
     with _progress("merging", plan.bytes_written) as progress:
@@ -188,6 +199,20 @@ def _merge(arguments: argparse.Namespace) -> int:
         f" {show.size(plan.bytes_written)}"
     )
     return 0
+
+
+def _answers_in(out: Path) -> Path:
+    """Where the answers of a search for `out` are kept: at their final place once they got there.
+
+    OutputError if a merge at a given alpha was begun in `out`: it would be met only after hours.
+    """
+    final, ours = out / ANSWERS, out / WORK / ANSWERS
+    if (out / WORK / NAME).is_file() and not (final.is_file() or ours.is_file()):
+        raise OutputError(
+            f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or choose"
+            " another -o"
+        )
+    return final if final.is_file() else ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +250,12 @@ def _alphas(text: str | None) -> Sequence[float]:
         if ":" not in text:
             return sorted({float(word) for word in text.split(",")})
         start, stop, step = map(float, text.split(":"))
-        return [round(start + i * step, 6) for i in range(int((stop - start) / step + 1.000001))]
+        count = int((stop - start) / step + 1.000001)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise RecipeError(f"--alphas {text!r}: expected 0,0.1,0.2 or 0:0.6:0.1") from None
+    if not 0 < count <= _MOST_ALPHAS:
+        raise RecipeError(f"--alphas {text!r}: makes {count} alphas; expected 3 to {_MOST_ALPHAS}")
+    return [round(start + i * step, 6) for i in range(count)]
 
 
 def _run_search(
@@ -241,6 +269,7 @@ def _run_search(
     placement = _place(plan, arguments)
     for line in placement.lines:
         print(line, file=sys.stderr)
+    _check_card(placement)
     progress = show.SearchProgress(len(alphas), len(prompts))
     with _session(arguments, plan, prompts, placement, journal, progress) as session:
         with _live(progress):
@@ -254,10 +283,37 @@ def _run_search(
                 seed=arguments.seed,
                 progress=progress.candidates,
             )
-        for note in session.notes:
-            print(f"note: {note}", file=sys.stderr)
+        _show_notes(session.notes)
         page = _report(arguments, plan, placement, prompts, result, session)
     return _Found(result, page)
+
+
+def _check_card(placement: Placement) -> None:
+    """--vram may plan for any card; to search on it, torch must see one."""
+    import torch
+
+    if placement.device == "cuda" and not torch.cuda.is_available():
+        raise PlacementError(
+            "the search was placed on a CUDA card, but torch sees none; --vram 0 does without,"
+            " or install a torch build for CUDA and its driver"
+        )
+
+
+@contextmanager
+def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
+    """The journal at `path`; if it ends without an answer, no trace of it is left."""
+    from .journal import AnswerJournal
+
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    with AnswerJournal(path, key) as journal:
+        try:
+            yield journal
+        finally:
+            if not journal.answers:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # another run may have put something there
+                    for folder in made:
+                        folder.rmdir()
 
 
 @contextmanager
@@ -270,7 +326,6 @@ def _session(
     progress: Any,
 ) -> Iterator[Session]:
     from .generate import Settings
-    from .journal import AnswerJournal
     from .live import LiveModel
     from .session import Session, fingerprint
 
@@ -293,7 +348,7 @@ def _session(
     key = fingerprint(plan, prompts, settings, placement)
     hooks = {"asked": progress.asked, "answered": progress.answered}
     with (
-        AnswerJournal(path, key) if path else nullcontext() as journal,
+        _journal(path, key) if path else nullcontext() as journal,
         Session(load, settings, journal, **hooks) as session,
     ):
         yield session
@@ -347,17 +402,24 @@ def _show_search(result: Result) -> None:
     console = _console()
     console.print(show.search_table(result.candidates, result.alpha))
     print(show.verdict(result))
-    for note in result.notes:
+    _show_notes(result.notes)
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    if arguments.report:
+        _check_report(arguments.report)
     if arguments.answers:
         return _search_recorded(arguments)
     if not (arguments.donor and arguments.prompts):
         raise RecipeError("search needs BASE, DONOR and --prompts, or --answers")
     prompts = _load_prompts(arguments)
     plan = _make_plan(arguments)
+    _show_notes(plan.notes)
     found = _run_search(arguments, plan, prompts, arguments.journal)
     if arguments.report:
         from . import report
@@ -367,18 +429,32 @@ def _search(arguments: argparse.Namespace) -> int:
     return _conclude(arguments, found.result, base, donor)
 
 
+def _check_report(path: Path) -> None:
+    """OutputError now, not after the search, where a report clearly cannot be written."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"--report {path}: expected a file in a folder that exists")
+
+
 def _search_recorded(arguments: argparse.Namespace) -> int:
     """Score answers that somebody recorded at each alpha."""
     from . import recorded, report
     from .prompts import Prompt
     from .search import choose
 
+    if asks := [name for name in NEED_A_MODEL if getattr(arguments, name)]:
+        names = [
+            name.upper() if name in ("base", "donor") else f"--{name.replace('_', '-')}"
+            for name in asks
+        ]
+        raise RecipeError(
+            f"--answers scores what is recorded and asks no model; leave out {', '.join(names)}"
+        )
     answers, ids = recorded.read([recorded.parse_spec(text) for text in arguments.answers])
     result = choose(answers, measure=arguments.measure, seed=arguments.seed)
     if arguments.report:
         prompts = [Prompt(name, id=name) for name in ids]
         report.write(arguments.report, report.html(result, prompts, title="Recorded answers"))
-    return _conclude(arguments, result, arguments.base, arguments.donor)
+    return _conclude(arguments, result, None, None)
 
 
 def _conclude(

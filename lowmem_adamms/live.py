@@ -100,6 +100,8 @@ class LiveModel:
             window=self._window,
             progress=progress,
         )
+        if self.placement.device == "cuda":
+            torch.cuda.synchronize()
         self.alpha = alpha
 
     def generate(

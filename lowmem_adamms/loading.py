@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,11 +77,12 @@ def load_model(
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-            model = _auto_class(transformers, config).from_pretrained(folder, **options)
+            loader = _auto_class(transformers, config, trust_remote_code)
+            model = loader.from_pretrained(folder, **options)
         except ImportError as error:
             raise RecipeError(f"{folder}: {_first_line(error)}") from None
         except ValueError as error:
-            if "model type" not in str(error) and "architecture" not in str(error):
+            if not re.search("model type|architecture", str(error), re.IGNORECASE):
                 raise
             raise FormatError(f"{folder}: {_first_line(error)}") from None
         except RuntimeError as error:
@@ -150,9 +152,9 @@ def state_of(model: Any) -> dict[str, Any]:
     return state
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
-    """The class that loads it: what remote code announces, else by what the config is for."""
-    announced = getattr(config, "auto_map", None) or {}
+def _auto_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
+    """The class that loads it: what allowed code announces, else by what the config is for."""
+    announced = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
     for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM"):
         if name in announced and hasattr(transformers, name):  # 5 has no Vision2Seq
             return getattr(transformers, name)

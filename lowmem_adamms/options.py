@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from .dtypes import DType
 
 COMMANDS = ("plan", "merge", "search", "verify", "demo")
+NEED_A_MODEL = (
+    *("base", "donor", "dtype", "prompts", "question", "split", "text_column", "image_column"),
+    *("alphas", "refine", "no_drafts", "no_vision_cache", "no_noise", "trust_remote_code"),
+    *("device", "quantize", "live_dtype", "vram", "ram", "batch_size", "journal", "force"),
+)
+"""What `search` takes but recorded answers have no use for; each is falsy if not given."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,10 +130,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text-column", metavar="NAME", help="of Parquet or a Hub dataset")
     group.add_argument("--image-column", metavar="NAME", action="append", help="may be repeated")
     group.add_argument("--samples", metavar="N", type=_count, default=100, help="default: 100")
-    group.add_argument("--seed", type=int, default=0, help="of the sampling of prompts")
+    group.add_argument(
+        "--seed", type=_natural, default=0, help="of sampling and resampling prompts"
+    )
     group.add_argument("--alphas", help="such as 0,0.1,0.2 or 0:0.6:0.1; default: 0 to 0.6 by 0.1")
     group.add_argument(
-        "--refine", metavar="N", type=int, default=0, help="rounds of halving around the best"
+        "--refine", metavar="N", type=_natural, default=0, help="rounds of halving around the best"
     )
     group.add_argument(
         "--measure",
@@ -146,7 +154,15 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return _whole(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    number = int(text) if text.strip().isdecimal() else -1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
     return number

@@ -17,24 +17,25 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 
 from .answers import normalise
 from .errors import OutputError
 from .prompts import Prompt
-from .search import Candidate, Result
+from .search import MARKEDLY, Candidate, Result
 
 SHOWN_CHANGING = 200  # prompts in the table of changes; each may bring images
 SHOWN_STEADY = 500  # prompts in the list of those that never change
 SHOWN_IMAGES = 4  # of one prompt
 SHOWN_TEXT = 4000  # characters of one text when opened; adamms.json and the journal have the rest
-SHORT_ANSWER, SHORT_PROMPT, SHORT_LINES = 160, 260, 4
+SHORT_ANSWER, SHORT_PROMPT, SHORT_LINES = 160, 260, 8
 THUMBNAIL = 96  # pixels, the longer side
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # those that run no other program
 SIDE_BY_SIDE = 9  # more alphas than this do not fit as columns: answers go below each other
 
 DASH = "\N{EN DASH}"
+CROSS = "\N{MULTIPLICATION SIGN}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +71,41 @@ class _View:
     alphas: tuple[float, ...]
     decimals: int
 
+    @property
+    def distances(self) -> bool:
+        """Whether scores sum distances; else they count answers."""
+        return self.result.measure == "embedding"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the grid was refined; scores compare within a round only."""
+        return any(c.round for c in self.result.candidates)
+
+    def collapsed(self, c: Candidate) -> bool:
+        """Whether markedly more answers are degenerate than at the smallest alpha, or half are."""
+        excess = c.degenerate - self.result.candidates[0].degenerate
+        return excess > MARKEDLY * self.result.prompts or 2 * c.degenerate >= self.result.prompts
+
     def name(self, alpha: float) -> str:
+        """With all decimals that any alpha of the grid needs, for columns."""
         return f"{alpha:.{self.decimals}f}"
 
+    def short(self, alpha: float) -> str:
+        """With as few decimals as this alpha needs, but at least one, for sentences."""
+        return f"{alpha:.{_places([alpha])}f}"
+
     def span(self, run: Run) -> str:
-        first, last = self.name(self.alphas[run.first]), self.name(self.alphas[run.last])
+        first, last = self.short(self.alphas[run.first]), self.short(self.alphas[run.last])
         return first if run.first == run.last else f"{first}{DASH}{last}"
 
     def number(self, value: float | None) -> str:
-        """A difference or score: a count, or a distance with two decimals."""
+        """A difference or score: a count (its percentiles have fractions), or a distance."""
         if value is None or not math.isfinite(value):
             return DASH
-        whole = self.result.measure != "embedding" and value == int(value)
-        return f"{value:,.0f}" if whole else f"{value:,.2f}"
+        if self.distances:
+            return f"{value:,.2f}"
+        value = round(value, 1)
+        return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
     def interval(self, candidate: Candidate) -> str:
         if candidate.interval is None:
@@ -177,19 +200,19 @@ def runs(answers: Sequence[str], prefer: int | None = None) -> tuple[Run, ...]:
 
 def plain(text: str) -> str:
     """Escaped for element text and for attributes; unprintable characters as [U+202E]."""
-    return "".join(escape(c) if _harmless(c) else f"[U+{ord(c):04X}]" for c in _lines(text))
+    return _escaped(text, "[U+{:04X}]")
 
 
 def marked(text: str) -> str:
     """Escaped for element text; unprintable characters as a small box with their code point."""
-    return "".join(
-        escape(c) if _harmless(c) else f'<span class="code">U+{ord(c):04X}</span>'
-        for c in _lines(text)
-    )
+    return _escaped(text, '<span class="code">U+{:04X}</span>')
 
 
-def _lines(text: str) -> str:
-    return text.replace("\r\n", "\n")
+def _escaped(text: str, form: str) -> str:
+    text = escape(text.replace("\r\n", "\n"))
+    if text.isprintable():
+        return text
+    return "".join(c if _harmless(c) else form.format(ord(c)) for c in text)
 
 
 def _harmless(character: str) -> bool:
@@ -199,30 +222,47 @@ def _harmless(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
-def _text(text: str, limit: int) -> str:
-    """A text in its own direction; a long one shortened, the full text one click away."""
+def _text(text: str, limit: int, start: int = 0) -> str:
+    """A text in its own direction; a long one shortened, the full text one click away.
+
+    start: the position that a shortened text must show.
+    """
     if not text.strip():
-        return '<p class="none">(empty)</p>' if not text else f"<p>{marked(text)}</p>"
+        return f'<p class="none">({"white space" if text else "empty"})</p>'
     if len(text) <= limit and text.count("\n") < SHORT_LINES:
         return f'<p dir="auto">{marked(text)}</p>'
     full, rest = text[:SHOWN_TEXT], len(text) - SHOWN_TEXT
     more = f' <span class="muted">({rest:,} more characters)</span>' if rest > 0 else ""
+    short = marked(_shortened(text, limit, start))
     return (
-        f'<details class="long"><summary dir="auto"><span>{marked(_shortened(text, limit))}</span>'
-        f"</summary><p dir='auto'>{marked(full)}{more}</p></details>"
+        f'<details class="long"><summary dir="auto"><span>{short}</span></summary>'
+        f'<p dir="auto">{marked(full)}{more}</p></details>'
     )
 
 
-def _shortened(text: str, limit: int) -> str:
-    """At most `limit` characters and an ellipsis, cut between words where there are any."""
-    text = " ".join(text[: 4 * limit].split())
-    cut = min(limit, len(text))
-    while 0 < cut < len(text) and (
-        unicodedata.combining(text[cut]) or "\N{ZERO WIDTH JOINER}" in text[cut - 1 : cut + 1]
+def _shortened(text: str, limit: int, start: int = 0) -> str:
+    """About `limit` characters around `start`, white space collapsed, cut between words."""
+    dots, lead = "\N{HORIZONTAL ELLIPSIS}", limit // 4
+    first = _cut(text, start - lead) if start > limit - lead else 0
+    rest = text[first:]
+    kept = " ".join(rest[: 4 * limit].split())
+    last = _cut(kept, limit)
+    ends = last == len(kept) and len(rest) <= 4 * limit
+    return (dots if first else "") + kept[:last] + ("" if ends else dots)
+
+
+def _cut(text: str, at: int) -> int:
+    """A position at or a little before `at`: a space, else no middle of a composed character."""
+    at = min(at, len(text))
+    if at == len(text):
+        return at
+    if (space := text.rfind(" ", max(at - 24, 0), at + 1)) > 0:
+        return space
+    while at > 0 and (
+        unicodedata.combining(text[at]) or "\N{ZERO WIDTH JOINER}" in text[at - 1 : at + 1]
     ):
-        cut -= 1
-    space = text.rfind(" ", cut - 24, cut)
-    return text[: space if space > 0 and cut < len(text) else cut] + "\N{HORIZONTAL ELLIPSIS}"
+        at -= 1
+    return at
 
 
 def _share(part: float, whole: float = 1.0) -> str:
@@ -248,17 +288,13 @@ def _rows(head: Iterable[str], rows: Iterable[str], *, label: str, cls: str = ""
 
 
 def _view(result: Result) -> _View:
-    """Alphas as short as the grid allows: one decimal, more only where two would look alike."""
     alphas = tuple(c.alpha for c in result.candidates)
-    places = next(
-        (
-            n
-            for n in range(1, 6)
-            if all(abs(round(a, n) - a) < 1e-9 for a in (*alphas, result.alpha))
-        ),
-        6,
-    )
-    return _View(result, alphas, places)
+    return _View(result, alphas, _places([*alphas, result.alpha]))
+
+
+def _places(alphas: Iterable[float]) -> int:
+    """How many decimals, one or more, show all of these alphas."""
+    return max(len(f"{alpha:.6f}".rstrip("0").partition(".")[2]) for alpha in alphas) or 1
 
 
 def _header(view: _View, title: str) -> list[str]:
@@ -271,15 +307,22 @@ def _header(view: _View, title: str) -> list[str]:
     return [f'<header><p class="muted">Search for alpha: {about}</p><h1>{shown}</h1></header>']
 
 
+_MEANING = {
+    "pairwise": "differing answers, to the previous alpha plus to the next",
+    "joint": "answers that differ from either neighbour's",
+    "embedding": "distances to both neighbours' answers, added up",
+}
+
+
 def _choice(view: _View) -> list[str]:
     result = view.result
-    lines = [*_why(view), *_doubts(view)]
+    lines, percent = [*_why(view), *_doubts(view)], 100 * result.alpha
     return [
         '<section class="choice" aria-label="Chosen alpha">',
-        f'<p class="alpha"><span>alpha</span><b>{view.name(result.alpha)}</b></p>',
+        f'<p class="alpha"><span>alpha</span><b>{view.short(result.alpha)}</b></p>',
         "<div>",
-        f'<p class="lead">Merge at alpha {view.name(result.alpha)}: the language weights are'
-        f" {_share(1 - result.alpha)} base and {_share(result.alpha)} donor.</p>",
+        f'<p class="lead">Merge at alpha {view.short(result.alpha)}: the language weights are'
+        f" {100 - percent:.6g} % base and {percent:.6g} % donor.</p>",
         "<ul>",
         *(f"<li>{line}</li>" for line in lines),
         *(f'<li class="note">{marked(note)}</li>' for note in result.notes),
@@ -288,43 +331,53 @@ def _choice(view: _View) -> list[str]:
 
 
 def _why(view: _View) -> list[str]:
-    """How the chosen alpha compares with the other candidates that have a score."""
+    """How the chosen alpha compares with the others that were scored in its round."""
     chosen = view.candidate(view.result.alpha)
     if chosen is None or chosen.score is None:
         return ["This alpha has no score of its own: a score needs two neighbours in the grid."]
-    scored = [(c.score, c) for c in view.result.candidates if c.score is not None]
-    around = f", 95 % interval {view.interval(chosen)}" if chosen.interval else ""
-    lower = [c for score, c in scored if score < chosen.score]
-    rank = f"the lowest of {len(scored)}" if len(scored) > 1 else "the only one"
-    if lower:
-        rank = f"with {len(lower)} lower passed over"
-    said = f"Score {view.number(chosen.score)}, {rank}{around}."
-    lines = [said if lower else said + " Around it, answers change least."]
-    for c in lower:
-        lines.append(
-            f"Alpha {view.name(c.alpha)} scores {view.number(c.score)}, but {c.degenerate:,} of"
-            f" {view.result.prompts:,} answers there are degenerate."
-        )
-    if above := [c for score, c in scored if score > chosen.score]:
+    rivals = [
+        (c.score, c)
+        for c in view.result.candidates
+        if c.score is not None and c.round == chosen.round and c is not chosen
+    ]
+    lower = [c for score, c in rivals if score < (chosen.score or 0)]
+    above = [c for score, c in rivals if score > (chosen.score or 0)]
+    lines = [_score(view, chosen, len(rivals) + 1, len(lower))]
+    lines += [
+        f"Alpha {view.short(c.alpha)} scores {view.number(c.score)}, but {c.degenerate:,} of"
+        f" {_count(view.result.prompts, 'answer')} there are degenerate."
+        for c in lower
+    ]
+    if above:
         second = min(above, key=lambda c: c.score or 0.0)
-        lines.append(f"Next best: {view.name(second.alpha)} with {view.number(second.score)}.")
+        lines.append(
+            f"Next best: alpha {view.short(second.alpha)} with {view.number(second.score)}."
+        )
     return lines
 
 
+def _score(view: _View, chosen: Candidate, count: int, lower: int) -> str:
+    """Its score, rank, ties and interval, in one sentence."""
+    where = f" in refinement {chosen.round}" if chosen.round else ""
+    rank = f"the lowest of {count}{where}" if count > 1 else f"the only one{where}"
+    if lower:
+        rank = "the lowest but for the degenerate"
+    others = [view.short(alpha) for alpha in view.result.ties if alpha != chosen.alpha]
+    tied = f", tied with {' and '.join(others)}" if others else ""
+    around = f" (95 % interval {view.interval(chosen)})" if chosen.interval else ""
+    what = _MEANING[view.result.measure]
+    return f"Score {view.number(chosen.score)}, {rank}{tied}{around}: {what}."
+
+
 def _doubts(view: _View) -> list[str]:
-    """How sure the choice is: resamples, ties, noise."""
+    """How sure the choice is: resamples and noise."""
     result, lines = view.result, []
     if result.wins:
         lines.append(f"It wins {_share(result.wins.get(result.alpha, 0.0))} of the resamples.")
-    if len(result.ties) > 1:
-        names = ", ".join(view.name(alpha) for alpha in result.ties)
-        smallest = result.alpha == min(result.ties)
-        taken = "; the smallest was taken" if smallest else ""
-        lines.append(f"Alphas {names} share the best score{taken}.")
     if result.noise is not None:
-        unit = "summed distance" if result.measure == "embedding" else "answers"
         lines.append(
-            f"Noise floor: {view.number(result.noise)} {unit} between two runs at one alpha."
+            f"Noise floor: {result.noise:,.0f} of {_count(result.prompts, 'answer')} differed"
+            " between two runs at this alpha."
         )
     return lines
 
@@ -332,7 +385,7 @@ def _doubts(view: _View) -> list[str]:
 # The curve ----------------------------------------------------------------------------------------
 
 _WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 44, 84
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 44, 90
 _PAD = 40  # between the axis and the first alpha: the end's "no score" stands there
 _TICK_GAP = 56  # room for one alpha's name, also in the large type of narrow screens
 
@@ -359,49 +412,55 @@ def _curve(view: _View) -> list[str]:
     if not view.alphas:
         return []
     return [
-        '<section class="curve"><h2>Disagreement over alpha</h2><div class="pair"><figure>',
+        '<section class="curve"><h2>Disagreement over alpha</h2>',
+        f'<div class="pair{" stacked" if view.rounds else ""}"><figure>',
         *_chart(view),
-        "<figcaption>",
-        '<span class="key point"></span>score D: answers that differ from the neighbours\''
-        if view.result.measure != "embedding"
-        else '<span class="key point"></span>score D: distance from the neighbours\' answers',
-        ' <span class="key whisker"></span>95 % bootstrap interval',
-        ' <span class="key bar"></span>difference between two neighbouring alphas',
-        ' <span class="key cross">×</span>degenerate answers (empty, repeating, constant)'
-        if any(c.degenerate for c in view.result.candidates)
-        else "",
-        "</figcaption></figure>",
+        f"<figcaption>{_legend(view)}</figcaption></figure>",
         *_candidates(view),
         "</div></section>",
     ]
 
 
+def _legend(view: _View) -> str:
+    keys = [
+        f'<span class="key point"></span>score D: {_MEANING[view.result.measure]}',
+        '<span class="key whisker"></span>95 % bootstrap interval',
+        '<span class="key bar"></span>difference between two neighbours',
+    ]
+    if any(c.degenerate for c in view.result.candidates):
+        keys.append(f'<span class="key cross">{CROSS}</span>degenerate: empty, repeating, constant')
+    if view.rounds:
+        keys.append("scores compare only where a line joins them: one round of refinement")
+    return "".join(f"<span>{key}</span> " for key in keys)
+
+
 def _scale(view: _View) -> _Scale:
-    heights = [1.0 if view.result.measure != "embedding" else 0.01]
+    heights = [0.01 if view.distances else 1.0]
     for c in view.result.candidates:
         heights += [c.score or 0.0, c.diff_next or 0.0, *(c.interval or ())]
     peak = max(height for height in heights if math.isfinite(height))
     raw = peak / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)
-    if view.result.measure != "embedding":
+    if not view.distances:
         step = max(step, 1.0)
     return _Scale(min(view.alphas), max(view.alphas), step * math.ceil(peak / step + 0.05), step)
 
 
 def _chart(view: _View) -> list[str]:
     scale = _scale(view)
-    unit = "summed cosine distance" if view.result.measure == "embedding" else "answers"
+    unit = "summed distance" if view.distances else "answers"
     scored = [c for c in view.result.candidates if c.score is not None]
-    points = " ".join(f"{scale.x(c.alpha):.1f},{scale.y(c.score or 0.0):.1f}" for c in scored)
+    links = _links(view)
     return [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="chart-title">',
         f'<title id="chart-title">Score over alpha, lowest is best; chosen: '
-        f"{view.name(view.result.alpha)}. The table beside it has all numbers.</title>",
+        f"{view.name(view.result.alpha)}. The table of candidates has all numbers.</title>",
         *_axes(view, scale, f"score D ({unit})"),
-        *_bars(view, scale),
+        *_bars(scale, links),
         *(line for c in view.result.candidates if c.score is None for line in _end(view, scale, c)),
-        f'<polyline class="line" points="{points}"/>',
+        *_lines_between(scale, scored),
+        *_differences(view, scale, links),
         *(line for c in scored for line in _point(view, scale, c)),
         "</svg>",
     ]
@@ -410,8 +469,10 @@ def _chart(view: _View) -> list[str]:
 def _axes(view: _View, scale: _Scale, title: str) -> list[str]:
     floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     x = scale.x(view.result.alpha)
+    half = min(22.0, *(0.4 * abs(scale.x(a) - x) or 22.0 for a in view.alphas))
     drawn = [
-        f'<rect class="band" x="{x - 22:.1f}" y="{_TOP}" width="44" height="{floor - _TOP}"/>',
+        f'<rect class="band" x="{x - half:.1f}" y="{_TOP}" width="{2 * half:.1f}"'
+        f' height="{floor - _TOP}"/>',
         f'<text class="title" x="4" y="22">{title}</text>',
         f'<text class="title" x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 8}"'
         ' text-anchor="middle">alpha (weight of the donor)</text>',
@@ -423,11 +484,13 @@ def _axes(view: _View, scale: _Scale, title: str) -> list[str]:
             f'<text x="{_LEFT - 8}" y="{y:.1f}" dy="0.35em" text-anchor="end">'
             f"{i * scale.step:.10g}</text>",
         ]
-    for alpha in _ticks(view, scale):
+    ticks = _ticks(view, scale)
+    places = _places(ticks)
+    for alpha in ticks:
         chosen = ' class="chosen"' if alpha == view.result.alpha else ""
         drawn.append(
-            f'<text{chosen} x="{scale.x(alpha):.1f}" y="{floor + 23}" text-anchor="middle">'
-            f"{view.name(alpha)}</text>"
+            f'<text{chosen} x="{scale.x(alpha):.1f}" y="{floor + 24}" text-anchor="middle">'
+            f"{alpha:.{places}f}</text>"
         )
     return drawn
 
@@ -441,25 +504,67 @@ def _ticks(view: _View, scale: _Scale) -> list[float]:
     return sorted(kept)
 
 
-def _bars(view: _View, scale: _Scale) -> list[str]:
-    """Between two alphas, a bar as high as their difference, with the number at its foot."""
-    drawn = []
-    floor = _HEIGHT - _BOTTOM
-    for a, b in pairwise(view.result.candidates):
-        if a.diff_next is None:
-            continue
-        left, right, y = scale.x(a.alpha), scale.x(b.alpha), scale.y(a.diff_next)
+_Links = Mapping[tuple[float, float], float]
+
+
+def _links(view: _View) -> _Links:
+    """The difference between each pair of alphas that was compared, wide pairs first."""
+    found: dict[tuple[float, float], float] = {}
+    around = [None, *view.alphas, None]
+    for i, c in enumerate(view.result.candidates):
+        before, after = c.neighbours if any(c.neighbours) else (around[i], around[i + 2])
+        if before is not None and c.diff_previous is not None:
+            found[before, c.alpha] = c.diff_previous
+        if after is not None and c.diff_next is not None:
+            found[c.alpha, after] = c.diff_next
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] - item[0][1], item[0])))
+
+
+def _bars(scale: _Scale, links: _Links) -> list[str]:
+    """Between two alphas, a bar as high as their difference; those of refinements in front."""
+    drawn, floor = [], _HEIGHT - _BOTTOM
+    for (low, high), difference in links.items():
+        left, right, y = scale.x(low), scale.x(high), scale.y(difference)
         inset = min(14.0, 0.2 * (right - left))
+        fine = " fine" if _inside(links, low, high, of_any=True) else ""
         drawn.append(
-            f'<rect class="bar" x="{left + inset:.1f}" y="{y:.1f}"'
+            f'<rect class="bar{fine}" x="{left + inset:.1f}" y="{y:.1f}"'
             f' width="{right - left - 2 * inset:.1f}" height="{floor - y:.1f}"/>'
         )
-        if right - left >= 30:
-            tight = " tight" if right - left < 60 else ""
-            drawn.append(
-                f'<text class="diff{tight}" x="{(left + right) / 2:.1f}" y="{floor - 8}"'
-                f' text-anchor="middle">{view.number(a.diff_next)}</text>'
-            )
+    return drawn
+
+
+def _inside(links: _Links, low: float, high: float, *, of_any: bool) -> bool:
+    """Whether the pair lies inside a wider one (of_any), or has a narrower one inside it."""
+    return any(
+        (a <= low and high <= b) if of_any else (low <= a and b <= high)
+        for a, b in links
+        if (a, b) != (low, high)
+    )
+
+
+def _differences(view: _View, scale: _Scale, links: _Links) -> list[str]:
+    """The numbers at the feet of the bars, where there is room for them."""
+    drawn, floor = [], _HEIGHT - _BOTTOM
+    for (low, high), difference in links.items():
+        left, right = scale.x(low), scale.x(high)
+        if right - left < 30 or _inside(links, low, high, of_any=False):
+            continue
+        kind = "diff tight" if right - left < 60 else "diff"
+        kind += " low" if floor - scale.y(difference) < 10 else ""
+        drawn.append(
+            f'<text class="{kind}" x="{(left + right) / 2:.1f}" y="{floor - 8}"'
+            f' text-anchor="middle">{view.number(difference)}</text>'
+        )
+    return drawn
+
+
+def _lines_between(scale: _Scale, scored: Sequence[Candidate]) -> list[str]:
+    """A line through the scores of a round; scores of two rounds do not compare."""
+    drawn = []
+    for _, group in groupby(scored, key=lambda c: c.round):
+        points = " ".join(f"{scale.x(c.alpha):.1f},{scale.y(c.score or 0.0):.1f}" for c in group)
+        drawn.append(f'<polyline class="line" points="{points}"/>')
     return drawn
 
 
@@ -483,7 +588,7 @@ def _point(view: _View, scale: _Scale, c: Candidate) -> list[str]:
     kinds = ["point"]
     kinds += ["chosen"] if c.alpha == view.result.alpha else []
     kinds += ["tie"] if c.alpha in view.result.ties else []
-    kinds += ["degenerate"] if c.degenerate else []
+    kinds += ["degenerate"] if view.collapsed(c) else []
     drawn = []
     if c.interval is not None:
         low, high = scale.y(c.interval[0]), scale.y(c.interval[1])
@@ -503,45 +608,49 @@ def _point(view: _View, scale: _Scale, c: Candidate) -> list[str]:
 
 def _below(view: _View, scale: _Scale, c: Candidate) -> list[str]:
     """Under the alpha's name: that it was chosen, or how many of its answers are degenerate."""
-    x, y = scale.x(c.alpha), _HEIGHT - _BOTTOM + 44
+    x, y = scale.x(c.alpha), _HEIGHT - _BOTTOM + 49
+    if c.alpha not in _ticks(view, scale):
+        return []
     if c.alpha == view.result.alpha:
         return [f'<text class="chosen" x="{x:.1f}" y="{y}" text-anchor="middle">chosen</text>']
     if c.degenerate:
+        kind = "warn" if view.collapsed(c) else "title"
         return [
-            f'<text class="warn" x="{x:.1f}" y="{y}" text-anchor="middle">× {c.degenerate:,}</text>'
+            f'<text class="{kind}" x="{x:.1f}" y="{y}" text-anchor="middle">'
+            f"{CROSS} {c.degenerate:,}</text>"
         ]
     return []
 
 
 def _candidates(view: _View) -> list[str]:
-    wins = view.result.wins
-    head = ["alpha", "from previous", "to next", "score D", "95 % interval"]
-    head += ["wins in resamples"] if wins else []
-    rows = []
-    for c in view.result.candidates:
-        chosen = c.alpha == view.result.alpha
-        mark = ' <span class="tag">chosen</span>' if chosen else ""
-        mark += ' <span class="tag">tie</span>' if c.alpha in view.result.ties else ""
-        cells = [
-            view.number(c.diff_previous),
-            view.number(c.diff_next),
-            view.number(c.score),
-            view.interval(c),
-        ]
-        if wins:
-            share = wins.get(c.alpha, 0.0)
-            meter = f'<span class="meter" style="--share:{share:.3f}"></span>'
-            cells.append(f"{_share(share)} {meter}" if c.score is not None else DASH)
-        warn = ' class="warn"' if c.degenerate else ""
-        rows.append(
-            '<tr class="chosen">' if chosen else "<tr>",
-        )
-        rows.append(
-            f'<th scope="row">{view.name(c.alpha)}{mark}</th>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + f"<td{warn}>{c.degenerate:,}</td></tr>"
-        )
+    head = ["alpha"]
+    head += ["round", "neighbours"] if view.rounds else []
+    head += ["from previous", "to next", "score D", "95 % interval"]
+    head += ["wins in resamples"] if view.result.wins else []
+    rows = [_candidate(view, c) for c in view.result.candidates]
     return _rows([*head, "degenerate"], rows, label="Candidates")
+
+
+def _candidate(view: _View, c: Candidate) -> str:
+    chosen, wins = c.alpha == view.result.alpha, view.result.wins
+    tags = ["chosen"] if chosen else []
+    tags += ["tie"] if c.alpha in view.result.ties else []
+    cells = []
+    if view.rounds:
+        sides = (DASH if side is None else view.name(side) for side in c.neighbours)
+        cells += [str(c.round) if c.round else "grid", ", ".join(sides)]
+    cells += [view.number(v) for v in (c.diff_previous, c.diff_next, c.score)]
+    cells.append(view.interval(c))
+    if wins:
+        share = wins.get(c.alpha)
+        meter = "" if share is None else f'<span class="meter" style="--share:{share:.3f}"></span>'
+        cells.append(DASH if share is None else f"{_share(share)} {meter}")
+    name = view.name(c.alpha) + "".join(f' <span class="tag">{tag}</span>' for tag in tags)
+    return (
+        f'<tr{_class(chosen, "chosen")}><th scope="row">{name}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + f"<td{_class(view.collapsed(c), 'warn')}>{c.degenerate:,}</td></tr>"
+    )
 
 
 # Answers ------------------------------------------------------------------------------------------
@@ -607,20 +716,33 @@ def _change(view: _View, item: _Item, chosen: int | None, cache: dict[Path, str]
     cells = [
         f'<td colspan="{run.last - run.first + 1}"'
         f"{_class(chosen is not None and run.first <= chosen <= run.last, 'chosen')}>"
-        f'<span class="range">{view.span(run)}</span>{_text(run.answer, SHORT_ANSWER)}</td>'
-        for run in found
+        f'<span class="range">{view.span(run)}</span>'
+        f"{_text(run.answer, SHORT_ANSWER, _parting(run.answer, other.answer))}</td>"
+        for run, other in zip(found, (found[1], *found), strict=False)
     ]
     images = "".join(
         _image(image, k, cache) for k, image in enumerate(prompt.images[:SHOWN_IMAGES])
     )
     if (more := len(prompt.images) - SHOWN_IMAGES) > 0:
         images += f'<span class="file">and {more} more</span>'
-    asked = _text(prompt.text, SHORT_PROMPT) if prompt.text else ""
     return (
         f'<tr><th scope="row"><div class="asked"><div class="images">{images}</div>'
-        f'<div>{asked}<p class="muted">{plain(prompt.id) or f"prompt {i + 1}"}</p></div></div></th>'
-        f"{''.join(cells)}</tr>"
+        f"<div>{_asked(i, prompt)}</div></div></th>{''.join(cells)}</tr>"
     )
+
+
+def _parting(text: str, other: str) -> int:
+    """Where an answer parts from its neighbour's."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+
+
+def _asked(i: int, prompt: Prompt) -> str:
+    """A prompt's text, and where it stands unless that is the text (recorded answers)."""
+    text = _text(prompt.text, SHORT_PROMPT) if prompt.text else ""
+    if prompt.id and prompt.id == prompt.text:
+        return text
+    return f'{text}<p class="muted">{marked(prompt.id[:SHORT_PROMPT]) or f"prompt {i + 1}"}</p>'
 
 
 def _image(image: Path | bytes, position: int, cache: dict[Path, str]) -> str:
@@ -671,8 +793,7 @@ def _steady(items: Sequence[_Item]) -> list[str]:
         '</caption><thead><tr><th scope="col">prompt</th><th scope="col">answer</th></tr></thead>'
         "<tbody>",
         *(
-            f'<tr><th scope="row">{_text(p.text, SHORT_PROMPT) if p.text else ""}'
-            f'<p class="muted">{plain(p.id) or f"prompt {i + 1}"}</p></th>'
+            f'<tr><th scope="row">{_asked(i, p)}</th>'
             f"<td>{_text(found[0].answer, SHORT_ANSWER)}</td></tr>"
             for i, p, found in shown
         ),
@@ -694,22 +815,21 @@ def _seconds(value: float) -> str:
 def _timings(view: _View, timings: Sequence[Timing]) -> list[str]:
     if not timings:
         return []
-    forward, plain_ = (
-        sum(t.forward_tokens for t in timings),
-        sum(t.plain_tokens for t in timings),
-    )
     total = Timing(
         math.nan,
         sum(t.apply_seconds for t in timings),
         sum(t.seconds for t in timings),
         sum(t.answer_tokens for t in timings),
-        forward,
-        plain_,
+        sum(t.forward_tokens for t in timings),
+        sum(t.plain_tokens for t in timings),
     )
     head = ["alpha", "apply (s)", "generate (s)", "answer tokens", "tokens per s"]
     head += ["forwarded", "without drafts", "ratio"]
     rows = [_timing(view.name(t.alpha), t, t.alpha == view.result.alpha) for t in timings]
-    said = f"Drafts left {_share(forward, plain_)} of the tokens to forward." if plain_ else ""
+    said = ""
+    if total.plain_tokens:
+        share = _share(total.forward_tokens, total.plain_tokens)
+        said = f"With drafts, {share} of the tokens had to be forwarded."
     return [
         f'<section><h2>Timings</h2><p class="muted">{said}</p>',
         *_rows(head, [*rows, _timing("total", total, False)], label="Time and tokens by alpha"),
@@ -826,14 +946,17 @@ header p { margin-bottom: 0.2rem; }
 
 .pair { display: grid; grid-template-columns: minmax(0, 1.15fr) minmax(0, 1fr);
   gap: 2rem; align-items: start; }
+.pair figure { position: sticky; top: 1rem; }
 svg { display: block; width: 100%; height: auto; max-width: 52rem; }
 svg text { font-size: 14px; fill: var(--ink); font-variant-numeric: tabular-nums; }
 svg .title, svg .why, svg .diff { fill: var(--muted); }
+svg .low { stroke: var(--page); stroke-width: 4px; paint-order: stroke; stroke-linejoin: round; }
 svg text.chosen { fill: var(--accent); font-weight: 700; }
 svg text.warn { fill: var(--warn); font-weight: 600; }
 svg .grid { stroke: var(--rule); }
 svg .band { fill: var(--accent-soft); }
 svg .bar { fill: var(--bar); }
+svg .bar.fine { stroke: var(--line); }
 svg .end { stroke: var(--line); stroke-dasharray: 3 4; }
 svg .line { fill: none; stroke: var(--line); stroke-width: 1.5; }
 svg .whisker { fill: none; stroke: var(--ink); stroke-width: 1.5; }
@@ -841,9 +964,9 @@ svg .point { fill: var(--ink); stroke: var(--page); stroke-width: 1.5; }
 svg .point.chosen { fill: var(--accent); }
 svg .point.tie { stroke: var(--accent); stroke-width: 2.5; }
 svg .point.degenerate { fill: var(--page); stroke: var(--warn); stroke-width: 2.5; }
-figcaption { font-size: 0.8rem; color: var(--muted); margin-top: 0.4rem; }
+figcaption { font-size: 0.8rem; color: var(--muted); margin-top: 0.4rem; display: flex;
+  flex-wrap: wrap; gap: 0.1rem 1.2rem; }
 .key { display: inline-block; vertical-align: middle; margin: 0 0.4em 0.15em 0; }
-.key:not(:first-child) { margin-left: 1.1em; }
 .key.point { width: 9px; height: 9px; border-radius: 50%; background: var(--ink); }
 .key.whisker { width: 2px; height: 13px; background: var(--ink); }
 .key.bar { width: 14px; height: 10px; background: var(--bar); }
@@ -880,12 +1003,13 @@ input { font: inherit; color: inherit; background: var(--page); border: 1px soli
 .answers td { border-left: 1px solid var(--rule); }
 .answers td.chosen { background: var(--accent-soft); box-shadow: inset 2px 0 var(--accent); }
 .answers p, .steady p, .long { overflow-wrap: anywhere; white-space: pre-wrap; }
+[dir="auto"] { text-align: start; }
 .range { font-size: 0.75rem; color: var(--muted); }
 td.chosen .range { color: var(--accent); font-weight: 600; }
 .asked { display: flex; gap: 0.7rem; }
 col.asked { display: table-column; }
 .asked .muted, .steady th .muted { font-size: 0.75rem; }
-.images { display: flex; flex-direction: column; gap: 0.3rem; flex: none; max-width: 96px; }
+.images { display: flex; flex-direction: column; gap: 0.3rem; flex: none; width: 96px; }
 .images:empty { display: none; }
 .images img { display: block; max-width: 96px; height: auto; border-radius: 3px; }
 .file { font-size: 0.75rem; color: var(--muted); overflow-wrap: anywhere; }
@@ -902,24 +1026,32 @@ table.steady caption { display: none; }
 
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   column-gap: 2.5rem; }
-dl { display: grid; grid-template-columns: minmax(7rem, 30%) minmax(0, 1fr); }
+dl { display: grid; grid-template-columns: fit-content(14rem) minmax(0, 1fr); }
 dt, dd { border-bottom: 1px solid var(--rule); padding: 0.3rem 0; overflow-wrap: anywhere; }
-dt { color: var(--muted); padding-right: 1rem; }
+dt { color: var(--muted); padding-right: 1.5rem; }
 dd { white-space: pre-wrap; }
 
+.pair.stacked { grid-template-columns: minmax(0, 1fr); }
+.pair.stacked figure { position: static; }
 @media (max-width: 60rem) {
   .pair { grid-template-columns: minmax(0, 1fr); }
+  .pair figure { position: static; }
 }
 @media (max-width: 36rem) {
   main { padding: 1rem 1rem 3rem; }
   .choice { gap: 1rem; padding: 0.8rem 0.9rem; }
   svg text { font-size: 21px; }
   svg .tight { display: none; }
-  th, td { padding: 0.35rem 0.4rem; }
-  figcaption .key { margin-left: 0; }
+  .numbers { font-size: 0.78rem; }
+  .numbers thead th { font-size: 0.7rem; }
+  .numbers th, .numbers td { padding: 0.35rem 0.25rem; }
+  .numbers .tag { display: block; }
+  .meter { display: none; }
 }
 @media print {
-  body { font-size: 8.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 9pt; }
+  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  svg { max-width: 36rem; }
   main { max-width: none; padding: 0; }
   tr, figure, .choice { break-inside: avoid; }
   #filter { display: none; }

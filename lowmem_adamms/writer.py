@@ -502,21 +502,23 @@ def _publish(out: Path) -> None:
     work = out / WORK
     everything = sorted(work.rglob("*"))
     made = [path for path in everything if path.is_file() and path.name != NAME]
+    if (work / ANSWERS).is_file():  # a search does not fsync it as it grows
+        _sync(work / ANSWERS)
     for path in sorted(made, key=lambda path: path.name == INDEX):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
     for folder in {out.absolute().parent, *(out / path.relative_to(work).parent for path in made)}:
-        _sync_folder(folder)
+        _sync(folder)
     for folder in [path for path in reversed(everything) if path.is_dir()]:
         folder.rmdir()
     (work / NAME).unlink()
     work.rmdir()
-    _sync_folder(out)
+    _sync(out)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -18,9 +18,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem_adamms import __version__, cli, demo
+from lowmem_adamms import __version__, demo
 from lowmem_adamms.cli import main
-from lowmem_adamms.errors import RecipeError
+from lowmem_adamms.options import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -80,12 +80,12 @@ def test_help_and_version_in_a_real_process() -> None:
     done = shell("--help")
     assert done.returncode == 0
     assert done.stderr == ""
-    for command in cli.COMMANDS:
+    for command in COMMANDS:
         assert re.search(rf"^ +{command} ", done.stdout, re.MULTILINE)
     assert shell("--version").stdout == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: Capture) -> None:
     assert run(command, "--help") == 0
     assert "usage: python -m lowmem_adamms" in capsys.readouterr().out
@@ -457,7 +457,7 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_written(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "alpha is missing"),
+        ((), "give either --alpha, .*, or --prompts"),
         (("--alpha", "nan"), "alpha is nan"),
         (("--alpha", "-0.1"), "alpha is -0.1"),
         (("--alpha", "1.1"), "alpha is 1.1"),
@@ -465,8 +465,14 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_written(
         (("--alpha", "much"), "--alpha"),
         (("--alpha", "0.3", "--dtype", "int8"), "expected bf16, fp16 or fp32"),
         (("--alpha", "0.3", "--embeddings", "no"), "--embeddings"),
-        (("--alpha", "0.3", "--max-shard-size", "big"), "expected a size such as 5GB"),
-        (("--alpha", "0.3", "--max-shard-size", "0"), "expected a size such as 5GB"),
+        (
+            ("--alpha", "0.3", "--max-shard-size", "big"),
+            "--max-shard-size .*: expected a size such as",
+        ),
+        (
+            ("--alpha", "0.3", "--max-shard-size", "0"),
+            "--max-shard-size .*: expected a size such as",
+        ),
         (("--alpha", "0.3", "--wat"), "--wat"),
     ],
     ids=str,
@@ -570,35 +576,7 @@ def test_interrupted_is_130(
     assert capsys.readouterr().err == "interrupted: run the same command again to resume\n"
 
 
-# Sizes and progress
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("5GB", 5 * 10**9),
-        ("500MB", 500 * 10**6),
-        ("2GiB", 2 << 30),
-        ("1.5gb", 1_500_000_000),
-        ("10 MB", 10**7),
-        ("3k", 3000),
-        ("1KiB", 1024),
-        ("1T", 10**12),
-        ("12345", 12345),
-        ("12345B", 12345),
-        (" 5GB ", 5 * 10**9),
-    ],
-)
-def test_sizes(text: str, expected: int) -> None:
-    assert cli._size(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "-5GB", "5XB", "five", "5GBs", "0", "0.0GB", "nan", "1e9", "5,5GB"]
-)
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(RecipeError, match="expected a size"):
-        cli._size(text)
+# Progress
 
 
 class Terminal(io.StringIO):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 NEW = talk.NEW
 VISION = tuple(family for family in talk.DONORS if family not in talk.TEXT_ONLY)
+ALWAYS = ("everything, one by one", "everything, by threes", "everything, all at once")
 VARIANTS = {
     "everything, one by one": Settings(NEW, 1),
     "everything, by threes": Settings(NEW, 3),
@@ -45,6 +46,17 @@ def tokens_of(answerer: Answerer, prompts: Sequence[Prompt]) -> list[list[int]]:
     answers = answerer(prompts, None, lambda place, text, ids: found.update({place: (text, ids)}))
     assert answers == [found[place][0] for place in range(len(prompts))]
     return [found[place][1] for place in range(len(prompts))]
+
+
+def plain_answers(live: LiveModel, prompts: tuple[Prompt, ...]) -> list[list[int]]:
+    """Tokens without any economy at the live model's alpha, made once."""
+    key = (live.plan.base.path, live.alpha, prompts)
+    if key not in _plain:
+        _plain[key] = tokens_of(Answerer(live, VARIANTS["nothing"]), prompts)
+    return _plain[key]
+
+
+_plain: dict[Any, list[list[int]]] = {}
 
 
 def asked_with(
@@ -73,6 +85,8 @@ def test_at_every_alpha_answers_are_those_of_transformers(
         live.apply(alpha)
         seen[alpha] = talk.reference(live, prompts)
         for name, answerer in answerers.items():
+            if name not in ALWAYS and alpha not in (0.0, 0.3, 0.6):
+                continue  # what it does not remember cannot be stale
             assert tokens_of(answerer, prompts) == seen[alpha], (name, alpha)
     flat = [tuple(answer) for answers in seen.values() for answer in answers]
     assert len(set(flat)) >= 15, "too few different answers to show anything"
@@ -175,7 +189,7 @@ def test_what_a_draft_holds_after_its_end_is_no_answer(
     live.apply(0.3)
     truth = talk.reference(live, prompts)
     assert any(len(answer) < NEW for answer in truth)
-    drafts = {place: (answer + [70, 71, 72, 73])[:NEW] for place, answer in enumerate(truth)}
+    drafts = {place: [*answer, 70, 71, 72, 73][:NEW] for place, answer in enumerate(truth)}
     tokens, answerer = asked_with(live, prompts, drafts)
     assert tokens == truth
     assert answerer.spent.passes == 1
@@ -208,7 +222,7 @@ def test_tokens_that_stand_for_images_in_a_draft_are_no_images(
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava", "cogvlm", "mplug_owl2"])
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_draft_whatever_changes_an_answer(
     talker: Talkers, images: tuple[Path, ...], family: str, data: st.DataObject
@@ -216,7 +230,7 @@ def test_no_draft_whatever_changes_an_answer(
     live, prompts = talker(family), talk.ask(family, images)
     if live.alpha != 0.5:
         live.apply(0.5)
-    truth = tokens_of(Answerer(live, VARIANTS["nothing"]), prompts)
+    truth = plain_answers(live, prompts)
     junk = st.lists(st.integers(0, live.model.get_output_embeddings().out_features - 1), max_size=8)
     drafts = {
         place: answer[: data.draw(st.integers(0, NEW))] + data.draw(junk)
@@ -322,9 +336,7 @@ def test_a_text_only_base_has_nothing_to_look_with(talker: Talkers) -> None:
 
 
 @pytest.fixture
-def told(
-    talking: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path
-) -> Any:
+def told(talking: dict[str, Path], tiny_models: dict[str, Path], tmp_path: Path) -> Any:
     """Loads a llava whose generation_config.json, or tokenizer's settings, are changed."""
 
     def load(file: str, **changes: Any) -> LiveModel:
@@ -403,9 +415,7 @@ def test_where_the_checkpoint_names_no_end_the_tokenizer_does(
     assert tokens == expected
 
 
-def test_batches_need_no_pad_token(
-    talker: Talkers, images: tuple[Path, ...], told: Any
-) -> None:
+def test_batches_need_no_pad_token(talker: Talkers, images: tuple[Path, ...], told: Any) -> None:
     prompts = talk.ask("llava", images)
     talker("llava").apply(0.0)
     expected = talk.reference(talker("llava"), prompts)

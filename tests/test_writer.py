@@ -27,7 +27,7 @@ from lowmem_adamms import __version__, demo, header, make_plan, merge, stream, w
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import MappingError, OutputError
-from lowmem_adamms.journal import NAME, WORK
+from lowmem_adamms.journal import ANSWERS, NAME, WORK
 
 loop = importlib.import_module("lowmem_adamms.merge")  # the package's `merge` is the function
 ROOT = Path(__file__).parent.parent
@@ -283,6 +283,84 @@ def test_the_config_announces_the_outputs_dtype(pair: Pair, dtype: str, tmp_path
     assert str(tiny.load_model(out).dtype) == f"torch.{spoken}"
     before = json.loads((pair[0] / "config.json").read_bytes())
     assert set(before) - {"dtype", "torch_dtype"} == set(config) - {"dtype", "torch_dtype"}
+
+
+# What a search adds
+
+
+FOUND: dict[str, Any] = {
+    "alpha": 0.3,
+    "measure": "joint",
+    "prompts": 12,
+    "candidates": [{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 0.6}],
+    "notes": ["Only 12 prompts."],
+}
+
+
+def test_a_search_adds_its_document_and_its_files(pair: Pair, whole: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(make_plan(*pair), 0.3, out, search=FOUND, beside={"report.html": b"<p>found</p>"})
+    files = seen(out)
+    changed = {"adamms.json", "README.md"}
+    assert {name for name in files if files[name] != whole.get(name)} == changed | {"report.html"}
+    assert files["report.html"] == b"<p>found</p>"
+    before, after = (json.loads(files["adamms.json"]) for files in (whole, files))
+    assert after == before | FOUND
+
+
+def test_the_card_says_how_alpha_was_chosen_only_if_it_was(
+    pair: Pair, merged: Path, tmp_path: Path
+) -> None:
+    out = merge(make_plan(*pair), 0.3, tmp_path / "out", search=FOUND)
+    cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (merged, out)]
+    sentence = "Alpha was chosen without labels, by the consistency of the answers to 12 prompts"
+    assert [sentence in card for card in cards] == [False, True]
+    assert "at the alphas 0, 0.3, 0.6 (measure: joint)" in cards[1]
+    assert ModelCard.load(out / "README.md").data.to_dict()["base_model"] == ["base", "donor"]
+
+
+def test_the_recipe_tells_what_was_done_whatever_the_search_says(
+    pair: Pair, tmp_path: Path
+) -> None:
+    lies = FOUND | {"alpha": 0.6, "base": "x", "options": {}, "outputs": []}
+    out = merge(make_plan(*pair), 0.3, tmp_path / "out", search=lies)
+    recipe = json.loads((out / "adamms.json").read_bytes())
+    assert recipe["alpha"] == 0.3
+    assert recipe["base"] == str(pair[0].resolve())
+    assert recipe["options"] and recipe["outputs"]
+
+
+def test_a_search_of_the_base_is_not_taken_for_its_own(pair: Pair, tmp_path: Path) -> None:
+    """A merged model may be merged again; its answers and report stay with it."""
+    first = merge(
+        make_plan(*pair), 0.3, tmp_path / "first", search=FOUND, beside={"report.html": b"first"}
+    )
+    (first / ANSWERS).write_bytes(b"{}\n")
+    plain = merge(make_plan(first, pair[1]), 0.1, tmp_path / "plain")
+    assert not {ANSWERS, "report.html"} & set(seen(plain))
+    assert "candidates" not in json.loads((plain / "adamms.json").read_bytes())
+    second = merge(
+        make_plan(first, pair[1]), 0.1, tmp_path / "second", beside={"report.html": b"second"}
+    )
+    assert (second / "report.html").read_bytes() == b"second"
+
+
+def test_answers_of_an_unfinished_search_may_lie_in_the_output(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    """And nothing else may."""
+    work = tmp_path / "out" / WORK
+    work.mkdir(parents=True)
+    (work / ANSWERS).write_bytes(b"{}\n")
+    (work / "other").write_text("mine")
+    assert_refused(pair, tmp_path / "out", "not empty")
+    (work / "other").unlink()
+    plan = make_plan(*pair)
+    assert [file.name for file in writer.check_output(plan, tmp_path / "out")] == sorted(
+        name for name in whole if name.endswith(".safetensors")
+    )
+    merge(plan, 0.3, tmp_path / "out")
+    assert seen(tmp_path / "out") == whole | {ANSWERS: b"{}\n"}
 
 
 # Refusals
@@ -624,9 +702,14 @@ def test_every_file_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", checked)
-    merge(make_plan(*pair), 0.3, tmp_path / "out")
-    assert sorted(named) == sorted(name for name, what in whole.items() if what != b"(folder)")
+    found = {"report.html": b"<p>", ANSWERS: b"{}\n"}
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    (tmp_path / "out" / WORK / ANSWERS).write_bytes(found[ANSWERS])
+    merge(make_plan(*pair), 0.3, tmp_path / "out", beside={"report.html": found["report.html"]})
+    files = whole | found
+    assert sorted(named) == sorted(name for name, what in files.items() if what != b"(folder)")
     assert named[-1] == INDEX
+    assert seen(tmp_path / "out") == files
     assert (tmp_path / "out").stat().st_ino in synced
 
 
