@@ -153,7 +153,7 @@ def own_answers(folder: Path, prompts: tuple[Prompt, ...], new: int = 8) -> list
     return answers
 
 
-def assert_one_error(capsys: Capture, words: str, *, before: str = "") -> None:
+def assert_one_error(capsys: Capture, words: str) -> None:
     """One line of error, after lines that are none (such as the placement's)."""
     captured = capsys.readouterr()
     *others, error = captured.err.splitlines()
@@ -518,7 +518,8 @@ def test_two_at_once_do_not_mix(
     capsys: Capture,
 ) -> None:
     words = (*exact, "-o", tmp_path / "out", "--prompts", prompts, *QUICK)
-    note, codes = AnswerJournal.note, []
+    note = AnswerJournal.note
+    codes: list[int] = []
 
     def meanwhile(journal: AnswerJournal, *args: Any, **options: Any) -> None:
         if not codes:
@@ -653,7 +654,8 @@ def test_a_bad_grid_is_one_line_and_nothing_is_loaded_or_written(
 def test_refining_asks_between_the_best_and_its_neighbours(
     small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path, tmp_path: Path
 ) -> None:
-    journal = shutil.copy(small[1], tmp_path / "journal.jsonl")
+    journal = tmp_path / "journal.jsonl"
+    shutil.copy(small[1], journal)
     found = searched(exact, prompts, journal, "--refine", "1")
     assert small[0]["alpha"] == 0.2
     assert [c["alpha"] for c in found["candidates"]] == [0, 0.1, 0.2, 0.3, 0.4]

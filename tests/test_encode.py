@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lowmem_adamms import encode
 from lowmem_adamms.encode import Encoder, load_processor
 from lowmem_adamms.errors import FormatError, PromptError
-from lowmem_adamms.prompts import Prompt
+from lowmem_adamms.prompts import Prompt, open_image
 
 if TYPE_CHECKING:
     from conftest import Talkers
@@ -137,7 +137,6 @@ _encoders: dict[str, Encoder] = {}
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that grows by each image that is opened."""
     found: list[Any] = []
-    open_image = encode.open_image
 
     def noted(image: Any) -> Any:
         found.append(image)

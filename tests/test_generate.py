@@ -125,7 +125,7 @@ def test_plain_texts_repeated_ones_and_none_at_all_are_answered_in_order(talker:
     short, long = "Hm?", "What do you see on the way from the station to the old bridge?"
     one, other = (live.generate([text], Settings(NEW, 1))[0] for text in (short, long))
     assert one != other
-    asked = [short, long, short, Prompt(long)]
+    asked: list[Prompt | str] = [short, long, short, Prompt(long)]
     assert live.generate(asked, Settings(NEW, 2)) == [one, other, one, other]
     assert live.generate([]) == []
 
@@ -379,14 +379,15 @@ def test_greedy_is_greedy_whatever_the_checkpoint_prefers(
         assert answerer.notes == []
 
 
+@pytest.mark.parametrize("early", [0, 2])
 def test_an_answer_ends_at_whichever_end_token_comes_first(
-    talker: Talkers, images: tuple[Path, ...], told: Any
+    talker: Talkers, images: tuple[Path, ...], told: Any, early: int
 ) -> None:
     prompts = talk.ask("llava", images)
     talker("llava").apply(0.0)
     whole = talk.reference(talker("llava"), prompts)
     last = talker("llava").model.generation_config.eos_token_id
-    ends = [last, whole[0][2], whole[1][4]]
+    ends = [last, whole[0][early], whole[1][4]]
     expected = []
     for answer in whole:
         body = list(takewhile(lambda token: token not in ends, answer))
