@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import MergeError, OutputError, PlacementError, RecipeError
+from .arch import BUFFER
+from .errors import MergeError, OutputError, PlacementError, PromptError, RecipeError
 from .journal import ANSWERS, NAME, WORK
 from .options import COMMANDS, NEED_A_MODEL, parser
 from .placement import Placement, measure, parse_size, place
@@ -266,10 +267,10 @@ def _run_search(
     from .search import search
 
     alphas = _alphas(arguments.alphas)
+    _check_images(plan, prompts)
     placement = _place(plan, arguments)
     for line in placement.lines:
         print(line, file=sys.stderr)
-    _check_card(placement)
     progress = show.SearchProgress(len(alphas), len(prompts))
     with _session(arguments, plan, prompts, placement, journal, progress) as session:
         with _live(progress):
@@ -288,15 +289,12 @@ def _run_search(
     return _Found(result, page)
 
 
-def _check_card(placement: Placement) -> None:
-    """--vram may plan for any card; to search on it, torch must see one."""
-    import torch
-
-    if placement.device == "cuda" and not torch.cuda.is_available():
-        raise PlacementError(
-            "the search was placed on a CUDA card, but torch sees none; --vram 0 does without,"
-            " or install a torch build for CUDA and its driver"
-        )
+def _check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
+    """A base that holds nothing but a decoder cannot be shown images; said before it is loaded."""
+    if set(plan.base_layout.kinds.values()) <= {BUFFER}:
+        for prompt in prompts:
+            if prompt.images:
+                raise PromptError(f"{prompt.id}: has an image, but {plan.base.path} is text-only")
 
 
 @contextmanager
@@ -325,6 +323,7 @@ def _session(
     path: Path | None,
     progress: Any,
 ) -> Iterator[Session]:
+    from .encode import load_processor
     from .generate import Settings
     from .live import LiveModel
     from .session import Session, fingerprint
@@ -337,6 +336,8 @@ def _session(
     )
 
     def load() -> LiveModel:
+        # A base that cannot be talked to is found out before its weights are read
+        load_processor(plan.base.path, trust_remote_code=arguments.trust_remote_code)
         return LiveModel(
             plan,
             dtype=placement.dtype if arguments.live_dtype else None,

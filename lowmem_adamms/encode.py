@@ -127,12 +127,15 @@ class Encoder:
         if hasattr(self.processor, "image_processor"):
             content = [{"type": "image"} for _ in prompt.images]
             content.append({"type": "text", "text": prompt.text})
-        text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=template,  # a processor does not look for its tokenizer's
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            text: str = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=template,  # a processor does not look for its tokenizer's
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except importlib.import_module("jinja2").TemplateError as error:
+            raise FormatError(f"{self._folder}: its chat template fails: {error}") from None
         return text
 
     def _by_tokenizer(self, prompts: Sequence[Prompt]) -> Inputs:

@@ -131,8 +131,9 @@ class AnswerJournal(_Log):
         self.tokens: dict[float, dict[int, list[int]]] = {}
         self.again: dict[float, dict[int, str]] = {}
         others = (
-            f"{path} holds answers of another search (other models, prompts or settings);"
-            " delete it or choose another place"
+            f"{path} holds answers of another search (other models, prompts, precision, batches or"
+            " settings); give the same options, --batch-size too, or delete it or choose another"
+            " place"
         )
         super().__init__(path, "search", fingerprint, others)
 

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,15 @@ def quiet() -> Iterator[None]:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    bitsandbytes = getLogger("bitsandbytes")  # warns of every cast and every missing extra
+    level = bitsandbytes.level
+    bitsandbytes.setLevel("ERROR")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        bitsandbytes.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
@@ -65,6 +70,16 @@ def load_model(
     bitsandbytes. FormatError if transformers does not know the architecture, RecipeError if it
     needs remote code that was not allowed or a package that is missing.
     """
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder}: no config.json in it; transformers cannot tell what it is")
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        # --vram may plan for any card; to load on it, torch must see one
+        raise PlacementError(
+            "the model was placed on a CUDA card, but torch sees none; --vram 0 does without,"
+            " or install a torch build for CUDA and its driver"
+        )
     transformers = importlib.import_module("transformers")
     _refuse_remote_code(folder, transformers, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -122,8 +122,8 @@ def search(
     `embedding.minilm_distance` unless given. refine: so many times, the alphas halfway to the best
     one's neighbours are asked too, and the best of the inner three of those five goes on. noise:
     called once, at the chosen alpha; the same model in another batch size shows how much of a
-    difference means nothing. seed: of the bootstrap. progress(alpha, candidates) follows each alpha with what
-    is known by then.
+    difference means nothing. seed: of the bootstrap. progress(alpha, candidates) follows each alpha
+    with what is known by then.
 
     RecipeError for an option out of range or a missing embedding model (before any answer is asked
     for), PromptError without prompts, ValueError when `generate` breaks its contract.

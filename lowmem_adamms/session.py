@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -143,6 +144,14 @@ def fingerprint(
     """A digest of everything that decides the answers at an alpha."""
     from . import __version__
 
-    model = [placement.device, placement.quantize, placement.dtype]
-    document = [__version__, plan.identity(), digest(prompts), asdict(settings), model]
+    folder = plan.base.path
+    papers = [(str(name), (folder / name).stat()) for name in plan.base.sidecars()]
+    document = [
+        [__version__, version("transformers")],
+        [placement.device, placement.quantize, placement.dtype],
+        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in papers],
+        plan.identity(),
+        digest(prompts),
+        asdict(settings),
+    ]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
