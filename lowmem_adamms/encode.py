@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .errors import FormatError, PromptError
-from .loading import quiet
+from .loading import quiet, refuse_remote_code
 from .prompts import Prompt, open_image
 
 KEEP = 256 << 20
@@ -189,8 +189,9 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Some families' processors are refused where torchvision is missing, only because of videos:
     those are put together without that part. FormatError if there is neither, or if what is there
-    cannot be read.
+    cannot be read; RecipeError if it is code that was not allowed.
     """
+    refuse_remote_code(folder, trust_remote_code)
     found = _load_processor(folder, trust_remote_code)
     if len(getattr(found, "tokenizer", found)) < FEWEST:
         raise FormatError(f"{folder}: no tokenizer in it; copy {_TOKENIZER_FILES} there")

@@ -18,7 +18,7 @@ import torch
 from . import device, kinship, loading
 from .checkpoint import Span
 from .dtypes import DTYPES, from_user
-from .errors import FormatError, MappingError
+from .errors import FormatError, MappingError, PlacementError
 from .merge import Source, check_alpha, run
 from .placement import Placement, measure, place
 from .plan import Plan, Step
@@ -64,6 +64,12 @@ class LiveModel:
         folder = plan.base.folder
         if folder is None:
             raise FormatError(f"{plan.base.path}: a bare file cannot be run; give its folder")
+        if self.placement.device == "cuda" and not torch.cuda.is_available():
+            # --vram may plan for any card; to load on it, torch must see one
+            raise PlacementError(
+                "the model was placed on a CUDA card, but torch sees none; --vram 0 does without,"
+                " or install a torch build for CUDA and its driver"
+            )
         self.model = loading.load_model(
             folder,
             device=self.placement.device,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.util
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,16 +74,8 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise FormatError(f"{folder}: no config.json in it; transformers cannot tell what it is")
-    import torch
-
-    if device != "cpu" and not torch.cuda.is_available():
-        # --vram may plan for any card; to load on it, torch must see one
-        raise PlacementError(
-            "the model was placed on a CUDA card, but torch sees none; --vram 0 does without,"
-            " or install a torch build for CUDA and its driver"
-        )
     transformers = importlib.import_module("transformers")
-    _refuse_remote_code(folder, transformers, trust_remote_code)
+    refuse_remote_code(folder, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
         options["quantization_config"] = _quantization(transformers, quantize)
@@ -179,8 +173,11 @@ def _auto_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _refuse_remote_code(folder: Path, transformers: Any, allowed: bool) -> None:
-    config, _ = transformers.PretrainedConfig.get_config_dict(folder)
+def refuse_remote_code(folder: Path, allowed: bool) -> None:
+    """RecipeError if transformers knows the model only by code in `folder` that is not allowed."""
+    transformers = importlib.import_module("transformers")
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if config.get("auto_map") and not allowed and config.get("model_type") not in known:
         raise RecipeError(

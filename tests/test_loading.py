@@ -82,7 +82,8 @@ def test_the_dtype_asked_for_is_loaded(dtype: str, tiny_models: dict[str, Path])
 def test_remote_code_is_loaded_only_on_request(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
-    made = tiny.make_cogvlm(tmp_path / "cogvlm", ancestor=ancestors["llama"])
+    # A name of its own: transformers keeps remote code by the name of its folder
+    made = tiny.make_cogvlm(tmp_path / "asked-for", ancestor=ancestors["llama"])
     folder = tiny.add_remote_code(made)
     (folder / "modeling_cogvlm.py").write_text(
         (folder / "modeling_cogvlm.py").read_text()
