@@ -85,6 +85,8 @@ def make_pair(pair: Path, size: Size, distance: float, seed: int) -> None:
             scale = distance * parent.float().square().mean().sqrt()
             mine[name].data.copy_(parent + scale * torch.randn(parent.shape))
         _write(donor, pair / "donor", tokens, transformers)
+        for file in (pair / "donor").glob("tokenizer*"):
+            file.unlink()  # so that all rows are joined, not only those of this small vocabulary
     config: dict[str, Any] = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2VLProcessor",

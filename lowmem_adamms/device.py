@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .stream import Bytes
 
 WINDOW = 64 << 20
-"""Bytes of output per kernel call: large enough for launching to cost nothing beside copying."""
+"""Bytes of output per kernel call into a live model, which needs no buffers for them: so many that
+launching costs nothing beside copying."""
 
 
 class DeviceSource:
@@ -46,7 +47,8 @@ class DeviceSource:
                     self._hold(span, as_tensor(files.view(span)).to(self._device, copy=True))
                 else:
                     self._hold(span, self._page_locked(span))
-                files.behind(span, evict=False)()
+                if let_go := files.behind(span, evict=False):
+                    let_go()
 
     def view(self, span: Span) -> torch.Tensor:
         """A span's bytes on the device."""
@@ -59,10 +61,10 @@ class DeviceSource:
         """Bring in the pages of what is not held."""
         return [] if self._find(span) is not None else self._files.ahead(span)
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None]:
+    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
         """Unmap the pages of what is not held."""
         if self._find(span) is not None:
-            return lambda: None
+            return None
         return self._files.behind(span, evict=evict)
 
     def _page_locked(self, span: Span) -> torch.Tensor:

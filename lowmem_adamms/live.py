@@ -80,7 +80,7 @@ class LiveModel:
         self.trust_remote_code = trust_remote_code
         self.alpha: float | None = 0.0
         self._answerer: Any = None
-        self._files = Files()
+        self._files = Files(keep=self.placement.sources_stay)
         try:
             self._source, self._kernel, self._window = self._backend()
             groups, ignored = loading.join(self.model, list(plan.base.tensors))
@@ -138,12 +138,12 @@ class LiveModel:
     ) -> None:
         self.close()
 
-    def _backend(self) -> tuple[Source, Any, int | None]:
+    def _backend(self) -> tuple[Source, Any, int]:
         """Source, kernel and window for where the model lies."""
         if self.placement.device == "cpu":
             from .kernels.select import select
 
-            return self._files, select(self.plan.dtypes)[0], None
+            return self._files, select(self.plan.dtypes)[0], device.WINDOW
         from .kernels import gpu
 
         where = self.placement.device
@@ -383,7 +383,8 @@ def _same(param: torch.Tensor, span: Span, files: Files) -> bool:
         if not torch.equal(bytes_of(flat[start : start + len(values)]), bytes_of(values)):
             return False
         start += len(values)
-        files.behind(piece, evict=False)()
+        if let_go := files.behind(piece, evict=False):
+            let_go()
     return True
 
 

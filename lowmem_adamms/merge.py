@@ -42,8 +42,8 @@ class Source(Protocol):
     def ahead(self, span: Span) -> list[Callable[[], None]]:
         """Calls, for any thread, that bring a span nearer before it is needed."""
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None]:
-        """A call, for any thread, that lets go of a span."""
+    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+        """A call, for any thread, that lets go of a span, if there is anything to let go of."""
 
 
 class Sink(Protocol):
@@ -148,7 +148,8 @@ def run(
                 _blend(todo, alpha, sink, source, kernel)
             for piece in _pieces(todo):
                 for span in piece.spans:
-                    releaser.submit(source.behind(span, evict=evict and isinstance(piece, Piece)))
+                    if let_go := source.behind(span, evict=evict and isinstance(piece, Piece)):
+                        releaser.submit(let_go)
             if progress:
                 progress(sum(piece.nbytes for piece in _pieces(todo)))
 

@@ -62,7 +62,8 @@ class Placement:
     dtype: of the live model, as `dtypes.py` spells it; of a quantized one, of what stays whole.
     batch: sequences answered at once, for which work_bytes are enough.
     sources_*: the exact base and donor weights of all interpolated parts, which every apply reads,
-    by where they are kept (`homes` tells it part by part). lines: the sums, for people.
+    by where they are kept (`homes` tells it part by part); sources_stay: whether those in the page
+    cache find room there from one apply to the next. lines: the sums, for people.
     """
 
     device: Device
@@ -74,6 +75,7 @@ class Placement:
     sources_vram: int
     sources_pinned: int
     sources_cache: int
+    sources_stay: bool
     lines: tuple[str, ...]
 
 
@@ -422,7 +424,8 @@ def _with_sources(plan: Plan, memory: Memory, chosen: _Option, lines: list[str])
     for home, size in zip(_fill(sizes, vram, pinned), sizes, strict=True):
         sums[home] += size
     taken = sums["pinned"] + SPARE if on_card else chosen.need
-    lines += _source_lines(sums, max(0, memory.ram - taken))
+    ram_left = max(0, memory.ram - taken)
+    lines += _source_lines(sums, ram_left)
     return Placement(
         chosen.device,
         chosen.quantize,
@@ -433,6 +436,7 @@ def _with_sources(plan: Plan, memory: Memory, chosen: _Option, lines: list[str])
         sums["vram"],
         sums["pinned"],
         sums["cache"],
+        sums["cache"] <= ram_left,
         tuple(lines),
     )
 

@@ -100,9 +100,14 @@ def reading(spans: Iterable[Span]) -> Iterator[None]:
 
 
 class Files:
-    """The mapped files of one run, opened on first use and closed together. Used by one thread."""
+    """Mapped files, opened on first use and closed together. Used by one thread.
 
-    def __init__(self) -> None:
+    keep: leave what was brought in mapped, for whoever reads it again; the kernel still evicts it
+    when memory is short.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.keep = keep
         self._open: dict[Path, Mapped] = {}
         self._asked: set[tuple[Path, int]] = set()
 
@@ -137,12 +142,14 @@ class Files:
         self._asked.update((span.path, block) for block in fresh)
         return [partial(mapped.populate, block) for block in fresh]
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None]:
-        """A call, for any thread, that lets go of the blocks which end inside a span.
+    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+        """A call, for any thread, that lets go of the blocks which end inside a span, if any do.
 
         evict: also from the page cache.
         """
         first, last = span.start // BLOCK, span.stop // BLOCK
+        if self.keep or first == last:
+            return None
         self._asked.difference_update((span.path, block) for block in range(first, last))
         return partial(self._mapped(span.path).release, first, last, evict=evict)
 

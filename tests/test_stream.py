@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "file"
     path.write_bytes(np.random.default_rng(0).bytes(3 * BLOCK + 1001))
     return path
+
+
+def let_go(call: Callable[[], None] | None) -> None:
+    if call is not None:
+        call()
 
 
 def span(path: Path, start: int, stop: int, dtype: str = "BF16") -> Span:
@@ -92,7 +98,7 @@ def calls_of(
 
     with monkeypatch.context() as patch:
         patch.setattr(stream.Mapped, "release", note)
-        files.behind(what, evict=evict)()
+        let_go(files.behind(what, evict=evict))
     return found
 
 
@@ -113,7 +119,7 @@ def test_a_block_is_let_go_by_the_span_it_ends_in(
 def test_a_block_let_go_can_be_asked_for_again(path: Path) -> None:
     with stream.Files() as files:
         files.ahead(span(path, 0, 2 * BLOCK))
-        files.behind(span(path, 0, BLOCK + 2), evict=False)()
+        let_go(files.behind(span(path, 0, BLOCK + 2), evict=False))
         assert len(files.ahead(span(path, 0, 2 * BLOCK))) == 1
 
 
@@ -124,7 +130,7 @@ def test_bytes_survive_populating_and_releasing(path: Path, evict: bool) -> None
         for call in files.ahead(whole):
             call()
         view = files.view(whole)
-        files.behind(whole, evict=evict)()
+        let_go(files.behind(whole, evict=evict))
         assert view.tobytes() == path.read_bytes()[: whole.stop]
         del view
 
@@ -175,7 +181,7 @@ def test_a_kernel_that_refuses_populate_is_no_error(
 def test_files_without_fadvise_are_not_evicted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     with stream.Files() as files:
-        files.behind(span(path, 0, 3 * BLOCK), evict=True)()
+        let_go(files.behind(span(path, 0, 3 * BLOCK), evict=True))
         assert files.view(span(path, 0, 64)).tobytes() == path.read_bytes()[:64]
 
 
@@ -202,3 +208,17 @@ def test_closing_with_a_view_still_held_is_harmless(path: Path) -> None:
     with stream.Files() as files:
         view = files.view(span(path, 0, 100))
     assert view.tobytes() == path.read_bytes()[:100]
+
+
+def test_what_is_to_be_kept_is_brought_in_once_and_not_let_go(path: Path) -> None:
+    whole = span(path, 0, 3 * BLOCK)
+    with stream.Files(keep=True) as files:
+        assert len(files.ahead(whole)) == 3
+        assert files.behind(whole, evict=True) is None
+        assert files.ahead(whole) == []
+        assert bytes(files.view(whole)) == path.read_bytes()[: 3 * BLOCK]
+
+
+def test_a_stretch_that_ends_no_block_lets_nothing_go(path: Path) -> None:
+    with stream.Files() as files:
+        assert files.behind(span(path, 0, BLOCK - 2), evict=False) is None
