@@ -2,11 +2,14 @@
 
     python bench/runnable.py PAIR --size small
 
-Unlike synthetic.py's pairs (true names, no sense) these answer: both language models are one random
+Unlike synthetic.py's pairs (true names, no sense) these answer: both language models are one
 ancestor plus a little noise, the tokenizer and chat template are the demo's, images are random
-blocks of colour. `distance` sets how far apart the two are, and so how many answers change from one
-alpha to the next. Real models change 5 to 20 % of theirs (the paper's curves). Writes
-PAIR/base, PAIR/donor, PAIR/prompts.jsonl and PAIR/images.
+blocks of colour. The ancestor's layers are random. Its head is made so that most tokens have one
+successor and a few have two, between which the layers decide by all that was said and shown before:
+a wholly random head would leave every token to chance, where a trained one is nearly always sure.
+`distance` and `branching` set how many answers change from one alpha to the next, which is what
+drafts live on; bench/search.py reports it. Writes PAIR/base, PAIR/donor, PAIR/prompts.jsonl and
+PAIR/images.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ SIZES = {
     "small": Size(896, 4864, 24, 32768, 640, 16),
     "medium": Size(1536, 8960, 28, 65536, 1280, 32),  # Qwen2-VL-2B but for its vocabulary
 }
+ENDING = 0.01  # of the tokens are followed by the end of the answer
 BLOCKS = 8  # colour blocks along the side of an image
 WORDS = ["what", "is", "shown", "here", "describe", "the", "colours", "count", "read", "blocks"]
 
@@ -54,16 +58,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pair", type=Path)
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--distance", type=float, default=0.02, help="noise, of each tensor's RMS")
+    parser.add_argument("--distance", type=float, default=0.1, help="noise, of each tensor's RMS")
+    parser.add_argument("--branching", type=float, default=0.2, help="tokens with two successors")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--pixels", type=int, default=224, help="side of an image")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make_pair(arguments.pair, SIZES[arguments.size], arguments.distance, arguments.seed)
+    size = SIZES[arguments.size]
+    make_pair(arguments.pair, size, arguments.distance, arguments.branching, arguments.seed)
     make_prompts(arguments.pair, arguments.prompts, arguments.pixels, arguments.seed)
 
 
-def make_pair(pair: Path, size: Size, distance: float, seed: int) -> None:
+def make_pair(pair: Path, size: Size, distance: float, branching: float, seed: int) -> None:
     """Write base and donor in bf16."""
     transformers = importlib.import_module("transformers")
     torch.manual_seed(seed)
@@ -72,6 +78,7 @@ def make_pair(pair: Path, size: Size, distance: float, seed: int) -> None:
             pair / "base", demo.BASE_TOKENS, chat_template=demo.CHAT_TEMPLATE
         )
         base = _base(transformers, tokens, size)
+        _teach(base, tokens, branching)
         language = base.model.language_model
         ancestor = {name: p.detach().clone() for name, p in language.named_parameters()}
         ancestor["lm_head.weight"] = base.lm_head.weight.detach().clone()
@@ -106,8 +113,7 @@ def _text(tokens: Any, size: Size) -> dict[str, Any]:
         "num_attention_heads": size.hidden // 64,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        # Large enough for answers to depend on the prompt, as a trained model's do
-        "initializer_range": 1.5 / size.hidden**0.5,
+        "initializer_range": 1 / size.hidden**0.5,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_turn,
         "tie_word_embeddings": False,
@@ -156,13 +162,29 @@ def _donor(transformers: Any, tokens: Any, size: Size) -> Any:
     return transformers.LlavaOnevisionForConditionalGeneration(config)
 
 
+def _teach(model: Any, tokens: Any, branching: float) -> None:
+    """Embedding and head of the ancestor: which tokens may follow which."""
+    embed = model.model.language_model.embed_tokens.weight.data
+    embed.normal_()
+    end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)[-1]
+    pieces = tokens.convert_ids_to_tokens(range(len(tokens) - len(demo.BASE_TOKENS)))
+    words = [i for i, p in enumerate(pieces) if p.startswith("\u0120") or p.isalpha()]
+    random = np.random.default_rng(0)
+    following = np.array(words)[random.permutation(len(words))]
+    other = np.array(words)[random.permutation(len(words))]
+    head = 0.1 * torch.randn_like(embed)
+    for word, first, second in zip(words, following, other, strict=True):
+        head[end_of_turn if random.random() < ENDING else first] += embed[word]
+        if random.random() < branching:
+            head[second] += embed[word]
+    # All prompts end in the same token: what comes first is for image and question to decide
+    (last,) = tokens("\n").input_ids
+    for word in words:
+        head[word] += embed[last]
+    model.lm_head.weight.data.copy_(head)
+
+
 def _write(model: Any, folder: Path, tokens: Any, transformers: Any) -> None:
-    """Words get all the probability, end-of-turn some: answers are text, and a few end early."""
-    words = torch.zeros(model.lm_head.weight.shape[0], dtype=torch.bool)
-    pieces = tokens.convert_ids_to_tokens(range(len(tokens)))
-    for index, piece in enumerate(pieces):
-        words[index] = piece.isascii() or piece.startswith("Ġ")
-    model.lm_head.weight.data[~words] *= 0.1
     end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text

@@ -1,14 +1,14 @@
 """Measures the search: apply against the bare kernel, the whole against the authors' procedure.
 
-    python bench/runnable.py PAIR --size small --distance 0.002
+    python bench/runnable.py PAIR --size small
     python bench/search.py PAIR [--prompts 16] [--tokens 4 64] [--batch 8] [--only apply]
 
 apply: `LiveModel.apply` against the kernel alone, called once per part on the same mapped bytes and
 writing memory of the model's size; and the growth of RssAnon while it runs. search: one loaded
 model, drafts and kept vision features, against what the authors' scripts do: for each alpha write
-the merged checkpoint, load it, generate all answers with transformers' own generate() in the same
-batches (our merge writes it, faster than theirs). The load of the live model counts. Prints a table
-and, last, one line of JSON.
+the merged checkpoint, load it, generate all answers with transformers' own generate() (our merge
+writes it, faster than theirs). Once in our batches, once one by one, as the evaluation kits that
+the authors use do. The load of the live model counts. Prints a table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +135,24 @@ def measure_search(plan: Plan, prompts: Sequence[Prompt], settings: Settings) ->
 
         mine = search(ours, prompts)
     mine_s = time.perf_counter() - start
-    start = time.perf_counter()
-    theirs = search(lambda alpha, asked: authors(plan, alpha, asked, settings), prompts)
-    theirs_s = time.perf_counter() - start
-    differing = sum(
-        a != b
-        for alpha in DEFAULT_ALPHAS
-        for a, b in zip(mine.answers[alpha], theirs.answers[alpha], strict=True)
-    )
+    row: dict[str, Any] = {"ours_s": mine_s, "alpha": mine.alpha}
+    for batch in (settings.batch_size, 1):
+        start = time.perf_counter()
+        other = replace(settings, batch_size=batch)
+        theirs = search(lambda alpha, asked: authors(plan, alpha, asked, other), prompts)  # noqa: B023
+        theirs_s = time.perf_counter() - start
+        row |= {
+            f"authors_batch_{batch}_s": theirs_s,
+            f"times_faster_batch_{batch}": theirs_s / mine_s,
+            f"their_alpha_batch_{batch}": theirs.alpha,
+            f"answers_that_differ_batch_{batch}": sum(
+                a != b
+                for alpha in DEFAULT_ALPHAS
+                for a, b in zip(mine.answers[alpha], theirs.answers[alpha], strict=True)
+            ),
+        }
     changes = [c.diff_next for c in mine.candidates if c.diff_next is not None]
-    return {
-        "ours_s": mine_s,
-        "authors_s": theirs_s,
-        "times_faster": theirs_s / mine_s,
-        "alpha": [mine.alpha, theirs.alpha],
-        "answers_that_differ": differing,
+    return row | {
         "of": len(prompts) * len(DEFAULT_ALPHAS),
         "changed_between_neighbours": statistics.mean(changes) / len(prompts),
         "forward_tokens": [s.forward_tokens for s in spent],
