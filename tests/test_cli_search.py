@@ -341,11 +341,11 @@ def test_a_quantized_search_writes_whole_weights(
 
 DRIVER = """
 import importlib, os, pathlib, signal, sys
-from lowmem_adamms import cli, journal, writer
+from lowmem_adamms import cli, journal, sink
 
 home, name = {
     "answer": (journal.AnswerJournal, "note"),
-    "write": (writer._Shard, "write"),
+    "write": (sink._Shard, "write"),
     "publish": (pathlib.Path, "replace"),
 }[sys.argv[1]]
 call, left = getattr(home, name), int(sys.argv[2])

@@ -30,6 +30,7 @@ from lowmem_adamms.checkpoint import Span, open_checkpoint
 from lowmem_adamms.device import DeviceSource
 from lowmem_adamms.dtypes import from_user
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
+from lowmem_adamms.live_sink import LiveSink
 from lowmem_adamms.placement import Memory, Placement, place
 from lowmem_adamms.plan import Plan
 from lowmem_adamms.stream import Files
@@ -497,7 +498,7 @@ def test_the_size_of_the_windows_changes_no_bit(
 # Memory
 
 
-class Watching(live.LiveSink):
+class Watching(LiveSink):
     """Notes what slots of foreign memory there are until they are committed, and after it."""
 
     staged: list[weakref.ref[torch.Tensor]]
@@ -521,7 +522,7 @@ class Watching(live.LiveSink):
         return slot
 
 
-S = TypeVar("S", bound=live.LiveSink)
+S = TypeVar("S", bound=LiveSink)
 
 
 def own_sink(kind: type[S], model: LiveModel, source: Any) -> S:
@@ -558,7 +559,7 @@ def test_steps_that_alpha_cannot_change_are_left_alone(
     ready: Callable[..., Ready], files: Files
 ) -> None:
     pair = ready("qwen2_vl-ov")
-    sink = own_sink(live.LiveSink, pair.live, files)
+    sink = own_sink(LiveSink, pair.live, files)
     assert {step.name for step in pair.plan.steps if sink.wants(step)} == {
         step.name for step in pair.plan.steps if step.action == "interpolate"
     }
@@ -583,7 +584,7 @@ def test_sources_on_a_device_change_no_bit(
         where, sources_vram=vram, sources_pinned=pinned, sources_cache=total - vram - pinned
     )
     source = DeviceSource(pair.plan, files, where, "cpu")
-    sink = own_sink(live.LiveSink, pair.live, source)
+    sink = own_sink(LiveSink, pair.live, source)
     for window, alpha in ((1 << 20, 1), (5000, 0.3), (5000, 0), (1 << 20, 0.3)):
         loop.run(pair.plan, alpha, sink, kernel=gpu.blend_torch, source=source, window=window)
         assert_same(contents(pair.live.model), pair.expected(alpha))
@@ -791,7 +792,7 @@ def test_fused_tensors_are_what_the_merged_checkpoint_loads_as(
         assert len({fused.expected(alpha)[QKV][2] for alpha in (0, 0.3, 1)}) == 3
         interrupt_apply(fused.live, monkeypatch)
         fused.check((0.3,))
-        sink = own_sink(live.LiveSink, fused.live, files)
+        sink = own_sink(LiveSink, fused.live, files)
         for window in (1000, 1 << 30):
             loop.run(plan, 1, sink, source=files)
             loop.run(plan, 0.3, sink, source=files, window=window)
@@ -1058,7 +1059,7 @@ def unpad(path: Path) -> None:
 
 def test_numpy_sees_the_parameters_themselves(ready: Callable[..., Ready], files: Files) -> None:
     pair = ready("qwen2_vl-ov")
-    sink = own_sink(live.LiveSink, pair.live, files)
+    sink = own_sink(LiveSink, pair.live, files)
     step = next(
         step for step in pair.plan.steps if step.name.endswith("layers.1.mlp.up_proj.weight")
     )

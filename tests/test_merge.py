@@ -36,7 +36,7 @@ from lowmem_adamms.loading import quiet
 from lowmem_adamms.plan import Part, Plan, Step
 
 loop = importlib.import_module("lowmem_adamms.merge")  # the package's `merge` is the function
-writer = importlib.import_module("lowmem_adamms.writer")
+disk = importlib.import_module("lowmem_adamms.sink")
 
 Make = Callable[..., Path]
 Partner = Callable[[str, Tensors], "torch.Tensor | None"]
@@ -278,7 +278,7 @@ def in_memory(plan: Plan, alpha: float, **options: Any) -> dict[str, bytes]:
 def shrink_windows(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Windows that cut tensors, cross their bounds and, at 10 bytes, hold hardly anything."""
     monkeypatch.setattr(loop, "WINDOW", size)
-    monkeypatch.setattr(writer, "WINDOW", size)
+    monkeypatch.setattr(disk, "WINDOW", size)
 
 
 # Bytes

@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lowmem_adamms import __version__, demo, header, make_plan, merge, stream, writer
+from lowmem_adamms import __version__, demo, header, make_plan, merge, sink, stream, writer
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import MappingError, OutputError
@@ -449,8 +449,8 @@ class StopError(Exception):
 
 def small_steps(monkeypatch: pytest.MonkeyPatch, durable: int = 50_000) -> None:
     monkeypatch.setattr(loop, "WINDOW", 4096)
-    monkeypatch.setattr(writer, "WINDOW", 4096)
-    monkeypatch.setattr(writer, "DURABLE", durable)
+    monkeypatch.setattr(sink, "WINDOW", 4096)
+    monkeypatch.setattr(sink, "DURABLE", durable)
 
 
 def break_off(pair: Pair, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,7 +539,7 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     )
     plan = make_plan(base, donor)
     calls = iter(range(nth))
-    finish = writer._Shard.finish
+    finish = sink._Shard.finish
 
     def failing(shard: Any) -> str:
         if next(calls, None) is None:
@@ -551,7 +551,7 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     with monkeypatch.context() as patch:
         small_steps(patch, durable=1)
         patch.setattr(loop, "WINDOW", 128)  # so that a window ends where the shard does
-        patch.setattr(writer._Shard, "finish", failing)
+        patch.setattr(sink._Shard, "finish", failing)
         with pytest.raises(StopError):
             merge(plan, 0.3, tmp_path / "out")
     assert seen(merge(plan, 0.3, tmp_path / "out")) == seen(merge(plan, 0.3, tmp_path / "whole"))
@@ -559,11 +559,11 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
 
 DRIVER = """
 import importlib, os, pathlib, signal, sys
-from lowmem_adamms import cli, writer
+from lowmem_adamms import cli, sink
 
 loop = importlib.import_module("lowmem_adamms.merge")
-loop.WINDOW = writer.WINDOW = 4096
-writer.DURABLE = 50_000
+loop.WINDOW = sink.WINDOW = 4096
+sink.DURABLE = 50_000
 number, at, *names = sys.argv[1].split(",")
 count = 0
 
