@@ -37,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 from lowmem_adamms.kernels.select import select
 
 from lowmem_adamms import LiveModel, make_plan, merge, search
+from lowmem_adamms.decoding import Settings
 from lowmem_adamms.encode import Encoder
-from lowmem_adamms.generate import Answerer, Settings
+from lowmem_adamms.generate import Answerer
 from lowmem_adamms.loading import quiet
 from lowmem_adamms.plan import Plan
 from lowmem_adamms.prompts import Prompt, load_prompts

@@ -323,8 +323,8 @@ def _session(
     path: Path | None,
     progress: Any,
 ) -> Iterator[Session]:
+    from .decoding import Settings
     from .encode import load_processor
-    from .generate import Settings
     from .live import LiveModel
     from .session import Session, fingerprint
 

@@ -26,7 +26,7 @@ from .plan import Plan
 from .stream import Files
 
 if TYPE_CHECKING:
-    from .generate import Settings
+    from .decoding import Settings
     from .prompts import Prompt
 
 CHUNK = 16 << 20

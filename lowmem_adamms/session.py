@@ -17,7 +17,8 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .generate import Answerer, Settings
+from .decoding import Settings
+from .generate import Answerer
 from .journal import AnswerJournal
 from .prompts import Prompt, digest
 from .report import Timing

@@ -702,8 +702,8 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report = importlib.import_module("lowmem_adamms.report")
-    generate = importlib.import_module("lowmem_adamms.generate")
-    html, over = report.html, generate.FeatureCache.over
+    features = importlib.import_module("lowmem_adamms.features")
+    html, over = report.html, features.FeatureCache.over
     timings: list[Any] = []
     caches: list[Any] = []
 
@@ -716,7 +716,7 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
         return over(cache, *args)
 
     monkeypatch.setattr(report, "html", page)
-    monkeypatch.setattr(generate.FeatureCache, "over", used)
+    monkeypatch.setattr(features.FeatureCache, "over", used)
     assert searched(exact, prompts, tmp_path / "journal.jsonl", switch) == small[0]
     assert answers_at(tmp_path / "journal.jsonl", 0.2) == answers_at(small[1], 0.2)
     assert [timing.alpha for timing in timings] == [0, 0.2, 0.4]

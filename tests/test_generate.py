@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowmem_adamms.generate import Answerer, Settings
+from lowmem_adamms.decoding import Settings
+from lowmem_adamms.generate import Answerer
 from lowmem_adamms.prompts import Prompt
 
 if TYPE_CHECKING:

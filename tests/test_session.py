@@ -16,8 +16,8 @@ import pytest
 import talk
 
 from lowmem_adamms import make_plan, search
+from lowmem_adamms.decoding import Settings
 from lowmem_adamms.errors import OutputError
-from lowmem_adamms.generate import Settings
 from lowmem_adamms.journal import AnswerJournal
 from lowmem_adamms.placement import Memory, Placement, place
 from lowmem_adamms.prompts import Prompt

@@ -113,7 +113,7 @@ def test_a_block_is_let_go_by_the_span_it_ends_in(
             (2 * BLOCK + 2, 3 * BLOCK + 1001, (2, 3)),
         ):
             found = calls_of(files, span(path, start, stop), monkeypatch, evict=True)
-            assert found == [(*blocks, True)]
+            assert found == ([(*blocks, True)] if blocks != (0, 0) else [])
 
 
 def test_a_block_let_go_can_be_asked_for_again(path: Path) -> None:
