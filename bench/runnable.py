@@ -48,6 +48,7 @@ SIZES = {
     "small": Size(896, 4864, 24, 32768, 640, 16),
     "medium": Size(1536, 8960, 28, 65536, 1280, 32),  # Qwen2-VL-2B but for its vocabulary
 }
+FIRST = 16  # tokens an answer may begin with
 ENDING = 0.01  # of the tokens are followed by the end of the answer
 BLOCKS = 8  # colour blocks along the side of an image
 WORDS = ["what", "is", "shown", "here", "describe", "the", "colours", "count", "read", "blocks"]
@@ -179,7 +180,7 @@ def _teach(model: Any, tokens: Any, branching: float) -> None:
             head[second] += embed[word]
     # All prompts end in the same token: what comes first is for image and question to decide
     (last,) = tokens("\n").input_ids
-    for word in words:
+    for word in words[:: len(words) // FIRST]:
         head[word] += embed[last]
     model.lm_head.weight.data.copy_(head)
 

@@ -33,7 +33,7 @@ class Session:
     """Callable as `search.Generate`. `timings` has a line for each alpha that was not all known.
 
     load: makes the live model. journal: None keeps no record. asked: called before each alpha's
-    answers, and `answered` after each, for progress.
+    answers, and `answered` after each with its tokens (0: known before), for progress.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Session:
         journal: AnswerJournal | None = None,
         *,
         asked: Callable[[float], None] | None = None,
-        answered: Callable[[float], None] | None = None,
+        answered: Callable[[float, int], None] | None = None,
     ) -> None:
         self.timings: list[Timing] = []
         self.notes: list[str] = []
@@ -73,7 +73,7 @@ class Session:
             self._asked(alpha)
         known = dict(self._journal.answers.get(alpha, {})) if self._journal else {}
         for _ in known:
-            self._tell(alpha)
+            self._tell(alpha, 0)
         if len(known) < len(prompts):
             return self._ask(alpha, prompts, known)
         self._last = alpha
@@ -111,7 +111,7 @@ class Session:
             self._tokens.setdefault(alpha, {})[place] = tokens
             if self._journal:
                 self._journal.note(alpha, place, answer, tokens)
-            self._tell(alpha)
+            self._tell(alpha, len(tokens))
 
         answers = self._answerer(prompts, known, answered)
         spent = self._answerer.spent
@@ -134,9 +134,9 @@ class Session:
             self._answerer = Answerer(self._live, self._settings)
         return self._live
 
-    def _tell(self, alpha: float) -> None:
+    def _tell(self, alpha: float, tokens: int) -> None:
         if self._answered:
-            self._answered(alpha)
+            self._answered(alpha, tokens)
 
 
 def fingerprint(

@@ -91,7 +91,7 @@ class SearchProgress:
         self._alphas, self._prompts = alphas, prompts
         self._candidates: Sequence[Candidate] = ()
         self._alpha: float | None = None
-        self._asked = self._answered = self._here = 0
+        self._asked = self._answered = self._here = self._made = self._tokens = 0
         self._start = time.perf_counter()
 
     def asked(self, alpha: float) -> None:
@@ -100,10 +100,12 @@ class SearchProgress:
         self._asked += 1
         self._alphas = max(self._alphas, self._asked)
 
-    def answered(self, alpha: float) -> None:
-        """One more answer is there."""
+    def answered(self, alpha: float, tokens: int) -> None:
+        """One more answer is there, of so many tokens; 0: it was known from an earlier run."""
         self._here += 1
         self._answered += 1
+        self._made += tokens > 0
+        self._tokens += tokens
 
     def candidates(self, alpha: float, candidates: Sequence[Candidate]) -> None:
         """An alpha is done."""
@@ -112,8 +114,8 @@ class SearchProgress:
     def __rich__(self) -> Any:
         elapsed = time.perf_counter() - self._start
         left = self._alphas * self._prompts - self._answered
-        rate = f"{self._answered / elapsed:.2f} answers/s" if elapsed > 1 else ""
-        time_left = f"{elapsed / self._answered * left:.0f} s left" if self._answered else ""
+        rate = f"{self._tokens / elapsed:.1f} tokens/s" if elapsed > 1 else ""
+        time_left = f"{elapsed / self._made * left:.0f} s left" if self._made else ""
         where = "loading the model" if self._alpha is None else f"alpha {self._alpha:g}"
         line = f"{where}: {self._here}/{self._prompts} prompts  {rate}  {time_left}"
         return Group(search_table(self._candidates), line)

@@ -66,7 +66,7 @@ def prompts(images: tuple[Path, ...]) -> tuple[Prompt, ...]:
 
 
 def opened(
-    kept: Kept, journal: AnswerJournal | None = None, **hooks: Callable[[float], None]
+    kept: Kept, journal: AnswerJournal | None = None, **hooks: Callable[..., None]
 ) -> Session:
     return Session(lambda: kept, SETTINGS, journal, **hooks)  # type: ignore[arg-type, return-value]
 
@@ -99,11 +99,18 @@ def test_answers_timings_and_hooks_alpha_by_alpha(
     kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]]
 ) -> None:
     begun: list[float] = []
-    told: list[float] = []
-    with opened(kept, asked=begun.append, answered=told.append) as session:
+    told: list[tuple[float, int]] = []
+
+    def answered(alpha: float, tokens: int) -> None:
+        told.append((alpha, tokens))
+
+    with opened(kept, asked=begun.append, answered=answered) as session:
         assert asked_all(session, prompts) == truth
     assert begun == kept.applied == list(ALPHAS)
-    assert told == [alpha for alpha in ALPHAS for _ in prompts]
+    assert [alpha for alpha, _ in told] == [alpha for alpha in ALPHAS for _ in prompts]
+    for timing in session.timings:
+        tokens = [count for alpha, count in told if alpha == timing.alpha]
+        assert min(tokens) > 0 and sum(tokens) == timing.answer_tokens
     assert [timing.alpha for timing in session.timings] == list(ALPHAS)
     for timing in session.timings:
         assert timing.apply_seconds > 0
@@ -132,7 +139,9 @@ def test_what_is_all_known_needs_no_model(
     told: list[float] = []
     with (
         AnswerJournal(tmp_path / "a", "mine") as journal,
-        Session(unwanted, SETTINGS, journal, answered=told.append) as session,
+        Session(
+            unwanted, SETTINGS, journal, answered=lambda alpha, _: told.append(alpha)
+        ) as session,
     ):
         assert asked_all(session, prompts) == truth
         assert session.again(0.2, prompts) == noise
@@ -153,7 +162,7 @@ def test_only_what_is_missing_of_an_alpha_is_asked(
     told: list[float] = []
     with (
         AnswerJournal(path, "mine") as journal,
-        opened(kept, journal, answered=told.append) as session,
+        opened(kept, journal, answered=lambda alpha, _: told.append(alpha)) as session,
     ):
         assert asked_all(session, prompts) == truth
     assert kept.applied == list(ALPHAS[1:])
@@ -215,7 +224,7 @@ torch.set_num_threads(1)
 base, donor, out, after, *images = sys.argv[1:]
 left = int(after)
 
-def answered(alpha):
+def answered(alpha, tokens):
     global left
     left -= 1
     if left == 0:
@@ -232,7 +241,7 @@ def run(
     plan: object,
     prompts: tuple[Prompt, ...],
     out: Path,
-    answered: Callable[[float], None] | None = None,
+    answered: Callable[[float, int], None] | None = None,
 ) -> Result:
     """A whole search with a journal in `out`."""
     key = fingerprint(plan, prompts, SETTINGS, small(plan))  # type: ignore[arg-type]
