@@ -512,7 +512,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    """Make a tiny Qwen2-VL and LLaVA-OneVision of one ancestor, plan, merge, generate."""
+    """Make a tiny Qwen2-VL and LLaVA-OneVision of one ancestor, plan, search, merge, generate."""
     if arguments.out and arguments.out.exists():
         if not arguments.out.is_dir():
             raise OutputError(f"{arguments.out} is a file; -o names a folder")
@@ -524,18 +524,21 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _demo_in(Path(folder), arguments.alpha)
 
 
-def _demo_in(folder: Path, alpha: float) -> int:
-    from . import demo, make_plan, merge
+def _demo_in(folder: Path, alpha: float | None) -> int:
+    from . import demo, make_plan
     from .merge import check_alpha
 
-    check_alpha(alpha)
+    if alpha is not None:
+        check_alpha(alpha)
     base, donor = demo.make_pair(folder)
-    plan = make_plan(base, donor)
-    _show_plan(plan, _console())
-    out = merge(plan, alpha, folder / "merged")
-    prompt = "the image shows"
-    for name, model in (("base", base), (f"merged at alpha {alpha:g}", out)):
-        print(f"{name} answers: {demo.generate(model, prompt)!r}")
+    prompts = demo.make_prompts(folder)
+    _show_plan(make_plan(base, donor), _console())
+    out = folder / "merged"
+    how = ["--prompts", str(prompts)] if alpha is None else ["--alpha", str(alpha)]
+    words = ["merge", str(base), str(donor), "-o", str(out), *how, "--max-new-tokens", "8"]
+    _merge(parser().parse_args(words))
+    for name, model in (("base", base), ("merged", out)):
+        print(f"{name} answers: {demo.generate(model, 'the image shows')!r}")
     print("(both have random weights: what counts is that transformers loads and runs the result)")
     return 0
 

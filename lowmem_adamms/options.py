@@ -78,9 +78,9 @@ def parser() -> argparse.ArgumentParser:
         "--deep", action="store_true", help="also digests, and sampled rows against the inputs"
     )
 
-    demo = commands.add_parser("demo", help="make a tiny pair, merge it, generate from the result")
-    demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep the three models here")
-    demo.add_argument("--alpha", type=float, default=0.3)
+    demo = commands.add_parser("demo", help="the whole method on a tiny pair made on the spot")
+    demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep everything here")
+    demo.add_argument("--alpha", type=float, help="merge at this alpha; default: search for it")
     return root
 
 
