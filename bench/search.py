@@ -2,6 +2,7 @@
 
     python bench/runnable.py PAIR --size small
     python bench/search.py PAIR [--prompts 16] [--tokens 4 64] [--batch 8] [--only apply]
+                           [--device cuda] [--quantize nf4]
 
 apply: `LiveModel.apply` against the kernel alone, called once per part on the same mapped bytes and
 writing memory of the model's size; and the growth of RssAnon while it runs. search: one loaded
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +59,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", choices=("apply", "search"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quantize", choices=("none", "int8", "nf4"), default="none")
     arguments = parser.parse_args()
     plan = make_plan(arguments.pair / "base", arguments.pair / "donor")
     prompts = load_prompts(arguments.pair / "prompts.jsonl")[: arguments.prompts]
     figures: dict[str, Any] = {"bytes": plan.bytes_written, "prompts": len(prompts)}
+    where: dict[str, Any] = {"device": arguments.device, "quantize": arguments.quantize}
     if arguments.only != "search":
-        figures["apply"] = show("apply", measure_apply(plan))
+        figures["apply"] = show("apply", measure_apply(plan, where))
     if arguments.only != "apply":
         for tokens in arguments.tokens:
             settings = Settings(max_new_tokens=tokens, batch_size=arguments.batch)
-            row = measure_search(plan, prompts, settings)
+            row = measure_search(plan, prompts, settings, where)
             figures[f"search_{tokens}"] = show(f"search, {tokens} tokens", row)
-    print(json.dumps(figures))
+    if arguments.device == "cuda":
+        figures["peak_vram_bytes"] = torch.cuda.max_memory_allocated()
+    print(json.dumps(figures | where))
 
 
 def show(title: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -79,10 +86,10 @@ def show(title: str, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def measure_apply(plan: Plan) -> dict[str, Any]:
-    """Seconds of apply and of the kernel alone, in turn; and anonymous memory."""
+def measure_apply(plan: Plan, where: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of apply and of the CPU's kernel alone, in turn; and anonymous memory."""
     applied, bare = [], []
-    with LiveModel(plan, device="cpu") as live:
+    with LiveModel(plan, **where) as live:
         live.apply(0.25)
         stream = bare_kernel(plan)
         before, peak = anonymous(), 0
@@ -121,11 +128,13 @@ def bare_kernel(plan: Plan) -> Callable[[float], None]:
     return stream
 
 
-def measure_search(plan: Plan, prompts: Sequence[Prompt], settings: Settings) -> dict[str, Any]:
+def measure_search(
+    plan: Plan, prompts: Sequence[Prompt], settings: Settings, where: dict[str, Any]
+) -> dict[str, Any]:
     """Both procedures on the same grid, and whether they agree."""
     start = time.perf_counter()
     spent: list[Any] = []
-    with LiveModel(plan, device="cpu") as live:
+    with LiveModel(plan, **where) as live:
         answerer = Answerer(live, settings)
 
         def ours(alpha: float, asked: Sequence[Prompt]) -> list[str]:
@@ -140,7 +149,7 @@ def measure_search(plan: Plan, prompts: Sequence[Prompt], settings: Settings) ->
     for batch in (settings.batch_size, 1):
         start = time.perf_counter()
         other = replace(settings, batch_size=batch)
-        theirs = search(lambda alpha, asked: authors(plan, alpha, asked, other), prompts)  # noqa: B023
+        theirs = search(partial(authors, plan, other, where["device"]), prompts)
         theirs_s = time.perf_counter() - start
         row |= {
             f"authors_batch_{batch}_s": theirs_s,
@@ -163,13 +172,17 @@ def measure_search(plan: Plan, prompts: Sequence[Prompt], settings: Settings) ->
     }
 
 
-def authors(plan: Plan, alpha: float, asked: Sequence[Prompt], settings: Settings) -> list[str]:
-    """One alpha by the authors' procedure."""
+def authors(
+    plan: Plan, settings: Settings, device: str, alpha: float, asked: Sequence[Prompt]
+) -> list[str]:
+    """One alpha by the authors' procedure, never quantized."""
     transformers = importlib.import_module("transformers")
     with tempfile.TemporaryDirectory(dir=plan.base.path.parent) as folder:
         out = merge(plan, alpha, Path(folder) / "merged")
         with quiet():
-            model = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype="auto")
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                out, dtype="auto", device_map={"": device}
+            )
         encoder = Encoder(model.eval(), out)
         answers: dict[int, str] = {}
         for batch in encoder.batches(asked, settings.batch_size):
