@@ -19,6 +19,7 @@ import torch
 from .decoding import CannotResumeError, Decoding, Settings, Spent, Tokens
 from .encode import Encoder
 from .features import FeatureCache
+from .loading import check_can_run
 from .prompts import Prompt
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Answerer:
         self.spent = Spent()
         self.notes: list[str] = []
         self._live = live
+        check_can_run(live.model)
         folder = live.plan.base.path
         self._encoder = Encoder(live.model, folder, trust_remote_code=live.trust_remote_code)
         self._features = FeatureCache(self.settings.vision_bytes)

@@ -206,6 +206,21 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
+def check_can_run(model: Any) -> None:
+    """PlacementError if bitsandbytes would fail in the middle of a forward pass.
+
+    Its 4-bit layers for CPUs with avx512_bf16 take widths that are multiples of 64 only.
+    """
+    for name, module in model.named_modules():
+        packs = getattr(module, "support_avx512bf16_for_cpu", False)
+        if packs and module.weight.device.type == "cpu" and module.in_features % 64:
+            raise PlacementError(
+                f"bitsandbytes cannot run {name} in 4 bit on this CPU: it is"
+                f" {module.in_features} wide, which is no multiple of 64; use --quantize int8 or"
+                " none, or a card"
+            )
+
+
 def is_quantized(param: Any) -> bool:
     """Whether bitsandbytes holds the parameter in 4 or 8 bit."""
     return type(param).__name__ in ("Params4bit", "Int8Params")

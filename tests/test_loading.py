@@ -79,6 +79,22 @@ def test_the_dtype_asked_for_is_loaded(dtype: str, tiny_models: dict[str, Path])
     assert {param.dtype for param in model.parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize(
+    ("width", "packs", "refused"), [(96, True, True), (96, False, False), (128, True, False)]
+)
+def test_four_bit_layers_that_this_cpu_cannot_run_are_refused(
+    width: int, packs: bool, refused: bool
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(width, 8))
+    layer: Any = model[0]
+    layer.support_avx512bf16_for_cpu = packs  # as bitsandbytes marks its layers
+    if refused:
+        with pytest.raises(PlacementError, match=r"cannot run 0 in 4 bit .* 96 wide"):
+            loading.check_can_run(model)
+    else:
+        loading.check_can_run(model)
+
+
 def test_remote_code_is_loaded_only_on_request(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
