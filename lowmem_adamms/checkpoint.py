@@ -22,7 +22,7 @@ from typing import Any
 
 from . import header
 from .dtypes import FROM_TORCH, DType
-from .errors import FormatError
+from .errors import FormatError, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -205,7 +205,7 @@ def _bin_spans(shard: Path) -> Iterator[tuple[str, Span]]:
     try:
         state = torch.load(shard, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = first_line(error)
         raise FormatError(f"{shard}: torch refuses it under weights_only=True: {reason}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):

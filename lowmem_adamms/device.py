@@ -21,6 +21,7 @@ from .plan import Plan
 from .stream import Files
 
 if TYPE_CHECKING:
+    from .dtypes import DType
     from .stream import Bytes
 
 WINDOW = 64 << 20
@@ -102,3 +103,9 @@ def as_tensor(view: Bytes) -> torch.Tensor:
     memory = (ctypes.c_uint8 * view.size).from_address(address)
     memory.view = view  # type: ignore[attr-defined]
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype of one that torch has."""
+    found: torch.dtype = getattr(torch, dtype.torch or "")
+    return found

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import FormatError, PromptError
+from .errors import FormatError, PromptError, first_line
 from .loading import quiet, refuse_remote_code
 from .prompts import Prompt, open_image
 
@@ -95,7 +95,7 @@ class Encoder:
             with quiet():
                 ids = self._encode([prompt])["input_ids"]
         except (ValueError, IndexError, KeyError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             raise PromptError(
                 f"{prompt.id or prompt.text[:40]!r}: {self._folder} does not take it ({reason})"
             ) from None
@@ -209,7 +209,7 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
                 raise
             return _without_video(transformers, folder, options)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             if any((folder / name).is_file() for name in _PROCESSOR_FILES):
                 raise FormatError(f"{folder}: its processor cannot be read ({reason})") from None
             try:

@@ -32,3 +32,8 @@ class PromptError(MergeError):
 
 class PlacementError(MergeError):
     """The model does not fit into the memory there is."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to one line."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]

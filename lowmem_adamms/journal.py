@@ -18,9 +18,9 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from .closing import Closing
 from .errors import OutputError
 
 WORK = ".partial"
@@ -31,7 +31,7 @@ ANSWERS = "answers.jsonl"
 """A search's journal; it ends beside the merged model, and scores again with `--answers`."""
 
 
-class _Log:
+class _Log(Closing):
     """A locked file of JSON lines that belongs to one fingerprint."""
 
     def __init__(self, path: Path, kind: str, fingerprint: str, others: str) -> None:
@@ -48,12 +48,8 @@ class _Log:
             self._file.truncate(0)
             self._append({kind: fingerprint})
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Give up the lock; what was noted stays."""
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -102,14 +98,6 @@ class Journal(_Log):
         )
         super().__init__(out / WORK / NAME, "merge", fingerprint, others)
 
-    def __enter__(self) -> Journal:
-        return self
-
-    @property
-    def resumed(self) -> bool:
-        """Whether an earlier run got somewhere."""
-        return bool(self.upto or self.done)
-
     def note(self, **line: Any) -> None:
         """Append a line and make it durable."""
         self._append(line)
@@ -136,9 +124,6 @@ class AnswerJournal(_Log):
             " place"
         )
         super().__init__(path, "search", fingerprint, others)
-
-    def __enter__(self) -> AnswerJournal:
-        return self
 
     def note(
         self, alpha: float, index: int, answer: str, tokens: list[int], *, again: bool = False

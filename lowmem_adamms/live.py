@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import device, kinship, loading
 from .checkpoint import Span
+from .closing import Closing
 from .dtypes import DTYPES, from_user
 from .errors import FormatError, PlacementError
 from .live_sink import LiveSink, bytes_of
@@ -33,7 +33,7 @@ CHUNK = 16 << 20
 """Bytes compared at a time when the loaded parameters are checked against the files."""
 
 
-class LiveModel:
+class LiveModel(Closing):
     """A plan's base, loaded once through transformers, at whatever alpha was applied last.
 
     plan: from `make_plan`. device: "cpu" or "cuda"; quantize: "nf4", "int8" (bitsandbytes) or
@@ -128,17 +128,6 @@ class LiveModel:
         self._files.close()
         self.model = self._answerer = None
 
-    def __enter__(self) -> LiveModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _backend(self) -> tuple[Source, Any, int]:
         """Source, kernel and window for where the model lies."""
         if self.placement.device == "cpu":
@@ -221,5 +210,5 @@ def _chunks(span: Span) -> Iterator[Span]:
 
 def _tensor(span: Span, files: Files) -> torch.Tensor:
     """A span of a mapped file as a torch tensor over the same memory."""
-    dtype: torch.dtype = getattr(torch, span.dtype.torch or "")
+    dtype = device.torch_dtype(span.dtype)
     return device.as_tensor(files.view(span)).view(dtype).view(span.shape)

@@ -14,6 +14,7 @@ import torch
 
 from . import loading
 from .checkpoint import Span
+from .device import torch_dtype
 from .errors import MappingError
 from .merge import Source
 from .plan import Plan, Step
@@ -92,10 +93,10 @@ class LiveSink:
         target: _Target
         if group.converter is not None or loading.is_quantized(param) or not param.is_contiguous():
             target = _Whole(model, group, members, param)
-        elif _torch_dtype(members[0]) == param.dtype:
+        elif torch_dtype(members[0].dtype) == param.dtype:
             target = _InPlace(param)
         else:
-            target = _Cast(param, _torch_dtype(members[0]))
+            target = _Cast(param, torch_dtype(members[0].dtype))
         self._targets |= dict.fromkeys(group.names, target)
 
 
@@ -174,7 +175,7 @@ class _Whole:
         if self._missing or not self._staged:
             return
         tensors = [
-            self._staged[step.name].view(_torch_dtype(step)).view(step.shape)
+            self._staged[step.name].view(torch_dtype(step.dtype)).view(step.shape)
             for step in self._members
         ]
         self.forget()
@@ -195,8 +196,3 @@ def _restore(param: torch.Tensor, loaded: torch.Tensor) -> None:
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as flat bytes."""
     return tensor.detach().view(-1).view(torch.uint8)
-
-
-def _torch_dtype(step: Step) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, step.dtype.torch or "")
-    return dtype

@@ -20,12 +20,10 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import FormatError, PlacementError, RecipeError
+from .errors import FormatError, PlacementError, RecipeError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-QUANTIZE = ("nf4", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +87,14 @@ def load_model(
             loader = _auto_class(transformers, config, trust_remote_code)
             model = loader.from_pretrained(folder, **options)
         except ImportError as error:
-            raise RecipeError(f"{folder}: {_first_line(error)}") from None
+            raise RecipeError(f"{folder}: {first_line(error)}") from None
         except ValueError as error:
             if not re.search("model type|architecture", str(error), re.IGNORECASE):
                 raise
-            raise FormatError(f"{folder}: {_first_line(error)}") from None
+            raise FormatError(f"{folder}: {first_line(error)}") from None
         except RuntimeError as error:
             if "out of memory" in str(error).lower():
-                raise PlacementError(f"{folder}: {_first_line(error)}") from None
+                raise PlacementError(f"{folder}: {first_line(error)}") from None
             raise
     return model.eval().requires_grad_(False)
 
@@ -200,10 +198,6 @@ def _quantization(transformers: Any, quantize: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def check_can_run(model: Any) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from .closing import Closing
 from .decoding import Settings
 from .generate import Answerer
 from .journal import AnswerJournal
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-class Session:
+class Session(Closing):
     """Callable as `search.Generate`. `timings` has a line for each alpha that was not all known.
 
     load: makes the live model. journal: None keeps no record. asked: called before each alpha's
@@ -51,21 +51,13 @@ class Session:
         self._asked, self._answered = asked, answered
         self._tokens = {**journal.tokens} if journal else {}
         self._last: float | None = None
-        self._live: LiveModel | None = None
-        self._answerer: Answerer | None = None
+        self._loaded: tuple[LiveModel, Answerer] | None = None
 
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.close()
-        self._live = self._answerer = None
+    def close(self) -> None:
+        """Drop the model, if it was loaded."""
+        if self._loaded is not None:
+            self._loaded[0].close()
+        self._loaded = None
 
     def __call__(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
         """The answers at one alpha, from the journal as far as it knows them."""
@@ -86,7 +78,7 @@ class Session:
         """
         known = dict(self._journal.again.get(alpha, {})) if self._journal else {}
         if len(known) < len(prompts):
-            live = self._ready()
+            live, _ = self._ready()
             live.apply(alpha)
             size = self._settings.batch_size
             other = replace(self._settings, batch_size=max(1, size // 2))
@@ -98,10 +90,9 @@ class Session:
         return [known[place] for place in range(len(prompts))]
 
     def _ask(self, alpha: float, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
-        live = self._ready()
-        assert self._answerer is not None
+        live, answerer = self._ready()
         if self._last is not None:
-            self._answerer.expect(prompts, self._tokens[self._last])
+            answerer.expect(prompts, self._tokens[self._last])
         self._last = alpha
         start = time.perf_counter()
         live.apply(alpha)
@@ -113,8 +104,8 @@ class Session:
                 self._journal.note(alpha, place, answer, tokens)
             self._tell(alpha, len(tokens))
 
-        answers = self._answerer(prompts, known, answered)
-        spent = self._answerer.spent
+        answers = answerer(prompts, known, answered)
+        spent = answerer.spent
         self.timings.append(
             Timing(
                 alpha,
@@ -125,14 +116,18 @@ class Session:
                 spent.plain_tokens,
             )
         )
-        self.notes = self._answerer.notes
+        self.notes = answerer.notes
         return answers
 
-    def _ready(self) -> LiveModel:
-        if self._live is None:
-            self._live = self._load()
-            self._answerer = Answerer(self._live, self._settings)
-        return self._live
+    def _ready(self) -> tuple[LiveModel, Answerer]:
+        if self._loaded is None:
+            live = self._load()
+            try:
+                self._loaded = live, Answerer(live, self._settings)
+            except BaseException:
+                live.close()
+                raise
+        return self._loaded
 
     def _tell(self, alpha: float, tokens: int) -> None:
         if self._answered:

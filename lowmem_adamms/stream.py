@@ -18,8 +18,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from .closing import Closing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +100,7 @@ def reading(spans: Iterable[Span]) -> Iterator[None]:
         thread.join()
 
 
-class Files:
+class Files(Closing):
     """Mapped files, opened on first use and closed together. Used by one thread.
 
     keep: leave what was brought in mapped, for whoever reads it again; the kernel still evicts it
@@ -110,17 +111,6 @@ class Files:
         self.keep = keep
         self._open: dict[Path, Mapped] = {}
         self._asked: set[tuple[Path, int]] = set()
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Unmap all files; they are opened again if they are needed."""
