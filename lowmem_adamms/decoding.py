@@ -165,6 +165,9 @@ class Decoding:
         taken: list[int | None] = []
         for row, (draft, choice) in enumerate(zip(self._drafts, chosen, strict=True)):
             count = next((i for i, token in enumerate(draft) if choice[i] != token), len(draft))
+            # Nothing is said behind an end, even if the model happened to agree with what is there
+            last = next((i for i, token in enumerate(draft[:count]) if token in self._ends), count)
+            count = min(count, last + 1)
             self._answers[row] = draft[:count]
             if not self._ended(row):
                 self._answers[row].append(choice[count])
