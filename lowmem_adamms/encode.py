@@ -42,10 +42,18 @@ class Encoder:
     """Encodes prompts for one loaded model.
 
     model: a transformers module. folder: its checkpoint, with tokenizer and processor files.
+    processor: what `load_processor` gave for the folder, if it was read before.
     """
 
-    def __init__(self, model: Any, folder: Path, *, trust_remote_code: bool = False) -> None:
-        self.processor = load_processor(folder, trust_remote_code=trust_remote_code)
+    def __init__(
+        self,
+        model: Any,
+        folder: Path,
+        *,
+        processor: Any = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.processor = processor or load_processor(folder, trust_remote_code=trust_remote_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
@@ -60,6 +68,7 @@ class Encoder:
         else:
             self._encode = self._by_tokenizer
         self._kept: dict[tuple[Prompt, ...], Inputs] = {}
+        self._lengths: dict[Prompt, int] = {}
         self._room = KEEP
 
     def batches(self, prompts: Sequence[Prompt], size: int) -> tuple[Batch, ...]:
@@ -90,7 +99,9 @@ class Encoder:
         return inputs
 
     def _length(self, prompt: Prompt) -> int:
-        """Tokens of one prompt; not kept, as it is answered beside others."""
+        """Tokens of one prompt; the encoding is not kept, as it is answered beside others."""
+        if prompt in self._lengths:
+            return self._lengths[prompt]
         try:
             with quiet():
                 ids = self._encode([prompt])["input_ids"]
@@ -99,7 +110,8 @@ class Encoder:
             raise PromptError(
                 f"{prompt.id or prompt.text[:40]!r}: {self._folder} does not take it ({reason})"
             ) from None
-        return int(ids.shape[1])
+        self._lengths[prompt] = int(ids.shape[1])
+        return self._lengths[prompt]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer's tokens, special ones left out."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .decoding import CannotResumeError, Decoding, Settings, Spent, Tokens
-from .encode import Encoder
 from .features import FeatureCache
 from .loading import check_can_run
 from .prompts import Prompt
@@ -38,8 +37,7 @@ class Answerer:
         self.notes: list[str] = []
         self._live = live
         check_can_run(live.model)
-        folder = live.plan.base.path
-        self._encoder = Encoder(live.model, folder, trust_remote_code=live.trust_remote_code)
+        self._encoder = live.encoder
         self._features = FeatureCache(self.settings.vision_bytes)
         self._drafts: dict[Prompt, Tokens] = {}
         self._drafting = self.settings.drafts

@@ -27,6 +27,7 @@ from .stream import Files
 
 if TYPE_CHECKING:
     from .decoding import Settings
+    from .encode import Encoder
     from .prompts import Prompt
 
 CHUNK = 16 << 20
@@ -38,8 +39,9 @@ class LiveModel(Closing):
 
     plan: from `make_plan`. device: "cpu" or "cuda"; quantize: "nf4", "int8" (bitsandbytes) or
     "none"; dtype: a name such as "bf16". What is None is decided by `placement.place` from the
-    memory there is. force: load also what looks unrelated. `model` is the transformers module,
-    `vision` the names of its parameters outside the decoder, `alpha` the last one applied.
+    memory there is. force: load also what looks unrelated. processor: the base's, if it was read
+    before. `model` is the transformers module, `vision` the names of its parameters outside the
+    decoder, `alpha` the last one applied.
     Raises PlacementError, FormatError, MappingError or RecipeError before anything is loaded, and
     FormatError if what transformers loaded is not what the files hold.
     """
@@ -54,6 +56,7 @@ class LiveModel(Closing):
         trust_remote_code: bool = False,
         placement: Placement | None = None,
         force: bool = False,
+        processor: Any = None,
     ) -> None:
         if not force:
             kinship.check(plan)
@@ -80,6 +83,8 @@ class LiveModel(Closing):
         )
         self.trust_remote_code = trust_remote_code
         self.alpha: float | None = 0.0
+        self._processor = processor
+        self._encoder: Encoder | None = None
         self._answerer: Any = None
         self._files = Files(keep=self.placement.sources_stay)
         try:
@@ -111,6 +116,20 @@ class LiveModel(Closing):
             torch.cuda.synchronize()
         self.alpha = alpha
 
+    @property
+    def encoder(self) -> Encoder:
+        """Prompts to this model's inputs; one for its lifetime, as it remembers what it encoded."""
+        from .encode import Encoder
+
+        if self._encoder is None:
+            self._encoder = Encoder(
+                self.model,
+                self.plan.base.path,
+                processor=self._processor,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return self._encoder
+
     def generate(
         self, prompts: Sequence[Prompt | str], settings: Settings | None = None
     ) -> list[str]:
@@ -126,7 +145,7 @@ class LiveModel(Closing):
         """Unmap the files and drop the model."""
         self._sink.close()
         self._files.close()
-        self.model = self._answerer = None
+        self.model = self._encoder = self._answerer = None
 
     def _backend(self) -> tuple[Source, Any, int]:
         """Source, kernel and window for where the model lies."""
