@@ -1,0 +1,192 @@
+"""Ask the zoo: raw answers of a pair at every alpha, for `bench/study.py` to judge.
+
+    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--step 0.05] [--scenes 700]
+
+Writes OUT/BASE--DONOR.json (its keys are described in `bench/study.py`). Confidence is the model's
+probability of its whole greedy answer, entropy the mean over its tokens, in nats. Blends are made
+by the product's own live model. Leaves to others: training (`train.py`), all judgement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+from family import MEMBERS
+from train import keep_memory
+from world import Question, questions, scenes, text_question
+
+from lowmem_adamms import LiveModel, make_plan
+from lowmem_adamms.encode import Encoder
+from lowmem_adamms.prompts import Prompt
+
+LONGEST, ROWS = 16, 50
+Answers = tuple[list[str], list[float], list[float]]
+
+
+def main() -> None:
+    """Ask every ordered pair within a line of descent, or the one given."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("zoo", type=Path)
+    options.add_argument("out", type=Path)
+    options.add_argument("--pair", nargs=2)
+    options.add_argument("--step", type=float, default=0.05)
+    options.add_argument("--scenes", type=int, default=700)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--threads", type=int, default=1)
+    given = options.parse_args()
+    keep_memory()
+    torch.set_num_threads(given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
+    pairs = [(a, b) for a in MEMBERS for b in MEMBERS if a != b and a.line == b.line]
+    with tempfile.TemporaryDirectory() as folder:
+        asked = exam(given.scenes, Path(folder))
+        for a, b in pairs:
+            path = given.out / f"{a.name}--{b.name}--{given.seed}.json"
+            if (given.pair and [a.name, b.name] != given.pair) or path.is_file():
+                continue
+            made = ask_pair(
+                given.zoo / a.name / "model", given.zoo / b.name / "model", asked, given.step
+            )
+            names = {"base": a.name, "donor": b.name, "seed": given.seed}
+            path.write_text(json.dumps({**names, **made}))
+            print(path, flush=True)
+
+
+def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
+    """Questions with their prompts and halves: pictures never stand in both halves."""
+    from PIL import Image
+
+    shown = scenes(count, 7, held_out=True)
+    out: list[tuple[Question, Prompt, int]] = []
+    for i, scene in enumerate(shown):
+        path = folder / f"{i}.png"
+        Image.fromarray(scene.pixels).save(path)
+        for q in questions([scene], i):
+            out.append((q, Prompt(q.text, images=(path,), id=str(len(out))), i % 5 % 2))
+    dice = random.Random(8)
+    for i in range(count // 3):
+        q = text_question(dice)
+        out.append((q, Prompt(q.text, id=str(len(out))), i % 2))
+    return out
+
+
+def ask_pair(base: Path, donor: Path, asked: Sequence[Any], step: float) -> dict[str, Any]:
+    """Everything `bench/study.py` wants to know of one ordered pair."""
+    plan = make_plan(base, donor)
+    prompts = [prompt for _, prompt, _ in asked]
+    alphas = [round(i * step, 4) for i in range(round(1 / step) + 1)]
+    with LiveModel(plan, device="cpu", trust_remote_code=True) as live:
+        ask = Asker(live.model, base, prompts)
+        kept = {name: value.clone() for name, value in live.model.state_dict().items()}
+        merged: list[Answers] = []
+        variants: dict[str, list[list[str]]] = {name: [] for name in VARIANTS}
+        for alpha in alphas:
+            live.apply(alpha)
+            merged.append(ask())
+            for name, change in VARIANTS.items():
+                live.apply(alpha)
+                if change(live.model, kept, alpha):
+                    variants[name].append(ask()[0])
+    with LiveModel(make_plan(donor, donor), device="cpu", trust_remote_code=True) as live:
+        parent = Asker(live.model, donor, prompts)()
+    keys = ("answers", "confidence", "entropy")
+    return {
+        "alphas": alphas,
+        "questions": [{"task": q.task, "prompt": q.text, "answer": q.answer} for q, _, _ in asked],
+        "half": [half for _, _, half in asked],
+        **{key: [answers[i] for answers in merged] for i, key in enumerate(keys)},
+        "parent": dict(zip(keys, parent, strict=True)),
+        "variants": {name: found for name, found in variants.items() if found},
+    }
+
+
+def _rows(model: Any, kept: dict[str, Any], change: Callable[[Any], Any]) -> bool:
+    state = model.state_dict()
+    for name, value in kept.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            state[name].copy_(change(value))
+    return True
+
+
+def _shrink(model: Any, kept: dict[str, Any], alpha: float) -> bool:
+    """The authors' script: embedding and head of the base times (1 - alpha), nothing added."""
+    return _rows(model, kept, lambda value: value * (1 - alpha))
+
+
+def _keep(model: Any, kept: dict[str, Any], alpha: float) -> bool:
+    return _rows(model, kept, lambda value: value)
+
+
+def _lone(model: Any, kept: dict[str, Any], alpha: float) -> bool:
+    """Duplicated weights stay the base's; False where there are none."""
+    state = model.state_dict()
+    double = [name for name in kept if "vision_expert" in name or "vision_mlp" in name]
+    for name in double:
+        state[name].copy_(kept[name])
+    return bool(double)
+
+
+VARIANTS = {"shrunken": _shrink, "kept": _keep, "unduplicated": _lone}
+
+
+@dataclass(slots=True)
+class Asker:
+    """Greedy answers of one loaded model to fixed prompts, with confidence and entropy."""
+
+    model: Any
+    encoder: Encoder
+    prompts: Sequence[Prompt]
+    batches: Any
+
+    def __init__(self, model: Any, folder: Path, prompts: Sequence[Prompt]) -> None:
+        self.model, self.prompts = model, prompts
+        self.encoder = Encoder(model, folder, trust_remote_code=True)
+        self.batches = self.encoder.batches(prompts, ROWS)
+
+    def __call__(self) -> Answers:
+        """Answers, confidences and entropies, in the prompts' order."""
+        out: list[tuple[str, float, float]] = [("", 0.0, 0.0)] * len(self.prompts)
+        with torch.inference_mode():
+            for batch in self.batches:
+                inputs = self.encoder([self.prompts[i] for i in batch.places])
+                for place, answer in zip(batch.places, self._batch(inputs), strict=True):
+                    out[place] = answer
+        answers, confidences, entropies = zip(*out, strict=True)
+        return list(answers), list(confidences), list(entropies)
+
+    def _batch(self, inputs: Any) -> list[tuple[str, float, float]]:
+        made = self.model.generate(
+            **inputs, do_sample=False, max_new_tokens=LONGEST, return_dict_in_generate=True,
+            output_logits=True,
+        )  # fmt: skip
+        told = made.sequences[:, -len(made.logits) :]
+        logs = torch.stack(made.logits, 1).float().log_softmax(-1)
+        chosen = logs.gather(-1, told[..., None])[..., 0]
+        entropy = -(logs.exp() * logs).sum(-1)
+        ends = torch.tensor(self.model.generation_config.eos_token_id).flatten()
+        out = []
+        for row, chances, doubts in zip(told, chosen, entropy, strict=True):
+            stops = torch.isin(row, ends).nonzero()
+            length = int(stops[0]) + 1 if len(stops) else len(row)
+            text = self.encoder.decode(row[:length].tolist())
+            confidence = float(chances[:length].sum().exp())
+            out.append((text, round(confidence, 5), round(float(doubts[:length].mean()), 5)))
+        return out
+
+
+if __name__ == "__main__":
+    importlib.import_module("transformers").logging.set_verbosity_error()
+    main()
