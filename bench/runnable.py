@@ -3,13 +3,13 @@
     python bench/runnable.py PAIR --size small
 
 Unlike synthetic.py's pairs (true names, no sense) these answer: both language models are one
-ancestor plus a little noise, the tokenizer and chat template are the demo's, images are random
-blocks of colour. The ancestor's layers are random. Its head is made so that most tokens have one
-successor and a few have two, between which the layers decide by all that was said and shown before:
-a wholly random head would leave every token to chance, where a trained one is nearly always sure.
-`distance` and `branching` set how many answers change from one alpha to the next, which is what
-drafts live on; bench/search.py reports it. Writes PAIR/base, PAIR/donor, PAIR/prompts.jsonl and
-PAIR/images.
+ancestor plus a little noise, tokenizer and chat template are those of the tests' pair; images are
+random blocks of colour. The ancestor's layers are random. Its head is made so that most tokens
+have one successor and a few have two, between which the layers decide by all that was said and
+shown before: a wholly random head would leave every token to chance, where a trained one is nearly
+always sure. `distance` and `branching` set how many answers change from one alpha to the next,
+which is what drafts live on; bench/search.py reports it. Writes PAIR/base, PAIR/donor,
+PAIR/prompts.jsonl and PAIR/images.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from lowmem_adamms import demo
+import random_pair
+
 from lowmem_adamms.loading import quiet
 
 
@@ -75,8 +77,8 @@ def make_pair(pair: Path, size: Size, distance: float, branching: float, seed: i
     transformers = importlib.import_module("transformers")
     torch.manual_seed(seed)
     with quiet():
-        tokens = demo.write_tokenizer(
-            pair / "base", demo.BASE_TOKENS, chat_template=demo.CHAT_TEMPLATE
+        tokens = random_pair.write_tokenizer(
+            pair / "base", random_pair.BASE_TOKENS, chat_template=random_pair.CHAT_TEMPLATE
         )
         base = _base(transformers, tokens, size)
         _teach(base, tokens, branching)
@@ -85,7 +87,7 @@ def make_pair(pair: Path, size: Size, distance: float, branching: float, seed: i
         ancestor["lm_head.weight"] = base.lm_head.weight.detach().clone()
         _write(base, pair / "base", tokens, transformers)
         del base, language
-        tokens = demo.write_tokenizer(pair / "donor", demo.DONOR_TOKENS)
+        tokens = random_pair.write_tokenizer(pair / "donor", random_pair.DONOR_TOKENS)
         donor = _donor(transformers, tokens, size)
         mine = dict(donor.model.language_model.named_parameters())
         mine["lm_head.weight"] = donor.lm_head.weight
@@ -105,7 +107,7 @@ def make_pair(pair: Path, size: Size, distance: float, branching: float, seed: i
 
 
 def _text(tokens: Any, size: Size) -> dict[str, Any]:
-    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)
+    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)
     return {
         "vocab_size": size.rows,
         "hidden_size": size.hidden,
@@ -122,7 +124,7 @@ def _text(tokens: Any, size: Size) -> dict[str, Any]:
 
 
 def _base(transformers: Any, tokens: Any, size: Size) -> Any:
-    start, end, _, image, video = tokens.convert_tokens_to_ids(demo.BASE_TOKENS)
+    start, end, _, image, video = tokens.convert_tokens_to_ids(random_pair.BASE_TOKENS)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
     config = transformers.Qwen2VLConfig(
         text_config={**_text(tokens, size), "rope_parameters": rope},
@@ -144,7 +146,7 @@ def _base(transformers: Any, tokens: Any, size: Size) -> Any:
 
 
 def _donor(transformers: Any, tokens: Any, size: Size) -> Any:
-    image, video = tokens.convert_tokens_to_ids(demo.DONOR_TOKENS)
+    image, video = tokens.convert_tokens_to_ids(random_pair.DONOR_TOKENS)
     config = transformers.LlavaOnevisionConfig(
         text_config={**_text(tokens, size), "model_type": "qwen2"},
         vision_config={
@@ -167,8 +169,8 @@ def _teach(model: Any, tokens: Any, branching: float) -> None:
     """Embedding and head of the ancestor: which tokens may follow which."""
     embed = model.model.language_model.embed_tokens.weight.data
     embed.normal_()
-    end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)[-1]
-    pieces = tokens.convert_ids_to_tokens(range(len(tokens) - len(demo.BASE_TOKENS)))
+    end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)[-1]
+    pieces = tokens.convert_ids_to_tokens(range(len(tokens) - len(random_pair.BASE_TOKENS)))
     words = [i for i, p in enumerate(pieces) if p.startswith("\u0120") or p.isalpha()]
     random = np.random.default_rng(0)
     following = np.array(words)[random.permutation(len(words))]
@@ -186,7 +188,7 @@ def _teach(model: Any, tokens: Any, branching: float) -> None:
 
 
 def _write(model: Any, folder: Path, tokens: Any, transformers: Any) -> None:
-    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(demo.SHARED_TOKENS)
+    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
     )

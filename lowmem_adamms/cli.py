@@ -28,6 +28,7 @@ from .options import COMMANDS, NEED_A_MODEL, parser
 from .placement import Placement, measure, parse_size, place
 
 if TYPE_CHECKING:
+    from .demo import Pair
     from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
@@ -337,13 +338,15 @@ def _session(
 
     def load() -> LiveModel:
         # A base that cannot be talked to is found out before its weights are read
-        load_processor(plan.base.path, trust_remote_code=arguments.trust_remote_code)
+        trust = arguments.trust_remote_code
+        processor = load_processor(plan.base.path, trust_remote_code=trust)
         return LiveModel(
             plan,
             dtype=placement.dtype if arguments.live_dtype else None,
             placement=placement,
-            trust_remote_code=arguments.trust_remote_code,
+            trust_remote_code=trust,
             force=arguments.force,
+            processor=processor,
         )
 
     key = fingerprint(plan, prompts, settings, placement)
@@ -512,35 +515,53 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    """Make a tiny Qwen2-VL and LLaVA-OneVision of one ancestor, plan, search, merge, generate."""
-    if arguments.out and arguments.out.exists():
-        if not arguments.out.is_dir():
-            raise OutputError(f"{arguments.out} is a file; -o names a folder")
-        if any(arguments.out.iterdir()):
-            raise OutputError(f"{arguments.out} is not empty; choose another -o")
-    if arguments.out:
-        return _demo_in(arguments.out, arguments.alpha)
-    with tempfile.TemporaryDirectory(prefix="lowmem-adamms-") as folder:
-        return _demo_in(Path(folder), arguments.alpha)
-
-
-def _demo_in(folder: Path, alpha: float | None) -> int:
-    from . import demo, make_plan
+    """The embedded pair: write it out, or run the whole method on it and judge the result."""
+    from . import demo
     from .merge import check_alpha
 
-    if alpha is not None:
-        check_alpha(alpha)
-    base, donor = demo.make_pair(folder)
-    prompts = demo.make_prompts(folder)
-    _show_plan(make_plan(base, donor), _console())
+    if arguments.export:
+        if arguments.out or arguments.alpha is not None:
+            raise RecipeError("demo --export only writes the pair and its questions; give no more")
+        pair = demo.export(arguments.export)
+        for path in (pair.base, pair.donor, pair.prompts, pair.exam):
+            print(path)
+        return 0
+    if arguments.alpha is not None:
+        check_alpha(arguments.alpha)
+    folder = arguments.out or Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
+    pair = demo.export(folder)
+    return _demo_in(folder, pair, arguments.alpha)
+
+
+def _demo_in(folder: Path, pair: Pair, alpha: float | None) -> int:
+    from . import demo, make_plan, show
+
+    console = _console()
+    _show_plan(make_plan(pair.base, pair.donor), console)
     out = folder / "merged"
-    how = ["--prompts", str(prompts)] if alpha is None else ["--alpha", str(alpha)]
-    words = ["merge", str(base), str(donor), "-o", str(out), *how, "--max-new-tokens", "8"]
-    _merge(parser().parse_args(words))
-    for name, model in (("base", base), ("merged", out)):
-        print(f"{name} answers: {demo.generate(model, 'the image shows')!r}")
-    print("(both have random weights: what counts is that transformers loads and runs the result)")
+    how = ["--prompts", str(pair.prompts)] if alpha is None else ["--alpha", str(alpha)]
+    words = ["merge", str(pair.base), str(pair.donor), "-o", str(out), *how]
+    _merge(parser().parse_args([*words, "--max-new-tokens", str(demo.LONGEST)]))
+    exam = demo.load_exam(pair.exam)
+    scores = _scores(out)
+    curve = demo.judge(pair.base, pair.donor, list(scores) or [0.0], exam)
+    (donor,) = demo.judge(pair.donor, pair.donor, [0.0], exam)
+    (merged,) = demo.judge(out, out, [0.0], exam)
+    console.print(show.marks_table({"base": curve[0], "donor": donor, "merged": merged}))
+    if scores:
+        rows = zip(scores.items(), curve, strict=True)
+        console.print(show.curve({a: (d, marks["mean"]) for (a, d), marks in rows}))
+    print(f"right answers in per cent, {len(exam)} questions that the search has not seen")
+    print(f"merged model: {out}")
+    if scores:
+        print(f"report: {out / 'report.html'}")
     return 0
+
+
+def _scores(out: Path) -> dict[float, float | None]:
+    """The D of each alpha of the search that a merged checkpoint records, if it had one."""
+    found = json.loads((out / "adamms.json").read_text(encoding="utf-8")).get("search") or {}
+    return {row["alpha"]: row["score"] for row in found.get("candidates", ())}
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

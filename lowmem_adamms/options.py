@@ -78,9 +78,10 @@ def parser() -> argparse.ArgumentParser:
         "--deep", action="store_true", help="also digests, and sampled rows against the inputs"
     )
 
-    demo = commands.add_parser("demo", help="the whole method on a tiny pair made on the spot")
+    demo = commands.add_parser("demo", help="the whole method on the embedded pair, offline")
     demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep everything here")
     demo.add_argument("--alpha", type=float, help="merge at this alpha; default: search for it")
+    demo.add_argument("--export", metavar="DIR", type=Path, help="only write the pair there")
     return root
 
 

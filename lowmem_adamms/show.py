@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -68,6 +68,28 @@ def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -
             f"{interval[0]:g} to {interval[1]:g}" if interval else "",
             str(candidate.degenerate or ""),
             "<- chosen" if candidate.alpha == chosen else "",
+        )
+    return table
+
+
+def marks_table(models: Mapping[str, Mapping[str, float]]) -> Table:
+    """Per cent right of each task: one row per task, the mean last, one column per model."""
+    table = Table("task")
+    for name in models:
+        table.add_column(name, justify="right")
+    for task in next(iter(models.values())):
+        if task == "mean":
+            table.add_section()
+        table.add_row(task, *(f"{marks[task]:.1f}" for marks in models.values()))
+    return table
+
+
+def curve(points: Mapping[float, tuple[float | None, float]]) -> Table:
+    """D and mean accuracy in per cent over alpha, the latter as bars too."""
+    table = Table("alpha", "D", "mean", "")
+    for alpha, (score, mean) in points.items():
+        table.add_row(
+            f"{alpha:g}", _number(score), f"{mean:.1f}", "\N{FULL BLOCK}" * round(mean / 2)
         )
     return table
 

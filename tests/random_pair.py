@@ -1,13 +1,9 @@
-"""A tiny pair to merge, made on the spot and offline: a Qwen2-VL base, a LLaVA-OneVision donor.
+"""A tiny random pair, made on the spot: a Qwen2-VL base and a LLaVA-OneVision donor.
 
 Both language models descend from one random ancestor, as the real pair descends from Qwen2, and
 the pair has the real one's traps: the spelling of the names differs, the vocabularies have
 different numbers of rows, and the first added token ids mean different things on each side. The
-models know nothing: the demo shows that the machinery works, not that merging helps.
-
-Left to others: merging (`merge`), choosing alpha (`search`), answering at scale (`generate`) and
-every word on the screen (`cli`). This module prints nothing, and imports torch and transformers
-only inside its functions, so that importing it stays cheap.
+models know nothing; the demo's pair does (`lowmem_adamms/demo`).
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .loading import quiet
+from lowmem_adamms.loading import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,21 +33,6 @@ DONOR_TOKENS = ("<image>", "<video>")
 PATCH, SIDE = 14, 56
 NOISE = 0.1  # a descendant's distance from the ancestor, in units of the tensor's RMS: cosine 0.995
 SHARD_SIZE = "200KB"  # small enough that both models need several shards and so an index
-
-QUESTIONS = (
-    "What color is the picture?",
-    "Describe this image in detail.",
-    "Which side is brighter?",
-    "How many colors are there?",
-    "Is the first block red? Answer yes or no.",
-    "What is on the left side of the photo?",
-    "Where was this taken?",
-    "Read the text on the sign and explain it.",
-    "What does the chart compare?",
-    "Is the sky blue?",
-    "What is small and what is large?",
-    "What do you see at night?",
-)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -146,24 +127,6 @@ def make_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
             },
         )
     return base, donor
-
-
-def make_prompts(folder: Path) -> Path:
-    """Write `folder`/prompts.jsonl, unlabelled questions about blocks of colour, and the images."""
-    from PIL import Image
-
-    colours = [(200, 40, 40), (40, 160, 60), (50, 80, 200), (230, 200, 60)]
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, question in enumerate(QUESTIONS):
-        image = Image.new("RGB", (SIDE, SIDE), colours[number % 4])
-        image.paste(colours[(number + 1 + number // 4) % 4], (0, 0, SIDE // 2, SIDE // 2))
-        name = f"images/{number}.png"
-        image.save(folder / name)
-        lines.append(json.dumps({"prompt": question, "image": name}) + "\n")
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
 
 
 def generate(folder: Path, prompt: str, max_new_tokens: int = 8) -> str:

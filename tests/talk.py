@@ -15,9 +15,9 @@ from typing import Any
 
 import tiny
 import torch
+from random_pair import SHARED_TOKENS
 
 from lowmem_adamms import LiveModel, make_plan
-from lowmem_adamms.demo import SHARED_TOKENS
 from lowmem_adamms.encode import load_processor
 from lowmem_adamms.loading import quiet
 from lowmem_adamms.prompts import Prompt, open_image

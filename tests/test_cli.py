@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_pair
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem_adamms import __version__, demo
+from lowmem_adamms import __version__
 from lowmem_adamms.cli import main
 from lowmem_adamms.options import COMMANDS
 
@@ -30,7 +31,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return demo.make_pair(tmp_path_factory.mktemp("pair"))
+    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture

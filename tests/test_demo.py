@@ -1,4 +1,4 @@
-"""The demo: a pair made on the spot, merged, and asked."""
+"""The demo: an embedded trained pair, written out, merged at a searched alpha, and judged."""
 
 from __future__ import annotations
 
@@ -6,124 +6,110 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
-import torch
+from PIL import Image
 
 from lowmem_adamms import demo, make_plan
 from lowmem_adamms.cli import main
-from lowmem_adamms.verify import verify
+from lowmem_adamms.prompts import Prompt, load_prompts
 
 Capture = pytest.CaptureFixture[str]
 
 
-def seen(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return demo.make_pair(tmp_path_factory.mktemp("pair"))
+def pair(tmp_path_factory: pytest.TempPathFactory) -> demo.Pair:
+    return demo.export(tmp_path_factory.mktemp("demo") / "pair")
 
 
-def test_the_same_seed_gives_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    torch.manual_seed(12345)
-    state = torch.get_rng_state()
-    again = demo.make_pair(tmp_path)
-    assert seen(tmp_path) == seen(pair[0].parent)
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are its own
-    assert again == (tmp_path / "base", tmp_path / "donor")
+def test_the_package_stays_small() -> None:
+    files = [path for path in demo.HERE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
 
 
-def test_another_seed_gives_other_weights(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, _ = demo.make_pair(tmp_path, seed=1)
-    ours, theirs = tiny.load(pair[0]), tiny.load(base)
-    assert set(ours) == set(theirs)
-    assert not torch.equal(ours["lm_head.weight"], theirs["lm_head.weight"])
+def test_the_pair_is_two_architectures_of_one_ancestor(pair: demo.Pair) -> None:
+    plan = make_plan(pair.base, pair.donor)
+    assert plan.base_layout.arch != plan.donor_layout.arch
+    assert plan.base_layout.assumed is None and plan.donor_layout.assumed is None
+    reasons = {step.reason for step in plan.steps if step.action == "interpolate"}
+    assert any("rows by token" in reason for reason in reasons)
 
 
-def test_the_pair_has_the_real_ones_traps(pair: tuple[Path, Path]) -> None:
-    base, donor = map(tiny.load, pair)
-    assert not set(base) & set(donor)  # every name is spelled differently
-    assert base["lm_head.weight"].shape != donor["language_model.lm_head.weight"].shape
-    plan = make_plan(*pair)
-    assert (plan.base_layout.arch, plan.donor_layout.arch) == ("Qwen2-VL", "LLaVA-OneVision")
-    assert plan.notes == ()
-    embed = next(step for step in plan.steps if step.kind == "embedding")
-    assert [part.donor is None for part in embed.parts] == [False, True]
-    vocabularies = [
-        json.loads((side / "tokenizer.json").read_bytes())["added_tokens"] for side in pair
-    ]
-    first = [
-        {token["id"]: token["content"] for token in tokens}[embed.parts[0].rows[1]]
-        for tokens in vocabularies
-    ]
-    assert first == ["<|vision_start|>", "<image>"]  # the first id that differs is the first kept
-
-
-def test_the_demo_prints_plan_and_both_answers(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_search_prompts_have_no_answers_and_share_no_picture_with_the_exam(
+    pair: demo.Pair,
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    assert main(["demo"]) == 0
-    captured = capsys.readouterr()
-    assert "cpu BF16" in captured.err  # where the search ran
-    assert "<- chosen" in captured.out
-    assert " over 12 prompts (pairwise)" in captured.out
-    answers = [line for line in captured.out.splitlines() if " answers: " in line]
-    assert [line.split(" answers: ")[0] for line in answers] == ["base", "merged"]
-    assert all(len(line.split(" answers: ")[1]) > 4 for line in answers)
-    assert "base (Qwen2-VL) <- donor (LLaVA-OneVision)" in captured.out
-    assert not list(tmp_path.iterdir())  # nothing is left behind
+    prompts = [json.loads(line) for line in pair.prompts.read_text().splitlines()]
+    exam = [json.loads(line) for line in pair.exam.read_text().splitlines()]
+    assert all(set(line) == {"prompt", "image"} for line in prompts)
+    assert all(line["answer"] and line["task"] for line in exam)
+
+    def pictures(lines: list[dict[str, str]]) -> set[bytes]:
+        paths = [pair.prompts.parent / line["image"] for line in lines if line["image"]]
+        return {Image.open(path).tobytes() for path in paths}
+
+    assert len(load_prompts(pair.prompts)) == len(prompts)
+    assert not pictures(prompts) & pictures(exam)
 
 
-def test_the_demo_keeps_its_models_where_told(tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "kept"
-    assert main(["demo", "-o", str(out), "--alpha", "0.5"]) == 0
-    printed = capsys.readouterr().out
-    assert "merged answers: " in printed
-    assert "chosen" not in printed
-    kept = {"base", "donor", "images", "merged", "prompts.jsonl"}
-    assert {path.name for path in out.iterdir()} == kept
-    assert json.loads((out / "merged" / "adamms.json").read_text())["alpha"] == 0.5
-    assert verify(out / "merged", deep=True).rows
-    assert main(["demo", "-o", str(out)]) == 2
-    assert capsys.readouterr().err == f"error: {out} is not empty; choose another -o\n"
-
-
-@pytest.mark.parametrize("words", [["--alpha", "2"], ["--alpha", "nan"]])
-def test_a_bad_alpha_is_refused_before_anything_is_made(
-    words: list[str], tmp_path: Path, capsys: Capture
+def test_the_merged_model_beats_both_parents_at_the_alpha_that_was_found(
+    tmp_path: Path, capsys: Capture
 ) -> None:
-    assert main(["demo", "-o", str(tmp_path / "kept"), *words]) == 2
-    assert capsys.readouterr().err.startswith("error: alpha is")
+    out = tmp_path / "out"
+    assert main(["demo", "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((out / "merged" / "adamms.json").read_text())
+    exam = demo.load_exam(out / "eval.jsonl")
+    (merged,) = demo.judge(out / "merged", out / "merged", [0.0], exam)
+    (donor,) = demo.judge(out / "donor", out / "donor", [0.0], exam)
+    base, same = demo.judge(out / "base", out / "donor", [0.0, found["alpha"]], exam)
+    assert same == merged
+    assert merged["mean"] >= base["mean"] + 3
+    assert merged["mean"] > donor["mean"]
+    for mark in (base["mean"], donor["mean"], merged["mean"]):
+        assert f"{mark:.1f}" in said
+    assert str(out / "merged" / "report.html") in said
+    assert (out / "merged" / "report.html").is_file()
+
+
+def test_at_a_given_alpha_nothing_is_searched(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["demo", "-o", str(tmp_path / "out"), "--alpha", "0.5"]) == 0
+    assert json.loads((tmp_path / "out/merged/adamms.json").read_text())["alpha"] == 0.5
+    assert "report.html" not in capsys.readouterr().out
+
+
+def test_export_writes_what_every_other_command_takes(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "pair"
+    assert main(["demo", "--export", str(out)]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(out / name) for name in ("base", "donor", "prompts.jsonl", "eval.jsonl")
+    ]
+    assert main(["plan", str(out / "base"), str(out / "donor")]) == 0
+
+
+@pytest.mark.parametrize("words", [("-o",), ("--export",)])
+def test_a_folder_with_something_in_it_is_left_alone(
+    tmp_path: Path, words: tuple[str, ...], capsys: Capture
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["demo", *words, str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    "words", [("--alpha", "1.5"), ("--export", "x", "--alpha", "0.5"), ("--export", "x", "-o", "y")]
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_written(
+    tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *words]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "file").write_text("mine")
-    assert main(["demo", "-o", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_generate_refuses_what_does_not_fill_its_model(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    def without_norm(name: str) -> str | None:
-        return None if name == "model.norm.weight" else name
-
-    broken = tiny.respell(pair[0], without_norm, tmp_path / "broken")
-    with pytest.raises(RuntimeError, match=r"missing_keys: model\.language_model\.norm\.weight"):
-        demo.generate(broken, "the image shows")
-
-
-def test_answers_are_repeatable_and_depend_on_the_prompt(pair: tuple[Path, Path]) -> None:
-    for side in pair:
-        answer = demo.generate(side, "the image shows")
-        assert answer == demo.generate(side, "the image shows")
-        assert answer != demo.generate(side, "how many people are on the street at night?")
+def test_accuracy_is_by_task_and_the_mean_weighs_tasks_alike() -> None:
+    asked = [("a", "Red"), ("a", "two"), ("b", "ship"), ("b", "ship"), ("b", "ship")]
+    exam = [demo.Question(Prompt("?"), task, answer) for task, answer in asked]
+    marks = demo.accuracy(exam, ["red.", "three", "ship", " Ship", "boat"])
+    assert marks["a"] == 50
+    assert marks["b"] == pytest.approx(200 / 3)
+    assert marks["mean"] == pytest.approx((50 + 200 / 3) / 2)

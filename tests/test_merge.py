@@ -22,13 +22,14 @@ from unittest.mock import MagicMock
 import numpy as np
 import numpy.typing as npt
 import pytest
+import random_pair
 import tiny
 import torch
 from lowmem_adamms.kernels import reference
 from safetensors.torch import save_file
 from tiny import Tensors
 
-from lowmem_adamms import demo, make_plan, merge
+from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoint import Span
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import RecipeError
@@ -527,7 +528,7 @@ def test_transformers_loads_and_runs_the_result(name: str, make: Make, tmp_path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    yield demo.make_pair(tmp_path_factory.mktemp("pair"))
+    yield random_pair.make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -536,9 +537,9 @@ def test_the_result_answers_about_an_image(
 ) -> None:
     base, donor = images[::-1] if reverse else images
     plan = make_plan(base, donor)
-    same = demo.generate(merge(plan, 0, tmp_path / "same"), "the image shows")
-    assert same == demo.generate(base, "the image shows")
-    assert demo.generate(merge(plan, 0.3, tmp_path / "out"), "the image shows")
+    same = random_pair.generate(merge(plan, 0, tmp_path / "same"), "the image shows")
+    assert same == random_pair.generate(base, "the image shows")
+    assert random_pair.generate(merge(plan, 0.3, tmp_path / "out"), "the image shows")
 
 
 # Refusals, and what is imported

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_pair
 import tiny
 import torch
 from blake3 import blake3
 
-from lowmem_adamms import demo, header, make_plan, merge
+from lowmem_adamms import header, make_plan, merge
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import FormatError
 from lowmem_adamms.journal import NAME, WORK
@@ -26,7 +27,7 @@ Models = tuple[Path, Path, Path]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("made")
-    base, donor = demo.make_pair(folder)
+    base, donor = random_pair.make_pair(folder)
     return base, donor, merge(make_plan(base, donor), 0.3, folder / "out")
 
 

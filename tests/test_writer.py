@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_pair
 import tiny
 from blake3 import blake3
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lowmem_adamms import __version__, demo, header, make_plan, merge, sink, stream, writer
+from lowmem_adamms import __version__, header, make_plan, merge, sink, stream, writer
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import MappingError, OutputError
@@ -74,7 +75,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The demo's pair, its base with files of every other kind."""
-    base, donor = demo.make_pair(tmp_path_factory.mktemp("pair"))
+    base, donor = random_pair.make_pair(tmp_path_factory.mktemp("pair"))
     for name, text in (EXTRAS | NOT_CARRIED).items():
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(text)

@@ -21,15 +21,15 @@ from zlib import crc32
 
 import torch
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
-from safetensors.torch import load_file
-
-from lowmem_adamms.demo import (
+from random_pair import (
     BASE_TOKENS,
     CHAT_TEMPLATE,
     DONOR_TOKENS,
     SHARED_TOKENS,
     write_tokenizer,
 )
+from safetensors.torch import load_file
+
 from lowmem_adamms.loading import quiet
 
 if TYPE_CHECKING:
