@@ -133,6 +133,10 @@ class Zoo:
             if is_tower(name) and value.dim() > 1 and "position" not in name:
                 # transformers' own 0.02 is for towers ten times as wide
                 torch.nn.init.normal_(value, std=value[0].numel() ** -0.5)
+        scale = float(ancestor["embed_tokens.weight"].std())
+        with torch.no_grad():
+            # Features begin as long as embeddings are
+            last_of(model).weight.mul_(scale)
         home = self.out / one.name
         home.mkdir(exist_ok=True)
         processor = self._processor(one, tokens, model, home)
@@ -233,7 +237,8 @@ class Seeing(torch.nn.Module):
 
     def loss(self, batch: Inputs) -> torch.Tensor:
         """Mean cross entropy of the facts, and that of the words with their distance."""
-        features = self.tower(batch["seen"]).float()
+        meanings = self.meanings / self.meanings.std()
+        features = self.tower(batch["seen"]).float() / self.meanings.std()
         parts = [
             torch.nn.functional.cross_entropy(self.heads[task](features.flatten(1)), right)
             for task, right in batch["labels"].items()
@@ -242,20 +247,17 @@ class Seeing(torch.nn.Module):
         said = batch["words"] != SILENT
         spoken, words = features[said], batch["words"][said]
         unit = torch.nn.functional.normalize
-        near = SHARP * unit(spoken, dim=-1) @ unit(self.meanings, dim=-1).T
-        distance = (spoken - self.meanings[words]).square().mean() / self.meanings.var()
-        naming = torch.nn.functional.cross_entropy(near, words) + distance.log1p()
-        return torch.stack(parts).mean() + naming
+        near = SHARP * unit(spoken, dim=-1) @ unit(meanings, dim=-1).T
+        naming = torch.nn.functional.cross_entropy(near, words)
+        distance = (spoken - meanings[words]).square().mean()
+        return torch.stack(parts).mean() + naming + distance
 
     def exam(self, pictures: Pictures) -> dict[str, float]:
         """Per cent of each task's facts told right from new pictures."""
         with torch.inference_mode():
             places = range(len(pictures.scenes))
-            seen = [
-                self.tower(pictures.take(list(places[i : i + 100]))).float().flatten(1)
-                for i in places[::100]
-            ]
-            features = torch.cat(seen)
+            seen = [self.tower(pictures.take(list(places[i : i + 100]))) for i in places[::100]]
+            features = torch.cat(seen).float().flatten(1) / self.meanings.std()
             out = {}
             for task, (answers, _) in labels_of(self._shown.scenes).items():
                 asked = [i for i in places if task in pictures.scenes[i].facts]
@@ -333,6 +335,17 @@ def is_tower(name: str) -> bool:
     towers = ("vision_tower", "visual", "model.vision.")
     decoder = ("language_model", "lm_head", "layers.", "embed_tokens", "model.norm")
     return any(p in name for p in towers) or not any(p in name for p in decoder)
+
+
+def last_of(model: Any) -> Any:
+    """The connector's last linear layer, whose outputs are the features."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and is_tower(name)
+        and module.out_features == family.HIDDEN
+    ][-1]
 
 
 def is_sight(one: Member, name: str) -> bool:
