@@ -8,16 +8,17 @@ the base's. Embedding and head rows are joined by token. Leaves the arithmetic t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from . import archs, tokens
-from .arch import BUFFER, Block, Layout, recognise, span_of
+from .arch import BUFFER, Arch, Block, Layout, span_of
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DType
 from .errors import FormatError, MappingError
+from .recognise import recognise
 
 Embeddings = Literal["merge", "keep"]
 MANY_RUNS = 16
@@ -136,16 +137,18 @@ def make_plan(
     *,
     embeddings: Embeddings = "merge",
     dtype: DType | None = None,
+    declared: Sequence[Arch] = (),
 ) -> Plan:
     """Plan the merge of two checkpoints from their headers.
 
     embeddings: "merge" joins the rows of embed and head by token, "keep" leaves the base's.
     dtype: of the output's floating tensors; None keeps each base tensor's own.
+    declared: the user's own declarations (`declare.read`), which go before the known ones.
     Raises FormatError for a broken or quantized input, MappingError where the two do not fit.
     """
     base, donor = _opened(base), _opened(donor)
     base_layout, donor_layout = (
-        recognise(checkpoint, archs.ARCHS, archs.FALLBACK) for checkpoint in (base, donor)
+        recognise(checkpoint, archs.ARCHS, declared) for checkpoint in (base, donor)
     )
     join = _Join(base, donor, base_layout, donor_layout, embeddings)
     join.check_sizes()
