@@ -14,10 +14,18 @@ if TYPE_CHECKING:
 
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
-COMMANDS = ("plan", "merge", "search", "verify", "demo")
+COMMANDS = ("plan", "merge", "search", "verify", "archs", "demo")
 NEED_A_MODEL = (
-    *("base", "donor", "dtype", "prompts", "question", "split", "text_column", "image_column"),
-    *("alphas", "refine", "no_drafts", "no_vision_cache", "no_noise", "trust_remote_code"),
+    *("base", "donor", "dtype", "arch", "prompts", "question", "split", "text_column"),
+    *(
+        "image_column",
+        "alphas",
+        "refine",
+        "no_drafts",
+        "no_vision_cache",
+        "no_noise",
+        "trust_remote_code",
+    ),
     *("device", "quantize", "live_dtype", "vram", "ram", "batch_size", "journal", "force"),
 )
 """What `search` takes but recorded answers have no use for; each is falsy if not given."""
@@ -44,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for add in (_add_plan, _add_merge, _add_search, _add_verify, _add_demo):
+    for add in (_add_plan, _add_merge, _add_search, _add_verify, _add_archs, _add_demo):
         add(commands)
     return root
 
@@ -92,6 +100,13 @@ def _add_verify(commands: _Commands) -> None:
     )
 
 
+def _add_archs(commands: _Commands) -> None:
+    archs = commands.add_parser("archs", help="the known families, or one as a file for --arch")
+    archs.add_argument("name", metavar="NAME", nargs="?", help="print this one's declaration")
+    archs.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _arch_option(archs)
+
+
 def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser("demo", help="the whole method on a tiny pair made on the spot")
     demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep everything here")
@@ -113,6 +128,17 @@ def _pair_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> 
         help="join embedding and head rows by token (default), or keep the base's",
     )
     parser.add_argument("--dtype", type=_dtype, help="of the output: bf16, fp16, fp32")
+    _arch_option(parser)
+
+
+def _arch_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch",
+        metavar="FILE",
+        action="append",
+        help="a family declared in TOML, as `archs NAME` prints them; goes before the known ones;"
+        " may be repeated",
+    )
 
 
 def _dtype(text: str) -> DType:
