@@ -104,17 +104,18 @@ class _Structure:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A decoder found in a checkpoint. elements: of all its tensors; head: its name or ``."""
+    """A decoder found in a checkpoint. elements: without its head; head: its name or ``."""
 
+    structure: _Structure
     layout: Layout
     elements: int
-    head: str
+    head: str = ""
 
     def __str__(self) -> str:
-        head = f"head {self.head}" if self.head else "no head"
         return (
             f"{self.layout.layers} layers under {self.layout.prefix!r}"
-            f" ({self.elements / 1e6:,.0f} million parameters, {head})"
+            f" ({self.elements / 1e6:,.0f} million parameters,"
+            f" {f'head {self.head}' if self.head else 'no head'})"
         )
 
 
@@ -155,14 +156,16 @@ def _by_structure(checkpoint: Checkpoint, structures: Sequence[_Structure]) -> L
             candidates.append(found)
     if not candidates:
         raise _no_decoder(checkpoint, [(each.arch, prefix) for each, prefix in places])
-    chosen, others = _stands_out(checkpoint, candidates)
-    why = f"a {chosen.layout.arch} decoder under {chosen.layout.prefix!r} by its tensor names"
-    kinds = dict(chosen.layout.kinds)
+    chosen, others = _stands_out(checkpoint, _with_heads(checkpoint, candidates))
+    layout = read(checkpoint, chosen.structure.arch, chosen.layout.prefix, chosen.head)
+    assert layout is not None  # a head more is no decoder less
+    why = f"a {layout.arch} decoder under {layout.prefix!r} by its tensor names"
+    kinds = dict(layout.kinds)
     for other in others:
         why += f"; another, of {other}, is left alone"
-        theirs = {*other.layout.blocks} - {*chosen.layout.blocks}
+        theirs = {*other.layout.blocks, other.head} & {*kinds}
         kinds |= dict.fromkeys(theirs, ANOTHER)
-    return replace(chosen.layout, kinds=kinds, assumed=why)
+    return replace(layout, kinds=kinds, assumed=why)
 
 
 def _prefixes(checkpoint: Checkpoint, arch: Arch) -> list[str]:
@@ -197,18 +200,33 @@ def _under(
 
 
 def _found(checkpoint: Checkpoint, prefix: str, structure: _Structure) -> Iterator[_Candidate]:
-    """The structure's decoder under a prefix, with its head, if it is all there."""
-    if bare := read(checkpoint, structure.arch, prefix, ""):
-        head = _head(checkpoint, bare, structure)
-        layout = (head and read(checkpoint, structure.arch, prefix, head)) or bare
+    """The structure's decoder under a prefix, if it is all there."""
+    if layout := read(checkpoint, structure.arch, prefix, ""):
         shapes = (checkpoint.tensors[name].shape for name in layout.blocks)
-        yield _Candidate(layout, sum(map(prod, shapes)), head)
+        yield _Candidate(structure, layout, sum(map(prod, shapes)))
 
 
-def _head(checkpoint: Checkpoint, layout: Layout, structure: _Structure) -> str:
-    """The likeliest head of a decoder: as wide as its embedding, named and placed near; or ``."""
+def _with_heads(checkpoint: Checkpoint, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Each decoder with its head: the likeliest that is nearer to no other, nor to a larger one."""
+    likely = [_likely_heads(checkpoint, candidate) for candidate in candidates]
+    nearest: dict[str, tuple[int, int]] = {}
+    for candidate, names in zip(candidates, likely, strict=True):
+        for name in names:
+            claim = _claim(name, candidate)
+            nearest[name] = max(claim, nearest.get(name, claim))
+    headed = []
+    for candidate, names in zip(candidates, likely, strict=True):
+        own = [name for name in names if _claim(name, candidate) == nearest[name]]
+        head = max(own, key=lambda name: _shared_parts(name, candidate.layout.prefix), default="")
+        headed.append(replace(candidate, head=head))
+    return headed
+
+
+def _likely_heads(checkpoint: Checkpoint, candidate: _Candidate) -> list[str]:
+    """What is named like a head and as wide as the embedding, with most of its rows."""
+    layout, structure = candidate.layout, candidate.structure
     embed = checkpoint.tensors[layout.prefix + embed_name(structure.arch)].shape
-    likely = [
+    return [
         name
         for name, span in checkpoint.tensors.items()
         if name not in layout.blocks
@@ -217,7 +235,11 @@ def _head(checkpoint: Checkpoint, layout: Layout, structure: _Structure) -> str:
         and span.shape[1:] == embed[1:]
         and 2 * span.shape[0] > embed[0]
     ]
-    return max(likely, key=lambda name: _shared_parts(name, layout.prefix), default="")
+
+
+def _claim(name: str, candidate: _Candidate) -> tuple[int, int]:
+    """How near a head stands to a decoder; of equally near ones, the larger decoder has it."""
+    return _shared_parts(name, candidate.layout.prefix), candidate.elements
 
 
 def _shared_parts(name: str, prefix: str) -> int:
@@ -240,8 +262,9 @@ def _stands_out(
 ) -> tuple[_Candidate, list[_Candidate]]:
     """The language model among several decoders, and the others.
 
-    It has a head (where the config does not tie it), and no other has half its size, or with a
-    smaller one's head, more. MappingError names those between which it would be a guess.
+    If the config ties heads, or none has one, it is more than twice as large as any other; else it
+    has a head, is more than twice as large as any other that has one, and none without is larger.
+    MappingError names those between which it would be a guess.
     """
 
     def headed(candidate: _Candidate) -> bool:
