@@ -54,12 +54,15 @@ _COMMENTS = {
     "decoder": "name after the prefix, layer number written #: the roles it holds, in memory order",
     "others": "prefixes of all other tensors, and what they are",
 }
-_ROLES = {
-    role.partition("@")[0]
-    for arch in ARCHS
-    for held in arch.decoder.values()
-    for role in held.split()
-}
+_ROLES = tuple(
+    dict.fromkeys(
+        role.partition("@")[0]
+        for arch in ARCHS
+        for held in arch.decoder.values()
+        for role in held.split()
+    )
+)
+"""Every role that some declaration of ours knows; any other could only be a mistake."""
 _STREAMS = ("text", "vision")
 _NAME = re.compile(r"[A-Za-z_.]+\.#\.[^#]+|[^#]+")
 
@@ -93,14 +96,19 @@ def read(path: str | Path) -> Arch:
         raise DeclarationError(f"--arch {path}: {why}") from None
     if len(raw) > MOST_BYTES:
         raise DeclarationError(f"{path}: more than {MOST_BYTES} bytes; not a declaration")
+    return from_toml(raw, str(path))
+
+
+def from_toml(raw: bytes, where: str) -> Arch:
+    """The declaration in a file's content. DeclarationErrors begin with `where`."""
     try:
         table = tomllib.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DeclarationError(f"{path}, line {line}: not UTF-8; save the file as that") from None
+        raise DeclarationError(f"{where}, line {line}: not UTF-8; save the file as that") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, and Python's own limits
-        raise DeclarationError(f"{path}: not TOML: {error}") from None
-    return parse(table, str(path))
+        raise DeclarationError(f"{where}: not TOML: {error}") from None
+    return parse(table, where)
 
 
 def parse(table: Mapping[str, Any], where: str) -> Arch:
@@ -196,12 +204,14 @@ def _inherited(like: Any, rename: Any, where: str) -> dict[str, Any]:
     except RecipeError as error:
         raise DeclarationError(f"{where}: like: {error}") from None
     changes = _checked({} if rename is None else rename, Mapping[str, str], f"{where}: rename")
-    for old in changes:
-        if not old or not any(old in name for name in arch.decoder):
+    names = set(arch.decoder)
+    for old, new in changes.items():
+        if not old or not any(old in name for name in names):
             raise DeclarationError(
                 f"{where}: rename: {_short(old)} is in no name of {arch.name}'s decoder"
                 f" (`archs {json.dumps(arch.name)}` prints them)"
             )
+        names = {name.replace(old, new) for name in names}
     values = {
         field.name: getattr(arch, field.name)
         for field in fields(Arch)
@@ -211,7 +221,7 @@ def _inherited(like: Any, rename: Any, where: str) -> dict[str, Any]:
         key: value if key in _NOT_RENAMED else _renamed(value, changes)
         for key, value in values.items()
     }
-    if len(renamed["decoder"]) < len(arch.decoder):
+    if len(names) < len(arch.decoder):
         raise DeclarationError(f"{where}: rename: makes two names of the decoder the same")
     return renamed
 
