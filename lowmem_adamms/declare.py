@@ -40,7 +40,8 @@ else:
 
 MOST_BYTES = 1 << 18
 """Of a file; the longest declaration of ours has a few thousand."""
-MOST_IDS = 1 << 31
+MOST = 1 << 31
+"""Of anything counted."""
 
 _DEFAULTS: Mapping[str, Any] = {"source": "declared by the user", "classes": (), "others": {}}
 _NOT_INHERITED = frozenset(("name", "source", "classes"))
@@ -272,11 +273,6 @@ def _check(arch: Arch, where: str) -> None:
                 f"{where}: spellings: found {_short(head)}, expected the head's full name, such as"
                 " lm_head.weight"
             )
-    if arch.shared_ids is not None and not 0 < arch.shared_ids < MOST_IDS:
-        raise DeclarationError(
-            f"{where}: shared_ids: found {_short(arch.shared_ids)}, expected a number of tokens,"
-            " 1 or more; leave it out if it is not known"
-        )
     for prefix, what in arch.others.items():
         if not prefix or not what:
             raise DeclarationError(
@@ -284,6 +280,34 @@ def _check(arch: Arch, where: str) -> None:
                 " what its tensors are"
             )
     _check_decoder(arch.decoder, where)
+    for field in fields(arch):
+        _check_further(field.name, getattr(arch, field.name), arch.decoder, where)
+
+
+def _check_further(field: str, value: Any, decoder: Mapping[str, str], where: str) -> None:
+    """Counts are 1 or more; what lists or maps names, apart from the classes, means the decoder's.
+
+    So holds for whatever fields Arch has, these or others.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < MOST:
+        raise DeclarationError(
+            f"{where}: {field}: found {_short(value)}, expected 1 or more; leave it out if it is"
+            " not known"
+        )
+    if isinstance(value, tuple) and field not in ("classes", "spellings"):
+        for name in value:
+            if name not in decoder:
+                raise DeclarationError(
+                    f"{where}: {field}: {_short(name)} is no name of the decoder"
+                    f"{_near(name, decoder)}"
+                )
+    if isinstance(value, Mapping) and field not in ("decoder", "others"):
+        for name in value:
+            if "#" not in name or not _NAME.fullmatch(name):
+                raise DeclarationError(
+                    f"{where}: {field}.{json.dumps(name)}: not a tensor's name; expected one as in"
+                    " the decoder, its layer number written #"
+                )
 
 
 def _check_decoder(decoder: Mapping[str, str], where: str) -> None:

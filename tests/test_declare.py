@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 import string
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,8 @@ MISTAKES = [
     (SHORT + 'spellings = [["model."]]', r"spellings\[0\]: found a list, expected a list of 2"),
     (SHORT + 'spellings = [["model", "h"]]', "found the prefix 'model', expected one that ends"),
     (SHORT + 'spellings = [["model.", "lm."]]', "found 'lm.', expected the head's full name"),
-    (SHORT + "shared_ids = 0", "shared_ids: found 0, expected a number of tokens"),
+    (SHORT + "shared_ids = 0", "shared_ids: found 0, expected 1 or more; leave it out"),
+    (SHORT + "shared_ids = -5", "shared_ids: found -5, expected 1 or more"),
     (SHORT + "shared_ids = true", "shared_ids: found True, expected a whole number"),
     (SHORT + "shared_ids = 3.5", "shared_ids: found 3.5, expected a whole number"),
     (SHORT + "shared_ids = nan", "shared_ids: found nan, expected a whole number"),
@@ -309,6 +310,41 @@ def test_any_value_anywhere_is_a_declaration_or_refused(data: st.DataObject) -> 
 def test_anything_in_place_of_a_table_is_refused(value: Any) -> None:
     with pytest.raises(DeclarationError, match=r"^here: "):
         declare.parse(value, "here")
+
+
+# Fields that Arch may get
+
+
+@dataclass(frozen=True, slots=True)
+class Wider(Arch):
+    """Has a field of each type a declaration could come to need."""
+
+    joined: tuple[str, ...] = ()
+    width: int | None = None
+    flat: bool = False
+    foreign: Mapping[str, str] = field(default_factory=dict)
+
+
+def test_a_further_field_can_be_given_and_printed_without_more_ado(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(declare, "Arch", Wider)
+    name = "layers.#.self_attn.q_proj.weight"
+    table = {**PLAIN, "joined": [name], "width": 3, "flat": True, "foreign": {"a.#.b": "x"}}
+    arch = declare.parse(table, "x")
+    assert isinstance(arch, Wider)
+    assert (arch.joined, arch.width, arch.flat, arch.foreign) == ((name,), 3, True, {"a.#.b": "x"})
+    assert declare.from_toml(declare.to_toml(arch).encode(), "x") == arch
+    assert declare.plain(declare.parse(PLAIN, "x")) == PLAIN
+    for key, value, words in (
+        ("joined", ["layers.#.self_attn.q_proj"], "joined: 'layers.#.self_attn.q_proj' is no name"),
+        ("joined", [3], r"joined\[0\]: found 3, expected a text"),
+        ("width", 0, "width: found 0, expected 1 or more"),
+        ("flat", 1, "flat: found 1, expected true or false"),
+        ("foreign", {"a.b": "x"}, r'foreign\."a\.b": not a tensor'),
+    ):
+        with pytest.raises(DeclarationError, match=f"^x: {words}"):
+            declare.parse({**PLAIN, key: value}, "x")
 
 
 # archs
