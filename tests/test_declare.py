@@ -378,7 +378,7 @@ def test_archs_suggests_a_name(capsys: Capture) -> None:
     assert re.fullmatch(
         "error: no declaration 'Qwen2VL'; did you mean 'Qwen2-VL'\\?\n", capsys.readouterr().err
     )
-    with pytest.raises(RecipeError, match="expected one of Llama, .*Qwen2"):
+    with pytest.raises(RecipeError, match=r"expected one of Llama, .*Qwen2"):
         declare.named("zzzzzz", ARCHS)
 
 
