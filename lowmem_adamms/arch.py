@@ -1,8 +1,9 @@
-"""How an architecture says which roles its tensors hold, and how a checkpoint is recognised.
+"""How an architecture says which roles its tensors hold.
 
 An Arch is data (`archs.py` holds them all). Reading a checkpoint with one gives a Layout: for every
 tensor either the blocks of the common decoder in it, in memory order along dim 0, or what else it
-is (vision tower, connector, …). Nothing here knows a family by name.
+is (vision tower, connector, …). Nothing here knows a family by name; which one a checkpoint is of
+is left to `recognise.py`.
 
 Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
 `attn.{q,k,v,o}.{weight,bias}`, `attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`,
@@ -14,8 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass
 
 from .checkpoint import Checkpoint, Span
 from .errors import MappingError
@@ -23,7 +23,7 @@ from .errors import MappingError
 BUFFER = "rotary buffer"
 UNKNOWN = "no known role"
 
-_ESSENTIAL = frozenset(
+ESSENTIAL = frozenset(
     [f"attn.{part}.weight" for part in "qkvo"]
     + [f"mlp.{part}.weight" for part in ("gate", "up", "down")]
     + ["attn_norm.weight", "mlp_norm.weight"]
@@ -62,7 +62,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A checkpoint read with an Arch: `blocks` of the decoder's tensors, `kinds` of the others."""
+    """A checkpoint read with an Arch: `blocks` of the decoder's tensors, `kinds` of the others.
+
+    assumed: what was taken for granted in recognising it. declared: the Arch is a user's own.
+    """
 
     arch: str
     prefix: str
@@ -70,6 +73,7 @@ class Layout:
     blocks: Mapping[str, tuple[Block, ...]]
     kinds: Mapping[str, str]
     shared_ids: int | None
+    declared: bool = False
 
     @property
     def layers(self) -> int:
@@ -87,79 +91,14 @@ class Layout:
         return (block for blocks in self.blocks.values() for block in blocks)
 
 
-def recognise(checkpoint: Checkpoint, archs: Iterable[Arch], fallback: Arch) -> Layout:
-    """The layout of a checkpoint: by its config's class, else by its names alone.
-
-    `fallback` is the spelling tried under any prefix when no declaration explains every tensor;
-    the layout then says in `assumed` what was taken for granted. MappingError if nothing fits.
-    """
-    spoken = checkpoint.config.get("architectures")
-    spoken = spoken if isinstance(spoken, list) else [spoken]
-    announced = {name for name in spoken if isinstance(name, str)}
-    fits = [
-        (arch, layout)
-        for arch in archs
-        for prefix, head in arch.spellings
-        if (layout := _read(checkpoint, arch, prefix, head)) is not None
-    ]
-    named = [layout for arch, layout in fits if announced & set(arch.classes)]
-    if named:
-        return min(named, key=_unexplained)
-    says = (
-        f"config.json announces {', '.join(sorted(announced))}" if announced else "no config.json"
-    )
-    exact = [layout for _, layout in fits if not _unexplained(layout)]
-    for layout in exact:
-        return _assume(layout, f"{says}; taken for {layout.arch} by its tensor names")
-    for prefix in _prefixes(checkpoint, fallback):
-        for head in (*_heads(checkpoint, prefix), ""):
-            if layout := _read(checkpoint, fallback, prefix, head):
-                return _assume(
-                    layout,
-                    f"{says}; a {fallback.name} decoder under {prefix!r} by its tensor names",
-                )
-    example = next(iter(fallback.decoder))
-    raise MappingError(
-        f"{checkpoint.path}: no decoder found among its {len(checkpoint.tensors)} tensors"
-        f" (first: {next(iter(checkpoint.tensors))}); expected names such as"
-        f" model.{example} or those of a known family"
-    )
-
-
-def _assume(layout: Layout, why: str) -> Layout:
-    return replace(layout, assumed=why)
-
-
-def _unexplained(layout: Layout) -> int:
-    return sum(kind == UNKNOWN for kind in layout.kinds.values())
-
-
-def _embed_name(arch: Arch) -> str:
+def embed_name(arch: Arch) -> str:
+    """The embedding's name after the prefix."""
     return next(suffix for suffix, roles in arch.decoder.items() if roles == "embed")
 
 
-def _prefixes(checkpoint: Checkpoint, arch: Arch) -> list[str]:
-    """Every prefix under which the arch's embedding stands, the shortest first."""
-    embed = _embed_name(arch)
-    found = [name.removesuffix(embed) for name in checkpoint.tensors if name.endswith(embed)]
-    return sorted(found, key=len)
-
-
-def _heads(checkpoint: Checkpoint, prefix: str) -> list[str]:
-    """Every tensor that may be the head of the decoder under `prefix`, the likeliest first."""
-    found = [name for name in checkpoint.tensors if re.fullmatch(r"(.+\.)?lm_head\.weight", name)]
-    return sorted(found, key=lambda name: -_shared_parts(name, prefix))
-
-
-def _shared_parts(name: str, prefix: str) -> int:
-    """How many leading dotted parts a name shares with a prefix."""
-    same = (a == b for a, b in zip(name.split("."), prefix.split("."), strict=False))
-    return sum(1 for _ in takewhile(bool, same))
-
-
-def _read(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:
+def read(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:
     """The layout under one spelling, or None if its decoder is not all there."""
-    if prefix + _embed_name(arch) not in checkpoint.tensors:
+    if prefix + embed_name(arch) not in checkpoint.tensors:
         return None
     blocks: dict[str, tuple[Block, ...]] = {}
     kinds: dict[str, str] = {}
@@ -217,7 +156,7 @@ def _complete(blocks: Mapping[str, tuple[Block, ...]]) -> bool:
         {"embed", "norm"} <= roles
         and bool(layers)
         and set(layers) == set(range(len(layers)))
-        and all(found >= _ESSENTIAL for found in layers.values())
+        and all(found >= ESSENTIAL for found in layers.values())
     )
 
 

@@ -252,12 +252,3 @@ ARCHS = (
         shared_ids=32000,
     ),
 )
-
-FALLBACK = Arch(
-    name="Llama-style",
-    source="the spelling most Hub checkpoints share; tried under any prefix",
-    classes=(),
-    spellings=(),
-    decoder=LLAMA,
-    others={},
-)

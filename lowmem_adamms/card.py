@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import declare
 from .checkpoint import Checkpoint
 from .dtypes import DTYPES
 from .kinship import Kinship
@@ -119,6 +120,7 @@ def recipe(
         "formula": "(1 - alpha) * base + alpha * donor",
         "options": dict(plan.options),
         "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
+        "declared": [declare.plain(arch) for arch in plan.declared],
         "counts": plan.to_json()["counts"],
         "notes": [*plan.notes, *search.get("notes", ())],
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},

@@ -84,10 +84,15 @@ def _fail(message: str) -> int:
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
+    from .declare import read_all
     from .plan import make_plan
 
     return make_plan(
-        arguments.base, arguments.donor, embeddings=arguments.embeddings, dtype=arguments.dtype
+        arguments.base,
+        arguments.donor,
+        embeddings=arguments.embeddings,
+        dtype=arguments.dtype,
+        declared=read_all(arguments.arch or ()),
     )
 
 
@@ -514,6 +519,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _archs(arguments: argparse.Namespace) -> int:
+    """List the declarations, the user's before ours, or print one so that --arch takes it."""
+    from . import archs, declare, show
+
+    known = (*declare.read_all(arguments.arch or ()), *archs.ARCHS)
+    one = declare.named(arguments.name, known) if arguments.name else None
+    if arguments.json:
+        document = declare.plain(one) if one else [declare.plain(arch) for arch in known]
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        print(declare.to_toml(one) if one else show.archs(known), end="" if one else "\n")
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     """The embedded pair: write it out, or run the whole method on it and judge the result."""
     from . import demo
@@ -569,5 +588,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": _merge,
     "search": _search,
     "verify": _verify,
+    "archs": _archs,
     "demo": _demo,
 }

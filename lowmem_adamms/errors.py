@@ -22,6 +22,10 @@ class RecipeError(MergeError):
     """An option is out of range or does not go with another."""
 
 
+class DeclarationError(MergeError):
+    """A family that the user declares, with --arch, cannot be read or used."""
+
+
 class OutputError(MergeError):
     """The output cannot be written where it was asked for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from . import __version__, dtypes
 from .errors import RecipeError
@@ -12,10 +12,20 @@ from .errors import RecipeError
 if TYPE_CHECKING:
     from .dtypes import DType
 
-COMMANDS = ("plan", "merge", "search", "verify", "demo")
+    _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+COMMANDS = ("plan", "merge", "search", "verify", "archs", "demo")
 NEED_A_MODEL = (
-    *("base", "donor", "dtype", "prompts", "question", "split", "text_column", "image_column"),
-    *("alphas", "refine", "no_drafts", "no_vision_cache", "no_noise", "trust_remote_code"),
+    *("base", "donor", "dtype", "arch", "prompts", "question", "split", "text_column"),
+    *(
+        "image_column",
+        "alphas",
+        "refine",
+        "no_drafts",
+        "no_vision_cache",
+        "no_noise",
+        "trust_remote_code",
+    ),
     *("device", "quantize", "live_dtype", "vram", "ram", "batch_size", "journal", "force"),
 )
 """What `search` takes but recorded answers have no use for; each is falsy if not given."""
@@ -42,23 +52,32 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
+    for add in (_add_plan, _add_merge, _add_search, _add_verify, _add_archs, _add_demo):
+        add(commands)
+    return root
 
+
+def _add_plan(commands: _Commands) -> None:
     plan = commands.add_parser("plan", help="what would be done, from headers alone")
-    _add_pair(plan)
+    _pair_options(plan)
     plan.add_argument("-o", "--out", metavar="OUT", type=Path, help="where it would be written")
     plan.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    _add_placement(plan)
+    _placement_options(plan)
 
+
+def _add_merge(commands: _Commands) -> None:
     merge = commands.add_parser("merge", help="map and merge, at a given alpha or a searched one")
-    _add_pair(merge)
+    _pair_options(merge)
     merge.add_argument("-o", "--out", metavar="OUT", type=Path, required=True, help="a new folder")
     merge.add_argument("--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor")
     merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
     merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
-    _add_search(merge)
+    _search_options(merge)
 
+
+def _add_search(commands: _Commands) -> None:
     search = commands.add_parser("search", help="find alpha by the consistency of the answers")
-    _add_pair(search, nargs="?")
+    _pair_options(search, nargs="?")
     search.add_argument(
         "--answers",
         metavar="[ALPHA=]FILE",
@@ -70,22 +89,32 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--report", metavar="FILE", type=Path, help="write the HTML report here")
     search.add_argument("--journal", metavar="FILE", type=Path, help="keep answers, to resume from")
     search.add_argument("--force", action="store_true", help="search also what looks unrelated")
-    _add_search(search)
+    _search_options(search)
 
+
+def _add_verify(commands: _Commands) -> None:
     verify = commands.add_parser("verify", help="check a merged folder")
     verify.add_argument("out", metavar="OUT", type=Path)
     verify.add_argument(
         "--deep", action="store_true", help="also digests, and sampled rows against the inputs"
     )
 
+
+def _add_archs(commands: _Commands) -> None:
+    archs = commands.add_parser("archs", help="the known families, or one as a file for --arch")
+    archs.add_argument("name", metavar="NAME", nargs="?", help="print this one's declaration")
+    archs.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _arch_option(archs)
+
+
+def _add_demo(commands: _Commands) -> None:
     demo = commands.add_parser("demo", help="the whole method on the embedded pair, offline")
     demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep everything here")
     demo.add_argument("--alpha", type=float, help="merge at this alpha; default: search for it")
     demo.add_argument("--export", metavar="DIR", type=Path, help="only write the pair there")
-    return root
 
 
-def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+def _pair_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     options: dict[str, Any] = {"nargs": nargs} if nargs else {}
     parser.add_argument(
         "base", metavar="BASE", help="folder or file of the base checkpoint", **options
@@ -100,6 +129,17 @@ def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
         help="join embedding and head rows by token (default), or keep the base's",
     )
     parser.add_argument("--dtype", type=_dtype, help="of the output: bf16, fp16, fp32")
+    _arch_option(parser)
+
+
+def _arch_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch",
+        metavar="FILE",
+        action="append",
+        help="a family declared in TOML, as `archs NAME` prints them; goes before the known ones;"
+        " may be repeated",
+    )
 
 
 def _dtype(text: str) -> DType:
@@ -109,7 +149,7 @@ def _dtype(text: str) -> DType:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_placement(parser: argparse.ArgumentParser) -> None:
+def _placement_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the search's model goes (default: what fits best)")
     group.add_argument("--device", choices=("cpu", "cuda"))
     group.add_argument("--quantize", choices=("none", "int8", "nf4"), help="with bitsandbytes")
@@ -119,7 +159,7 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", metavar="N", type=_count, help="default: 8, or what fits")
 
 
-def _add_search(parser: argparse.ArgumentParser) -> None:
+def _search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument(
         "--prompts",
@@ -151,7 +191,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the base brings"
     )
-    _add_placement(parser)
+    _placement_options(parser)
 
 
 def _count(text: str) -> int:

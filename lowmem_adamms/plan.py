@@ -8,16 +8,17 @@ the base's. Embedding and head rows are joined by token. Leaves the arithmetic t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import archs, tokens
-from .arch import BUFFER, Block, Layout, recognise, span_of
+from . import archs, declare, tokens
+from .arch import BUFFER, Arch, Block, Layout, span_of
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DType
 from .errors import FormatError, MappingError
+from .recognise import recognise
 
 Embeddings = Literal["merge", "keep"]
 MANY_RUNS = 16
@@ -75,6 +76,7 @@ class Plan:
     leftover: Mapping[str, str]
     notes: tuple[str, ...]
     options: Mapping[str, str | None]
+    declared: tuple[Arch, ...] = ()
 
     @property
     def spans(self) -> Iterator[Span]:
@@ -111,7 +113,8 @@ class Plan:
             for side in (self.base, self.donor)
             for shard in side.shards
         ]
-        return [shards, [_step_json(step) for step in self.steps]]
+        declared = [declare.plain(arch) for arch in self.declared]
+        return [shards, [_step_json(step) for step in self.steps], declared]
 
     def to_json(self) -> dict[str, Any]:
         """The document of `plan --json`."""
@@ -136,16 +139,18 @@ def make_plan(
     *,
     embeddings: Embeddings = "merge",
     dtype: DType | None = None,
+    declared: Sequence[Arch] = (),
 ) -> Plan:
     """Plan the merge of two checkpoints from their headers.
 
     embeddings: "merge" joins the rows of embed and head by token, "keep" leaves the base's.
     dtype: of the output's floating tensors; None keeps each base tensor's own.
+    declared: the user's own declarations (`declare.read`), which go before the known ones.
     Raises FormatError for a broken or quantized input, MappingError where the two do not fit.
     """
     base, donor = _opened(base), _opened(donor)
     base_layout, donor_layout = (
-        recognise(checkpoint, archs.ARCHS, archs.FALLBACK) for checkpoint in (base, donor)
+        recognise(checkpoint, archs.ARCHS, declared) for checkpoint in (base, donor)
     )
     join = _Join(base, donor, base_layout, donor_layout, embeddings)
     join.check_sizes()
@@ -159,9 +164,21 @@ def make_plan(
         donor_layout,
         steps,
         join.leftover(),
-        tuple(join.notes),
+        (*join.notes, *_unused(declared, base_layout, donor_layout)),
         {"embeddings": embeddings, "dtype": dtype.name if dtype else None},
+        tuple(declared),
     )
+
+
+def _unused(declared: Sequence[Arch], *layouts: Layout) -> list[str]:
+    """A note for each of the user's declarations that neither checkpoint is of."""
+    taken = {layout.arch for layout in layouts if layout.declared}
+    return [
+        f"--arch {arch.name}: neither checkpoint is taken for it, by its classes"
+        f" ({', '.join(arch.classes) or 'none'}) or by its tensor names"
+        for arch in declared
+        if arch.name not in taken
+    ]
 
 
 def _opened(ref: str | Path | Checkpoint) -> Checkpoint:
@@ -185,9 +202,9 @@ class _Join:
         self.donor_roles = donor_layout.roles()
         self.used: set[str] = set()
         self.notes = [
-            f"{side}: {layout.assumed}"
+            f"{side}: {layout.assumed or f'{layout.arch}, as --arch declares it'}"
             for side, layout in (("base", base_layout), ("donor", donor_layout))
-            if layout.assumed
+            if layout.assumed or layout.declared
         ]
         self._runs: tuple[list[tokens.Run], str] | None = None
 

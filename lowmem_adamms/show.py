@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .arch import Arch
     from .plan import Plan, Step
     from .search import Candidate, Result
 
@@ -52,6 +53,21 @@ def _title(plan: Plan) -> str:
         f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
         f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
     )
+
+
+def archs(known: Sequence[Arch]) -> str:
+    """A few lines for each declaration, whole: a table would cut the names short."""
+    lines = []
+    for arch in known:
+        ids = f"  first {arch.shared_ids} token ids shared" if arch.shared_ids else ""
+        spelled = (f"{prefix}* {head}".strip() for prefix, head in arch.spellings)
+        lines += [
+            f"{arch.name}{ids}",
+            f"  class   {', '.join(arch.classes) or 'none: by its tensor names'}",
+            f"  names   {' | '.join(spelled)}",
+            f"  source  {arch.source}",
+        ]
+    return "\n".join(lines)
 
 
 def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -> Table:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from . import card, header
+from . import card, declare, header
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError
@@ -70,6 +70,7 @@ def _recipe(out: Path) -> dict[str, Any]:
         fits = [
             isinstance(document["alpha"], (int, float)),
             isinstance(document["base"], str) and isinstance(document["donor"], str),
+            isinstance(document.get("declared", []), list),
             options["embeddings"] in ("merge", "keep"),
             options["dtype"] is None or DTYPES[options["dtype"]].blendable,
             all(isinstance(item["sample_sha256"], str) for item in inputs["base"]),
@@ -142,7 +143,17 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     """The plan of the recipe, its inputs being the ones that were merged."""
     options = recipe["options"]
     dtype = DTYPES[options["dtype"]] if options["dtype"] else None
-    plan = make_plan(recipe["base"], recipe["donor"], embeddings=options["embeddings"], dtype=dtype)
+    declared = [
+        declare.parse(table, f"adamms.json: declared[{i}]")
+        for i, table in enumerate(recipe.get("declared", ()))  # not in those of version 0.1
+    ]
+    plan = make_plan(
+        recipe["base"],
+        recipe["donor"],
+        embeddings=options["embeddings"],
+        dtype=dtype,
+        declared=declared,
+    )
     for side, opened in (("base", plan.base), ("donor", plan.donor)):
         if len(opened.shards) != len(recipe["inputs"][side]):
             raise FormatError(f"{opened.path}: not the {side} that was merged (other shards)")

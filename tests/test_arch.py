@@ -14,10 +14,11 @@ import pytest
 import tiny
 from families import FAMILIES, DecoderDims, Family, llama_decoder, qwen2vl_tower, write_headers
 
-from lowmem_adamms.arch import BUFFER, UNKNOWN, Block, Layout, recognise
-from lowmem_adamms.archs import ARCHS, FALLBACK
+from lowmem_adamms.arch import BUFFER, UNKNOWN, Block, Layout
+from lowmem_adamms.archs import ARCHS
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.errors import MappingError
+from lowmem_adamms.recognise import recognise
 
 TOWER, CONNECTOR, NEWLINE = "vision tower", "connector", "image newline"
 SMALL = DecoderDims(hidden=8, intermediate=12, layers=2, heads=2, kv_heads=1, vocab=20, head_dim=4)
@@ -73,7 +74,7 @@ EXPECTED: dict[str, tuple[str, int, int, dict[str, int]]] = {
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
-    return recognise(checkpoint, ARCHS, FALLBACK)
+    return recognise(checkpoint, ARCHS)
 
 
 def summary(layout: Layout) -> tuple[str, int, int, dict[str, int]]:
