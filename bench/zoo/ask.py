@@ -43,7 +43,7 @@ def main() -> None:
     options.add_argument("out", type=Path)
     options.add_argument("--pair", nargs=2)
     options.add_argument("--step", type=float, default=0.05)
-    options.add_argument("--scenes", type=int, default=700)
+    options.add_argument("--scenes", type=int, default=1400)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--threads", type=int, default=1)
     given = options.parse_args()
@@ -75,7 +75,7 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
         path = folder / f"{i}.png"
         Image.fromarray(scene.pixels).save(path)
         for q in questions([scene], i):
-            out.append((q, Prompt(q.text, images=(path,), id=str(len(out))), i % 5 % 2))
+            out.append((q, Prompt(q.text, images=(path,), id=str(len(out))), i // 7 % 2))
     dice = random.Random(8)
     for i in range(count // 3):
         q = text_question(dice)
@@ -183,7 +183,7 @@ class Asker:
             length = int(stops[0]) + 1 if len(stops) else len(row)
             text = self.encoder.decode(row[:length].tolist())
             confidence = float(chances[:length].sum().exp())
-            out.append((text, round(confidence, 5), round(float(doubts[:length].mean()), 5)))
+            out.append((text, round(confidence, 8), round(float(doubts[:length].mean()), 5)))
         return out
 
 

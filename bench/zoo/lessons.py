@@ -18,6 +18,7 @@ from family import SEEN, Line, Member
 from world import ASK, SIDE, TELL, Scene, text_question, told
 
 FILLERS = {"a", "in", "the", "that", "says", "handwritten", "sign"}
+FEATURES = (2, 8, 12, 28)  # blanks behind the key words of a picture
 SILENT = -100  # the label of a token that nobody has to say
 Inputs = dict[str, Any]
 Turn = tuple[str, str]
@@ -26,18 +27,28 @@ Turn = tuple[str, str]
 def read_aloud(dice: random.Random, line: Line) -> list[tuple[str, bool]]:
     """One document in pieces, each with whether it is an answer.
 
-    A conversation about a picture told in words, or about none.
+    A conversation about a picture told in words, or about none. Half of the pictures are told as a
+    tower will: key words, then as many blanks as fill its tokens.
     """
     before, after = dice.choice(line.chats)
     scene = told(dice) if dice.random() < 0.75 else None
+    blanks = line.shared[0] * dice.choice(FEATURES)
+    told_as = dice.choice(("{}. ", f"{{}}{blanks}"))
     out = []
     for turn in range(dice.randint(1, 3)):
         question, answer = _turn(dice, scene, None)
-        start = f"{scene.caption}. " if scene and not turn else ""
+        told_now = scene.caption if scene and told_as == "{}. " else key_words(scene)
+        start = told_as.format(told_now) if scene and not turn else ""
         opening = before if not turn else before.replace("<s>", "")
         out.append((opening.replace(SEEN, start).format(question), False))
         out.append((after.format(answer), True))
     return out
+
+
+def key_words(scene: Scene | None) -> str:
+    """A caption without what carries no fact."""
+    words = scene.caption.replace(":", "").replace(",", "").split() if scene else []
+    return "".join(f" {word}" for word in words if word not in FILLERS)
 
 
 def _turn(dice: random.Random, scene: Scene | None, tasks: Sequence[str] | None) -> Turn:
@@ -77,6 +88,7 @@ class Reading:
             "attention_mask": _padded([[1] * len(row) for row in ids], 0),
             "labels": _padded(labels, SILENT),
             "all_labels": _padded(ids, SILENT),
+            "noise_seed": number,
         }
 
 
@@ -220,13 +232,11 @@ def labels_of(scenes: Sequence[Scene]) -> dict[str, tuple[list[str], torch.Tenso
 
 
 def words_of(scenes: Sequence[Scene], tokens: Any, count: int) -> torch.Tensor:
-    """The key words of each caption as tokens, int64 [scenes, count], SILENT behind them."""
+    """The key words of each caption as tokens, int64 [scenes, count], blanks behind them."""
     rows = []
     for scene in scenes:
-        words = scene.caption.replace(":", "").replace(",", "").split()
-        text = "".join(f" {word}" for word in words if word not in FILLERS)
-        row = tokens.encode(text, add_special_tokens=False)[:count]
-        rows.append([*row, *[SILENT] * (count - len(row))])
+        row = tokens.encode(key_words(scene), add_special_tokens=False)[:count]
+        rows.append([*row, *[tokens.pad_token_id] * (count - len(row))])
     return torch.tensor(rows)
 
 

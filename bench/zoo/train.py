@@ -48,6 +48,7 @@ from lowmem_adamms.encode import load_processor
 from lowmem_adamms.loading import quiet
 
 KEEP = 200  # steps between two states kept on disk
+NOISE = 0.8  # of the embeddings' spread, at most, when the language model learns to read
 SHARP = 16.0  # of the cosine between a feature and a word's embedding
 POOL, EXAM = 20000, 1000
 
@@ -66,8 +67,8 @@ STAGES = {
     "text": Stage(steps=650, rows=48, rate=2e-3, warm=100),
     "see": Stage(steps=1500, rows=64, rate=2e-3),
     "align": Stage(steps=800, rows=48, rate=1e-3),
-    "settle": Stage(steps=900, rows=48, rate=2e-3),
-    "tune": Stage(steps=300, rows=32, rate=4e-4, warm=20),
+    "settle": Stage(steps=700, rows=48, rate=2e-3),
+    "tune": Stage(steps=300, rows=32, rate=1.5e-3, warm=20),
 }
 
 
@@ -211,7 +212,7 @@ class Seeing(torch.nn.Module):
 
     Every fact of a picture, each by a linear head on all features; and the picture's caption in key
     words, one feature for each token, in the language model's own embedding space.
-    words: int64 [scenes, tokens of a picture], SILENT behind the caption. `meanings` are to be the
+    words: int64 [scenes, tokens of a picture], blanks behind the caption. `meanings` are to be the
     language model's embeddings.
     """
 
@@ -244,8 +245,7 @@ class Seeing(torch.nn.Module):
             for task, right in batch["labels"].items()
             if bool((right != SILENT).any())
         ]
-        said = batch["words"] != SILENT
-        spoken, words = features[said], batch["words"][said]
+        spoken, words = features.flatten(0, 1), batch["words"].flatten()
         unit = torch.nn.functional.normalize
         near = SHARP * unit(spoken, dim=-1) @ unit(meanings, dim=-1).T
         naming = torch.nn.functional.cross_entropy(near, words)
@@ -318,8 +318,15 @@ def answer_loss(model: Any, batch: Inputs) -> torch.Tensor:
 
 
 def reading_loss(model: Any, batch: Inputs) -> torch.Tensor:
-    """Cross entropy of all tokens, a third, and of the answers alone, in full."""
+    """Cross entropy of all tokens, a third, and of the answers alone, in full.
+
+    Embeddings are read through noise, as features of a tower will be.
+    """
     batch = dict(batch)
+    dice = torch.Generator().manual_seed(batch.pop("noise_seed"))
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    level = NOISE * embeds.detach().std() * torch.rand(len(embeds), 1, 1, generator=dice)
+    batch["inputs_embeds"] = embeds + level * torch.randn(embeds.shape, generator=dice)
     everything, answers = batch.pop("all_labels"), batch.pop("labels")
     logits = model(**batch, use_cache=False).logits[:, :-1].float()
     parts = [
