@@ -101,7 +101,11 @@ class Checkpoint:
     def levels(self) -> list[Mapping[str, Any]]:
         """Its config, and the parts of it that are about the language model, outermost first."""
         outer = _language_configs(self.config)
-        return [self.config, *outer, *(inner for level in outer for inner in _language_configs(level))]
+        return [
+            self.config,
+            *outer,
+            *(inner for level in outer for inner in _language_configs(level)),
+        ]
 
     def sidecars(self) -> Iterator[Path]:
         """Relative paths of the files that belong to the model but hold no weights."""

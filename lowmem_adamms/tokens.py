@@ -29,7 +29,7 @@ _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_LEVEL = dict(
     zip((i for i in range(256) if i not in _PRINTABLE), range(256, 512), strict=False)
 )
-"""How byte-level vocabularies write the bytes that are no visible Latin-1 letter (GPT-2's table)."""
+"""How byte-level vocabularies write bytes that are no visible Latin-1 letter: GPT-2's table."""
 _QWEN_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{i}|>" for i in range(205)),
@@ -66,7 +66,9 @@ def vocabulary(folder: Path | None) -> array[int] | None:
         elif path.name == "vocab.json":
             _fill(hashes, json.loads(path.read_bytes()))
         else:
-            _fill_from_bytes(hashes, path.read_bytes(), _QWEN_SPECIAL if "qwen" in path.name else ())
+            _fill_from_bytes(
+                hashes, path.read_bytes(), _QWEN_SPECIAL if "qwen" in path.name else ()
+            )
         for tokens in _added(folder):
             _fill(hashes, tokens)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -121,7 +123,7 @@ def _fill_from_bytes(hashes: array[int], data: bytes, special: tuple[str, ...]) 
 
 
 def _sentence_pieces(data: bytes) -> Iterator[str]:
-    """The pieces of a SentencePiece ModelProto (google/sentencepiece, sentencepiece_model.proto)."""
+    """The pieces of a ModelProto: google/sentencepiece, sentencepiece_model.proto."""
     for tag, start, stop in _fields(data, 0, len(data)):
         if tag == _PIECE:
             texts = (data[a:b] for name, a, b in _fields(data, start, stop) if name == _PIECE)
