@@ -142,7 +142,7 @@ def qwen_decoder(dims: DecoderDims) -> Tensors:
 def gemma2_decoder(dims: DecoderDims, prefix: str = "model.") -> Tensors:
     """Return the decoder of Gemma 2 and 3: two more norms a layer than Llama."""
     more = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    shapes = {
+    shapes: Shapes = {
         f"layers.{layer}.{name}.weight": (dims.hidden,)
         for layer in range(dims.layers)
         for name in more

@@ -320,15 +320,19 @@ def _qwen(*own: str) -> Speller:
     )
 
 
-_TOK = {"embed": "tok_embeddings.weight"}
+_TOK = "tok_embeddings.weight"
 _HF = ("vision_tower.x.weight", "multi_modal_projector.y.weight")
 _MODEL_HF = tuple(f"model.{name}" for name in _HF)
 _VISUAL = ("visual.patch_embed.proj.weight", "visual.merger.mlp.0.weight")
 _QWEN2_OWN = Speller("Qwen2VLForConditionalGeneration", own=_VISUAL)
 SPELLERS: dict[str, dict[str, Speller]] = {
     "internlm2": {
-        "InternLM2": Speller("InternLM2ForCausalLM", internlm2_layer, head="output.weight", **_TOK),
-        "InternVL2.5-8B": _internvl(internlm2_layer, head="language_model.output.weight", **_TOK),
+        "InternLM2": Speller(
+            "InternLM2ForCausalLM", internlm2_layer, head="output.weight", embed=_TOK
+        ),
+        "InternVL2.5-8B": _internvl(
+            internlm2_layer, head="language_model.output.weight", embed=_TOK
+        ),
         "split": Speller("LlamaForCausalLM"),
         "fused": Speller("Phi3ForCausalLM", phi3_layer),
     },

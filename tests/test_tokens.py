@@ -236,7 +236,7 @@ def test_tiktoken_files_name_the_same_tokens_as_vocab_json(tmp_path: Path) -> No
     for code in range(128, 0x800):
         first, second = chr(code).encode()
         text = level.pre_tokenize_str(chr(code))[0][0]
-        letters[first], letters[second] = text
+        letters[first], letters[second] = tuple(text)
     spelled = {
         "".join(letters[b] for b in word): i
         for i, word in enumerate(words)
