@@ -7,15 +7,16 @@ is left to `recognise.py`.
 
 Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
 `attn.{q,k,v,o}.{weight,bias}`, `attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`,
-`attn_norm.weight`, `mlp_norm.weight`. A stream may follow: `@text`, `@vision` (a copy that only
-those tokens use).
+`attn_norm.weight`, `mlp_norm.weight` (and `attn_post_norm.weight`, `mlp_post_norm.weight` where a
+layer norms what it adds as well). A stream may follow: `@text`, `@vision` (a copy that only those
+tokens use).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .checkpoint import Checkpoint, Span
 from .errors import MappingError
@@ -29,6 +30,8 @@ ESSENTIAL = frozenset(
     + ["attn_norm.weight", "mlp_norm.weight"]
 )
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})(\..+)")
+_Layer = tuple[str, int]
+"""Where a tensor is in a stack of layers: the stack's name, `layers.`, and the layer's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,12 @@ class Arch:
     written `#`, to the roles it holds in memory order (space-separated when fused; empty for a
     buffer that is never blended). others: prefixes of all other tensors and what they are.
     shared_ids: how many leading token ids all descendants of its ancestor share.
+
+    interleaved: those fused names of `decoder` in which q, k and v alternate head by head: the
+    query rows of one key-value head, its key's, its value's, then the next head's. head_dim: rows
+    of a head, for these, where config.json does not tell. foreign_layers: a name as in `decoder` to
+    what a layer is that has it; such layers lie between those of the ancestor, which are numbered
+    without them.
     """
 
     name: str
@@ -49,15 +58,24 @@ class Arch:
     decoder: Mapping[str, str]
     others: Mapping[str, str]
     shared_ids: int | None = None
+    interleaved: tuple[str, ...] = ()
+    head_dim: int | None = None
+    foreign_layers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows `start` to `stop` (dim 0) of a tensor hold `role`."""
+    """Rows `start` to `stop` (dim 0) of a tensor hold `role`, from its row `first` on."""
 
     role: str
     start: int
     stop: int
+    first: int = 0
+
+    @property
+    def last(self) -> int:
+        """The row of `role` behind the block's last."""
+        return self.first + self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +100,16 @@ class Layout:
         return len(indices)
 
     def roles(self) -> dict[str, tuple[str, Block]]:
-        """Each role's tensor and block."""
-        return {
-            block.role: (name, block) for name, blocks in self.blocks.items() for block in blocks
-        }
+        """Each role's tensor and its (in nearly all layouts only) block there, the first."""
+        return {role: held[0] for role, held in self.pieces().items()}
+
+    def pieces(self) -> dict[str, list[tuple[str, Block]]]:
+        """Each role's blocks in the order of its rows, each with the tensor it is in."""
+        found: dict[str, list[tuple[str, Block]]] = {}
+        for name, blocks in self.blocks.items():
+            for block in blocks:
+                found.setdefault(block.role, []).append((name, block))
+        return found
 
     def _all(self) -> Iterable[Block]:
         return (block for blocks in self.blocks.values() for block in blocks)
@@ -100,40 +124,58 @@ def read(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout |
     """The layout under one spelling, or None if its decoder is not all there."""
     if prefix + embed_name(arch) not in checkpoint.tensors:
         return None
-    blocks: dict[str, tuple[Block, ...]] = {}
+    foreign = _foreign_layers(checkpoint, arch, prefix)
+    held: dict[str, tuple[str, list[str]]] = {}
     kinds: dict[str, str] = {}
     o_columns = None
     for name, span in checkpoint.tensors.items():
-        roles = "head" if name == head else _decoder_roles(arch, prefix, name)
-        if roles is None:
+        key, layer = _key(arch, prefix, name)
+        roles = "head" if name == head else arch.decoder.get(key)
+        if layer in foreign:
+            kinds[name] = foreign[layer]
+        elif roles is None:
             kinds[name] = _kind(arch, name)
         elif not roles:
             kinds[name] = BUFFER
         else:
-            blocks[name] = tuple(Block(role, 0, 0) for role in roles.split())
+            held[name] = key, roles.replace("#", _ancestors_number(layer, foreign)).split()
             if ".attn.o.weight" in roles and len(span.shape) == 2:
                 o_columns = span.shape[1]
-    if not _complete(blocks):
+    if not _complete(role for _, roles in held.values() for role in roles):
         return None
-    split = {
-        name: _split(checkpoint, name, [block.role for block in held], o_columns)
-        for name, held in blocks.items()
+    blocks = {
+        name: _split(checkpoint, arch, name, key, roles, o_columns)
+        for name, (key, roles) in held.items()
     }
-    return Layout(arch.name, prefix, None, split, kinds, arch.shared_ids)
+    return Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
 
 
-def _decoder_roles(arch: Arch, prefix: str, name: str) -> str | None:
-    """The roles the declaration gives a name, with the layer number filled in; None if none."""
+def _key(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None]:
+    """A tensor's name as the declaration would spell it, and the layer it is in, if it is."""
     if not name.startswith(prefix):
-        return None
+        return "", None
     suffix = name[len(prefix) :]
-    if suffix in arch.decoder:
-        return arch.decoder[suffix]
-    layer = _LAYER.match(suffix)
+    layer = None if suffix in arch.decoder else _LAYER.match(suffix)
     if layer is None:
-        return None
-    roles = arch.decoder.get(f"{layer[1]}#{layer[3]}")
-    return roles if roles is None else roles.replace("#", layer[2])
+        return suffix, None
+    return f"{layer[1]}#{layer[3]}", (layer[1], int(layer[2]))
+
+
+def _foreign_layers(checkpoint: Checkpoint, arch: Arch, prefix: str) -> dict[_Layer | None, str]:
+    """The layers that are none of the ancestor's, and what each is."""
+    if not arch.foreign_layers:
+        return {}
+    keys = (_key(arch, prefix, name) for name in checkpoint.tensors)
+    return {layer: arch.foreign_layers[key] for key, layer in keys if key in arch.foreign_layers}
+
+
+def _ancestors_number(layer: _Layer | None, foreign: Iterable[_Layer | None]) -> str:
+    """The layer's number in the ancestor, which has no foreign layers."""
+    if layer is None:
+        return "#"
+    stack, number = layer
+    before = (other for other in foreign if other and other[0] == stack and other[1] < number)
+    return str(number - sum(1 for _ in before))
 
 
 def _kind(arch: Arch, name: str) -> str:
@@ -144,9 +186,9 @@ def _kind(arch: Arch, name: str) -> str:
     return arch.others[max(known, key=len)] if known else UNKNOWN
 
 
-def _complete(blocks: Mapping[str, tuple[Block, ...]]) -> bool:
-    """Whether embed, norm and layers 0..n-1 with all essential weights are there."""
-    roles = {block.role.split("@")[0] for held in blocks.values() for block in held}
+def _complete(held: Iterable[str]) -> bool:
+    """Whether embed, norm and layers 0..n-1 with all essential weights are among the roles held."""
+    roles = {role.partition("@")[0] for role in held}
     layers: dict[int, set[str]] = {}
     for role in roles:
         if role.startswith("layers."):
@@ -161,9 +203,14 @@ def _complete(blocks: Mapping[str, tuple[Block, ...]]) -> bool:
 
 
 def _split(
-    checkpoint: Checkpoint, name: str, roles: list[str], o_columns: int | None
+    checkpoint: Checkpoint,
+    arch: Arch,
+    name: str,
+    key: str,
+    roles: list[str],
+    o_columns: int | None,
 ) -> tuple[Block, ...]:
-    """The rows of each role in a tensor, from shapes alone.
+    """The rows of each role in a tensor, from shapes (interleaved ones also from the head's size).
 
     A lone role holds all rows. Of a fused q, k, v the query takes as many rows as the attention's
     output projection has columns; the others (and gate and up) share the rest equally.
@@ -178,11 +225,31 @@ def _split(
             f"{checkpoint.path}: {name} has {rows} rows, which do not divide into"
             f" {', '.join(roles)} (query rows expected: {o_columns})"
         )
+    groups = 1
+    if key in arch.interleaved:
+        head_dim = _head_dim(checkpoint, arch, o_columns)
+        groups = sizes[-1] // head_dim if head_dim else 0
+        if not groups or any(size % groups for size in sizes) or sizes[-1] != groups * head_dim:
+            raise MappingError(
+                f"{checkpoint.path}: {name} has {rows} rows, which do not divide into heads of"
+                f" {head_dim} (from num_attention_heads in config.json)"
+            )
     blocks, start = [], 0
-    for role, size in zip(roles, sizes, strict=True):
-        blocks.append(Block(role, start, start + size))
-        start += size
+    for group in range(groups):
+        for role, size in zip(roles, sizes, strict=True):
+            take = size // groups
+            blocks.append(Block(role, start, start + take, group * take))
+            start += take
     return tuple(blocks)
+
+
+def _head_dim(checkpoint: Checkpoint, arch: Arch, o_columns: int | None) -> int:
+    """Rows of one attention head: as the config says, else as declared; 0 if neither does."""
+    for level in checkpoint.levels:
+        heads = level.get("num_attention_heads")
+        if isinstance(heads, int) and heads > 0:
+            return (o_columns or 0) // heads
+    return arch.head_dim or 0
 
 
 def _fused_rows(rows: int, roles: list[str], o_columns: int | None) -> list[int] | None:

@@ -92,11 +92,20 @@ class Checkpoint:
     @property
     def tied(self) -> bool | None:
         """Whether its config ties the head to the embedding; None if it does not say."""
-        text = self.config.get("text_config")
-        for level in (self.config, text if isinstance(text, dict) else {}):
+        for level in self.levels:
             if isinstance(tied := level.get("tie_word_embeddings"), bool):
                 return tied
         return None
+
+    @property
+    def levels(self) -> list[Mapping[str, Any]]:
+        """Its config, and the parts of it that are about the language model, outermost first."""
+        outer = _language_configs(self.config)
+        return [
+            self.config,
+            *outer,
+            *(inner for level in outer for inner in _language_configs(level)),
+        ]
 
     def sidecars(self) -> Iterator[Path]:
         """Relative paths of the files that belong to the model but hold no weights."""
@@ -106,6 +115,11 @@ class Checkpoint:
             weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
             if path.is_file() and not (hidden or weights or str(relative) in OURS):
                 yield relative
+
+
+def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    inner = (level.get(f"{name}_config") for name in ("text", "llm", "thinker"))
+    return [config for config in inner if isinstance(config, dict)]
 
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:

@@ -54,6 +54,9 @@ _COMMENTS = {
     "shared_ids": "how many leading token ids all descendants of its ancestor share",
     "decoder": "name after the prefix, layer number written #: the roles it holds, in memory order",
     "others": "prefixes of all other tensors, and what they are",
+    "interleaved": "names of the decoder in which q, k and v alternate head by head",
+    "head_dim": "rows of a head, for these, where config.json does not tell",
+    "foreign_layers": "names that only layers have which the ancestor lacks, and what those are",
 }
 _ROLES = tuple(
     dict.fromkeys(

@@ -8,7 +8,7 @@ the base's. Embedding and head rows are joined by token. Leaves the arithmetic t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from .errors import FormatError, MappingError
 from .recognise import recognise
 
 Embeddings = Literal["merge", "keep"]
+_Pieces = list[tuple[str, Block]]
 MANY_RUNS = 16
 """Above this many separate runs of rows `plan --json` says "tokens" and their count."""
 
@@ -106,6 +107,11 @@ class Plan:
         """Bytes of tensors that a merge writes."""
         return sum(step.nbytes for step in self.steps)
 
+    def token_rows(self) -> dict[str, dict[str, int]]:
+        """Of embedding and head, by name: rows shared with the donor, moved among these, kept."""
+        ends = (step for step in self.steps if step.kind in ("embedding", "head"))
+        return {step.name: _count_rows(step.parts) for step in ends}
+
     def identity(self) -> list[Any]:
         """Plain data that tells this plan on these files, as they are now, from any other."""
         shards = [
@@ -127,6 +133,7 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "counts": {word: actions.count(word) for word in ("interpolate", "copy")},
+            "tokens": self.token_rows(),
             "steps": [_step_json(step) for step in self.steps],
             "leftover": dict(self.leftover),
             "notes": list(self.notes),
@@ -199,7 +206,7 @@ class _Join:
         self.base, self.donor = base, donor
         self.base_layout, self.donor_layout = base_layout, donor_layout
         self.embeddings = embeddings
-        self.donor_roles = donor_layout.roles()
+        self.base_roles, self.donor_roles = base_layout.pieces(), donor_layout.pieces()
         self.used: set[str] = set()
         self.notes = [
             f"{side}: {layout.assumed or f'{layout.arch}, as --arch declares it'}"
@@ -275,29 +282,49 @@ class _Join:
         found = self._counterpart(block.role)
         if found is None:
             return alone, "no counterpart in the donor"
-        donor_name, donor_block, reason = found
-        donor_span = self.donor.tensors[donor_name]
-        if not donor_span.dtype.blendable:
-            raise FormatError(
-                f"{self.donor.path}: {donor_name} is {donor_span.dtype.name};"
-                " expected BF16, F16 or F32"
-            )
-        self.used.add(donor_name)
+        pieces, reason = found
+        for donor_name, _ in pieces:
+            donor_span = self.donor.tensors[donor_name]
+            if not donor_span.dtype.blendable:
+                raise FormatError(
+                    f"{self.donor.path}: {donor_name} is {donor_span.dtype.name};"
+                    " expected BF16, F16 or F32"
+                )
+            self.used.add(donor_name)
         if block.role in ("embed", "head"):
-            return self._token_parts(name, block, donor_name, donor_block, reason)
-        partner = span_of(self.donor, donor_name, donor_block)
-        if partner.shape != span.shape:
-            raise MappingError(
-                f"shapes differ for {block.role}: {name} in {self.base.path} is"
-                f" {list(span.shape)}, {donor_name} in {self.donor.path} is {list(partner.shape)}"
-            )
-        rows = (donor_block.start, donor_block.stop)
-        return [
-            Part((block.start, block.stop), block.role, span, partner, donor_name, rows)
-        ], reason
+            return self._token_parts(name, block, *pieces[0], reason)
+        self._check_shapes(block.role, pieces)
+        return list(self._overlaps(name, block, pieces)), reason
 
-    def _counterpart(self, role: str) -> tuple[str, Block, str] | None:
-        """The donor's tensor and block for a base role, by the design's joining rules."""
+    def _check_shapes(self, role: str, pieces: _Pieces) -> None:
+        """MappingError unless a role has the same shape on both sides, in however many pieces."""
+        ours, theirs = self.base_roles[role], pieces
+        base_shape, donor_shape = _shape(self.base, ours), _shape(self.donor, theirs)
+        if base_shape != donor_shape:
+            raise MappingError(
+                f"shapes differ for {role}: {ours[0][0]} in {self.base.path} is"
+                f" {list(base_shape)}, {theirs[0][0]} in {self.donor.path} is {list(donor_shape)}"
+            )
+
+    def _overlaps(self, name: str, block: Block, pieces: _Pieces) -> Iterator[Part]:
+        """One part for each piece of the donor's that holds rows of a base block's."""
+        for donor_name, theirs in pieces:
+            first, last = max(block.first, theirs.first), min(block.last, theirs.last)
+            if first < last:
+                shift, donor_shift = block.start - block.first, theirs.start - theirs.first
+                rows = (first + shift, last + shift)
+                donor_rows = (first + donor_shift, last + donor_shift)
+                yield Part(
+                    rows,
+                    block.role,
+                    self.base.tensors[name].rows(*rows),
+                    self.donor.tensors[donor_name].rows(*donor_rows),
+                    donor_name,
+                    donor_rows,
+                )
+
+    def _counterpart(self, role: str) -> tuple[_Pieces, str] | None:
+        """The donor's tensors and blocks for a base role, by the design's joining rules."""
         plain, _, stream = role.partition("@")
         candidates = [(role, "same role")]
         if stream:
@@ -309,7 +336,7 @@ class _Join:
             candidates = [("embed", "tied donor lends its embedding")]
         for candidate, reason in candidates:
             if candidate in self.donor_roles:
-                return (*self.donor_roles[candidate], reason)
+                return self.donor_roles[candidate], reason
         return None
 
     def _token_parts(
@@ -322,7 +349,7 @@ class _Join:
                 f"shapes differ for {block.role}: {name} in {self.base.path} is"
                 f" {list(base_span.shape)}, {donor_name} is {list(donor_span.shape)}"
             )
-        runs, how = self._token_runs(block.stop, donor_block.stop)
+        runs, by = self._token_runs(block.stop, donor_block.stop)
         parts: list[Part] = []
         position = 0
         for run in runs:
@@ -344,36 +371,44 @@ class _Join:
         if position < block.stop:
             gap = (position, block.stop)
             parts.append(Part(gap, block.role, base_span.rows(*gap)))
+        count = _count_rows(parts)
+        how = (
+            f"rows by {by}: {count['shared']} shared, {count['moved']} of them moved,"
+            f" {count['kept']} kept"
+        )
         return parts, how if reason == "same role" else f"{reason}; {how}"
 
     def _token_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
-        """Runs of shared rows and how they were found; worked out once for embed and head."""
+        """Runs of shared rows and by what they were found; worked out once for embed and head."""
         if self._runs is None:
             self._runs = self._find_runs(*map(_most_rows, (self.base_layout, self.donor_layout)))
-        runs, how = self._runs
+        runs, by = self._runs
         return [
             tokens.Run(run.base, run.donor, length)
             for run in runs
             if (length := min(run.length, base_rows - run.base, donor_rows - run.donor)) > 0
-        ], how
+        ], by
 
     def _find_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
         base_ids = tokens.vocabulary(self.base.folder)
         donor_ids = tokens.vocabulary(self.donor.folder) if base_ids is not None else None
         if base_ids is not None and donor_ids is not None:
-            runs = tokens.join(base_ids, donor_ids, base_rows, donor_rows)
-            shared = sum(run.length for run in runs)
-            moved = sum(run.length for run in runs if run.base != run.donor)
-            return runs, (
-                f"rows by token: {shared} shared, {moved} of them moved, {base_rows - shared} kept"
-            )
+            return tokens.join(base_ids, donor_ids, base_rows, donor_rows), "token"
         declared = [self.base_layout.shared_ids, self.donor_layout.shared_ids]
         shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])
         self.notes.append(
-            f"no tokenizer.json or vocab.json on both sides: the first {shared} rows of embedding"
-            f" and head are assumed to be the same tokens, {base_rows - shared} are kept"
+            f"no tokenizer that can be read on both sides ({', '.join(tokens.FORMS)}): the first"
+            f" {shared} rows of embedding and head are assumed to be the same tokens,"
+            f" {base_rows - shared} are kept"
         )
-        return [tokens.Run(0, 0, shared)], f"rows by position: first {shared} assumed shared"
+        return [tokens.Run(0, 0, shared)], "position"
+
+
+def _shape(checkpoint: Checkpoint, pieces: _Pieces) -> tuple[int, ...]:
+    """The shape of a role: of its pieces one behind the other."""
+    name, block = pieces[0]
+    whole = span_of(checkpoint, name, block).shape
+    return (sum(block.stop - block.start for _, block in pieces), *whole[1:]) if whole else ()
 
 
 def kind_of(role: str) -> str:
@@ -389,6 +424,16 @@ def _most_rows(layout: Layout) -> int:
     return max(block.stop for block in blocks if block.role in ("embed", "head"))
 
 
+def _count_rows(parts: Iterable[Part]) -> dict[str, int]:
+    """How many rows of embedding or head take a row of the donor's, another's, or none."""
+    count = {"shared": 0, "moved": 0, "kept": 0}
+    for part in parts:
+        rows = part.rows[1] - part.rows[0]
+        count["shared" if part.donor else "kept"] += rows
+        count["moved"] += rows if part.donor and part.rows != part.donor_rows else 0
+    return count
+
+
 def _rows(span: Span) -> tuple[int, int]:
     return (0, span.shape[0] if span.shape else 1)
 
@@ -396,7 +441,7 @@ def _rows(span: Span) -> tuple[int, int]:
 def _step_json(step: Step) -> dict[str, Any]:
     blended = [part for part in step.parts if part.donor]
     parts: list[dict[str, Any]]
-    if len(blended) > MANY_RUNS:
+    if len(blended) > MANY_RUNS and step.kind in ("embedding", "head"):
         count = sum(part.rows[1] - part.rows[0] for part in blended)
         donor = {"name": blended[0].donor_name, "rows": "tokens"}
         parts = [{"rows": "tokens", "count": count, "role": blended[0].role, "donor": donor}]

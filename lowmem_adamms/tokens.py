@@ -1,12 +1,16 @@
 """Which row of the donor's embedding belongs to which row of the base's: joined by token string.
 
-Reads `tokenizer.json`, or `vocab.json` with its added tokens, from the two folders. A vocabulary is
-kept as one hash per id, and the merges of tokenizer.json are skipped unparsed: two 150 000-token
-vocabularies as Python objects would not fit the memory a whole merge is allowed.
+Reads the first of FORMS that a folder has, then the added tokens of `added_tokens.json` and
+`tokenizer_config.json`. Byte-level vocabularies (tokenizer.json, vocab.json, .tiktoken) spell a
+token alike, and so do both forms of a SentencePiece one. Other forms (tekken.json, tokenizers that
+are Python code) are not read. A vocabulary is kept as one hash per id, and the merges of
+tokenizer.json are skipped unparsed: two 150 000-token vocabularies as Python objects would not fit
+the memory a whole merge is allowed.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from array import array
@@ -18,6 +22,19 @@ from .errors import FormatError
 
 _SPACE = re.compile(r"[\s,:]*")
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+FORMS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
+"""Where a vocabulary may stand, in the order they are looked for."""
+_PIECE = 0x0A  # protobuf: field 1, a run of bytes; ModelProto.pieces and SentencePiece.piece
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_LEVEL = dict(
+    zip((i for i in range(256) if i not in _PRINTABLE), range(256, 512), strict=False)
+)
+"""How byte-level vocabularies write bytes that are no visible Latin-1 letter: GPT-2's table."""
+_QWEN_SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|extra_{i}|>" for i in range(205)),
+)
+"""Ids behind those of qwen.tiktoken: hf.co/Qwen/Qwen-7B, tokenization_qwen.py."""
 _ABSENT = 0
 _MOST_IDS = 1 << 22
 
@@ -40,13 +57,18 @@ def vocabulary(folder: Path | None) -> array[int] | None:
         return None
     hashes = array("q")
     try:
-        if (folder / "tokenizer.json").is_file():
-            for tokens in _from_tokenizer_json((folder / "tokenizer.json").read_text("utf-8")):
-                _fill(hashes, tokens)
-        elif (folder / "vocab.json").is_file():
-            _fill(hashes, json.loads((folder / "vocab.json").read_bytes()))
-        else:
+        path = next((folder / name for name in FORMS if (folder / name).is_file()), None)
+        if path is None:
             return None
+        if path.name == "tokenizer.json":
+            for tokens in _from_tokenizer_json(path.read_text("utf-8")):
+                _fill(hashes, tokens)
+        elif path.name == "vocab.json":
+            _fill(hashes, json.loads(path.read_bytes()))
+        else:
+            _fill_from_bytes(
+                hashes, path.read_bytes(), _QWEN_SPECIAL if "qwen" in path.name else ()
+            )
         for tokens in _added(folder):
             _fill(hashes, tokens)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -84,6 +106,55 @@ def _fill(hashes: array[int], tokens: Mapping[str, int]) -> None:
     hashes.extend([_ABSENT] * (highest + 1 - len(hashes)))
     for token, i in tokens.items():
         hashes[i] = hash(token) or 1
+
+
+def _fill_from_bytes(hashes: array[int], data: bytes, special: tuple[str, ...]) -> None:
+    """Enter a SentencePiece model, or tiktoken's lines of base64 and rank, then what follows it."""
+    if data[:1] == bytes([_PIECE]):
+        hashes.extend(hash(piece) or 1 for piece in _sentence_pieces(data))
+        return
+    for line in data.splitlines():
+        word, rank = line.split()
+        token = base64.b64decode(word, validate=True).decode("latin-1").translate(_BYTE_LEVEL)
+        if int(rank) != len(hashes):
+            raise ValueError(f"token {len(hashes)} has rank {int(rank)}")
+        hashes.append(hash(token) or 1)
+    hashes.extend(hash(token) or 1 for token in special)
+
+
+def _sentence_pieces(data: bytes) -> Iterator[str]:
+    """The pieces of a ModelProto: google/sentencepiece, sentencepiece_model.proto."""
+    for tag, start, stop in _fields(data, 0, len(data)):
+        if tag == _PIECE:
+            texts = (data[a:b] for name, a, b in _fields(data, start, stop) if name == _PIECE)
+            yield next(texts, b"").decode("utf-8")
+
+
+def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Tag, start and stop of each field of the protobuf message between two positions."""
+    while position < end:
+        tag, position = _varint(data, position)
+        size = {0: 0, 1: 8, 5: 4}.get(tag & 7)
+        if tag & 7 == 0:
+            _, position = _varint(data, position)
+        elif tag & 7 == 2:
+            size, position = _varint(data, position)
+        if size is None or position + size > end:
+            raise ValueError("unfinished protobuf")
+        yield tag, position, position + size
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        byte = data[position]
+        value |= (byte & 127) << shift
+        position += 1
+        if byte < 128:
+            return value, position
+        shift += 7
+    raise ValueError("a number of more than 64 bits")
 
 
 def _from_tokenizer_json(text: str) -> Iterator[dict[str, int]]:

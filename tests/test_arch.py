@@ -378,7 +378,7 @@ def test_base_models_saved_without_their_head(
 def test_a_llama_spelled_decoder_under_any_prefix_is_assumed(
     tmp_path: Path, prefix: str, config: dict[str, Any] | None
 ) -> None:
-    tensors = under(prefix, f"{prefix}lm_head.weight") | {"vpm.conv.weight": ("BF16", (2, 3))}
+    tensors = under(prefix, f"{prefix}lm_head.weight") | {"eyes.conv.weight": ("BF16", (2, 3))}
     layout = layout_of(hollow(tmp_path, tensors, config))
     assert layout.arch == "Llama-style"
     assert layout.prefix == prefix
@@ -386,7 +386,7 @@ def test_a_llama_spelled_decoder_under_any_prefix_is_assumed(
     assert repr(prefix) in layout.assumed
     assert ("FooForCausalLM" if config else "no config.json") in layout.assumed
     assert set(layout.roles()) == LLAMA_ROLES
-    assert layout.kinds == {"vpm.conv.weight": UNKNOWN}
+    assert layout.kinds == {"eyes.conv.weight": UNKNOWN}
 
 
 @pytest.mark.parametrize(
@@ -404,10 +404,10 @@ def test_the_head_of_an_unknown_family_is_found_wherever_it_stands(
 ) -> None:
     """Several of the pairs users want look like this; a missed head would stay the base's."""
     config = {"architectures": ["FooForCausalLM"]}
-    tensors = under(prefix, head) | {"vpm.conv.weight": ("BF16", (2, 3))}
+    tensors = under(prefix, head) | {"eyes.conv.weight": ("BF16", (2, 3))}
     layout = layout_of(hollow(tmp_path, tensors, config))
     assert layout.roles()["head"][0] == head
-    assert layout.kinds == {"vpm.conv.weight": UNKNOWN}
+    assert layout.kinds == {"eyes.conv.weight": UNKNOWN}
 
 
 def test_the_language_model_is_not_mistaken_for_an_embedding_elsewhere(tmp_path: Path) -> None:
@@ -495,8 +495,9 @@ def test_strange_layer_numbers_are_no_layers(tmp_path: Path, number: str) -> Non
 def test_every_declaration_is_sound() -> None:
     """Each names a class and a source of its own, and an embedding, a final norm and layers."""
     assert len({arch.name for arch in ARCHS}) == len(ARCHS)
-    classes = [cls for arch in ARCHS for cls in arch.classes]
-    assert len(classes) == len(set(classes))
+    for cls in {cls for arch in ARCHS for cls in arch.classes}:  # one class, several ancestors
+        decoders = [arch.decoder for arch in ARCHS if cls in arch.classes]
+        assert all(decoders.count(decoder) == 1 for decoder in decoders)
     for arch in ARCHS:
         assert arch.classes and arch.source and arch.spellings
         roles = [role for held in arch.decoder.values() for role in held.split()]
@@ -504,3 +505,5 @@ def test_every_declaration_is_sound() -> None:
         assert {"embed", "norm"} <= set(roles)
         for name, held in arch.decoder.items():
             assert all(role.count("#") == name.count("#") for role in held.split())
+        assert set(arch.interleaved) <= {name for name, held in arch.decoder.items() if held}
+        assert all("#" in name for name in (*arch.interleaved, *arch.foreign_layers))

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_pair
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_adamms import declare, demo, make_plan, merge
+from lowmem_adamms import declare, make_plan, merge
 from lowmem_adamms.arch import Arch
 from lowmem_adamms.archs import ARCHS
 from lowmem_adamms.cli import main
@@ -408,7 +409,7 @@ def oddly(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return demo.make_pair(tmp_path_factory.mktemp("pair"))
+    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

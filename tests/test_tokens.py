@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from array import array
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -175,7 +177,124 @@ def test_an_added_token_takes_its_id_from_the_vocabulary(tmp_path: Path) -> None
     assert_same_tokens(folder, {"a": 0, "<image>": 1}, tmp_path)
 
 
-@pytest.mark.parametrize("files", [[], ["tokenizer.model"], ["tokenizer_config.json"]])
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def sentence_piece(pieces: list[str]) -> bytes:
+    """A ModelProto as SentencePiece writes it: pieces with score and type, then other fields."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    out = b""
+    for i, piece in enumerate(pieces):
+        score, kind = b"\x15" + struct.pack("<f", -float(i)), b"\x18" + varint(6 if i % 2 else 1)
+        out += field(1, field(1, piece.encode()) + score + kind)
+    return out + field(2, b"\x18\x01" + field(7, b"text.txt")) + field(3, field(1, b"nmt_nfkc"))
+
+
+PIECES = ["<unk>", "<s>", "</s>", "<0x0A>", "▁the", "größe", "数" * 100, "▁"]
+
+
+def test_sentence_piece_models_name_the_same_tokens_as_their_tokenizer_json(
+    tmp_path: Path,
+) -> None:
+    """LLaVA-1.5, Vicuna and InternVL2-8B come without tokenizer.json."""
+    folder = put(tmp_path / "t", added_tokens={"<image>": 9})
+    (folder / "tokenizer.model").write_bytes(sentence_piece(PIECES))
+    tokens = {piece: i for i, piece in enumerate(PIECES)}
+    assert_same_tokens(folder, tokens | {"<image>": 9}, tmp_path)
+    other = put(tmp_path / "o", tokenizer=fast(tokens, {"<pad>": 8}, byte_fallback=True))
+    assert shared(folder, other) == [(0, 0, 8)]
+
+
+def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path) -> None:
+    folder = put(tmp_path / "t", tokenizer=fast({"new": 0}, {}))
+    (folder / "tokenizer.model").write_bytes(sentence_piece(["old"]))
+    assert_same_tokens(folder, {"new": 0}, tmp_path)
+
+
+def tiktoken(words: list[bytes]) -> bytes:
+    return b"".join(base64.b64encode(word) + b" %d\n" % i for i, word in enumerate(words))
+
+
+def test_tiktoken_files_name_the_same_tokens_as_vocab_json(tmp_path: Path) -> None:
+    """All 256 bytes and two words, as the library that reads vocab.json writes them."""
+    (tmp_path / "q").mkdir()
+    words = [bytes([i]) for i in range(256)] + [b" the", "größe\n".encode()]
+    (tmp_path / "q" / "qwen.tiktoken").write_bytes(tiktoken(words))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Characters up to U+07FF have two bytes, so single bytes are found as halves of them
+    letters = {}
+    for code in range(128):
+        letters[code] = level.pre_tokenize_str(chr(code))[0][0]
+    for code in range(128, 0x800):
+        first, second = chr(code).encode()
+        text = level.pre_tokenize_str(chr(code))[0][0]
+        letters[first], letters[second] = tuple(text)
+    spelled = {
+        "".join(letters[b] for b in word): i
+        for i, word in enumerate(words)
+        if {*word} <= {*letters}
+    }
+    assert len(spelled) == 128 + 64 + 30 + 2  # one byte; seconds of two, firsts of two; words
+    found, expected = read(tmp_path / "q"), read(put(tmp_path / "v", vocab=spelled))
+    assert all(found[i] == expected[i] for i in spelled.values())
+    # What follows the words is told by Qwen's code: <|endoftext|>, <|im_start|>, <|im_end|>, extras
+    assert len(found) == len(words) + 3 + 205
+    assert found[len(words) + 1] == read(put(tmp_path / "s", vocab={"<|im_start|>": 0}))[0]
+
+
+def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
+    """Meta's own Llama-3 files; their special tokens are in code and unknown here."""
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.model").write_bytes(tiktoken([b"a", b"b", b" c"]))
+    assert_same_tokens(tmp_path / "t", {"a": 0, "b": 1, "Ġc": 2}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{}",
+        b"\x0a",
+        b"\x0a\xff",
+        b"\x0a\x7f\x0a\x01a",
+        b"\x0a" + b"\xff" * 11,
+        b"\x0a\x03\x0a\x01\xff",
+        b"\x0a\x02\x0b\x00",
+        b"YQ== 1",
+        b"YQ== 0 0",
+        b"Y!== 0",
+        b"YQ== x",
+    ],
+)
+def test_a_broken_tokenizer_model_names_the_folder(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(FormatError, match=str(tmp_path)):
+        vocabulary(tmp_path)
+
+
+@given(st.binary(max_size=60))
+def test_random_bytes_raise_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "random-tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(b"\x0a" + data)
+    try:
+        hashes = read(folder)
+    except FormatError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(hashes) <= len(data)
+
+
+@pytest.mark.parametrize("files", [[], ["tekken.json"], ["tokenizer_config.json"]])
 def test_no_vocabulary_in_the_folder(tmp_path: Path, files: list[str]) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")

@@ -250,7 +250,8 @@ class Seeing(torch.nn.Module):
         near = SHARP * unit(spoken, dim=-1) @ unit(meanings, dim=-1).T
         naming = torch.nn.functional.cross_entropy(near, words)
         distance = (spoken - meanings[words]).square().mean()
-        return torch.stack(parts).mean() + naming + distance
+        total: torch.Tensor = torch.stack(parts).mean() + naming + distance
+        return total
 
     def exam(self, pictures: Pictures) -> dict[str, float]:
         """Per cent of each task's facts told right from new pictures."""

@@ -1,0 +1,213 @@
+"""What several declarations share: how decoders, prefixes and towers are spelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_NORMS = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "mlp_norm.weight",
+}
+_ATTENTION = {
+    f"self_attn.{part}_proj.{kind}": f"attn.{part}.{kind}"
+    for part in "qkvo"
+    for kind in ("weight", "bias")
+}
+_HEAD_NORMS = {f"self_attn.{part}_norm.weight": f"attn.{part}_norm.weight" for part in "qk"}
+_MLP = {
+    f"mlp.{part}_proj.{kind}": f"mlp.{part}.{kind}"
+    for part in ("gate", "up", "down")
+    for kind in ("weight", "bias")
+}
+_BUFFER = {"self_attn.rotary_emb.inv_freq": ""}
+_BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_BUFFER}
+
+
+def fused(*parts: str, kind: str = "weight", stream: str = "") -> str:
+    """The roles of a fused tensor, in memory order."""
+    return " ".join(f"{part}.{kind}{stream}" for part in parts)
+
+
+QKV = ("attn.q", "attn.k", "attn.v")
+
+
+def decoder(
+    block: Mapping[str, str],
+    *,
+    embed: str = "embed_tokens.weight",
+    norm: str = "norm.weight",
+    layers: str = "layers",
+) -> dict[str, str]:
+    """A whole decoder whose layers are spelled as in `block` (name -> roles within the layer)."""
+    stack = {
+        f"{layers}.#.{name}": " ".join(f"layers.#.{role}" for role in roles.split())
+        for name, roles in block.items()
+    }
+    return {embed: "embed", norm: "norm", **stack}
+
+
+LLAMA = decoder(_BLOCK)
+"""Llama, Vicuna, Mistral, Qwen2 (biases) and Qwen3 (q and k norms) spell their layers alike:
+transformers, models/llama/modeling_llama.py and its copies. Gemma too."""
+
+_EXPERTS = (("language", "text"), ("vision", "vision"))
+_COGVLM = {
+    **_NORMS,
+    **{
+        f"self_attn.{expert}_expert_query_key_value.weight": fused(*QKV, stream=f"@{stream}")
+        for expert, stream in _EXPERTS
+    },
+    **{
+        f"self_attn.{expert}_expert_dense.weight": f"attn.o.weight@{stream}"
+        for expert, stream in _EXPERTS
+    },
+    **{
+        f"mlp.{expert}_mlp.{part}_proj.weight": f"mlp.{part}.weight@{stream}"
+        for expert, stream in _EXPERTS
+        for part in ("gate", "up", "down")
+    },
+    **_BUFFER,
+}
+COGVLM = decoder(_COGVLM)
+COGVLM2 = decoder(
+    _COGVLM
+    | {
+        "self_attn.vision_expert_query_key_value.bias": fused(*QKV, kind="bias", stream="@vision"),
+    }
+)
+
+_MULTIWAY = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+}
+MPLUG_OWL2 = decoder(
+    {name: role for name, role in _BLOCK.items() if name.rpartition(".")[0] not in _MULTIWAY}
+    | {
+        f"{name}.multiway.{way}.weight": f"{role}.weight@{stream}"
+        for name, role in _MULTIWAY.items()
+        for way, stream in enumerate(("text", "vision"))
+    }
+)
+
+QWEN = decoder(
+    {
+        "ln_1.weight": "attn_norm.weight",
+        "ln_2.weight": "mlp_norm.weight",
+        **{f"attn.c_attn.{kind}": fused(*QKV, kind=kind) for kind in ("weight", "bias")},
+        "attn.c_proj.weight": "attn.o.weight",
+        # w1(x) * silu(w2(x))
+        "mlp.w1.weight": "mlp.up.weight",
+        "mlp.w2.weight": "mlp.gate.weight",
+        "mlp.c_proj.weight": "mlp.down.weight",
+    },
+    embed="wte.weight",
+    norm="ln_f.weight",
+    layers="h",
+)
+
+MOLMO = decoder(
+    {
+        "attn_norm.weight": "attn_norm.weight",
+        "ff_norm.weight": "mlp_norm.weight",
+        **{f"att_proj.{kind}": fused(*QKV, kind=kind) for kind in ("weight", "bias")},
+        **{f"{part}_norm.weight": f"attn.{part}_norm.weight" for part in "qk"},
+        "attn_out.weight": "attn.o.weight",
+        # x, gate = ff_proj(x).chunk(2)
+        "ff_proj.weight": fused("mlp.up", "mlp.gate"),
+        "ff_out.weight": "mlp.down.weight",
+    },
+    embed="wte.embedding",
+    norm="ln_f.weight",
+    layers="blocks",
+)
+
+INTERNLM2 = decoder(
+    {
+        "attention_norm.weight": "attn_norm.weight",
+        "ffn_norm.weight": "mlp_norm.weight",
+        **{f"attention.wqkv.{kind}": fused(*QKV, kind=kind) for kind in ("weight", "bias")},
+        **{f"attention.wo.{kind}": f"attn.o.{kind}" for kind in ("weight", "bias")},
+        "feed_forward.w1.weight": "mlp.gate.weight",
+        "feed_forward.w3.weight": "mlp.up.weight",
+        "feed_forward.w2.weight": "mlp.down.weight",
+    },
+    embed="tok_embeddings.weight",
+)
+INTERNLM2_INTERLEAVED = ("layers.#.attention.wqkv.weight", "layers.#.attention.wqkv.bias")
+
+PHI3 = decoder(
+    {
+        **_NORMS,
+        "self_attn.qkv_proj.weight": fused(*QKV),
+        "self_attn.o_proj.weight": "attn.o.weight",
+        "mlp.gate_up_proj.weight": fused("mlp.gate", "mlp.up"),
+        "mlp.down_proj.weight": "mlp.down.weight",
+        **_BUFFER,
+    }
+)
+
+GEMMA2 = decoder(
+    {
+        **_BLOCK,
+        "post_attention_layernorm.weight": "attn_post_norm.weight",
+        "pre_feedforward_layernorm.weight": "mlp_norm.weight",
+        "post_feedforward_layernorm.weight": "mlp_post_norm.weight",
+    }
+)
+"""Gemma 2 and 3 norm what enters attention and MLP, and what leaves them."""
+
+OLMO2 = decoder(
+    {
+        **_ATTENTION,
+        **_HEAD_NORMS,
+        **_MLP,
+        # It norms only what leaves them; Molmo's attn_norm and ff_norm are these when it is an OLMo
+        "post_attention_layernorm.weight": "attn_norm.weight",
+        "post_feedforward_layernorm.weight": "mlp_norm.weight",
+    }
+)
+
+# Pairs of the decoder's prefix and the head's full name
+
+PLAIN = (
+    ("model.", "lm_head.weight"),  # the Hub, and save_pretrained of the …ForCausalLM class
+    ("", "lm_head.weight"),  # save_pretrained of the …Model class
+)
+NESTED = (
+    ("model.language_model.", "lm_head.weight"),  # transformers 5's own module names
+    ("language_model.model.", "language_model.lm_head.weight"),  # the Hub, transformers 4
+    ("language_model.model.", "lm_head.weight"),  # a …Model file loaded and saved with its head
+    ("language_model.", "lm_head.weight"),  # save_pretrained of the …Model class
+)
+
+# What the other tensors are, by prefix
+
+TOWER, CONNECTOR = "vision tower", "connector"
+QWEN_TOWER = {
+    "visual.": TOWER,
+    "visual.merger.": CONNECTOR,
+    "model.visual.": TOWER,
+    "model.visual.merger.": CONNECTOR,
+    "model.visual.deepstack_merger_list.": CONNECTOR,
+}
+
+
+def parts(
+    towers: str, connectors: str, *, prefixes: tuple[str, ...] = ("", "model.")
+) -> dict[str, str]:
+    """What tensors under these names (space-separated), with and without `model.`, are."""
+    named = dict.fromkeys(towers.split(), TOWER) | dict.fromkeys(connectors.split(), CONNECTOR)
+    return {f"{prefix}{name}": kind for prefix in prefixes for name, kind in named.items()}
+
+
+LLAVA_HF = {
+    **parts("vision_tower.", "multi_modal_projector."),
+    "image_newline": "image newline",
+    "model.image_newline": "image newline",
+}
+LLAVA_ORIGINAL = {
+    **parts("vision_tower.", "mm_projector. vision_resampler.", prefixes=("model.",)),
+    "model.image_newline": "image newline",
+}
