@@ -131,10 +131,34 @@ def skeleton(
             model = loader.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         auto = importlib.import_module("transformers.quantizers").AutoHfQuantizer
         quantizer = auto.from_config(settings, pre_quantized=False)
-        quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"})
+        with _default_dtype(wanted):  # of the biases it makes
+            quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"})
         mapping = importlib.import_module("transformers.conversion_mapping")
         model._weight_conversions = mapping.get_model_conversion_mapping(model, None, None)
     return model, quantizer
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def dtype_of(model: Any, name: str, state: Mapping[str, Any]) -> Any:
+    """The torch dtype in which a loader would keep a parameter or buffer of a `skeleton`.
+
+    state: its `state_of`.
+    """
+    for pattern, dtype in model._get_dtype_plan(model.config.dtype).items():
+        if re.search(rf"(^|\.){pattern}($|\.)", name):
+            return dtype
+    return state[name].dtype
 
 
 def join(model: Any, names: Sequence[str]) -> tuple[list[Group], list[str]]:
@@ -223,7 +247,7 @@ def refuse_remote_code(folder: Path, allowed: bool) -> None:
 
 
 def quantization(quantize: str) -> Any:
-    """The settings of transformers for "nf4" or "int8": those of the live model and of what is written.
+    """What transformers is told for "nf4" or "int8", of the live model and of what is written.
 
     RecipeError if a package that does it is missing.
     """
@@ -253,8 +277,8 @@ def check_can_run(model: Any) -> None:
         if packs and module.weight.device.type == "cpu" and module.in_features % 64:
             raise PlacementError(
                 f"bitsandbytes cannot run {name} in 4 bit on this CPU: it is"
-                f" {module.in_features} wide, which is no multiple of 64; use --quantize int8 or"
-                " none, or a card"
+                f" {module.in_features} wide, which is no multiple of 64; use --live-quantize"
+                " int8 or none, or a card"
             )
 
 

@@ -8,7 +8,7 @@ the same settings. What becomes of a weight follows `Linear4bit` and `Linear8bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -32,17 +32,23 @@ _STATE_ROOM = 512
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """How an output is quantized. dtype: what the numbers are cast to first, as at loading."""
+    """How an output is quantized.
+
+    dtype: the model's, to which numbers are cast first, as at loading. names: of the steps that are
+    quantized. casts: the dtypes of others that are stored as they would be loaded, since a loader
+    does not cast beside quantized weights. settings: `quantization_config` of transformers.
+    """
 
     method: Method
     dtype: DType
     names: frozenset[str]
+    casts: Mapping[str, DType]
     settings: Mapping[str, Any]
 
     def entries(self, step: Step) -> tuple[Entry, ...]:
         """What a step becomes: the weight and what belongs to it, or what it was."""
         if step.name not in self.names:
-            return (Entry(step.name, step.dtype, step.shape),)
+            return (Entry(step.name, self.casts.get(step.name, step.dtype), step.shape),)
         if self.method == "int8":
             stem = step.name.removesuffix("weight")
             return (
@@ -73,7 +79,8 @@ class Quantized:
 
     def identity(self) -> list[Any]:
         """Plain data that decides the bytes."""
-        return [self.paper(), sorted(self.names)]
+        casts = sorted((name, dtype.name) for name, dtype in self.casts.items())
+        return [self.paper(), sorted(self.names), casts]
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the output. Without a dtype in it a loader would take that of a scale."""
@@ -101,16 +108,40 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
         quantize=method,
         trust_remote_code=trust_remote_code,
     )
-    names = _names(plan, model, quantizer)
-    dtype = FROM_TORCH[str(model.config.dtype).removeprefix("torch.")]
+    groups, ignored = loading.join(model, [step.name for step in plan.steps])
+    names = _names(plan, model, quantizer, groups, ignored)
+    casts = _casts(plan, model, [group for group in groups if group.names[0] not in names])
     settings = quantizer.quantization_config.to_dict()
-    return Quantized("nf4" if method == "nf4" else "int8", dtype, names, settings)
+    kind: Method = "nf4" if method == "nf4" else "int8"
+    return Quantized(kind, _dtype(model.config.dtype), names, casts, settings)
 
 
-def _names(plan: Plan, model: Any, quantizer: Any) -> frozenset[str]:
+def _dtype(dtype: Any) -> DType:
+    return FROM_TORCH[str(dtype).removeprefix("torch.")]
+
+
+def _casts(plan: Plan, model: Any, groups: Sequence[loading.Group]) -> dict[str, DType]:
+    """The steps that a loader casts, and to what."""
+    steps = {step.name: step for step in plan.steps}
+    state = loading.state_of(model)
+    casts = {}
+    for group in groups:
+        wanted = _dtype(loading.dtype_of(model, group.target, state))
+        for name in group.names:
+            if steps[name].dtype.blendable and wanted.blendable and steps[name].dtype != wanted:
+                casts[name] = wanted
+    return casts
+
+
+def _names(
+    plan: Plan,
+    model: Any,
+    quantizer: Any,
+    groups: Sequence[loading.Group],
+    ignored: Sequence[str],
+) -> frozenset[str]:
     """The steps that become weights which the quantizer takes."""
     steps = {step.name: step for step in plan.steps}
-    groups, ignored = loading.join(model, list(steps))
     for name in ignored:
         if steps[name].action == "interpolate":
             raise MappingError(

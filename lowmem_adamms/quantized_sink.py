@@ -63,7 +63,7 @@ class QuantizingSink(Closing):
 
     def copy(self, step: Step, offset: int, span: Span) -> None:
         """Have a span copied as it is, or read it to be quantized."""
-        if step.name not in self._how.names:
+        if step.name not in self._how.names and step.name not in self._how.casts:
             self._disk.copy(step, offset, span)
             self._filled = 0
             return
@@ -92,10 +92,21 @@ class QuantizingSink(Closing):
             if step.name in self._how.names:
                 self._layer_of(step).feed(view)
             else:
-                (entry,) = self._how.entries(step)
-                self._put(entry, offset, view)
+                self._pass_on(step, offset, view)
         self._staged, self._used, self._filled = [], 0, 0
         self._disk.commit()
+
+    def _pass_on(self, step: Step, offset: int, view: Bytes) -> None:
+        """A stretch that is not quantized, cast where a loader would."""
+        (entry,) = self._how.entries(step)
+        if entry.dtype == step.dtype:
+            self._put(entry, offset, view)
+            return
+        size, first = step.dtype.itemsize, offset // step.dtype.itemsize
+        for start in range(0, view.size, CHUNK * size):
+            values = torch.from_numpy(view[start : start + CHUNK * size].copy())
+            cast = values.view(torch_dtype(step.dtype)).to(torch_dtype(entry.dtype))
+            self._put(entry, (first + start // size) * entry.dtype.itemsize, _bytes(cast))
 
     def _layer_of(self, step: Step) -> _Layer:
         """The tensor that is being quantized: one at a time, since steps come in order."""
@@ -116,6 +127,56 @@ class QuantizingSink(Closing):
             self._filled += piece.size
 
 
+# What bitsandbytes does of it, on CPU tensors
+
+
+def nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed codes, scales and map of whole blocks: U8, F32, F32."""
+    functional = importlib.import_module("bitsandbytes").functional
+    packed, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+    return packed, state.absmax, state.code
+
+
+def double_quantized(scales: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Codes of NF4's scales around their mean, U8, and the state that undoes it."""
+    functional = importlib.import_module("bitsandbytes").functional
+    codes: torch.Tensor
+    codes, state = functional.quantize_blockwise(scales - offset, blocksize=NESTED)
+    return codes, state
+
+
+def stored_state(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    code: torch.Tensor,
+    offset: torch.Tensor,
+    nested: Any,
+) -> dict[str, torch.Tensor]:
+    """What bitsandbytes stores of a quant state beside codes and scales, by the ends of names."""
+    state = importlib.import_module("bitsandbytes").functional.QuantState(
+        absmax=torch.empty(0, dtype=torch.uint8),
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=code,
+        quant_type="nf4",
+        offset=offset,
+        state2=nested,
+    )
+    stored = state.as_dict(packed=True)
+    return {name: stored[name] for name in ("nested_quant_map", "quant_map", STATE)}
+
+
+def int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of whole rows, I8 and F32; by way of fp16, as `Int8Params` does."""
+    functional = importlib.import_module("bitsandbytes").functional
+    weight, scales, _ = functional.int8_vectorwise_quant(rows.half())
+    return weight, scales
+
+
+# One tensor after the other
+
+
 Put = Callable[[Entry, int, "Bytes"], None]
 Late = Callable[[Entry, bytes], None]
 
@@ -131,7 +192,6 @@ class _Layer:
         self._stored, self._dtype = torch_dtype(step.dtype), torch_dtype(how.dtype)
         self._entries = how.entries(step)
         self._left = step.nbytes
-        self._functional = importlib.import_module("bitsandbytes").functional
         size = min(step.elements, max(1, CHUNK // self.unit) * self.unit)
         self._chunk: Bytes = np.empty(size * step.dtype.itemsize, np.uint8)
         self._used = 0
@@ -160,29 +220,30 @@ class _Layer:
 
 
 class _Int8(_Layer):
-    """Rows as `Int8Params` quantizes them: int8 with one float32 scale each, by way of fp16."""
+    """Rows with one float32 scale each."""
 
     def __init__(self, step: Step, how: Quantized, put: Put, late: Late, scratch: _Scratch) -> None:
         self.unit = step.shape[1]
         super().__init__(step, how, put, late, scratch)
         self._done = 0
-        self._scales: list[Bytes] = []
+        # One block, not an array a chunk: those would keep the heap from shrinking between chunks
+        self._scales = torch.empty(step.shape[0])
 
     def _quantize(self, values: torch.Tensor) -> None:
-        rows = values.view(-1, self.unit).half()
-        weight, scales, _ = self._functional.int8_vectorwise_quant(rows)
+        weight, scales = int8(values.view(-1, self.unit))
         self._put(self._entries[0], self._done, _bytes(weight))
-        self._scales.append(_bytes(scales))
+        first = self._done // self.unit
+        self._scales[first : first + len(scales)] = scales
         self._done += weight.numel()
 
     def _end(self) -> None:
         _, scales, layout = self._entries
-        self._put(scales, 0, np.concatenate(self._scales))
+        self._put(scales, 0, _bytes(self._scales))
         self._put(layout, 0, np.zeros(1, np.uint8))  # row-major
 
 
 class _Nf4(_Layer):
-    """Blocks as `Params4bit` quantizes them, with double quantization of their scales."""
+    """Blocks, and their scales as soon as all of them are known."""
 
     unit = BLOCK
 
@@ -194,12 +255,11 @@ class _Nf4(_Layer):
         self._code: Any = None
 
     def _quantize(self, values: torch.Tensor) -> None:
-        packed, state = self._functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+        packed, scales, self._code = nf4(values)
         self._put(self._entries[0], self._done, _bytes(packed))
         self._done += packed.numel()
-        self._absmax[self._blocks : self._blocks + len(state.absmax)] = state.absmax
-        self._blocks += len(state.absmax)
-        self._code = state.code
+        self._absmax[self._blocks : self._blocks + len(scales)] = scales
+        self._blocks += len(scales)
 
     def _end(self) -> None:
         """As `quantize_4bit` does with compress_statistics, some scales at a time."""
@@ -207,30 +267,14 @@ class _Nf4(_Layer):
         offset = self._absmax.mean()
         nested: list[Bytes] = []
         for start in range(0, len(self._absmax), CHUNK):
-            centred = self._absmax[start : start + CHUNK] - offset
-            scales, state = self._functional.quantize_blockwise(centred, blocksize=NESTED)
+            scales, state = double_quantized(self._absmax[start : start + CHUNK], offset)
             self._put(absmax, start, _bytes(scales))
             nested.append(_bytes(state.absmax))
-        stated = self._state(offset, state)
+        stated = stored_state(self._step.shape, self._dtype, self._code, offset, state)
         self._put(nested_absmax, 0, np.concatenate(nested))
         self._put(nested_map, 0, _bytes(stated["nested_quant_map"]))
         self._put(quant_map, 0, _bytes(stated["quant_map"]))
         self._late(quant_state, _bytes(stated[STATE]).tobytes())
-
-    def _state(self, offset: torch.Tensor, nested: Any) -> dict[str, torch.Tensor]:
-        """What bitsandbytes stores of a quant state; the scales in it are not the tensor's."""
-        state = self._functional.QuantState(
-            absmax=torch.empty(0, dtype=torch.uint8),
-            shape=torch.Size(self._step.shape),
-            dtype=self._dtype,
-            blocksize=BLOCK,
-            code=self._code,
-            quant_type="nf4",
-            offset=offset,
-            state2=nested,
-        )
-        stored: dict[str, torch.Tensor] = state.as_dict(packed=True)
-        return stored
 
 
 class _Scratch:

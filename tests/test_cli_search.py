@@ -852,7 +852,7 @@ def test_plan_imports_nothing_heavy(pair: tuple[Path, Path]) -> None:
         (("--ram", "100MB", "--vram", "0"), r"needs [\d.]+ GB of RAM but 0\.10 GB is free"),
         (
             ("--ram", "8GB", "--vram", "50MB", "--device", "cuda"),
-            r"needs [\d.]+ GB of VRAM but 50\.0 MB is free .*--device cpu --quantize none would",
+            r"needs [\d.]+ GB of VRAM but 50\.0 MB is free .*--live-quantize none would",
         ),
         (("--ram", "8GB", "--vram", "0", "--device", "cuda"), "no CUDA card was found"),
         (("--ram", "8GB", "--vram", "80GB"), "placed on a CUDA card, but torch sees none"),
