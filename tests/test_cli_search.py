@@ -326,7 +326,7 @@ def test_a_quantized_search_writes_whole_weights(
     wide = tiny.ancestor("qwen2")
     base = tiny.add_processor(tiny.make_qwen2(tmp_path / "base", ancestor=wide))
     donor = tiny.make_llava_onevision(tmp_path / "donor", ancestor=wide)
-    words = ("--prompts", texts, *QUICK, "--quantize", "nf4")
+    words = ("--prompts", texts, *QUICK, "--live-quantize", "nf4")
     assert run(base, donor, "-o", tmp_path / "out", *words) == 0
     assert "cpu nf4 at batch 8" in capsys.readouterr().err
     assert document(tmp_path / "out" / "adamms.json")["alpha"] == 0.2
