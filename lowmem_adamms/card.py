@@ -37,6 +37,7 @@ def model_card(plan: Plan, alpha: float, papers: Mapping[str, Any]) -> str:
         "library_name: transformers",
         f"pipeline_tag: {task}",
         "tags:\n- adamms\n- merge\n- lowmem-adamms",
+        *_quantization_tags(papers),
         *_licence(plan.base),
     ]
     counts = plan.to_json()["counts"]
@@ -56,11 +57,32 @@ def model_card(plan: Plan, alpha: float, papers: Mapping[str, Any]) -> str:
             "",
             f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
             "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
+            *_quantization(papers),
             *_choice(papers),
             "The licences of both models apply.",
             "",
         ]
     )
+
+
+def _quantization_tags(papers: Mapping[str, Any]) -> list[str]:
+    """The tags by which the Hub knows a bitsandbytes checkpoint."""
+    if "quantized" not in papers:
+        return []
+    return ["- bitsandbytes", "- 4-bit" if papers["quantized"]["method"] == "nf4" else "- 8-bit"]
+
+
+def _quantization(papers: Mapping[str, Any]) -> list[str]:
+    """What was quantized, if anything."""
+    if "quantized" not in papers:
+        return []
+    how = papers["quantized"]
+    name = {"nf4": "4 bit (NF4, double quantization)", "int8": "8 bit (LLM.int8)"}[how["method"]]
+    return [
+        f"The weights of {how['tensors']} linear layers were quantized to {name} with bitsandbytes"
+        f" {how['bitsandbytes']};",
+        "loading it needs bitsandbytes. All else is as it was merged.",
+    ]
 
 
 def _choice(papers: Mapping[str, Any]) -> list[str]:

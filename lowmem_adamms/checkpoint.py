@@ -122,8 +122,11 @@ def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config for config in inner if isinstance(config, dict)]
 
 
-def open_checkpoint(ref: str | Path) -> Checkpoint:
-    """Open a folder or a bare file by its headers. FormatError says what is missing or wrong."""
+def open_checkpoint(ref: str | Path, *, quantized: bool = False) -> Checkpoint:
+    """Open a folder or a bare file by its headers. FormatError says what is missing or wrong.
+
+    quantized: take quantized weights as well, to be looked at; they cannot be blended.
+    """
     path = Path(ref)
     if not path.exists():
         hint = ""
@@ -132,7 +135,8 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
             hint = f"; to fetch it from the Hub: hf download {hub[1]}{revision} --local-dir DIR"
         raise FormatError(f"{ref}: no such folder or file{hint}")
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    _refuse_quantized_config(path, config)
+    if not quantized:
+        _refuse_quantized_config(path, config)
     names, weight_map = _shards(path)
     tensors: dict[str, Span] = {}
     home: dict[str, Path] = {}
@@ -146,7 +150,8 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
             raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
     if not tensors:
         raise FormatError(f"{path}: no tensors in it")
-    _refuse_quantized_tensors(path, tensors)
+    if not quantized:
+        _refuse_quantized_tensors(path, tensors)
     return Checkpoint(path, tuple(names), tensors, config)
 
 

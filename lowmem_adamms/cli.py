@@ -25,7 +25,7 @@ from .arch import BUFFER
 from .errors import MergeError, OutputError, PlacementError, PromptError, RecipeError
 from .journal import ANSWERS, NAME, WORK
 from .options import COMMANDS, NEED_A_MODEL, parser
-from .placement import Placement, measure, parse_size, place
+from .placement import Placement, Quantize, measure, parse_size, place, stored_bytes
 
 if TYPE_CHECKING:
     from .demo import Pair
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 _MOST_ALPHAS = 1001
 _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
+_QUANTIZING_MB = 512  # of which torch, transformers and bitsandbytes take some 370
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from . import show
 
     plan = _make_plan(arguments)
-    forecast = _forecast(plan, arguments.out or Path())
+    forecast = _forecast(plan, arguments.out or Path(), _quantize(arguments))
     try:
         lines = _place(plan, arguments).lines
     except PlacementError as error:
@@ -111,24 +112,31 @@ def _plan(arguments: argparse.Namespace) -> int:
         return 0
     console = _console()
     _show_plan(plan, console)
+    about = f" (about; {how} of bitsandbytes)" if (how := _quantize(arguments)) else ""
     print(
-        f"read {show.size(plan.bytes_read)}, write {show.size(plan.bytes_written)};"
+        f"read {show.size(plan.bytes_read)}, write {show.size(forecast['disk_needed'])}{about};"
         f" disk free {show.size(forecast['disk_free'])},"
         f" needed {show.size(forecast['disk_needed'])}\n"
-        f"memory at most {_ANONYMOUS_MB} MB besides file pages;"
+        f"memory at most {forecast['anonymous_memory'] >> 20} MB besides file pages;"
         f" about {forecast['seconds_at_1_GB_per_s']} s on a disk that moves 1 GB/s"
     )
     print("a search for alpha would run so:", *lines, sep="\n  ")
     return 0
 
 
-def _forecast(plan: Plan, out: Path) -> dict[str, int]:
+def _quantize(arguments: argparse.Namespace) -> Quantize | None:
+    """What the output is quantized to, if anything."""
+    return None if arguments.quantize in (None, "none") else arguments.quantize
+
+
+def _forecast(plan: Plan, out: Path, quantize: Quantize | None) -> dict[str, int]:
+    written = stored_bytes(plan, quantize)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     return {
-        "disk_needed": plan.bytes_written,
+        "disk_needed": written,
         "disk_free": shutil.disk_usage(there).free,
-        "anonymous_memory": _ANONYMOUS_MB << 20,
-        "seconds_at_1_GB_per_s": math.ceil((plan.bytes_read + plan.bytes_written) / 1e9),
+        "anonymous_memory": (_QUANTIZING_MB if quantize else _ANONYMOUS_MB) << 20,
+        "seconds_at_1_GB_per_s": math.ceil((plan.bytes_read + written) / 1e9),
     }
 
 
@@ -140,7 +148,7 @@ def _place(plan: Plan, arguments: argparse.Namespace) -> Placement:
         plan,
         measure(ram=ram, vram=vram),
         device=arguments.device,
-        quantize=arguments.quantize,
+        quantize=arguments.live_quantize or arguments.quantize,
         dtype=dtype.name if dtype else None,
         batch=arguments.batch_size,
     )
@@ -166,7 +174,7 @@ def _show_plan(plan: Plan, console: Any) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     from . import show
     from .merge import check_alpha
-    from .writer import check_output, merge
+    from .writer import check_output, how_quantized, merge
 
     if (arguments.alpha is None) == (arguments.prompts is None):
         raise RecipeError(
@@ -183,7 +191,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
     _show_notes(plan.notes)
-    check_output(plan, arguments.out, max_shard_size=size)
+    code = arguments.trust_remote_code
+    how = how_quantized(plan, _quantize(arguments), trust_remote_code=code)
+    check_output(plan, arguments.out, max_shard_size=size, how=how)
     alpha, found = arguments.alpha, None
     if prompts:
         found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
@@ -199,11 +209,15 @@ def _merge(arguments: argparse.Namespace) -> int:
             search=found.result.to_json() if found else None,
             beside={"report.html": found.page.encode()} if found else None,
             progress=progress,
+            quantize=_quantize(arguments),
+            trust_remote_code=code,
         )
     counts = plan.to_json()["counts"]
+    written = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
+    quantized = f", {len(how.names)} of them quantized to {how.method}" if how else ""
     print(
-        f"{arguments.out}: {counts['interpolate']} tensors interpolated, {counts['copy']} copied,"
-        f" {show.size(plan.bytes_written)}"
+        f"{arguments.out}: {counts['interpolate']} tensors interpolated, {counts['copy']} copied"
+        f"{quantized}, {show.size(written if how else plan.bytes_written)}"
     )
     return 0
 
@@ -516,6 +530,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: ok, {verdict.tensors} tensors in {verdict.shards} shards,"
         f" {size(verdict.bytes)}{deep}"
     )
+    _show_notes(verdict.notes)
     return 0
 
 

@@ -98,9 +98,15 @@ def parse(raw: bytes, file_size: int) -> Header:
 
 
 def emit(
-    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    room: int = 0,
 ) -> bytes:
-    """Length, JSON and padding for tensors laid out one after the other in the order given."""
+    """Length, JSON and padding for tensors laid out one after the other in the order given.
+
+    room: bytes, a multiple of 8, that it is padded to where it takes fewer.
+    """
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, dtype, shape in tensors:
@@ -112,7 +118,7 @@ def emit(
         }
         position = stop
     raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * max(-len(raw) % 8, room - 8 - len(raw))
     return len(raw).to_bytes(8, "little") + raw
 
 

@@ -5,6 +5,7 @@ that decides the result; a last line cut short by a kill is ignored; the file is
 in use. Of a merge (each line fsynced before what it promises is relied on):
     {"merge": fingerprint}
     {"file": name, "upto": n}                     the first n bytes of the file are durable
+    {"file": name, "upto": n, "late": {t: hex}}   and these tensors are written at its end
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
 Of a search:
     {"search": fingerprint}
@@ -91,6 +92,7 @@ class Journal(_Log):
     def __init__(self, out: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if another merge owns the folder or is running in it."""
         self.upto: dict[str, int] = {}
+        self.late: dict[str, dict[str, bytes]] = {}
         self.done: dict[str, dict[str, Any]] = {}
         others = (
             f"{out} holds an unfinished merge of other inputs or options;"
@@ -108,6 +110,8 @@ class Journal(_Log):
             self.done[line["file"]] = line
         elif "upto" in line:
             self.upto[line["file"]] = line["upto"]
+            late = {name: bytes.fromhex(content) for name, content in line.get("late", {}).items()}
+            self.late.setdefault(line["file"], {}).update(late)
 
 
 class AnswerJournal(_Log):

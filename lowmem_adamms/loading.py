@@ -76,27 +76,89 @@ def load_model(
     refuse_remote_code(folder, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
-        options["quantization_config"] = _quantization(transformers, quantize)
+        options["quantization_config"] = quantization(quantize)
     if device != "cpu" or quantize:
         options["device_map"] = {"": device}
-    with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-            loader = _auto_class(transformers, config, trust_remote_code)
-            model = loader.from_pretrained(folder, **options)
-        except ImportError as error:
-            raise RecipeError(f"{folder}: {first_line(error)}") from None
-        except ValueError as error:
-            if not re.search("model type|architecture", str(error), re.IGNORECASE):
-                raise
-            raise FormatError(f"{folder}: {first_line(error)}") from None
-        except RuntimeError as error:
-            if "out of memory" in str(error).lower():
-                raise PlacementError(f"{folder}: {first_line(error)}") from None
-            raise
+    with quiet(), _told(folder):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+        loader = _auto_class(transformers, config, trust_remote_code)
+        model = loader.from_pretrained(folder, **options)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What transformers says of a model that it cannot load here, as errors of ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise RecipeError(f"{folder}: {first_line(error)}") from None
+    except ValueError as error:
+        if not re.search("model type|architecture", str(error), re.IGNORECASE):
+            raise
+        raise FormatError(f"{folder}: {first_line(error)}") from None
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower():
+            raise PlacementError(f"{folder}: {first_line(error)}") from None
+        raise
+
+
+def skeleton(
+    folder: Path, *, dtype: str | None, first: str, quantize: str, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """The module that `load_model` would quantize, without numbers, and transformers' quantizer.
+
+    On the meta device: it costs no memory for weights. dtype: a torch name; None for the config's
+    own, or `first`, that of the checkpoint's first tensor, where the config has none: what "auto"
+    means to transformers. Errors as of `load_model`.
+    """
+    import torch
+
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder}: no config.json in it; transformers cannot tell what it is")
+    transformers = importlib.import_module("transformers")
+    refuse_remote_code(folder, trust_remote_code)
+    settings = quantization(quantize)
+    with quiet(), _told(folder):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+        wanted = getattr(torch, dtype) if dtype else (config.dtype or getattr(torch, first))
+        loader = _auto_class(transformers, config, trust_remote_code)
+        with torch.device("meta"):
+            model = loader.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        auto = importlib.import_module("transformers.quantizers").AutoHfQuantizer
+        quantizer = auto.from_config(settings, pre_quantized=False)
+        with _default_dtype(wanted):  # of the biases it makes
+            quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"})
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        model._weight_conversions = mapping.get_model_conversion_mapping(model, None, None)
+    return model, quantizer
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def dtype_of(model: Any, name: str, state: Mapping[str, Any]) -> Any:
+    """The torch dtype in which a loader would keep a parameter or buffer of a `skeleton`.
+
+    state: its `state_of`.
+    """
+    for pattern, dtype in model._get_dtype_plan(model.config.dtype).items():
+        if re.search(rf"(^|\.){pattern}($|\.)", name):
+            return dtype
+    return state[name].dtype
 
 
 def join(model: Any, names: Sequence[str]) -> tuple[list[Group], list[str]]:
@@ -184,12 +246,17 @@ def refuse_remote_code(folder: Path, allowed: bool) -> None:
         )
 
 
-def _quantization(transformers: Any, quantize: str) -> Any:
+def quantization(quantize: str) -> Any:
+    """What transformers is told for "nf4" or "int8", of the live model and of what is written.
+
+    RecipeError if a package that does it is missing.
+    """
     import torch
 
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise RecipeError(f"--quantize needs {package}: pip install 'lowmem-adamms[bnb]'")
+    transformers = importlib.import_module("transformers")
     if quantize == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
@@ -210,8 +277,8 @@ def check_can_run(model: Any) -> None:
         if packs and module.weight.device.type == "cpu" and module.in_features % 64:
             raise PlacementError(
                 f"bitsandbytes cannot run {name} in 4 bit on this CPU: it is"
-                f" {module.in_features} wide, which is no multiple of 64; use --quantize int8 or"
-                " none, or a card"
+                f" {module.in_features} wide, which is no multiple of 64; use --live-quantize"
+                " int8 or none, or a card"
             )
 
 

@@ -17,16 +17,9 @@ if TYPE_CHECKING:
 COMMANDS = ("plan", "merge", "search", "verify", "archs", "demo")
 NEED_A_MODEL = (
     *("base", "donor", "dtype", "arch", "prompts", "question", "split", "text_column"),
-    *(
-        "image_column",
-        "alphas",
-        "refine",
-        "no_drafts",
-        "no_vision_cache",
-        "no_noise",
-        "trust_remote_code",
-    ),
-    *("device", "quantize", "live_dtype", "vram", "ram", "batch_size", "journal", "force"),
+    *("image_column", "alphas", "refine", "no_drafts", "no_vision_cache", "no_noise"),
+    *("trust_remote_code", "device", "quantize", "live_quantize", "live_dtype", "vram", "ram"),
+    *("batch_size", "journal", "force"),
 )
 """What `search` takes but recorded answers have no use for; each is falsy if not given."""
 
@@ -129,6 +122,11 @@ def _pair_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> 
         help="join embedding and head rows by token (default), or keep the base's",
     )
     parser.add_argument("--dtype", type=_dtype, help="of the output: bf16, fp16, fp32")
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "nf4"),
+        help="of the output's linear layers, with bitsandbytes, and of the search's model",
+    )
     _arch_option(parser)
 
 
@@ -152,7 +150,9 @@ def _dtype(text: str) -> DType:
 def _placement_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the search's model goes (default: what fits best)")
     group.add_argument("--device", choices=("cpu", "cuda"))
-    group.add_argument("--quantize", choices=("none", "int8", "nf4"), help="with bitsandbytes")
+    group.add_argument(
+        "--live-quantize", choices=("none", "int8", "nf4"), help="default: --quantize, or what fits"
+    )
     group.add_argument("--live-dtype", metavar="DTYPE", type=_dtype, help="default: the output's")
     group.add_argument("--vram", metavar="SIZE", help="plan with this much; 0: without a card")
     group.add_argument("--ram", metavar="SIZE", help="plan with this much")

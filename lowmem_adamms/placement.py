@@ -231,7 +231,7 @@ class _Option:
 
     @property
     def flags(self) -> str:
-        return f"--device {self.device} --quantize {self.quantize or 'none'}"
+        return f"--device {self.device} --live-quantize {self.quantize or 'none'}"
 
     @property
     def sum(self) -> str:
@@ -265,6 +265,14 @@ def _quantized(step: Step) -> bool:
     which no name or shape tells from a Linear. Such tables are small.
     """
     return len(step.shape) == 2 and step.kind in _LINEAR_KINDS and step.name.endswith(".weight")
+
+
+def stored_bytes(plan: Plan, quantize: Quantize | None = None) -> int:
+    """Bytes of tensors that a merge writes; of a quantized one an estimate, from headers alone."""
+    return sum(
+        _quantized_bytes(step, quantize) if quantize and _quantized(step) else step.nbytes
+        for step in plan.steps
+    )
 
 
 def _model_bytes(plan: Plan, live: DType, quantize: Quantize | None) -> int:

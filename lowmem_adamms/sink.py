@@ -1,27 +1,31 @@
 """The disk sink: windows go, in order, into the output's shards in OUT/.partial.
 
 One thread writes and one digests what is written; space is claimed beforehand, pages are seen off
-behind the stream, and the journal notes what is durable. Leaves to others: what the bytes are
-(`merge.py`), index, papers and the move to the final names (`writer.py`).
+behind the stream, and the journal notes what is durable. A tensor may be made of several entries
+(`quantized.py`), some of them late: known, and their size with them, only after all before them.
+Leaves to others: what the bytes are (`merge.py`), index, papers and the move to the final names
+(`writer.py`).
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
 from . import header
 from .checkpoint import Span
+from .dtypes import DType
 from .journal import WORK, Journal
 from .merge import WINDOW
 from .plan import Plan, Step
@@ -39,51 +43,116 @@ TRAIL = 64 << 20
 METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
+class Named(Protocol):
+    """What is written under one name: a step of the plan, or one entry of it."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of an output file. late: its bytes come at the shard's end, at most as many."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    late: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it; for a late one, the most it can take."""
+        return self.dtype.nbytes(math.prod(self.shape))
+
+
+Split = Callable[[Step], Sequence[Entry]]
+"""The entries that one step becomes; they stay together in one shard."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutFile:
-    """One output shard: its header, and where each step's tensor starts in it."""
+    """One output shard: its header, and where each tensor lies in it.
+
+    offsets: in the file. starts: in the order of writing, header included, without late entries;
+    what the journal counts in. ordered: both are the same, and nothing is late: the digest can
+    follow the writing. Else `header` only holds the place of the final one, and `size` is the most.
+    """
 
     name: str
     header: bytes
     offsets: Mapping[str, int]
     size: int
+    starts: Mapping[str, int]
+    written: int
+    ordered: bool = True
+    entries: tuple[Entry, ...] = ()
 
 
-def out_files(plan: Plan, max_shard_size: int | None = None) -> tuple[OutFile, ...]:
+def out_files(
+    plan: Plan, max_shard_size: int | None = None, split: Split | None = None
+) -> tuple[OutFile, ...]:
     """The output's shards: the base's own grouping, or greedily up to `max_shard_size` bytes."""
-    groups: list[list[Step]] = []
+    groups: list[list[Entry]] = []
     names: list[str] = []
     room = 0
     for step in plan.steps:
+        entries = split(step) if split else (Entry(step.name, step.dtype, step.shape),)
+        nbytes = sum(entry.nbytes for entry in entries)
         shard = step.parts[0].base.path.name
         if max_shard_size is None:
             fresh = not names or names[-1] != shard
         else:
-            fresh = not groups or step.nbytes > room
+            fresh = not groups or nbytes > room
         if fresh:
             groups.append([])
             names.append(shard)
             room = max_shard_size or 0
-        groups[-1].append(step)
-        room -= step.nbytes
+        groups[-1] += entries
+        room -= nbytes
     keep = max_shard_size is None and all(re.fullmatch(r"model.*\.safetensors", n) for n in names)
     if len(groups) == 1:
         names = ["model.safetensors"]
     elif not keep:
         total = len(groups)
         names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    return tuple(_out_file(name, group) for name, group in zip(names, groups, strict=True))
+    lay = _as_safetensors_does if split else _in_order
+    return tuple(lay(name, group) for name, group in zip(names, groups, strict=True))
 
 
-def _out_file(name: str, steps: list[Step]) -> OutFile:
-    head = header.emit([(step.name, step.dtype, step.shape) for step in steps], METADATA)
+def _in_order(name: str, entries: Sequence[Entry]) -> OutFile:
+    """Tensors one after the other, as they are written."""
+    head = _header(entries)
+    offsets, size = _positions(entries, len(head))
+    header.parse(head[8:], size)
+    return OutFile(name, head, offsets, size, offsets, size)
+
+
+def _as_safetensors_does(name: str, entries: Sequence[Entry]) -> OutFile:
+    """The widest dtypes first, so that every tensor is aligned, and what is late at the end."""
+    laid = sorted(entries, key=lambda entry: (entry.late, -entry.dtype.bits))
+    head = _header(laid)
+    offsets, size = _positions(laid, len(head))
+    starts, written = _positions([entry for entry in entries if not entry.late], len(head))
+    return OutFile(name, head, offsets, size, starts, written, ordered=False, entries=tuple(laid))
+
+
+def _header(entries: Sequence[Entry], room: int = 0) -> bytes:
+    tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    return header.emit(tensors, METADATA, room=room)
+
+
+def _positions(entries: Sequence[Entry], position: int) -> tuple[dict[str, int], int]:
+    """Where each entry starts if the first does at `position`, and where the last ends."""
     offsets: dict[str, int] = {}
-    position = len(head)
-    for step in steps:
-        offsets[step.name] = position
-        position += step.nbytes
-    header.parse(head[8:], position)
-    return OutFile(name, head, offsets, position)
+    for entry in entries:
+        offsets[entry.name] = position
+        position += entry.nbytes
+    return offsets, position
 
 
 class DiskSink:
@@ -139,22 +208,28 @@ class DiskSink:
             if file.name not in self._journal.done:
                 self._finish(_Shard(self._work, file, 0, self._hasher, evict=False))
 
-    def wants(self, step: Step) -> bool:
+    def wants(self, step: Named) -> bool:
         """Whether the step is not yet durable; the last of a shard is wanted till that is noted."""
         file = self._homes[step.name]
         if file.name in self._journal.done:
             return False
-        end = file.offsets[step.name] + step.nbytes
-        return end > self._journal.upto.get(file.name, 0) or end == file.size
+        end = file.starts[step.name] + step.nbytes
+        return end > self._journal.upto.get(file.name, 0) or end == file.written
 
-    def copy(self, step: Step, offset: int, span: Span) -> None:
+    def late(self, entry: Entry, content: bytes) -> None:
+        """The bytes of a late entry; journalled with what is durable of the tensors before it."""
+        shard, _ = self._place(entry, 0)
+        assert len(content) <= entry.nbytes
+        self._submit(shard.late.__setitem__, entry.name, content)
+
+    def copy(self, step: Named, offset: int, span: Span) -> None:
         """Have a span copied file to file."""
         shard, at = self._place(step, offset)
         self.commit()
         self._submit(shard.copy, at, span)
         self._check()
 
-    def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
+    def slot(self, step: Named, offset: int, nbytes: int) -> Bytes:
         """The next stretch of the current buffer; waits for one to be free."""
         shard, at = self._place(step, offset)
         if self._buffer is None:
@@ -175,14 +250,16 @@ class DiskSink:
             self._submit(self._finish, shard)
         self._ended = []
 
-    def _place(self, step: Step, offset: int) -> tuple[_Shard, int]:
+    def _place(self, step: Named, offset: int) -> tuple[_Shard, int]:
         """The shard a step belongs to, opened, and the absolute position of one of its bytes."""
         file = self._homes[step.name]
-        start = file.offsets[step.name]
         if self._current is None or self._current.file is not file:
-            self._turn_to(_Shard(self._work, file, start, self._hasher, evict=self._evict))
+            start = file.starts[step.name]
+            shard = _Shard(self._work, file, start, self._hasher, evict=self._evict)
+            shard.late = dict(self._journal.late.get(file.name, {}))
+            self._turn_to(shard)
         assert self._current is not None
-        return self._current, start + offset
+        return self._current, file.offsets[step.name] + offset
 
     def _turn_to(self, shard: _Shard | None) -> None:
         """Go on with another shard; the one in hand is finished behind the next commit."""
@@ -195,11 +272,13 @@ class DiskSink:
             shard.write(at, view)
         shard = extents[-1][0]
         if shard.since_durable >= DURABLE:
-            self._journal.note(file=shard.file.name, upto=shard.make_durable())
+            upto, late = shard.make_durable(), {k: v.hex() for k, v in shard.late.items()}
+            told = {"late": late} if late else {}
+            self._journal.note(file=shard.file.name, upto=upto, **told)
 
     def _finish(self, shard: _Shard) -> None:
-        digest = shard.finish()
-        self._journal.note(file=shard.file.name, size=shard.file.size, blake3=digest)
+        size, digest = shard.finish()
+        self._journal.note(file=shard.file.name, size=size, blake3=digest)
 
     def _submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
         """Queue work for the writer; once something failed, nothing queued behind it is done."""
@@ -243,7 +322,10 @@ class _Shard:
         self, work: Path, file: OutFile, resume: int, hasher: ThreadPoolExecutor, *, evict: bool
     ) -> None:
         self.file, self._hasher, self._evict = file, hasher, evict
+        self.late: dict[str, bytes] = {}
         self._digest = blake3()
+        self._trail: deque[tuple[int, int]] = deque()
+        self._behind = 0  # bytes in the trail
         fresh = resume <= len(file.header)
         flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
         self._fd = os.open(work / file.name, flags, 0o666)
@@ -256,26 +338,29 @@ class _Shard:
             else:
                 os.ftruncate(self._fd, file.size)
             _pwrite_all(self._fd, memoryview(file.header), 0)
+            self._end = len(file.header)
             self._digest.update(file.header)
-        else:
+        elif file.ordered:
             self._hash_file(self._fd, 0, resume)
 
     def write(self, at: int, view: Bytes) -> None:
         """Write and hash one stretch."""
         data = memoryview(view)  # type: ignore[arg-type]  # a buffer from Python 3.12's view on
-        hashing = self._hasher.submit(self._digest.update, data)
+        hashing = self._hashing(self._digest.update, data)
         _pwrite_all(self._fd, data, at)
         self._written(at, view.size)
-        hashing.result()
+        if hashing:
+            hashing.result()
 
     def copy(self, at: int, span: Span) -> None:
         """Copy a span from its file, inside the kernel where it can, and hash it."""
         source = os.open(span.path, os.O_RDONLY)
         try:
-            hashing = self._hasher.submit(self._hash_file, source, span.start, span.nbytes)
+            hashing = self._hashing(self._hash_file, source, span.start, span.nbytes)
             _copy_range(source, self._fd, span.start, at, span.nbytes)
             self._written(at, span.nbytes)
-            hashing.result()
+            if hashing:
+                hashing.result()
             if self._evict:
                 evict_range(source, span.start, span.stop)
         finally:
@@ -287,11 +372,33 @@ class _Shard:
         self.since_durable = 0
         return self._end
 
-    def finish(self) -> str:
-        """fsync, close, and the BLAKE3 digest of the whole file."""
+    def finish(self) -> tuple[int, str]:
+        """fsync, close, and size and BLAKE3 digest of the whole file."""
+        size = self.file.size
+        if not self.file.ordered:
+            size = self._complete()
+            self._hash_file(self._fd, 0, size)
         os.fsync(self._fd)
+        if self._evict and not self.file.ordered:
+            evict_range(self._fd, 0, size)
         self.close()
-        return self._digest.hexdigest()
+        return size, self._digest.hexdigest()
+
+    def _complete(self) -> int:
+        """Put what is late behind the rest, and over the header's place the final one."""
+        entries = [
+            replace(entry, shape=(len(self.late[entry.name]),)) if entry.late else entry
+            for entry in self.file.entries
+        ]
+        head = _header(entries, room=len(self.file.header))
+        offsets, size = _positions(entries, len(head))
+        header.parse(head[8:], size)
+        _pwrite_all(self._fd, memoryview(head), 0)
+        for name, content in self.late.items():
+            _pwrite_all(self._fd, memoryview(content), offsets[name])
+        os.ftruncate(self._fd, size)
+        self._digest = blake3()
+        return size
 
     def close(self) -> None:
         """Close the file; again is harmless."""
@@ -299,10 +406,30 @@ class _Shard:
             os.close(self._fd)
             self._fd = -1
 
+    def _hashing(self, work: Callable[..., object], *args: Any) -> Future[object] | None:
+        """Digest in the other thread, if what is written comes in the file's order."""
+        return self._hasher.submit(work, *args) if self.file.ordered else None
+
     def _written(self, at: int, nbytes: int) -> None:
-        """Start writing out the whole blocks that are filled, and see off those TRAIL behind."""
-        before, self._end = self._end // BLOCK, at + nbytes
+        """Start writing out what is filled, and see off what lies TRAIL behind."""
         self.since_durable += nbytes
+        if self.file.ordered:
+            self._see_off_blocks(at + nbytes)
+            return
+        self._end += nbytes
+        write_out(self._fd, at, at + nbytes)
+        self._trail.append((at, nbytes))
+        self._behind += nbytes
+        while self._behind > TRAIL:
+            at, nbytes = self._trail.popleft()
+            self._behind -= nbytes
+            write_out(self._fd, at, at + nbytes, wait=True)
+            if self._evict:
+                evict_range(self._fd, at, at + nbytes)
+
+    def _see_off_blocks(self, end: int) -> None:
+        """Of a file that is written in its order: whole blocks, which the cache can drop whole."""
+        before, self._end = self._end // BLOCK, end
         first, last = before * BLOCK, self._end // BLOCK * BLOCK
         write_out(self._fd, first, last)
         first, last = max(0, first - TRAIL), max(0, last - TRAIL)
@@ -314,7 +441,7 @@ class _Shard:
         view = memoryview(self._scratch)
         for at in range(start, start + nbytes, len(view)):
             wanted = view[: min(len(view), start + nbytes - at)]
-            _pread_all(fd, wanted, at)
+            pread_all(fd, wanted, at)
             self._digest.update(wanted)
 
 
@@ -324,7 +451,8 @@ def _pwrite_all(fd: int, view: memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def _pread_all(fd: int, view: memoryview, at: int) -> None:
+def pread_all(fd: int, view: memoryview, at: int) -> None:
+    """Fill a view from the bytes of a file from `at` on; OSError if it ends before."""
     while view:
         done = os.preadv(fd, [view], at)
         if not done:
@@ -347,7 +475,7 @@ def _copy_range(source: int, target: int, start: int, at: int, nbytes: int) -> N
     buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
     while nbytes:
         view = buffer[: min(len(buffer), nbytes)]
-        _pread_all(source, view, start)
+        pread_all(source, view, start)
         _pwrite_all(target, view, at)
         start, at, nbytes = start + len(view), at + len(view), nbytes - len(view)
 
@@ -355,6 +483,11 @@ def _copy_range(source: int, target: int, start: int, at: int, nbytes: int) -> N
 def _forget_lost(out: Path, file: OutFile, journal: Journal) -> None:
     """What the journal promises but somebody deleted or changed must be made again."""
     places = (out / WORK / file.name, out / file.name)
-    if file.size not in [path.stat().st_size for path in places if path.exists()]:
+    sizes = [path.stat().st_size for path in places if path.exists()]
+    if done := journal.done.get(file.name):
+        there = done["size"] in sizes
+    else:  # what is not ordered gets its final size a moment before it is noted as done
+        there = any(file.written <= size <= file.size for size in sizes)
+    if not there:
         journal.done.pop(file.name, None)
         journal.upto.pop(file.name, None)

@@ -1,7 +1,8 @@
 """Whether a merged folder is what it says: its structure, and on request its bytes.
 
 The deep check recomputes sampled rows from the inputs with the numpy reference, not with the kernel
-that wrote them. Leaves to others: how a checkpoint is read (`checkpoint.py`).
+that wrote them. Leaves to others: how a checkpoint is read (`checkpoint.py`), and tensors that
+bitsandbytes quantized (`verify_quantized.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from .dtypes import DTYPES
 from .errors import FormatError
 from .journal import NAME, WORK
 from .plan import Part, Plan, Step, make_plan
+from .quantized import METHODS
 from .writer import INDEX
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class Verdict:
     shards: int
     bytes: int
     rows: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def verify(
@@ -47,16 +51,20 @@ def verify(
 
     Always: headers, index, total_size, metadata, recorded sizes. deep: also the BLAKE3 digest of
     every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
+    Rows of a quantized output are quantized again, for which bitsandbytes must be there; if it is
+    not, a note says so.
     """
     out = Path(out)
     if (out / WORK / NAME).exists():
         raise FormatError(f"{out}: an unfinished merge; run its command again to resume")
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(out, quantized=True)
     recipe = _recipe(out)
+    if "quantized" not in recipe:
+        open_checkpoint(out)
     _check_structure(out, checkpoint, recipe)
     nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
-    rows = _check_bytes(out, checkpoint, recipe, progress) if deep else None
-    return Verdict(len(checkpoint.tensors), len(checkpoint.shards), nbytes, rows)
+    rows, notes = _check_bytes(out, checkpoint, recipe, progress) if deep else (None, ())
+    return Verdict(len(checkpoint.tensors), len(checkpoint.shards), nbytes, rows, notes)
 
 
 def _recipe(out: Path) -> dict[str, Any]:
@@ -78,12 +86,22 @@ def _recipe(out: Path) -> dict[str, Any]:
             all(isinstance(item["blake3"], str) for item in document["outputs"]),
             all(isinstance(item["file"], str) for item in document["outputs"]),
             all(isinstance(item["size"], int) for item in document["outputs"]),
+            "quantized" not in document or _is_quantization(document["quantized"]),
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fits = [False]
     if not all(fits):
         raise FormatError(f"{path}: not a recipe of lowmem-adamms")
     return dict(document)
+
+
+def _is_quantization(paper: Any) -> bool:
+    return (
+        paper["method"] in METHODS
+        and DTYPES[paper["dtype"]].blendable
+        and isinstance(paper["tensors"], int)
+        and isinstance(paper["bitsandbytes"], str)
+    )
 
 
 def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) -> None:
@@ -115,8 +133,8 @@ def _check_bytes(
     checkpoint: Checkpoint,
     recipe: dict[str, Any],
     progress: Callable[[str], None] | None,
-) -> int:
-    """Digests of the outputs, then sampled rows against the inputs; returns how many rows."""
+) -> tuple[int, tuple[str, ...]]:
+    """Digests of the outputs, then sampled rows against the inputs: how many, and notes."""
     for output in recipe["outputs"]:
         if progress:
             progress(f"BLAKE3 of {output['file']}")
@@ -127,7 +145,14 @@ def _check_bytes(
                 f"{out / output['file']}: BLAKE3 is {found}, adamms.json says {output['blake3']}"
             )
     plan = _plan_again(recipe)
-    wanted = {step.name for step in plan.steps}
+    alpha = float(recipe["alpha"])
+    quantized = None
+    if "quantized" in recipe:
+        from .verify_quantized import Check
+
+        quantized = Check(out, checkpoint, plan, recipe["quantized"])
+    entries = quantized.how.entries if quantized else lambda step: (step,)
+    wanted = {entry.name for step in plan.steps for entry in entries(step)}
     if wanted != set(checkpoint.tensors):
         odd = sorted(wanted ^ set(checkpoint.tensors))[0]
         raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
@@ -135,8 +160,11 @@ def _check_bytes(
     for step in plan.steps:
         if progress:
             progress(f"rows of {step.name}")
-        rows += _check_step(step, checkpoint.tensors[step.name], float(recipe["alpha"]))
-    return rows
+        if quantized and quantized.handles(step):
+            rows += quantized.rows(step, partial(_stretch, step, alpha))
+        else:
+            rows += _check_step(step, checkpoint.tensors[step.name], alpha)
+    return rows, quantized.notes if quantized else ()
 
 
 def _plan_again(recipe: dict[str, Any]) -> Plan:
@@ -185,6 +213,18 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
             done += 1
         position += count
     return done
+
+
+def _stretch(step: Step, alpha: float, first: int, count: int) -> bytes:
+    """What the reference makes of `count` elements of a tensor from element `first`."""
+    made, position = b"", 0
+    for part in step.parts:
+        size = part.base.nbytes * 8 // part.base.dtype.bits
+        start, stop = max(first - position, 0), min(first + count - position, size)
+        if start < stop:
+            made += _expected(step, part, start, stop - start, alpha)
+        position += size
+    return made
 
 
 def _expected(step: Step, part: Part, first: int, count: int, alpha: float) -> bytes:

@@ -12,17 +12,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import card, kinship
 from .errors import OutputError
 from .journal import ANSWERS, NAME, WORK, Journal
-from .merge import check_alpha, run
+from .merge import Sink, check_alpha, run
 from .plan import Plan
 from .sink import DiskSink, OutFile, out_files
 from .stream import reading
+
+if TYPE_CHECKING:
+    from .quantized import Quantized
 
 INDEX = "model.safetensors.index.json"
 
@@ -37,17 +41,22 @@ def merge(
     search: Mapping[str, Any] | None = None,
     beside: Mapping[str, bytes] | None = None,
     progress: Callable[[int], None] | None = None,
+    quantize: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
     search: how alpha was found, for adamms.json. beside: further files, such as a report.
-    progress: called with bytes of output done since the last call. Resumes a killed run of the same
-    merge. Raises RecipeError, OutputError or MappingError before anything is written.
+    progress: called with bytes of output done since the last call, before they are quantized.
+    quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in transformers what to
+    quantize, for which trust_remote_code may be needed. Resumes a killed run of the same merge.
+    Raises RecipeError, OutputError, FormatError or MappingError before anything is written.
     """
     alpha, out = check_alpha(alpha), Path(out)
-    files = check_output(plan, out, max_shard_size=max_shard_size)
-    fingerprint = _fingerprint(plan, alpha, files)
+    how = how_quantized(plan, quantize, trust_remote_code=trust_remote_code)
+    files = check_output(plan, out, max_shard_size=max_shard_size, how=how)
+    fingerprint = _fingerprint(plan, alpha, files, how)
     from .kernels.select import select
 
     with reading(plan.spans):
@@ -55,23 +64,51 @@ def merge(
         kernel, why = select(plan.dtypes)
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
     with Journal(out, fingerprint) as journal:
-        with DiskSink(out, files, journal, evict=evict) as sink:
+        with _sink(out, files, journal, how, evict=evict) as sink:
             if progress:
                 progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
             run(plan, alpha, sink, kernel=kernel, evict=evict, progress=progress)
         for name, content in (beside or {}).items():
             _write_file(out / WORK / name, content)
         papers = card.recipe(plan, alpha, kin, why, search or {})
-        _write_papers(plan, alpha, out, files, journal, papers)
+        if how:
+            papers["quantized"] = how.paper()
+        _write_papers(plan, alpha, out, files, journal, papers, how)
         _publish(out)
     return out
 
 
+def how_quantized(
+    plan: Plan, quantize: str | None, *, trust_remote_code: bool = False
+) -> Quantized | None:
+    """How the output is quantized, or None if it is not; errors as of `quantized.prepare`."""
+    if quantize is None:
+        return None
+    from .quantized import prepare
+
+    return prepare(plan, quantize, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _sink(
+    out: Path, files: tuple[OutFile, ...], journal: Journal, how: Quantized | None, *, evict: bool
+) -> Iterator[Sink]:
+    """The disk sink, behind the stage that quantizes if there is one."""
+    with DiskSink(out, files, journal, evict=evict) as disk:
+        if how is None:
+            yield disk
+            return
+        from .quantized_sink import QuantizingSink
+
+        with QuantizingSink(disk, how, out / WORK, evict=evict) as sink:
+            yield sink
+
+
 def check_output(
-    plan: Plan, out: Path, *, max_shard_size: int | None = None
+    plan: Plan, out: Path, *, max_shard_size: int | None = None, how: Quantized | None = None
 ) -> tuple[OutFile, ...]:
     """The output's shards, if `out` can take them; OutputError if it cannot."""
-    files = out_files(plan, max_shard_size)
+    files = out_files(plan, max_shard_size, how.entries if how else None)
     _check_place(plan, out)
     _check_space(files, out)
     return files
@@ -112,13 +149,17 @@ def _check_space(files: tuple[OutFile, ...], out: Path) -> None:
         )
 
 
-def _fingerprint(plan: Plan, alpha: float, files: tuple[OutFile, ...]) -> str:
+def _fingerprint(
+    plan: Plan, alpha: float, files: tuple[OutFile, ...], how: Quantized | None
+) -> str:
     """A digest of everything that decides the output's bytes."""
     from . import __version__
 
     layout = [[file.name, file.size, sorted(file.offsets.items())] for file in files]
-    document = json.dumps([__version__, repr(alpha), layout, plan.identity()])
-    return hashlib.sha256(document.encode()).hexdigest()
+    document = [__version__, repr(alpha), layout, plan.identity()]
+    if how:
+        document.append(how.identity())
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def _write_papers(
@@ -128,19 +169,24 @@ def _write_papers(
     files: tuple[OutFile, ...],
     journal: Journal,
     papers: dict[str, Any],
+    how: Quantized | None,
 ) -> None:
     """Index, sidecars, model card and adamms.json into the work folder, each durable."""
     work = out / WORK
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in sorted(file.offsets)}
-        total = sum(step.nbytes for step in plan.steps)
+        total = sum(journal.done[file.name]["size"] - len(file.header) for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(work / INDEX, index)
     for relative in plan.base.sidecars():
         _write_file(work / relative, (plan.base.path / relative).read_bytes())
-    dtype = plan.options["dtype"]
-    if dtype and plan.base.config:
-        _write_json(work / "config.json", card.config_in_dtype(plan.base.config, dtype))
+    config, dtype = plan.base.config, plan.options["dtype"]
+    if dtype and config:
+        config = card.config_in_dtype(config, dtype)
+    if how:
+        config = how.config(config)
+    if config != plan.base.config:
+        _write_json(work / "config.json", config)
     _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode())
     made = [journal.done[file.name] for file in files]
     outputs = [{key: line[key] for key in ("file", "size", "blake3")} for line in made]

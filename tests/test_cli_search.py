@@ -326,7 +326,7 @@ def test_a_quantized_search_writes_whole_weights(
     wide = tiny.ancestor("qwen2")
     base = tiny.add_processor(tiny.make_qwen2(tmp_path / "base", ancestor=wide))
     donor = tiny.make_llava_onevision(tmp_path / "donor", ancestor=wide)
-    words = ("--prompts", texts, *QUICK, "--quantize", "nf4")
+    words = ("--prompts", texts, *QUICK, "--live-quantize", "nf4")
     assert run(base, donor, "-o", tmp_path / "out", *words) == 0
     assert "cpu nf4 at batch 8" in capsys.readouterr().err
     assert document(tmp_path / "out" / "adamms.json")["alpha"] == 0.2
@@ -852,7 +852,7 @@ def test_plan_imports_nothing_heavy(pair: tuple[Path, Path]) -> None:
         (("--ram", "100MB", "--vram", "0"), r"needs [\d.]+ GB of RAM but 0\.10 GB is free"),
         (
             ("--ram", "8GB", "--vram", "50MB", "--device", "cuda"),
-            r"needs [\d.]+ GB of VRAM but 50\.0 MB is free .*--device cpu --quantize none would",
+            r"needs [\d.]+ GB of VRAM but 50\.0 MB is free .*--live-quantize none would",
         ),
         (("--ram", "8GB", "--vram", "0", "--device", "cuda"), "no CUDA card was found"),
         (("--ram", "8GB", "--vram", "80GB"), "placed on a CUDA card, but torch sees none"),

@@ -294,7 +294,7 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
         (
             Memory(12 * GB, None, None),
             {"quantize": "none"},
-            ["cpu BF16 at batch 1 needs 17.57 GB", "--device cpu --quantize int8 would fit"],
+            ["cpu BF16 at batch 1 needs 17.57 GB", "--device cpu --live-quantize int8 would fit"],
         ),
         (
             Memory(32 * GB, 12 * GB, "a card"),
@@ -302,18 +302,18 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
             [
                 "cuda BF16 at batch 8 needs 18.86 GB of VRAM",
                 "a 0.94 GB key-value cache of 8 x 2048 tokens",
-                "--device cuda --quantize nf4 would fit, a smaller --batch-size may help",
+                "--device cuda --live-quantize nf4 would fit, a smaller --batch-size may help",
             ],
         ),
         (
             Memory(32 * GB, 4 * GB, "a card"),
             {"device": "cuda"},
-            ["cuda nf4 at batch 1 needs", "--device cpu --quantize none would fit, or free"],
+            ["cuda nf4 at batch 1 needs", "--device cpu --live-quantize none would fit, or free"],
         ),
         (
             Memory(32 * GB, None, None),
             {"device": "cuda"},
-            ["no CUDA card", "--device cpu --quantize none would fit", "--vram SIZE"],
+            ["no CUDA card", "--device cpu --live-quantize none would fit", "--vram SIZE"],
         ),
     ],
 )

@@ -542,7 +542,7 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     calls = iter(range(nth))
     finish = sink._Shard.finish
 
-    def failing(shard: Any) -> str:
+    def failing(shard: Any) -> tuple[int, str]:
         if next(calls, None) is None:
             shard.close()
             raise StopError
