@@ -159,7 +159,7 @@ def _show_plan(plan: Plan, console: Any) -> None:
 
 def _merge(arguments: argparse.Namespace) -> int:
     from . import show
-    from .merge import check_alpha
+    from .alphas import check_alpha
     from .writer import check_output, merge
 
     if (arguments.alpha is None) == (arguments.prompts is None):
@@ -526,7 +526,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _demo_in(folder: Path, alpha: float | None) -> int:
     from . import demo, make_plan
-    from .merge import check_alpha
+    from .alphas import check_alpha
 
     if alpha is not None:
         check_alpha(alpha)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from . import card, header
+from .alphas import Alpha, at, from_json
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
-from .errors import FormatError
+from .errors import FormatError, RecipeError
 from .journal import NAME, WORK
 from .plan import Part, Plan, Step, make_plan
 from .writer import INDEX
@@ -68,7 +69,7 @@ def _recipe(out: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
         options, inputs = document["options"], document["inputs"]
         fits = [
-            isinstance(document["alpha"], (int, float)),
+            isinstance(document["alpha"], (int, float)) and from_json(document) is not None,
             isinstance(document["base"], str) and isinstance(document["donor"], str),
             options["embeddings"] in ("merge", "keep"),
             options["dtype"] is None or DTYPES[options["dtype"]].blendable,
@@ -78,7 +79,7 @@ def _recipe(out: Path) -> dict[str, Any]:
             all(isinstance(item["file"], str) for item in document["outputs"]),
             all(isinstance(item["size"], int) for item in document["outputs"]),
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RecipeError):
         fits = [False]
     if not all(fits):
         raise FormatError(f"{path}: not a recipe of lowmem-adamms")
@@ -134,7 +135,7 @@ def _check_bytes(
     for step in plan.steps:
         if progress:
             progress(f"rows of {step.name}")
-        rows += _check_step(step, checkpoint.tensors[step.name], float(recipe["alpha"]))
+        rows += _check_step(step, checkpoint.tensors[step.name], from_json(recipe))
     return rows
 
 
@@ -152,7 +153,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: float) -> int:
+def _check_step(step: Step, out: Span, alpha: Alpha) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -166,7 +167,8 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
         for first in sorted(
             {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
         ):
-            if _read(out, position + first, take) != _expected(step, part, first, take, alpha):
+            weight = at(alpha, part.role)
+            if _read(out, position + first, take) != _expected(step, part, first, take, weight):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
                     f" {position + first} to {position + first + take}"

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from . import card, kinship
+from .alphas import Alpha, Alphas, resolve, to_json
 from .errors import OutputError
 from .journal import ANSWERS, NAME, WORK, Journal
-from .merge import check_alpha, run
+from .merge import run
 from .plan import Plan
 from .sink import DiskSink, OutFile, out_files
 from .stream import reading
@@ -29,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 
 def merge(
     plan: Plan,
-    alpha: float,
+    alpha: Alpha,
     out: str | Path,
     *,
     max_shard_size: int | None = None,
@@ -40,12 +41,13 @@ def merge(
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
+    alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role.
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
     search: how alpha was found, for adamms.json. beside: further files, such as a report.
     progress: called with bytes of output done since the last call. Resumes a killed run of the same
     merge. Raises RecipeError, OutputError or MappingError before anything is written.
     """
-    alpha, out = check_alpha(alpha), Path(out)
+    alpha, out = resolve(alpha, plan), Path(out)
     files = check_output(plan, out, max_shard_size=max_shard_size)
     fingerprint = _fingerprint(plan, alpha, files)
     from .kernels.select import select
@@ -112,18 +114,19 @@ def _check_space(files: tuple[OutFile, ...], out: Path) -> None:
         )
 
 
-def _fingerprint(plan: Plan, alpha: float, files: tuple[OutFile, ...]) -> str:
+def _fingerprint(plan: Plan, alpha: Alpha, files: tuple[OutFile, ...]) -> str:
     """A digest of everything that decides the output's bytes."""
     from . import __version__
 
     layout = [[file.name, file.size, sorted(file.offsets.items())] for file in files]
-    document = json.dumps([__version__, repr(alpha), layout, plan.identity()])
+    weight = to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
+    document = json.dumps([__version__, weight, layout, plan.identity()])
     return hashlib.sha256(document.encode()).hexdigest()
 
 
 def _write_papers(
     plan: Plan,
-    alpha: float,
+    alpha: Alpha,
     out: Path,
     files: tuple[OutFile, ...],
     journal: Journal,
