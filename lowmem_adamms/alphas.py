@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 OUTSIDE = ("embed", "norm", "head")
 """The roles that belong to no layer."""
-_DECIMALS = 9
-"""Of interpolated alphas: finer than fp32 can tell, coarse enough to drop the sums' own dust."""
+DECIMALS = 12
+"""Of alphas that were computed: enough to drop the arithmetic's own dust, as in 0.1 + 0.2."""
 _SHOWN = 40  # lines; who has more reads adamms.json
 
 
@@ -160,7 +160,7 @@ def at_depth(values: Sequence[float], depth: float) -> float:
     scaled = depth * (len(values) - 1)
     first = min(int(scaled), len(values) - 1)
     last = min(first + 1, len(values) - 1)
-    return round(values[first] + (scaled - first) * (values[last] - values[first]), _DECIMALS)
+    return round(values[first] + (scaled - first) * (values[last] - values[first]), DECIMALS)
 
 
 def depth_of(layer: int, layers: int) -> float:
@@ -261,9 +261,13 @@ def lines(alpha: Alphas) -> list[str]:
         if layers[0] is None:
             out.append(f"{rest}: {value:g}")
             continue
-        last = f"-{layers[-1]}" if len(layers) > 1 else ""
-        out.append(f"layers {layers[0]}{last}{rest and ' ' + rest}: {value:g}")
+        out.append(f"{span(layers[0], layers[-1] or 0)}{rest and ' ' + rest}: {value:g}")
     return out if len(out) <= _SHOWN else [*out[:_SHOWN], f"and {len(out) - _SHOWN} more"]
+
+
+def span(first: int, last: int) -> str:
+    """`layer 3`, `layers 3-5`."""
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 def _layer(name: str) -> tuple[int | None, str]:

@@ -80,12 +80,14 @@ def _choice(papers: Mapping[str, Any]) -> list[str]:
     """How alpha was chosen, if it was searched for."""
     if "candidates" not in papers:
         return []
+    moved = any(group["moved"] for group in papers.get("layers", {}).get("groups", ()))
     tried = ", ".join(f"{candidate['alpha']:g}" for candidate in papers["candidates"])
     return [
         "Alpha was chosen without labels, by the consistency of the answers to"
         f" {papers['prompts']} prompts",
         f"at the alphas {tried} (measure: {papers['measure']}). `report.html`, where it lies",
         "beside this file, shows how.",
+        *(["Groups of layers were then moved one by one, by the same measure."] * moved),
     ]
 
 

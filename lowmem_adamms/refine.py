@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
-from .alphas import Alpha, Alphas
+from .alphas import Alpha, Alphas, span
 from .answers import Distance, normalise
 from .errors import RecipeError
 from .search import MARKEDLY, Candidate, Measure, Result, choose
@@ -90,13 +91,16 @@ class Refined:
 
     def lines(self) -> dict[str, str]:
         """For people: each group in a line."""
-        out = {}
+        out: dict[str, str] = {}
         for group in self.groups:
-            tried = ", ".join(f"{c.alpha:g}: {c.score:.4g}" for c in group.candidates if c.score)
+            scored = [c for c in group.candidates if c.score is not None]
+            tried = ", ".join(f"{c.alpha:g}: {c.score:.4g}" for c in scored)
             how = f"moved, wins {group.wins:.0%} of the resamples" if group.moved else "stays"
-            out[f"layers {group.first}-{group.last}"] = (
-                f"alpha {group.alpha:g}, {how}; D by alpha: {tried or 'all 0'}"
+            out[span(group.first, group.last)] = (
+                f"alpha {group.alpha:g}, {how}; D by alpha: {tried}"
             )
+        if self.groups:
+            out["answers"] = f"{self.changed} differ from those at the global alpha"
         return out
 
 
@@ -107,7 +111,7 @@ def split(layers: int, groups: int) -> list[tuple[int, int]]:
             f"--refine-layers {groups}: the base has {layers} layers; expected 1 to {layers} groups"
         )
     bounds = [layers * i // groups for i in range(groups + 1)]
-    return [(first, last - 1) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [(first, last - 1) for first, last in pairwise(bounds)]
 
 
 def refine(
