@@ -194,7 +194,7 @@ def _explicit(text: str, words: Sequence[str], layers: int, alpha: float | None)
         where, _, weight = word.rpartition(":")
         for name in _named(text, where.strip(), layers):
             if name in values:
-                raise _unclear(text, f"{name.replace('.', ' ')} is named twice")
+                raise _unclear(text, f"{_spoken(name)} is named twice")
             values[name] = _weight(text, weight)
     everything = [*(f"layers.{i}" for i in range(layers)), *OUTSIDE]
     missing = [name for name in everything if name not in values]
@@ -232,8 +232,12 @@ def _unclear(text: str, why: str) -> RecipeError:
     )
 
 
+def _spoken(name: str) -> str:
+    return name.replace("layers.", "layer ")
+
+
 def _some(names: Sequence[str]) -> str:
-    words = [name.replace(".", " ") for name in names]
+    words = list(map(_spoken, names))
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 

@@ -174,9 +174,10 @@ def _merge(arguments: argparse.Namespace) -> int:
     )
     prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
+    alpha = _given_alpha(arguments, plan, recipe)
     _show_notes(plan.notes)
     check_output(plan, arguments.out, max_shard_size=size)
-    alpha, found = _given_alpha(arguments, plan, recipe), None
+    found = None
     if prompts:
         found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
         _show_search(found.result, found.refined)

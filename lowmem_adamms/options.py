@@ -64,9 +64,9 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--alpha-layers",
         metavar="ALPHAS",
-        help="by layer: 0.1,0.3,0.5 is interpolated from the first layer to the last (embedding: the"
-        " first; norm and head: the last; or --alpha for these three); 0-9:0.2,10-27:0.5,head:0"
-        " names layers, embed, norm and head, and the rest takes --alpha",
+        help="by layer: 0.1,0.3,0.5 is interpolated from the first layer to the last (the embedding"
+        " takes the first, norm and head the last, or --alpha); 0-9:0.2,10-27:0.5,head:0 names"
+        " layers, embed, norm and head, and the rest takes --alpha",
     )
     merge.add_argument(
         "--config",
