@@ -227,7 +227,9 @@ def _loaded(path: Path) -> Any:
 
 def _short(value: Any) -> str:
     """Bounded, whatever aliases in the file make of a value."""
-    return reprlib.repr(value)
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict = 2, 4, 4
+    return short.repr(value)
 
 
 @dataclass(slots=True)
@@ -363,7 +365,7 @@ def _models(value: Any, reader: _Reader) -> _Sources:
         where = f"models[{i}]"
         given = reader.mapping(item, where, ("model", "parameters"))
         model = reader.model(given.get("model"), f"{where}.model")
-        if model in sources:
+        if model and model in sources:
             reader.wrong(f"{where}.model", f"{model} is there twice")
         own = reader.parameters(given.get("parameters"), f"{where}.parameters", ("weight",))
         sources[model] = own

@@ -7,8 +7,8 @@ neighbouring candidates which are equal everywhere but in that group. Five candi
 alpha, its two neighbours and the points halfway to them, give the inner three a D each; D compares
 within one group only, since a small group changes fewer answers than a large one.
 
-A group moves only if the better D also wins at least half of the resamples of the prompts: most of
-what so small a change does is noise. Embedding, final norm and head stay at the global alpha. Knows
+A group moves only if the better D also wins four of five resamples of the prompts: most of what so
+small a change does is noise. Embedding, final norm and head stay at the global alpha. Knows
 no model, as `search.py`, whose `choose` judges. Leaves to others: answers (`session.py`).
 """
 
@@ -29,7 +29,7 @@ Generate = Callable[[Alpha, Sequence[P]], Sequence[str]]
 """generate(alpha, prompts) -> one answer per prompt."""
 PASSES = 4
 """Candidates of a group that are asked anew; the fifth is what the group before ended with."""
-SURE = 0.5
+SURE = 0.8
 """Share of the resamples that a move must win."""
 
 
