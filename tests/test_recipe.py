@@ -9,6 +9,7 @@ same tensors for recipes such as these.
 
 from __future__ import annotations
 
+import importlib
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +28,8 @@ from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import ConfigError, RecipeError
 from lowmem_adamms.plan import Plan
 from lowmem_adamms.recipe import read
+
+yaml: Any = importlib.import_module("yaml")  # it brings no types
 
 Pair = tuple[Path, Path]
 Document = dict[str, Any]

@@ -12,7 +12,7 @@ import pytest
 import talk
 
 from lowmem_adamms import Alphas, search
-from lowmem_adamms.alphas import Alpha
+from lowmem_adamms.alphas import Alpha, at
 from lowmem_adamms.cli import main
 from lowmem_adamms.decoding import Settings
 from lowmem_adamms.errors import RecipeError
@@ -43,8 +43,7 @@ class Toy:
 
     def __call__(self, alpha: Alpha, prompts: Sequence[str]) -> list[str]:
         self.asked.append(alpha)
-        layered = isinstance(alpha, Alphas)
-        zero, one = (alpha.of(f"layers.{i}.x") if layered else alpha for i in (0, 1))
+        zero, one = (at(alpha, f"layers.{i}.x") for i in (0, 1))
         return [
             f"is {zero > a} and then {one > b} for number {i}"
             for i, (a, b) in enumerate(self.thresholds)
