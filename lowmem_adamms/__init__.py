@@ -15,11 +15,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "reference.py")
     # In a checkout `kernels/` stands beside this package; installed, setuptools puts it inside.
     __path__.append(str(_root))
 
-from .plan import make_plan  # noqa: E402  (the path must be complete first)
+from .alphas import Alphas  # noqa: E402  (the path must be complete first)
+from .plan import make_plan  # noqa: E402
 from .search import search  # noqa: E402
 from .writer import merge  # noqa: E402
 
-__all__ = ["LiveModel", "__version__", "make_plan", "merge", "search"]
+__all__ = ["Alphas", "LiveModel", "__version__", "make_plan", "merge", "search"]
 
 
 def __getattr__(name: str) -> Any:

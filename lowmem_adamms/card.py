@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import declare
+from .alphas import Alpha, Alphas, lines, to_json
 from .checkpoint import Checkpoint
 from .dtypes import DTYPES
 from .kinship import Kinship
@@ -25,7 +26,7 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
 
-def model_card(plan: Plan, alpha: float, papers: Mapping[str, Any]) -> str:
+def model_card(plan: Plan, alpha: Alpha, papers: Mapping[str, Any]) -> str:
     """README.md of the merged model, with Hub front matter. papers: what adamms.json will say."""
     parents = [plan.base.name, plan.donor.name]
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
@@ -53,7 +54,7 @@ def model_card(plan: Plan, alpha: float, papers: Mapping[str, Any]) -> str:
             f"and processor are those of `{plan.base.name}`; into its language model were blended",
             f"the weights of `{plan.donor.name}`:",
             "",
-            f"    out = (1 - {alpha:g}) * base + {alpha:g} * donor",
+            *_formula(alpha),
             "",
             f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
             "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
@@ -63,6 +64,19 @@ def model_card(plan: Plan, alpha: float, papers: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _formula(alpha: Alpha) -> list[str]:
+    """What was computed; the weights, where layers have their own."""
+    if not isinstance(alpha, Alphas):
+        return [f"    out = (1 - {alpha:g}) * base + {alpha:g} * donor"]
+    return [
+        "    out = (1 - a) * base + a * donor",
+        "",
+        f"with a = {alpha.default:g}, apart from",
+        "",
+        *(f"- {line}" for line in lines(alpha)),
+    ]
 
 
 def _quantization_tags(papers: Mapping[str, Any]) -> list[str]:
@@ -89,12 +103,14 @@ def _choice(papers: Mapping[str, Any]) -> list[str]:
     """How alpha was chosen, if it was searched for."""
     if "candidates" not in papers:
         return []
+    moved = any(group["moved"] for group in papers.get("layers", {}).get("groups", ()))
     tried = ", ".join(f"{candidate['alpha']:g}" for candidate in papers["candidates"])
     return [
         "Alpha was chosen without labels, by the consistency of the answers to"
         f" {papers['prompts']} prompts",
         f"at the alphas {tried} (measure: {papers['measure']}). `report.html`, where it lies",
         "beside this file, shows how.",
+        *(["Groups of layers were then moved one by one, by the same measure."] * moved),
     ]
 
 
@@ -124,7 +140,7 @@ def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def recipe(
-    plan: Plan, alpha: float, kinship: Kinship, kernel: str, search: Mapping[str, Any]
+    plan: Plan, alpha: Alpha, kinship: Kinship, kernel: str, search: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it.
 
@@ -135,7 +151,7 @@ def recipe(
     group, cosine = kinship.lowest if kinship.cosines else (None, None)
     return {
         **search,
-        "alpha": alpha,
+        **to_json(alpha),
         "base": str(plan.base.path.resolve()),
         "donor": str(plan.donor.path.resolve()),
         "version": __version__,

@@ -28,10 +28,13 @@ from .options import COMMANDS, NEED_A_MODEL, parser
 from .placement import Placement, Quantize, measure, parse_size, place, stored_bytes
 
 if TYPE_CHECKING:
+    from .alphas import Alpha
     from .demo import Pair
     from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
+    from .recipe import Recipe
+    from .refine import Refined
     from .search import Result
     from .session import Session
 
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MergeError as error:
-        return _fail(str(error))
+        return _fail(*error.lines)
     except BrokenPipeError:  # such as `plan --json | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -76,11 +79,12 @@ def _way_back(arguments: argparse.Namespace) -> str:
     return ": nothing was kept; with --journal FILE a search resumes" if command == "search" else ""
 
 
-def _fail(message: str) -> int:
-    """One line, whatever a file's names put into it."""
-    line = " ".join(message.split())
-    safe = "".join(letter if letter.isprintable() else "?" for letter in line)
-    print("error:", safe, file=sys.stderr)
+def _fail(*messages: str) -> int:
+    """One line each, whatever a file's names put into it."""
+    for message in messages:
+        line = " ".join(message.split())
+        safe = "".join(letter if letter.isprintable() else "?" for letter in line)
+        print("error:", safe, file=sys.stderr)
     return 2
 
 
@@ -173,16 +177,10 @@ def _show_plan(plan: Plan, console: Any) -> None:
 
 def _merge(arguments: argparse.Namespace) -> int:
     from . import show
-    from .merge import check_alpha
     from .writer import check_output, how_quantized, merge
 
-    if (arguments.alpha is None) == (arguments.prompts is None):
-        raise RecipeError(
-            "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
-            " to search it with"
-        )
-    if arguments.alpha is not None:
-        check_alpha(arguments.alpha)
+    recipe = _read_config(arguments)
+    _check_weights(arguments)
     size = (
         parse_size(arguments.max_shard_size, "--max-shard-size")
         if arguments.max_shard_size
@@ -190,15 +188,16 @@ def _merge(arguments: argparse.Namespace) -> int:
     )
     prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
+    alpha = _given_alpha(arguments, plan, recipe)
     _show_notes(plan.notes)
     code = arguments.trust_remote_code
     how = how_quantized(plan, _quantize(arguments), trust_remote_code=code)
     check_output(plan, arguments.out, max_shard_size=size, how=how)
-    alpha, found = arguments.alpha, None
+    found = None
     if prompts:
         found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
-        _show_search(found.result)
-        alpha = found.result.alpha
+        _show_search(found.result, found.refined)
+        alpha = found.alpha
     with _progress("merging", plan.bytes_written) as progress:
         merge(
             plan,
@@ -206,7 +205,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             arguments.out,
             max_shard_size=size,
             force=arguments.force,
-            search=found.result.to_json() if found else None,
+            search=found.to_json() if found else None,
             beside={"report.html": found.page.encode()} if found else None,
             progress=progress,
             quantize=_quantize(arguments),
@@ -220,6 +219,53 @@ def _merge(arguments: argparse.Namespace) -> int:
         f"{quantized}, {show.size(written if how else plan.bytes_written)}"
     )
     return 0
+
+
+def _read_config(arguments: argparse.Namespace) -> Recipe | None:
+    """What --config says; models and dtype are then taken from it."""
+    if arguments.config is None:
+        return None
+    from .recipe import read
+
+    ways = ("base", "alpha", "alpha_layers", "prompts")
+    if given := [way for way in ways if getattr(arguments, way) is not None]:
+        names = ["BASE" if way == "base" else f"--{way.replace('_', '-')}" for way in given]
+        raise RecipeError(f"--config names models and weights; leave out {', '.join(names)}")
+    recipe = read(arguments.config)
+    arguments.base, arguments.donor = recipe.base, recipe.donor
+    arguments.dtype = arguments.dtype or recipe.dtype
+    return recipe
+
+
+def _check_weights(arguments: argparse.Namespace) -> None:
+    """Two models and one way to their weights, so far as can be seen without opening anything."""
+    from .alphas import check_alpha
+
+    if arguments.donor is None:
+        raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
+    given = [way for way in ("alpha", "alpha_layers") if getattr(arguments, way) is not None]
+    if arguments.config is None and bool(given) == (arguments.prompts is not None):
+        raise RecipeError(
+            "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
+            " to search it with"
+        )
+    if arguments.alpha is not None:
+        check_alpha(arguments.alpha)
+    if arguments.refine_layers and arguments.prompts is None:
+        raise RecipeError("--refine-layers is a second stage of the search; give --prompts")
+
+
+def _given_alpha(arguments: argparse.Namespace, plan: Plan, recipe: Recipe | None) -> Any:
+    """What the command line or --config says about weights; None: they are to be searched."""
+    if recipe is not None:
+        alpha, notes = recipe.alphas(plan)
+        _show_notes(notes)
+        return alpha
+    if arguments.alpha_layers is None:
+        return arguments.alpha
+    from .alphas import parse_layers
+
+    return parse_layers(arguments.alpha_layers, plan.base_layout.layers, arguments.alpha)
 
 
 def _answers_in(out: Path) -> Path:
@@ -238,10 +284,23 @@ def _answers_in(out: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A finished search and its report."""
+    """A finished search, its second stage if there was one, and its report."""
 
     result: Result
+    refined: Refined | None
     page: str
+
+    @property
+    def alpha(self) -> Alpha:
+        """What to merge at."""
+        return self.refined.alpha if self.refined else self.result.alpha
+
+    def to_json(self) -> dict[str, Any]:
+        """For adamms.json and `search --json`."""
+        from .alphas import to_json
+
+        layers = {"layers": self.refined.to_json()} if self.refined else {}
+        return self.result.to_json() | to_json(self.alpha) | layers
 
 
 def _load_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
@@ -283,15 +342,21 @@ def _run_search(
     arguments: argparse.Namespace, plan: Plan, prompts: Sequence[Prompt], journal: Path | None
 ) -> _Found:
     """Search on the live model; the journal, if there is one, is resumed from."""
-    from . import show
+    from . import refine, show
     from .search import search
 
     alphas = _alphas(arguments.alphas)
+    count = arguments.refine_layers
+    groups = refine.split(plan.base_layout.layers, count) if count else []
+    passes = refine.PASSES * len(groups)
     _check_images(plan, prompts)
     placement = _place(plan, arguments)
     for line in placement.lines:
         print(line, file=sys.stderr)
-    progress = show.SearchProgress(len(alphas), len(prompts))
+    if groups:
+        more = f"{passes} more passes, {passes * len(prompts)} answers"
+        print(f"then an alpha for each of {count} groups of layers: {more}", file=sys.stderr)
+    progress = show.SearchProgress(len(alphas) + passes, len(prompts))
     with _session(arguments, plan, prompts, placement, journal, progress) as session:
         with _live(progress):
             result = search(
@@ -304,9 +369,13 @@ def _run_search(
                 seed=arguments.seed,
                 progress=progress.candidates,
             )
+            refined = None
+            if groups:
+                seed = arguments.seed
+                refined = refine.refine(session, prompts, result, groups, seed=seed)
         _show_notes(session.notes)
-        page = _report(arguments, plan, placement, prompts, result, session)
-    return _Found(result, page)
+        page = _report(arguments, plan, placement, prompts, result, refined, session)
+    return _Found(result, refined, page)
 
 
 def _check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
@@ -396,6 +465,7 @@ def _report(
     placement: Placement,
     prompts: Sequence[Prompt],
     result: Result,
+    refined: Refined | None,
     session: Session,
 ) -> str:
     from . import report
@@ -410,22 +480,26 @@ def _report(
         "version": __version__,
     }
     where = {str(i): line for i, line in enumerate(placement.lines, 1)}
+    layers = {"Layers": refined.lines()} if refined else {}
     return report.html(
         result,
         prompts,
         timings=session.timings,
-        facts={"Recipe": recipe, "Placement": where},
+        facts=layers | {"Recipe": recipe, "Placement": where},
         title=f"{plan.base.name} \N{LEFTWARDS ARROW} {plan.donor.name}",
     )
 
 
-def _show_search(result: Result) -> None:
+def _show_search(result: Result, refined: Refined | None = None) -> None:
     from . import show
 
     console = _console()
     console.print(show.search_table(result.candidates, result.alpha))
     print(show.verdict(result))
-    _show_notes(result.notes)
+    if refined:
+        for layers, line in refined.lines().items():
+            print(f"{layers}: {line}")
+    _show_notes([*result.notes, *(refined.notes if refined else ())])
 
 
 def _show_notes(notes: Sequence[str]) -> None:
@@ -449,7 +523,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
         report.write(arguments.report, found.page)
     base, donor = (str(side.path.resolve()) for side in (plan.base, plan.donor))
-    return _conclude(arguments, found.result, base, donor)
+    return _conclude(arguments, found, base, donor)
 
 
 def _check_report(path: Path) -> None:
@@ -477,17 +551,17 @@ def _search_recorded(arguments: argparse.Namespace) -> int:
     if arguments.report:
         prompts = [Prompt(name, id=name) for name in ids]
         report.write(arguments.report, report.html(result, prompts, title="Recorded answers"))
-    return _conclude(arguments, result, None, None)
+    return _conclude(arguments, _Found(result, None, ""), None, None)
 
 
 def _conclude(
-    arguments: argparse.Namespace, result: Result, base: str | None, donor: str | None
+    arguments: argparse.Namespace, found: _Found, base: str | None, donor: str | None
 ) -> int:
     if arguments.json:
-        document = result.to_json() | {"base": base, "donor": donor, "version": __version__}
+        document = found.to_json() | {"base": base, "donor": donor, "version": __version__}
         print(json.dumps(document, ensure_ascii=False))
     else:
-        _show_search(result)
+        _show_search(found.result, found.refined)
     return 0
 
 
@@ -551,7 +625,7 @@ def _archs(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     """The embedded pair: write it out, or run the whole method on it and judge the result."""
     from . import demo
-    from .merge import check_alpha
+    from .alphas import check_alpha
 
     if arguments.export:
         if arguments.out or arguments.alpha is not None:

@@ -5,9 +5,16 @@ Anything else that is raised is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MergeError(Exception):
     """Base of all errors that name something the user can change."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What to show, a line each."""
+        return (str(self),)
 
 
 class FormatError(MergeError):
@@ -24,6 +31,19 @@ class RecipeError(MergeError):
 
 class DeclarationError(MergeError):
     """A family that the user declares, with --arch, cannot be read or used."""
+
+
+class ConfigError(RecipeError):
+    """A recipe file asks for things that cannot be done; all of them, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self._lines = tuple(lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Each thing on its own."""
+        return self._lines
 
 
 class OutputError(MergeError):

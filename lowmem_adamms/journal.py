@@ -10,7 +10,8 @@ in use. Of a merge (each line fsynced before what it promises is relied on):
 Of a search:
     {"search": fingerprint}
     {"alpha": a, "index": i, "answer": text, "tokens": [ids]}
-and the same with "again": true where an alpha was asked twice, to measure the noise.
+the same with "again": true where an alpha was asked twice, to measure the noise, and with
+"alphas": {role: a} where layers had their own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .alphas import Alpha, from_json, to_json
 from .closing import Closing
 from .errors import OutputError
 
@@ -119,9 +121,9 @@ class AnswerJournal(_Log):
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if the answers there are of another search."""
-        self.answers: dict[float, dict[int, str]] = {}
-        self.tokens: dict[float, dict[int, list[int]]] = {}
-        self.again: dict[float, dict[int, str]] = {}
+        self.answers: dict[Alpha, dict[int, str]] = {}
+        self.tokens: dict[Alpha, dict[int, list[int]]] = {}
+        self.again: dict[Alpha, dict[int, str]] = {}
         others = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
             " settings); give the same options, --batch-size too, or delete it or choose another"
@@ -130,18 +132,21 @@ class AnswerJournal(_Log):
         super().__init__(path, "search", fingerprint, others)
 
     def note(
-        self, alpha: float, index: int, answer: str, tokens: list[int], *, again: bool = False
+        self, alpha: Alpha, index: int, answer: str, tokens: list[int], *, again: bool = False
     ) -> None:
         """Append one answer; survives a kill of this process."""
-        line = {"alpha": alpha, "index": index, "answer": answer, "tokens": tokens}
+        line = to_json(alpha) | {"index": index, "answer": answer, "tokens": tokens}
         self._append(line | {"again": True} if again else line)
 
     def _take(self, line: dict[str, Any]) -> None:
+        if "answer" not in line:
+            return
+        alpha, index = from_json(line), line["index"]
         if line.get("again"):
-            self.again.setdefault(line["alpha"], {})[line["index"]] = line["answer"]
-        elif "answer" in line:
-            self.answers.setdefault(line["alpha"], {})[line["index"]] = line["answer"]
-            self.tokens.setdefault(line["alpha"], {})[line["index"]] = line["tokens"]
+            self.again.setdefault(alpha, {})[index] = line["answer"]
+        else:
+            self.answers.setdefault(alpha, {})[index] = line["answer"]
+            self.tokens.setdefault(alpha, {})[index] = line["tokens"]
 
 
 def _fingerprint(path: Path, kind: str) -> str | None:

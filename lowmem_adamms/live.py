@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import device, kinship, loading
+from .alphas import Alpha, resolve
 from .checkpoint import Span
 from .closing import Closing
 from .dtypes import DTYPES, from_user
 from .errors import FormatError, PlacementError
 from .live_sink import LiveSink, bytes_of
-from .merge import Source, check_alpha, run
+from .merge import Source, run
 from .placement import Placement, measure, place
 from .plan import Plan
 from .stream import Files
@@ -82,7 +83,7 @@ class LiveModel(Closing):
             trust_remote_code=trust_remote_code,
         )
         self.trust_remote_code = trust_remote_code
-        self.alpha: float | None = 0.0
+        self.alpha: Alpha | None = 0.0
         self._processor = processor
         self._encoder: Encoder | None = None
         self._answerer: Any = None
@@ -98,9 +99,9 @@ class LiveModel(Closing):
             self._files.close()
             raise
 
-    def apply(self, alpha: float, progress: Callable[[int], None] | None = None) -> None:
-        """Blend base and donor at `alpha` into the loaded parameters."""
-        alpha = check_alpha(alpha)
+    def apply(self, alpha: Alpha, progress: Callable[[int], None] | None = None) -> None:
+        """Blend base and donor into the loaded parameters, at one alpha or at one by layer."""
+        alpha = resolve(alpha, self.plan)
         self.alpha = None
         self._sink.forget()  # what an interrupted apply left
         run(

@@ -1,7 +1,8 @@
 """The one loop: run(plan, alpha, sink). A disk writer and a live model are both just sinks.
 
 Output is produced in windows: consecutive pieces of consecutive tensors, at most WINDOW bytes,
-blended by one kernel call per triple of dtypes (nearly always one). A window crosses tensor bounds,
+blended by one kernel call per triple of dtypes and alpha (nearly always one: layers are larger than
+windows). A window crosses tensor bounds,
 so that a layer's many small tensors cost one call, and a tensor's bounds, so that a 1 GB embedding
 costs no more memory than a bias. While one window is blended the pages of the next are brought in
 and the sink deals with the last. Leaves to others: joining (`plan.py`), arithmetic (`kernels/`).
@@ -9,7 +10,6 @@ and the sink deals with the last. Leaves to others: joining (`plan.py`), arithme
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +17,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .alphas import Alpha, at, resolve
+from .alphas import check_alpha as check_alpha
 from .checkpoint import Span
-from .errors import RecipeError
 from .plan import Part, Plan, Step
 from .stream import Files
 
@@ -64,13 +65,17 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of one output tensor from byte `offset`; donor None means the base is cast."""
+    """A stretch of one output tensor from byte `offset`; donor None means the base is cast.
+
+    What is only cast has alpha 0: blended with itself at another it need not come out the same.
+    """
 
     step: Step
     offset: int
     base: Span
     donor: Span | None
     nbytes: int
+    alpha: float
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -106,17 +111,9 @@ class Copy:
 Window = list[Piece] | Copy
 
 
-def check_alpha(alpha: float) -> float:
-    """The donor's weight as a float in 0..1; RecipeError otherwise (NaN included)."""
-    alpha = float(alpha)
-    if math.isnan(alpha) or not 0 <= alpha <= 1:
-        raise RecipeError(f"alpha is {alpha}; expected 0 (the base) to 1 (the donor)")
-    return alpha
-
-
 def run(
     plan: Plan,
-    alpha: float,
+    alpha: Alpha,
     sink: Sink,
     *,
     kernel: Kernel | None = None,
@@ -125,14 +122,14 @@ def run(
     evict: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Carry out the plan at one alpha into the sink.
+    """Carry out the plan into the sink, at one alpha or at one by layer or role.
 
     kernel: default is the CPU's; works on the buffers that source and sink give. source: default is
     the mapped files, for this run. window: bytes of output per kernel call, default WINDOW. evict:
     drop read pages from the page cache. progress: called with the bytes of output produced since
     the last call.
     """
-    alpha = check_alpha(alpha)
+    alpha = resolve(alpha, plan)
     if kernel is None:
         from .kernels.select import select
 
@@ -145,7 +142,7 @@ def run(
             if isinstance(todo, Copy):
                 sink.copy(todo.step, todo.offset, todo.span)
             else:
-                _blend(todo, alpha, sink, source, kernel)
+                _blend(todo, sink, source, kernel)
             for piece in _pieces(todo):
                 for span in piece.spans:
                     if let_go := source.behind(span, evict=evict and isinstance(piece, Piece)):
@@ -158,20 +155,16 @@ def _pieces(window: Window) -> Sequence[Piece | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
-def _blend(window: list[Piece], alpha: float, sink: Sink, source: Source, kernel: Kernel) -> None:
-    """One window: a slot for each piece, then one kernel call per triple of dtypes.
-
-    What is only cast has weight 0: blended with itself at alpha it need not come out the same.
-    """
+def _blend(window: list[Piece], sink: Sink, source: Source, kernel: Kernel) -> None:
+    """One window: a slot for each piece, then one kernel call per triple of dtypes and alpha."""
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Bytes, Bytes, Bytes]]] = {}
     for piece in window:
         base = source.view(piece.base)
         donor = source.view(piece.donor) if piece.donor else base
         out = sink.slot(piece.step, piece.offset, piece.nbytes)
-        weight = alpha if piece.donor else 0.0
-        calls.setdefault((piece.dtypes, weight), []).append((base, donor, out))
-    for (dtypes, weight), parts in calls.items():
-        kernel(parts, dtypes, weight)
+        calls.setdefault((piece.dtypes, piece.alpha), []).append((base, donor, out))
+    for (dtypes, alpha), parts in calls.items():
+        kernel(parts, dtypes, alpha)
     sink.commit()
 
 
@@ -198,7 +191,7 @@ def _ready(window: Window, futures: list[Future[None]]) -> Window:
     return window
 
 
-def _windows(plan: Plan, alpha: float, sink: Sink, size: int) -> Iterator[Window]:
+def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:
     """All the work the sink wants, in order: copies whole, everything else in windows."""
     window: list[Piece] = []
     room = size
@@ -207,7 +200,8 @@ def _windows(plan: Plan, alpha: float, sink: Sink, size: int) -> Iterator[Window
             continue
         offset = 0
         for part in step.parts:
-            base, donor = _sides(part, alpha)
+            weight = at(alpha, part.role)
+            base, donor = _sides(part, weight)
             if donor is None and base.dtype == step.dtype:
                 if window:
                     yield window
@@ -218,7 +212,7 @@ def _windows(plan: Plan, alpha: float, sink: Sink, size: int) -> Iterator[Window
                     yield Copy(step, offset, stretch)
                     offset += stretch.nbytes
                 continue
-            for piece in _cut(step, offset, base, donor, room, size):
+            for piece in _cut(step, offset, base, donor, weight, room, size):
                 window.append(piece)
                 room -= piece.nbytes
                 offset += piece.nbytes
@@ -237,7 +231,13 @@ def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
 
 
 def _cut(
-    step: Step, offset: int, base: Span, donor: Span | None, room: int, window: int
+    step: Step,
+    offset: int,
+    base: Span,
+    donor: Span | None,
+    alpha: float,
+    room: int,
+    window: int,
 ) -> Iterator[Piece]:
     """A part in pieces: the first fills `room` bytes of output, the others a window each."""
     size = step.dtype.itemsize
@@ -250,6 +250,7 @@ def _cut(
             _slice(base, done, take),
             _slice(donor, done, take) if donor else None,
             take * size,
+            alpha if donor else 0.0,
         )
         done += take
         room = window

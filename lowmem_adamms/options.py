@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 COMMANDS = ("plan", "merge", "search", "verify", "archs", "demo")
 NEED_A_MODEL = (
     *("base", "donor", "dtype", "arch", "prompts", "question", "split", "text_column"),
-    *("image_column", "alphas", "refine", "no_drafts", "no_vision_cache", "no_noise"),
-    *("trust_remote_code", "device", "quantize", "live_quantize", "live_dtype", "vram", "ram"),
-    *("batch_size", "journal", "force"),
+    *("image_column", "alphas", "refine", "refine_layers", "no_drafts", "no_vision_cache"),
+    *("no_noise", "trust_remote_code", "device", "quantize", "live_quantize", "live_dtype"),
+    *("vram", "ram", "batch_size", "journal", "force"),
 )
 """What `search` takes but recorded answers have no use for; each is falsy if not given."""
 
@@ -60,9 +60,23 @@ def _add_plan(commands: _Commands) -> None:
 
 def _add_merge(commands: _Commands) -> None:
     merge = commands.add_parser("merge", help="map and merge, at a given alpha or a searched one")
-    _pair_options(merge)
+    _pair_options(merge, nargs="?")
     merge.add_argument("-o", "--out", metavar="OUT", type=Path, required=True, help="a new folder")
     merge.add_argument("--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor")
+    merge.add_argument(
+        "--alpha-layers",
+        metavar="ALPHAS",
+        help="by layer: 0.1,0.3,0.5 is interpolated from the first layer to the last (the embedding"
+        " takes the first, norm and head the last, or --alpha); 0-9:0.2,10-27:0.5,head:0 names"
+        " layers, embed, norm and head, and the rest takes --alpha",
+    )
+    merge.add_argument(
+        "--config",
+        metavar="YAML",
+        type=Path,
+        help="instead of BASE, DONOR and --alpha: mergekit's recipe of a linear merge of two models"
+        " (the base is its base_model, else its first model); --dtype goes before its dtype",
+    )
     merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
     merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
     _search_options(merge)
@@ -177,6 +191,13 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--alphas", help="such as 0,0.1,0.2 or 0:0.6:0.1; default: 0 to 0.6 by 0.1")
     group.add_argument(
         "--refine", metavar="N", type=_natural, default=0, help="rounds of halving around the best"
+    )
+    group.add_argument(
+        "--refine-layers",
+        metavar="N",
+        type=_count,
+        help="then find an alpha for each of N groups of layers: 4 more passes over the prompts"
+        " a group",
     )
     group.add_argument(
         "--measure",

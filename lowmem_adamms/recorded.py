@@ -67,8 +67,8 @@ def read(
         alpha, path = (None, source) if isinstance(source, Path) else source
         found = False
         for where, record in _records(path):
-            if record.keys() == {"search"} or record.get("again"):
-                continue  # a journal's first line, and its second answers, which measure noise
+            if record.keys() == {"search"} or record.get("again") or record.get("alphas"):
+                continue  # a journal's first line, answers that measure noise, layers' own alphas
             place = f"{path}, {where}"
             answer = _answer(record, alpha, place)
             if first := places.get((answer.alpha, answer.id)):

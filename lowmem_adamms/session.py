@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from .alphas import Alpha, Alphas
 from .closing import Closing
 from .decoding import Settings
 from .generate import Answerer
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 class Session(Closing):
     """Callable as `search.Generate`. `timings` has a line for each alpha that was not all known.
 
+    An alpha may be one by layer (`Alphas`); `timings` leaves those out.
+
     load: makes the live model. journal: None keeps no record. asked: called before each alpha's
     answers, and `answered` after each with its tokens (0: known before), for progress.
     """
@@ -42,15 +45,15 @@ class Session(Closing):
         settings: Settings,
         journal: AnswerJournal | None = None,
         *,
-        asked: Callable[[float], None] | None = None,
-        answered: Callable[[float, int], None] | None = None,
+        asked: Callable[[Alpha], None] | None = None,
+        answered: Callable[[Alpha, int], None] | None = None,
     ) -> None:
         self.timings: list[Timing] = []
         self.notes: list[str] = []
         self._load, self._settings, self._journal = load, settings, journal
         self._asked, self._answered = asked, answered
         self._tokens = {**journal.tokens} if journal else {}
-        self._last: float | None = None
+        self._last: Alpha | None = None
         self._loaded: tuple[LiveModel, Answerer] | None = None
 
     def close(self) -> None:
@@ -59,7 +62,7 @@ class Session(Closing):
             self._loaded[0].close()
         self._loaded = None
 
-    def __call__(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+    def __call__(self, alpha: Alpha, prompts: Sequence[Prompt]) -> list[str]:
         """The answers at one alpha, from the journal as far as it knows them."""
         if self._asked:
             self._asked(alpha)
@@ -71,7 +74,7 @@ class Session(Closing):
         self._last = alpha
         return [known[place] for place in range(len(prompts))]
 
-    def again(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+    def again(self, alpha: Alpha, prompts: Sequence[Prompt]) -> list[str]:
         """The same alpha once more, in batches of half the size: what differs is noise.
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
@@ -89,7 +92,7 @@ class Session(Closing):
             known = dict(enumerate(answers))
         return [known[place] for place in range(len(prompts))]
 
-    def _ask(self, alpha: float, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
+    def _ask(self, alpha: Alpha, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
         live, answerer = self._ready()
         if self._last is not None:
             answerer.expect(prompts, self._tokens[self._last])
@@ -106,16 +109,17 @@ class Session(Closing):
 
         answers = answerer(prompts, known, answered)
         spent = answerer.spent
-        self.timings.append(
-            Timing(
-                alpha,
-                applied,
-                spent.seconds,
-                spent.answer_tokens,
-                spent.forward_tokens,
-                spent.plain_tokens,
+        if not isinstance(alpha, Alphas):
+            self.timings.append(
+                Timing(
+                    alpha,
+                    applied,
+                    spent.seconds,
+                    spent.answer_tokens,
+                    spent.forward_tokens,
+                    spent.plain_tokens,
+                )
             )
-        )
         self.notes = answerer.notes
         return answers
 
@@ -129,7 +133,7 @@ class Session(Closing):
                 raise
         return self._loaded
 
-    def _tell(self, alpha: float, tokens: int) -> None:
+    def _tell(self, alpha: Alpha, tokens: int) -> None:
         if self._answered:
             self._answered(alpha, tokens)
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .alphas import Alpha
     from .arch import Arch
     from .plan import Plan, Step
     from .search import Candidate, Result
@@ -128,17 +129,17 @@ class SearchProgress:
     def __init__(self, alphas: int, prompts: int) -> None:
         self._alphas, self._prompts = alphas, prompts
         self._candidates: Sequence[Candidate] = ()
-        self._alpha: float | None = None
+        self._alpha: Alpha | None = None
         self._asked = self._answered = self._here = self._made = self._tokens = 0
         self._start = time.perf_counter()
 
-    def asked(self, alpha: float) -> None:
+    def asked(self, alpha: Alpha) -> None:
         """The search has turned to an alpha."""
         self._alpha, self._here = alpha, 0
         self._asked += 1
         self._alphas = max(self._alphas, self._asked)
 
-    def answered(self, alpha: float, tokens: int) -> None:
+    def answered(self, alpha: Alpha, tokens: int) -> None:
         """One more answer is there, of so many tokens; 0: it was known from an earlier run."""
         self._here += 1
         self._answered += 1
@@ -154,6 +155,6 @@ class SearchProgress:
         left = self._alphas * self._prompts - self._answered
         rate = f"{self._tokens / elapsed:.1f} tokens/s" if elapsed > 1 else ""
         time_left = f"{elapsed / self._made * left:.0f} s left" if self._made else ""
-        where = "loading the model" if self._alpha is None else f"alpha {self._alpha:g}"
+        where = "loading the model" if self._alpha is None else f"alpha {self._alpha}"
         line = f"{where}: {self._here}/{self._prompts} prompts  {rate}  {time_left}"
         return Group(search_table(self._candidates), line)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from . import card, declare, header
+from .alphas import Alpha, at, from_json
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
-from .errors import FormatError
+from .errors import FormatError, RecipeError
 from .journal import NAME, WORK
 from .plan import Part, Plan, Step, make_plan
 from .quantized import METHODS
@@ -76,7 +77,7 @@ def _recipe(out: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
         options, inputs = document["options"], document["inputs"]
         fits = [
-            isinstance(document["alpha"], (int, float)),
+            isinstance(document["alpha"], (int, float)) and from_json(document) is not None,
             isinstance(document["base"], str) and isinstance(document["donor"], str),
             isinstance(document.get("declared", []), list),
             options["embeddings"] in ("merge", "keep"),
@@ -88,7 +89,7 @@ def _recipe(out: Path) -> dict[str, Any]:
             all(isinstance(item["size"], int) for item in document["outputs"]),
             "quantized" not in document or _is_quantization(document["quantized"]),
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RecipeError):
         fits = [False]
     if not all(fits):
         raise FormatError(f"{path}: not a recipe of lowmem-adamms")
@@ -145,7 +146,7 @@ def _check_bytes(
                 f"{out / output['file']}: BLAKE3 is {found}, adamms.json says {output['blake3']}"
             )
     plan = _plan_again(recipe)
-    alpha = float(recipe["alpha"])
+    alpha = from_json(recipe)
     quantized = None
     if "quantized" in recipe:
         from .verify_quantized import Check
@@ -191,7 +192,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: float) -> int:
+def _check_step(step: Step, out: Span, alpha: Alpha) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -205,7 +206,8 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
         for first in sorted(
             {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
         ):
-            if _read(out, position + first, take) != _expected(step, part, first, take, alpha):
+            weight = at(alpha, part.role)
+            if _read(out, position + first, take) != _expected(step, part, first, take, weight):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
                     f" {position + first} to {position + first + take}"
@@ -215,14 +217,14 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
     return done
 
 
-def _stretch(step: Step, alpha: float, first: int, count: int) -> bytes:
+def _stretch(step: Step, alpha: Alpha, first: int, count: int) -> bytes:
     """What the reference makes of `count` elements of a tensor from element `first`."""
     made, position = b"", 0
     for part in step.parts:
         size = part.base.nbytes * 8 // part.base.dtype.bits
         start, stop = max(first - position, 0), min(first + count - position, size)
         if start < stop:
-            made += _expected(step, part, start, stop - start, alpha)
+            made += _expected(step, part, start, stop - start, at(alpha, part.role))
         position += size
     return made
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import card, kinship
+from .alphas import Alpha, Alphas, resolve, to_json
 from .errors import OutputError
 from .journal import ANSWERS, NAME, WORK, Journal
-from .merge import Sink, check_alpha, run
+from .merge import Sink, run
 from .plan import Plan
 from .sink import DiskSink, OutFile, out_files
 from .stream import reading
@@ -33,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 
 def merge(
     plan: Plan,
-    alpha: float,
+    alpha: Alpha,
     out: str | Path,
     *,
     max_shard_size: int | None = None,
@@ -46,6 +47,7 @@ def merge(
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
+    alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role.
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
     search: how alpha was found, for adamms.json. beside: further files, such as a report.
     progress: called with bytes of output done since the last call, before they are quantized.
@@ -53,7 +55,7 @@ def merge(
     quantize, for which trust_remote_code may be needed. Resumes a killed run of the same merge.
     Raises RecipeError, OutputError, FormatError or MappingError before anything is written.
     """
-    alpha, out = check_alpha(alpha), Path(out)
+    alpha, out = resolve(alpha, plan), Path(out)
     how = how_quantized(plan, quantize, trust_remote_code=trust_remote_code)
     files = check_output(plan, out, max_shard_size=max_shard_size, how=how)
     fingerprint = _fingerprint(plan, alpha, files, how)
@@ -150,13 +152,14 @@ def _check_space(files: tuple[OutFile, ...], out: Path) -> None:
 
 
 def _fingerprint(
-    plan: Plan, alpha: float, files: tuple[OutFile, ...], how: Quantized | None
+    plan: Plan, alpha: Alpha, files: tuple[OutFile, ...], how: Quantized | None
 ) -> str:
     """A digest of everything that decides the output's bytes."""
     from . import __version__
 
     layout = [[file.name, file.size, sorted(file.offsets.items())] for file in files]
-    document = [__version__, repr(alpha), layout, plan.identity()]
+    weight = to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
+    document = [__version__, weight, layout, plan.identity()]
     if how:
         document.append(how.identity())
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
@@ -164,7 +167,7 @@ def _fingerprint(
 
 def _write_papers(
     plan: Plan,
-    alpha: float,
+    alpha: Alpha,
     out: Path,
     files: tuple[OutFile, ...],
     journal: Journal,

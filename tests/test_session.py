@@ -16,6 +16,7 @@ import pytest
 import talk
 
 from lowmem_adamms import make_plan, search
+from lowmem_adamms.alphas import Alpha
 from lowmem_adamms.decoding import Settings
 from lowmem_adamms.errors import OutputError
 from lowmem_adamms.journal import AnswerJournal
@@ -136,7 +137,7 @@ def test_what_is_all_known_needs_no_model(
     with AnswerJournal(tmp_path / "a", "mine") as journal, opened(kept, journal) as session:
         asked_all(session, prompts)
         noise = session.again(0.2, prompts)
-    told: list[float] = []
+    told: list[Alpha] = []
     with (
         AnswerJournal(tmp_path / "a", "mine") as journal,
         Session(
@@ -159,7 +160,7 @@ def test_only_what_is_missing_of_an_alpha_is_asked(
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[: 1 + 6 + 4]) + lines[11][:-5])
     kept.applied.clear()
-    told: list[float] = []
+    told: list[Alpha] = []
     with (
         AnswerJournal(path, "mine") as journal,
         opened(kept, journal, answered=lambda alpha, _: told.append(alpha)) as session,
@@ -241,7 +242,7 @@ def run(
     plan: object,
     prompts: tuple[Prompt, ...],
     out: Path,
-    answered: Callable[[float, int], None] | None = None,
+    answered: Callable[[Alpha, int], None] | None = None,
 ) -> Result:
     """A whole search with a journal in `out`."""
     key = fingerprint(plan, prompts, SETTINGS, small(plan))  # type: ignore[arg-type]
