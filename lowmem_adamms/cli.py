@@ -28,6 +28,7 @@ from .options import COMMANDS, NEED_A_MODEL, parser
 from .placement import Placement, measure, parse_size, place
 
 if TYPE_CHECKING:
+    from .inputs import Fetch
     from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
@@ -83,10 +84,27 @@ def _fail(message: str) -> int:
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
+    from .checkpoint import open_checkpoint
     from .plan import make_plan
 
-    return make_plan(
-        arguments.base, arguments.donor, embeddings=arguments.embeddings, dtype=arguments.dtype
+    fetch = _fetch(arguments)
+    bins = arguments.command != "plan" and fetch.cached
+    base, donor = (
+        open_checkpoint(ref, cache=not fetch.no_cache, bins=bins)
+        for ref in (arguments.base, arguments.donor)
+    )
+    return make_plan(base, donor, embeddings=arguments.embeddings, dtype=arguments.dtype)
+
+
+def _fetch(arguments: argparse.Namespace) -> Fetch:
+    """How what lies on the Hub gets here."""
+    from .inputs import Fetch
+
+    budget = getattr(arguments, "disk_budget", None)
+    return Fetch(
+        no_cache=getattr(arguments, "no_cache", False),
+        disk_budget=parse_size(budget, "--disk-budget") if budget else None,
+        bars=sys.stderr.isatty(),
     )
 
 
@@ -112,16 +130,24 @@ def _plan(arguments: argparse.Namespace) -> int:
         f"memory at most {_ANONYMOUS_MB} MB besides file pages;"
         f" about {forecast['seconds_at_1_GB_per_s']} s on a disk that moves 1 GB/s"
     )
+    if forecast["to_fetch"]:
+        print(
+            f"from the Hub: {show.size(forecast['to_fetch'])} in shards that are not in the cache;"
+            " --no-cache streams what is needed of them"
+        )
     print("a search for alpha would run so:", *lines, sep="\n  ")
     return 0
 
 
 def _forecast(plan: Plan, out: Path) -> dict[str, int]:
+    from .inputs import remote
+
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     return {
         "disk_needed": plan.bytes_written,
         "disk_free": shutil.disk_usage(there).free,
         "anonymous_memory": _ANONYMOUS_MB << 20,
+        "to_fetch": sum(file.size for file in remote(plan).values()),
         "seconds_at_1_GB_per_s": math.ceil((plan.bytes_read + plan.bytes_written) / 1e9),
     }
 
@@ -169,6 +195,12 @@ def _merge(arguments: argparse.Namespace) -> int:
         )
     if arguments.alpha is not None:
         check_alpha(arguments.alpha)
+    fetch = _fetch(arguments)
+    if arguments.prompts and not fetch.cached:
+        raise RecipeError(
+            "a search loads the model from files: leave out --no-cache and --disk-budget, or search"
+            " first and merge at the --alpha it finds"
+        )
     size = (
         parse_size(arguments.max_shard_size, "--max-shard-size")
         if arguments.max_shard_size
@@ -177,7 +209,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
     _show_notes(plan.notes)
-    check_output(plan, arguments.out, max_shard_size=size)
+    check_output(plan, arguments.out, max_shard_size=size, fetch=fetch)
     alpha, found = arguments.alpha, None
     if prompts:
         found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
@@ -192,6 +224,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             search=found.result.to_json() if found else None,
             beside={"report.html": found.page.encode()} if found else None,
+            fetch=fetch,
             progress=progress,
         )
     counts = plan.to_json()["counts"]
@@ -264,10 +297,12 @@ def _run_search(
 ) -> _Found:
     """Search on the live model; the journal, if there is one, is resumed from."""
     from . import show
+    from .inputs import download
     from .search import search
 
     alphas = _alphas(arguments.alphas)
     _check_images(plan, prompts)
+    download(plan, bars=sys.stderr.isatty())
     placement = _place(plan, arguments)
     for line in placement.lines:
         print(line, file=sys.stderr)
@@ -379,8 +414,8 @@ def _report(
     from . import report
 
     recipe = {
-        "base": f"{plan.base.path.resolve()} ({plan.base_layout.arch})",
-        "donor": f"{plan.donor.path.resolve()} ({plan.donor_layout.arch})",
+        "base": f"{plan.base.ref} ({plan.base_layout.arch})",
+        "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
         "prompts": f"{arguments.prompts}, {len(prompts)} of them, seed {arguments.seed}",
         "answers": f"greedy, {arguments.max_new_tokens} tokens at most",
         "batch": str(placement.batch),
@@ -426,8 +461,7 @@ def _search(arguments: argparse.Namespace) -> int:
         from . import report
 
         report.write(arguments.report, found.page)
-    base, donor = (str(side.path.resolve()) for side in (plan.base, plan.donor))
-    return _conclude(arguments, found.result, base, donor)
+    return _conclude(arguments, found.result, plan.base.ref, plan.donor.ref)
 
 
 def _check_report(path: Path) -> None:

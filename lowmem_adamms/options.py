@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="what would be done, from headers alone")
     _add_pair(plan)
+    _add_no_cache(plan)
     plan.add_argument("-o", "--out", metavar="OUT", type=Path, help="where it would be written")
     plan.add_argument("--json", action="store_true", help="one JSON document on stdout")
     _add_placement(plan)
@@ -55,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor")
     merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
     merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
+    _add_no_cache(merge)
+    merge.add_argument(
+        "--disk-budget",
+        metavar="SIZE",
+        help="of Hub ids: fetch shard by shard, at most this much at a time, and delete each",
+    )
     _add_search(merge)
 
     search = commands.add_parser("search", help="find alpha by the consistency of the answers")
@@ -87,10 +94,10 @@ def parser() -> argparse.ArgumentParser:
 def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     options: dict[str, Any] = {"nargs": nargs} if nargs else {}
     parser.add_argument(
-        "base", metavar="BASE", help="folder or file of the base checkpoint", **options
+        "base", metavar="BASE", help="folder, file or org/name[@revision] of the base", **options
     )
     parser.add_argument(
-        "donor", metavar="DONOR", help="folder or file of the donor checkpoint", **options
+        "donor", metavar="DONOR", help="folder, file or org/name[@revision] of the donor", **options
     )
     parser.add_argument(
         "--embeddings",
@@ -99,6 +106,12 @@ def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
         help="join embedding and head rows by token (default), or keep the base's",
     )
     parser.add_argument("--dtype", type=_dtype, help="of the output: bf16, fp16, fp32")
+
+
+def _add_no_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-cache", action="store_true", help="of Hub ids: stream the tensors and store nothing"
+    )
 
 
 def _dtype(text: str) -> DType:

@@ -106,19 +106,15 @@ class Plan:
 
     def identity(self) -> list[Any]:
         """Plain data that tells this plan on these files, as they are now, from any other."""
-        shards = [
-            [str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns]
-            for side in (self.base, self.donor)
-            for shard in side.shards
-        ]
+        shards = [side.identity() for side in (self.base, self.donor)]
         return [shards, [_step_json(step) for step in self.steps]]
 
     def to_json(self) -> dict[str, Any]:
         """The document of `plan --json`."""
         actions = [step.action for step in self.steps]
         return {
-            "base": str(self.base.path),
-            "donor": str(self.donor.path),
+            "base": self.base.ref if self.base.repo else str(self.base.path),
+            "donor": self.donor.ref if self.donor.repo else str(self.donor.path),
             "base_arch": self.base_layout.arch,
             "donor_arch": self.donor_layout.arch,
             "bytes_read": self.bytes_read,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,10 @@ from . import card, header
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError
+from .inputs import remote
 from .journal import NAME, WORK
 from .plan import Part, Plan, Step, make_plan
+from .ranges import Reader
 from .writer import INDEX
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 SAMPLED_ROWS = 4
 SAMPLED_ELEMENTS = 4096
 """Of each part, at most this many elements at each of SAMPLED_ROWS places."""
+_DIGESTS = ("sample_sha256", "sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ def verify(
     """Check the merged folder `out`; FormatError says what is wrong.
 
     Always: headers, index, total_size, metadata, recorded sizes. deep: also the BLAKE3 digest of
-    every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
+    every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says
+    (on the Hub, if they came from there).
     """
     out = Path(out)
     if (out / WORK / NAME).exists():
@@ -72,8 +77,8 @@ def _recipe(out: Path) -> dict[str, Any]:
             isinstance(document["base"], str) and isinstance(document["donor"], str),
             options["embeddings"] in ("merge", "keep"),
             options["dtype"] is None or DTYPES[options["dtype"]].blendable,
-            all(isinstance(item["sample_sha256"], str) for item in inputs["base"]),
-            all(isinstance(item["sample_sha256"], str) for item in inputs["donor"]),
+            all(set(item) & set(_DIGESTS) for side in inputs.values() for item in side),
+            {"base", "donor"} <= set(inputs),
             all(isinstance(item["blake3"], str) for item in document["outputs"]),
             all(isinstance(item["file"], str) for item in document["outputs"]),
             all(isinstance(item["size"], int) for item in document["outputs"]),
@@ -130,11 +135,14 @@ def _check_bytes(
     if wanted != set(checkpoint.tensors):
         odd = sorted(wanted ^ set(checkpoint.tensors))[0]
         raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
-    rows = 0
-    for step in plan.steps:
-        if progress:
-            progress(f"rows of {step.name}")
-        rows += _check_step(step, checkpoint.tensors[step.name], float(recipe["alpha"]))
+    rows, alpha = 0, float(recipe["alpha"])
+    with Reader(remote(plan)) as reader, ThreadPoolExecutor(reader.lanes) as pool:
+        outs = [checkpoint.tensors[step.name] for step in plan.steps]
+        checks = pool.map(lambda step, out: _check_step(step, out, alpha, reader), plan.steps, outs)
+        for step, count in zip(plan.steps, checks, strict=True):
+            if progress:
+                progress(f"rows of {step.name}")
+            rows += count
     return rows
 
 
@@ -147,12 +155,14 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         if len(opened.shards) != len(recipe["inputs"][side]):
             raise FormatError(f"{opened.path}: not the {side} that was merged (other shards)")
         for shard, noted in zip(opened.shards, recipe["inputs"][side], strict=True):
-            if card.input_digest(shard)["sample_sha256"] != noted["sample_sha256"]:
+            found = card.input_digest(opened, shard)
+            common = [name for name in _DIGESTS if name in noted and name in found]
+            if not common or any(found[name] != noted[name] for name in common):
                 raise FormatError(f"{shard}: not the file that was merged (its digest differs)")
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: float) -> int:
+def _check_step(step: Step, out: Span, alpha: float, reader: Reader) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -166,7 +176,8 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
         for first in sorted(
             {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
         ):
-            if _read(out, position + first, take) != _expected(step, part, first, take, alpha):
+            found = _read(reader, out, position + first, take)
+            if found != _expected(reader, step, part, first, take, alpha):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
                     f" {position + first} to {position + first + take}"
@@ -176,17 +187,19 @@ def _check_step(step: Step, out: Span, alpha: float) -> int:
     return done
 
 
-def _expected(step: Step, part: Part, first: int, count: int, alpha: float) -> bytes:
+def _expected(
+    reader: Reader, step: Step, part: Part, first: int, count: int, alpha: float
+) -> bytes:
     """What the reference makes of `count` elements of a part from element `first`."""
     from .kernels import reference
 
-    base = _read(part.base, first, count)
+    base = _read(reader, part.base, first, count)
     if part.donor is None and part.base.dtype == step.dtype:
         return base
     donor_span = part.donor or part.base
     weight = alpha if part.donor else 0.0
     dtypes = (part.base.dtype.name, donor_span.dtype.name, step.dtype.name)
-    donor = _read(donor_span, first, count)
+    donor = _read(reader, donor_span, first, count)
     mixed = reference.blend(_bits(base, dtypes[0]), _bits(donor, dtypes[1]), dtypes, weight)
     return bytes(mixed.tobytes())
 
@@ -199,10 +212,9 @@ def _bits(raw: bytes, dtype: str) -> Bits:
     return np.frombuffer(raw, reference.STORAGE[dtype])
 
 
-def _read(span: Span, first: int, count: int) -> bytes:
-    with span.path.open("rb") as file:
-        file.seek(span.start + first * span.dtype.bits // 8)
-        return file.read(span.dtype.nbytes(count))
+def _read(reader: Reader, span: Span, first: int, count: int) -> bytes:
+    start = span.start + first * span.dtype.bits // 8
+    return reader.read(span.path, start, span.dtype.nbytes(count))
 
 
 def _digest(file: Any) -> str:

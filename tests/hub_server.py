@@ -360,7 +360,12 @@ class _Hub(_Handler):
             return
         query = parse_qs(urlsplit(self.path).query)
         siblings = [_sibling(name, file, "blobs" in query) for name, file in repo.files.items()]
-        document = {"_id": repo.sha[:24], "id": repo.id, "modelId": repo.id, "sha": repo.sha}
+        document: dict[str, Any] = {
+            "_id": repo.sha[:24],
+            "id": repo.id,
+            "modelId": repo.id,
+            "sha": repo.sha,
+        }
         document |= {"private": repo.private, "gated": "auto" if repo.gated else False}
         self.json(document | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
