@@ -23,7 +23,8 @@ from typing import Any
 
 from . import header
 from .errors import FormatError, HubError
-from .wire import RemoteFile, hub_utils, patiently
+from .plain import hub_utils
+from .wire import RemoteFile, patiently
 
 _REF = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
 PLANNING = (

@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib
 import random
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from . import plain
 from .errors import HubError, first_line
+from .plain import hub_utils
 
 TRIES = 6
 """Attempts in a row that bring nothing, after which it is given up."""
@@ -25,6 +27,7 @@ PAUSE = 0.5
 LONGEST_PAUSE = 20.0
 LONGEST_ASKED = 300.0
 """Seconds of a server's Retry-After that are waited for at most."""
+_PIECE = 1 << 20
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 _T = TypeVar("_T")
@@ -60,11 +63,6 @@ class Patience:
             ) from None
         pause = min(PAUSE * 2 ** (self._tried - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.25)
         self._stop.wait(pause if failure.after is None else min(failure.after, LONGEST_ASKED))
-
-
-def hub_utils() -> Any:
-    """huggingface_hub's public helpers; their module does not tell type checkers so."""
-    return importlib.import_module("huggingface_hub.utils")
 
 
 def patiently(what: str, ask: Callable[[], _T], tries: int | None = None) -> _T:
@@ -110,16 +108,19 @@ def _sorted(what: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise HubError(f"{what}: not the name of a repository: {first_line(error)}") from None
     except errors.HfHubHTTPError as error:
-        raise _of_status(what, error.response) from None
+        response = error.response
+        server = response.request.url.host
+        raise _of_status(what, response.status_code, response.headers, server) from None
+    except plain.TransportError as error:
+        raise _PassingError(str(error)) from None
     except _transport_errors() as error:
         raise _PassingError(f"cannot reach {at} ({first_line(error)})") from None
 
 
-def _of_status(what: str, response: Any) -> Exception:
+def _of_status(what: str, status: int, headers: Any, server: str) -> Exception:
     """What an answer that is none means: _PassingError, or HubError."""
-    status, server = response.status_code, response.request.url.host
     if status in _PASSING:
-        return _PassingError(f"{server} answers {status}", _retry_after(response.headers))
+        return _PassingError(f"{server} answers {status}", _retry_after(headers))
     hint = "; check HF_TOKEN" if status in (401, 403) else ""
     return HubError(f"{what}: {server} answers {status}{hint}")
 
@@ -151,7 +152,7 @@ class RemoteFile:
         self.header = b""
         self._what = f"{repo_id}@{sha[:12]}: {name}"
         self._lock = threading.Lock()
-        self._location: tuple[str, bool] | None = None
+        self._location: tuple[str, bool, dict[str, str]] | None = None
         self._served_etag: str | None = None
 
     def read(self, start: int, stop: int) -> bytes:
@@ -168,11 +169,12 @@ class RemoteFile:
         done, patience = 0, Patience(self._what, stop)
         while done < len(view):
             try:
-                chunks = self._chunks(start + done, start + len(view))
-                with _sorted(self._what), closing(chunks):
-                    for chunk in chunks:
-                        view[done : done + len(chunk)] = chunk
-                        done += len(chunk)
+                with (
+                    _sorted(self._what),
+                    self._answer(start + done, start + len(view)) as answer,
+                ):
+                    while count := answer.receive(view[done : done + _PIECE]):
+                        done += count
                         patience.progress()
                         if stop is not None and stop.is_set():
                             raise _PassingError("stopped")
@@ -181,21 +183,22 @@ class RemoteFile:
             except _PassingError as failure:
                 patience.wait(failure)
 
-    def _chunks(self, start: int, stop: int) -> Generator[bytes, None, None]:
-        """One request: what arrives of a range, as it arrives."""
+    @contextmanager
+    def _answer(self, start: int, stop: int) -> Iterator[plain.Answer]:
+        """One request for a range, its answer checked."""
         from huggingface_hub import constants
 
-        url, ours = self._where()
-        headers = hub_utils().build_hf_headers(token=None if ours else False)
-        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        request: dict[str, Any] = {"headers": headers, "follow_redirects": False}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with hub_utils().get_session().stream("GET", url, timeout=timeout, **request) as response:
-            self._check(response, start, stop, ours)
-            yield from response.iter_raw()
+        url, ours, headers = self._where()
+        headers = headers | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with plain.get(url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+            self._check(answer, start, stop, ours)
+            yield answer
 
-    def _where(self) -> tuple[str, bool]:
-        """Where its bytes are, and whether that is the Hub itself, which may see the token."""
+    def _where(self) -> tuple[str, bool, dict[str, str]]:
+        """Where its bytes are, whether that is the Hub itself, and headers for it.
+
+        Only the Hub may see the token.
+        """
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
         with self._lock:
@@ -210,12 +213,13 @@ class RemoteFile:
                     if ours != theirs:
                         raise HubError(f"{self._what}: its {what} is {theirs}, expected {ours}")
                 home = urlsplit(constants.ENDPOINT)[:2] == urlsplit(found.location)[:2]
-                self._location = found.location, home
+                headers = hub_utils().build_hf_headers(token=None if home else False)
+                self._location = found.location, home, headers
             return self._location
 
-    def _check(self, response: Any, start: int, stop: int, ours: bool) -> None:
+    def _check(self, answer: plain.Answer, start: int, stop: int, ours: bool) -> None:
         """The answer must be the range that was asked for, of the file that was asked for."""
-        status = response.status_code
+        status = answer.status
         if status // 100 == 3 or (status in (401, 403, 404, 410) and not ours):
             with self._lock:
                 self._location = None  # an address with a signature lasts for an hour or so
@@ -224,14 +228,14 @@ class RemoteFile:
         if status == 200 and not whole:
             raise HubError(f"{self._what}: the server ignores ranges; leave out --no-cache")
         if status != 206 and not whole:
-            raise _of_status(self._what, response)
-        span = response.headers.get("content-range", "")
+            raise _of_status(self._what, status, answer.headers, answer.host)
+        span = answer.headers.get("content-range", "")
         if status == 206 and span != (wanted := f"bytes {start}-{stop - 1}/{self.size}"):
             raise HubError(f"{self._what}: the server sends {span!r}, expected {wanted!r}")
-        length = response.headers.get("content-length")
+        length = answer.headers.get("content-length")
         if length is not None and length != str(stop - start):
             raise HubError(f"{self._what}: {length} bytes are sent, expected {stop - start}")
-        self._same_etag(response.headers.get("etag"))
+        self._same_etag(answer.headers.get("etag"))
 
     def _same_etag(self, etag: str | None) -> None:
         """What serves the bytes may name them otherwise than the Hub, but always alike."""
