@@ -18,11 +18,11 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from . import header
-from .errors import FormatError, HubError
+from .errors import DigestError, FormatError, HubError
 from .plain import hub_utils
 from .wire import RemoteFile, patiently
 
@@ -83,7 +83,8 @@ def find(repo_id: str, revision: str | None, *, cache: bool = True) -> Repo:
 
     what = f"{repo_id}@{revision}" if revision else repo_id
     if constants.is_offline_mode():
-        folder = patiently(what, lambda: _snapshot(repo_id, revision, None, local_files_only=True))
+        how: dict[str, Any] = {"local_files_only": True, "allow_patterns": list(PLANNING)}
+        folder = patiently(what, lambda: _snapshot(repo_id, revision, None, **how))
         return Repo(repo_id, folder.name, revision, {}, folder)
     info = patiently(
         what,
@@ -95,8 +96,7 @@ def find(repo_id: str, revision: str | None, *, cache: bool = True) -> Repo:
     sha = str(info.sha)
     files = {file.name: file for file in _files(repo_id, sha, info.siblings or ())}
     store = None if cache else Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
-    names = [name for name in files if any(Path(name).match(glob) for glob in PLANNING)]
-    names = [name for name in names if "/" not in name]
+    names = [name for name in files if "/" not in name and any(map(PurePath(name).match, PLANNING))]
     base = store or Path(constants.HF_HUB_CACHE).expanduser().resolve()
     folder = base / f"models--{repo_id.replace('/', '--')}" / "snapshots" / sha
     repo = Repo(repo_id, sha, revision, files, folder)
@@ -215,9 +215,9 @@ def _check_digest(path: Path, file: RemoteFile) -> None:
         raise bad_digest(file, digest.hexdigest())
 
 
-def bad_digest(file: RemoteFile, found: str) -> HubError:
+def bad_digest(file: RemoteFile, found: str) -> DigestError:
     """What to say of bytes that are not the Hub's."""
-    return HubError(
+    return DigestError(
         f"{file.repo_id}@{file.sha[:12]}: {file.name} has the sha256 {found[:16]}…, the Hub says"
         f" {str(file.sha256)[:16]}…; run the same command again to fetch it anew"
     )

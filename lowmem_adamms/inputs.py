@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import ranges, shards
 from .checkpoint import Span
-from .errors import RecipeError
+from .errors import DigestError, RecipeError
+from .journal import NAME
 from .merge import WINDOW, Sink, run, spans_in_order
 from .plan import Plan, Step
 from .wire import RemoteFile
@@ -71,12 +72,25 @@ def carry_out(
     if not files:
         run(plan, alpha, sink, **options)
     else:
-        with _source(files, plan, alpha, sink, work, fetch) as source:
-            size = ranges.WINDOW if isinstance(source, ranges.RangeSource) else WINDOW
-            run(plan, alpha, _Through(sink, source), source=source, window=size, **options)
-            unchecked = source.finish()
+        try:
+            with _source(files, plan, alpha, sink, work, fetch) as source:
+                size = ranges.WINDOW if isinstance(source, ranges.RangeSource) else WINDOW
+                run(plan, alpha, _Through(sink, source), source=source, window=size, **options)
+                unchecked = source.finish()
+        except DigestError:
+            if fetch.disk_budget is None:  # a shard is checked before it is used
+                _start_over(work)
+            raise
     shutil.rmtree(work / shards.FOLDER, ignore_errors=True)  # also of a run begun another way
     return unchecked
+
+
+def _start_over(work: Path) -> None:
+    """What was made of bad bytes, before they were found out, must not be gone on with."""
+    for path in work.iterdir():
+        if path.name == NAME or path.suffix == ".safetensors":
+            path.unlink()
+    shutil.rmtree(work / shards.FOLDER, ignore_errors=True)
 
 
 def _source(

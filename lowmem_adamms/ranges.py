@@ -36,7 +36,7 @@ GAP = 64 << 10
 _ALIGNED = 64
 
 
-class Reader(Closing):
+class Reader:
     """Small reads at any place of any file, here or on the Hub. Threads may share it."""
 
     def __init__(self, remote: Mapping[Path, RemoteFile]) -> None:

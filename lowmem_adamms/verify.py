@@ -136,7 +136,8 @@ def _check_bytes(
         odd = sorted(wanted ^ set(checkpoint.tensors))[0]
         raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
     rows, alpha = 0, float(recipe["alpha"])
-    with Reader(remote(plan)) as reader, ThreadPoolExecutor(reader.lanes) as pool:
+    reader = Reader(remote(plan))
+    with ThreadPoolExecutor(reader.lanes) as pool:
         outs = [checkpoint.tensors[step.name] for step in plan.steps]
         checks = pool.map(lambda step, out: _check_step(step, out, alpha, reader), plan.steps, outs)
         for step, count in zip(plan.steps, checks, strict=True):

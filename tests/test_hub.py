@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from hub_server import HubServer
 
 from lowmem_adamms import (
@@ -364,8 +363,7 @@ def test_addresses_that_expire_are_asked_for_anew(
     assert left(merge(plan, 0.3, tmp_path / "out", fetch=STREAM)) == local
 
 
-@pytest.mark.parametrize("fault", ["status", "drop"])
-def test_the_api_is_asked_again_too(server: HubServer, fault: str) -> None:
+def test_the_api_is_asked_again_too(server: HubServer) -> None:
     server.fail("status", "/api/models/org/base", status=502)
     assert opened()[0].tensors
 
@@ -383,7 +381,7 @@ def test_the_api_is_asked_again_too(server: HubServer, fault: str) -> None:
         ("etag", {"skip": 1}, "changed while it was read"),
         ("status", {"status": 503, "times": 10**6}, "answers 503; run the same command again"),
         ("status", {"status": 418}, "answers 418"),
-        ("flip", {"match": "base/", "times": 10**6}, "the Hub says"),
+        ("flip", {"match": "signature", "times": 10**6}, "the Hub says"),
     ],
 )
 @pytest.mark.usefixtures("unsampled")
@@ -401,8 +399,6 @@ def test_what_is_not_the_file_is_an_error_and_the_merge_resumes(
         merge(plan, 0.3, tmp_path / "out", fetch=STREAM)
     assert not list((tmp_path / "out").glob("*.safetensors"))
     server.faults.clear()
-    if kind == "flip":  # what was written by then is not known to be good
-        shutil.rmtree(tmp_path / "out")
     assert left(streamed(tmp_path)) == local
 
 
@@ -413,7 +409,7 @@ def test_a_damaged_download_is_thrown_away(
     plan = make_plan(*opened(WAYS[way]))
     kinship.check(plan)
     big = max(server.repos["org/base"].files.items(), key=lambda item: item[1].size)[0]
-    server.fail("flip", f"base/{server.repos['org/base'].sha}/{big}", skip=0, times=10**6)
+    server.fail("flip", f"base/{server.repos['org/base'].sha}/{big}", times=10**6)
     with pytest.raises(HubError, match=f"{big} has the sha256"):
         merge(plan, 0.3, tmp_path / "out", force=True, fetch=WAYS[way])
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -453,8 +449,7 @@ def test_shards_never_take_more_than_the_budget(
     with pytest.raises(RecipeError, match="needed at one time take") as refused:
         merge(plan, 0.3, tmp_path / "small", fetch=Fetch(disk_budget=10))
     assert "--no-cache" in str(refused.value)
-    spans = [span for spans in plan.spans for span in [spans]]
-    stays = shards.visits(inputs.remote(plan), spans)
+    stays = shards.visits(inputs.remote(plan), plan.spans)
     need = max(
         sum(other.file.size for other in stays if other.first <= stay.first <= other.last)
         for stay in stays
@@ -476,11 +471,11 @@ def test_shards_never_take_more_than_the_budget(
 
 
 def test_a_merge_may_go_on_another_way(server: HubServer, local: Files, tmp_path: Path) -> None:
-    server.fail("status", "donor-", status=404, times=0)
     plan = make_plan(*opened(BUDGET))
-    server.fail("flip", "base/", skip=0, times=10**6)
+    server.fail("status", "00002-of-00003.safetensors?", status=503, times=10**6)
     with pytest.raises(HubError):
-        merge(plan, 0.3, tmp_path / "out", force=True, fetch=BUDGET)
+        merge(plan, 0.3, tmp_path / "out", fetch=BUDGET)
+    assert (tmp_path / "out" / WORK / shards.FOLDER).exists()
     server.faults.clear()
     assert left(streamed(tmp_path, STREAM)) == local
 
@@ -512,7 +507,7 @@ def test_what_cannot_be_had_is_one_line(
     odd = {"empty": "config.json", "bins": "pytorch_model.bin", "broken": "model.safetensors"}
     for name, file in odd.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text("{}" * 10)
+        (tmp_path / name / file).write_text("{}" if name == "empty" else "{}" * 10)
         server.add(f"org/{name}", tmp_path / name)
     server.add("org/private", pair[0], private=True)
     server.add("org/gated", pair[0], gated=True)
@@ -550,13 +545,15 @@ def test_offline_needs_the_cache(server: HubServer, monkeypatch: pytest.MonkeyPa
 
 def test_no_network_is_one_error(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match="cannot reach http://127.0.0.1:9"):
+    with pytest.raises(HubError, match=r"cannot reach http://127\.0\.0\.1:9"):
         opened()
 
 
 def test_bins_go_by_way_of_the_cache(
     server: HubServer, pair: Pair, tmp_path: Path, local: Files
 ) -> None:
+    import tiny
+
     bins = tiny.to_bin(pair[0], tmp_path / "bins")
     server.add("org/bins", bins)
     assert main(["merge", "org/bins", "org/donor", "-o", "out", "--alpha", "0.3"]) == 0
