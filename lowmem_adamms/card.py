@@ -152,8 +152,8 @@ def recipe(
     return {
         **search,
         **to_json(alpha),
-        "base": str(plan.base.path.resolve()),
-        "donor": str(plan.donor.path.resolve()),
+        "base": plan.base.ref,
+        "donor": plan.donor.ref,
         "version": __version__,
         "formula": "(1 - alpha) * base + alpha * donor",
         "options": dict(plan.options),
@@ -164,18 +164,22 @@ def recipe(
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
         "made_with": {"python": platform.python_version(), "kernel": kernel},
         "inputs": {
-            side: [input_digest(shard) for shard in checkpoint.shards]
+            side: [input_digest(checkpoint, shard) for shard in checkpoint.shards]
             for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
         },
     }
 
 
-def input_digest(path: Path) -> dict[str, Any]:
+def input_digest(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     """Size and a sampled digest of an input file, and its full sha256 where the Hub noted it.
 
+    Of a repository's file only the sha256 that the Hub gives: it need not be here.
     sample_sha256 covers 64 evenly spread blocks of 4096 bytes, the first and the last included:
     enough to tell two files apart without reading 16 GB.
     """
+    listed = checkpoint.repo.files.get(path.name) if checkpoint.repo else None
+    if listed is not None and listed.sha256:
+        return {"file": path.name, "size": listed.size, "sha256": listed.sha256}
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb", buffering=0) as file:

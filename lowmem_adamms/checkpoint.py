@@ -1,9 +1,10 @@
-"""A checkpoint on disk: folder or file -> shards -> spans. Headers only; bytes are read elsewhere.
+"""A checkpoint: folder, file or Hub id -> shards -> spans. Headers only; bytes are read elsewhere.
 
 Safetensors files are read by `header.py`. `pytorch_model*.bin` goes through torch's restricted
 unpickler onto the meta device, which executes no code of the file's and reads no tensor, but tells
 where each tensor's bytes lie; from there on a .bin is streamed like any other file.
-Leaves to others: what the names mean (`arch.py`) and reading data (`stream.py`).
+Of a Hub id the headers are read by ranges. Leaves to others: what the names mean (`arch.py`),
+reading data (`stream.py`), repositories (`hub.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import header
+from . import header, hub
 from .dtypes import FROM_TORCH, DType
-from .errors import FormatError, first_line
+from .errors import FormatError, HubError, first_line
+from .wire import RemoteFile
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -66,12 +68,32 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Every tensor of a checkpoint as a span, in the order of its shards and of their bytes."""
+    """Every tensor of a checkpoint as a span, in the order of its shards and of their bytes.
+
+    repo: the repository it comes from; then shards need not lie on this disk (see `remote`).
+    """
 
     path: Path
     shards: tuple[Path, ...]
     tensors: Mapping[str, Span]
     config: Mapping[str, Any]
+    repo: hub.Repo | None = None
+
+    @property
+    def ref(self) -> str:
+        """What opens it again: `org/name@sha`, or its absolute path."""
+        return self.repo.ref if self.repo else str(self.path.resolve())
+
+    def identity(self) -> list[Any]:
+        """Plain data that tells its weights, as they are now, from any others."""
+        if self.repo:
+            return [self.ref, [shard.name for shard in self.shards]]
+        stats = [(shard, shard.stat()) for shard in self.shards]
+        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    def remote(self) -> dict[Path, RemoteFile]:
+        """The shards that are not on this disk now."""
+        return self.repo.missing(self.shards) if self.repo else {}
 
     @property
     def folder(self) -> Path | None:
@@ -81,6 +103,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """`org/name` where the path or the config tells it, else the folder's or file's name."""
+        if self.repo:
+            return self.repo.id
         for part in self.path.absolute().parts:
             if part.startswith("models--"):  # a repository in the Hub's cache
                 return part.removeprefix("models--").replace("--", "/", 1)
@@ -109,12 +133,24 @@ class Checkpoint:
 
     def sidecars(self) -> Iterator[Path]:
         """Relative paths of the files that belong to the model but hold no weights."""
+        if self.repo and self.repo.files:
+            yield from (Path(name) for name in sorted(self.repo.files) if _is_sidecar(Path(name)))
+            return
         for path in sorted(self.folder.rglob("*")) if self.folder else ():
             relative = path.relative_to(self.path)
-            hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-            weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            if path.is_file() and not (hidden or weights or str(relative) in OURS):
+            if path.is_file() and _is_sidecar(relative):
                 yield relative
+
+    def fetch_sidecars(self) -> None:
+        """Have them lie in its folder, if they do not."""
+        if self.repo and self.repo.files:
+            hub.fetch(self.repo, map(str, self.sidecars()))
+
+    def download(self, *, bars: bool = False) -> None:
+        """Have everything of it lie in its folder. bars: show progress."""
+        if self.repo:
+            self.fetch_sidecars()
+            hub.download(self.repo, self.shards, bars=bars)
 
 
 def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -122,26 +158,40 @@ def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config for config in inner if isinstance(config, dict)]
 
 
-def open_checkpoint(ref: str | Path, *, quantized: bool = False) -> Checkpoint:
-    """Open a folder or a bare file by its headers. FormatError says what is missing or wrong.
+def _is_sidecar(relative: Path) -> bool:
+    """Whether a file of a checkpoint folder is copied beside the merged weights."""
+    hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
+    weights = relative.suffix in WEIGHT_SUFFIXES or relative.name.endswith(".index.json")
+    return not (hidden or weights or str(relative) in OURS)
 
-    quantized: take quantized weights as well, to be looked at; they cannot be blended.
+
+def open_checkpoint(
+    ref: str | Path, *, cache: bool = True, bins: bool = False, quantized: bool = False
+) -> Checkpoint:
+    """Open a folder, a bare file or `org/name[@revision]` by its headers.
+
+    What exists on disk is never looked for on the Hub. cache: keep the small files of a Hub id in
+    the ordinary cache. bins: download a repository that holds only .bin files, whose tensors cannot
+    be located otherwise. quantized: take quantized weights as well, to be looked at; they cannot be
+    blended. FormatError, or HubError, says what is missing or wrong.
     """
     path = Path(ref)
+    repo = None
     if not path.exists():
-        hint = ""
-        if hub := re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\S+))?", str(ref)):
-            revision = f" --revision {hub[2]}" if hub[2] else ""
-            hint = f"; to fetch it from the Hub: hf download {hub[1]}{revision} --local-dir DIR"
-        raise FormatError(f"{ref}: no such folder or file{hint}")
+        asked = hub.parse(str(ref))
+        if asked is None:
+            raise FormatError(f"{ref}: no such folder or file")
+        repo = hub.find(*asked, cache=cache)
+        path = repo.folder
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if not quantized:
         _refuse_quantized_config(path, config)
-    names, weight_map = _shards(path)
+    names, weight_map = _hub_shards(repo, bins) if repo and repo.files else _shards(path)
+    headers = hub.headers(repo.missing(names)) if repo else {}
     tensors: dict[str, Span] = {}
     home: dict[str, Path] = {}
     for shard in names:
-        for name, span in _spans(shard):
+        for name, span in _spans(shard, headers.get(shard)):
             if name in home:
                 raise FormatError(f"{path}: tensor {name} is in {home[name].name} and {shard.name}")
             tensors[name], home[name] = span, shard
@@ -152,7 +202,7 @@ def open_checkpoint(ref: str | Path, *, quantized: bool = False) -> Checkpoint:
         raise FormatError(f"{path}: no tensors in it")
     if not quantized:
         _refuse_quantized_tensors(path, tensors)
-    return Checkpoint(path, tuple(names), tensors, config)
+    return Checkpoint(path, tuple(names), tensors, config, repo)
 
 
 def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
@@ -174,25 +224,60 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """The index's map of tensor to file, every file a plain name that exists beside it."""
+def _hub_shards(repo: hub.Repo, bins: bool) -> tuple[list[Path], dict[str, str]]:
+    """The same of a repository, by the names it lists."""
+    here = repo.folder
+    for index_name, single in zip(INDEXES, SINGLES, strict=True):
+        names: list[str] = []
+        weight_map: dict[str, str] = {}
+        if index_name in repo.files:
+            weight_map = _weight_map(here / index_name, repo.files)
+            names = sorted(set(weight_map.values()))
+        elif single in repo.files:
+            names = [single]
+        if not names:
+            continue
+        paths = [here / name for name in names]
+        if not single.endswith(".safetensors") and repo.missing(paths):
+            if not bins:
+                raise HubError(
+                    f"{repo.ref}: holds .bin files only, which cannot be read by ranges: merge them"
+                    f" by way of the cache, or first: hf download {repo.id} --revision {repo.sha}"
+                )
+            hub.download(repo, paths)
+        return paths, weight_map
+    found = [name for name in repo.files if name.endswith(".safetensors") and "/" not in name]
+    if len(found) == 1:
+        return [here / found[0]], {}
+    raise HubError(
+        f"{repo.ref}: no {SINGLES[0]}, no {INDEXES[0]} and no pytorch_model.bin in it;"
+        f" found {len(found)} other .safetensors files"
+    )
+
+
+def _weight_map(index: Path, listed: Container[str] | None = None) -> dict[str, str]:
+    """The index's map of tensor to file, every file a plain name that exists beside it.
+
+    listed: the files there are, where they are not on this disk.
+    """
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: no weight_map in it")
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
             raise FormatError(f"{index}: {name} is said to be in {file!r}, outside the folder")
-        if len(file) > 255 or not (index.parent / file).is_file():
+        there = (index.parent / file).is_file() if listed is None else file in listed
+        if len(file) > 255 or not there:
             raise FormatError(f"{index}: {file} is missing beside it (it holds {name})")
     return weight_map
 
 
-def _spans(shard: Path) -> Iterator[tuple[str, Span]]:
-    """Name and span of every tensor of one weight file."""
+def _spans(shard: Path, known: header.Header | None) -> Iterator[tuple[str, Span]]:
+    """Name and span of every tensor of one weight file; known: its header, if it was read."""
     if shard.suffix in (".bin", ".pt", ".pth"):
         yield from _bin_spans(shard)
         return
-    for info in header.read(shard).tensors:
+    for info in (known or header.read(shard)).tensors:
         yield info.name, Span(shard, info.dtype, info.start, info.stop, info.shape)
 
 

@@ -30,6 +30,7 @@ from .placement import Placement, Quantize, measure, parse_size, place, stored_b
 if TYPE_CHECKING:
     from .alphas import Alpha
     from .demo import Pair
+    from .inputs import Fetch
     from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
@@ -89,15 +90,31 @@ def _fail(*messages: str) -> int:
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
+    from .checkpoint import open_checkpoint
     from .declare import read_all
     from .plan import make_plan
 
+    declared = read_all(arguments.arch or ())
+    fetch = _fetch(arguments)
+    bins = arguments.command != "plan" and fetch.cached
+    base, donor = (
+        open_checkpoint(ref, cache=not fetch.no_cache, bins=bins)
+        for ref in (arguments.base, arguments.donor)
+    )
     return make_plan(
-        arguments.base,
-        arguments.donor,
-        embeddings=arguments.embeddings,
-        dtype=arguments.dtype,
-        declared=read_all(arguments.arch or ()),
+        base, donor, embeddings=arguments.embeddings, dtype=arguments.dtype, declared=declared
+    )
+
+
+def _fetch(arguments: argparse.Namespace) -> Fetch:
+    """How what lies on the Hub gets here."""
+    from .inputs import Fetch
+
+    budget = getattr(arguments, "disk_budget", None)
+    return Fetch(
+        no_cache=getattr(arguments, "no_cache", False),
+        disk_budget=parse_size(budget, "--disk-budget") if budget else None,
+        bars=sys.stderr.isatty(),
     )
 
 
@@ -124,6 +141,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         f"memory at most {forecast['anonymous_memory'] >> 20} MB besides file pages;"
         f" about {forecast['seconds_at_1_GB_per_s']} s on a disk that moves 1 GB/s"
     )
+    if forecast["to_fetch"]:
+        print(
+            f"from the Hub: {show.size(forecast['to_fetch'])} in shards that are not in the cache;"
+            " --no-cache streams what is needed of them"
+        )
     print("a search for alpha would run so:", *lines, sep="\n  ")
     return 0
 
@@ -134,12 +156,15 @@ def _quantize(arguments: argparse.Namespace) -> Quantize | None:
 
 
 def _forecast(plan: Plan, out: Path, quantize: Quantize | None) -> dict[str, int]:
+    from .inputs import remote
+
     written = stored_bytes(plan, quantize)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     return {
         "disk_needed": written,
         "disk_free": shutil.disk_usage(there).free,
         "anonymous_memory": (_QUANTIZING_MB if quantize else _ANONYMOUS_MB) << 20,
+        "to_fetch": sum(file.size for file in remote(plan).values()),
         "seconds_at_1_GB_per_s": math.ceil((plan.bytes_read + written) / 1e9),
     }
 
@@ -181,6 +206,12 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     recipe = _read_config(arguments)
     _check_weights(arguments)
+    fetch = _fetch(arguments)
+    if arguments.prompts and not fetch.cached:
+        raise RecipeError(
+            "a search loads the model from files: leave out --no-cache and --disk-budget, or search"
+            " first and merge at the --alpha it finds"
+        )
     size = (
         parse_size(arguments.max_shard_size, "--max-shard-size")
         if arguments.max_shard_size
@@ -192,7 +223,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     _show_notes(plan.notes)
     code = arguments.trust_remote_code
     how = how_quantized(plan, _quantize(arguments), trust_remote_code=code)
-    check_output(plan, arguments.out, max_shard_size=size, how=how)
+    check_output(plan, arguments.out, max_shard_size=size, how=how, fetch=fetch)
     found = None
     if prompts:
         found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
@@ -207,6 +238,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             search=found.to_json() if found else None,
             beside={"report.html": found.page.encode()} if found else None,
+            fetch=fetch,
             progress=progress,
             quantize=_quantize(arguments),
             trust_remote_code=code,
@@ -343,6 +375,7 @@ def _run_search(
 ) -> _Found:
     """Search on the live model; the journal, if there is one, is resumed from."""
     from . import refine, show
+    from .inputs import download
     from .search import search
 
     alphas = _alphas(arguments.alphas)
@@ -350,6 +383,7 @@ def _run_search(
     groups = refine.split(plan.base_layout.layers, count) if count else []
     passes = refine.PASSES * len(groups)
     _check_images(plan, prompts)
+    download(plan, bars=sys.stderr.isatty())
     placement = _place(plan, arguments)
     for line in placement.lines:
         print(line, file=sys.stderr)
@@ -471,8 +505,8 @@ def _report(
     from . import report
 
     recipe = {
-        "base": f"{plan.base.path.resolve()} ({plan.base_layout.arch})",
-        "donor": f"{plan.donor.path.resolve()} ({plan.donor_layout.arch})",
+        "base": f"{plan.base.ref} ({plan.base_layout.arch})",
+        "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
         "prompts": f"{arguments.prompts}, {len(prompts)} of them, seed {arguments.seed}",
         "answers": f"greedy, {arguments.max_new_tokens} tokens at most",
         "batch": str(placement.batch),
@@ -522,8 +556,7 @@ def _search(arguments: argparse.Namespace) -> int:
         from . import report
 
         report.write(arguments.report, found.page)
-    base, donor = (str(side.path.resolve()) for side in (plan.base, plan.donor))
-    return _conclude(arguments, found, base, donor)
+    return _conclude(arguments, found, plan.base.ref, plan.donor.ref)
 
 
 def _check_report(path: Path) -> None:

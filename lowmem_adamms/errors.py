@@ -50,6 +50,14 @@ class OutputError(MergeError):
     """The output cannot be written where it was asked for."""
 
 
+class HubError(MergeError):
+    """A repository of the Hub cannot be read: not there, not allowed, or not what it said."""
+
+
+class DigestError(HubError):
+    """Bytes are not those that the Hub has a digest of."""
+
+
 class PromptError(MergeError):
     """A prompt set, or a set of recorded answers, cannot be read or used."""
 

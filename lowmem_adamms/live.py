@@ -20,6 +20,7 @@ from .checkpoint import Span
 from .closing import Closing
 from .dtypes import DTYPES, from_user
 from .errors import FormatError, PlacementError
+from .inputs import download
 from .live_sink import LiveSink, bytes_of
 from .merge import Source, run
 from .placement import Placement, measure, place
@@ -61,6 +62,7 @@ class LiveModel(Closing):
     ) -> None:
         if not force:
             kinship.check(plan)
+        download(plan)
         self.plan = plan
         spoken = from_user(dtype).name if dtype else plan.options["dtype"]
         self.placement = placement or place(

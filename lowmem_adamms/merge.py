@@ -151,6 +151,12 @@ def run(
                 progress(sum(piece.nbytes for piece in _pieces(todo)))
 
 
+def spans_in_order(plan: Plan, alpha: Alpha, sink: Sink, window: int) -> Iterator[list[Span]]:
+    """The input spans of each window that `run` will ask for, in its order."""
+    for todo in _windows(plan, alpha, sink, window):
+        yield [span for piece in _pieces(todo) for span in piece.spans]
+
+
 def _pieces(window: Window) -> Sequence[Piece | Copy]:
     return [window] if isinstance(window, Copy) else window
 

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_plan(commands: _Commands) -> None:
     plan = commands.add_parser("plan", help="what would be done, from headers alone")
     _pair_options(plan)
+    _no_cache_option(plan)
     plan.add_argument("-o", "--out", metavar="OUT", type=Path, help="where it would be written")
     plan.add_argument("--json", action="store_true", help="one JSON document on stdout")
     _placement_options(plan)
@@ -79,6 +80,12 @@ def _add_merge(commands: _Commands) -> None:
     )
     merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
     merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
+    _no_cache_option(merge)
+    merge.add_argument(
+        "--disk-budget",
+        metavar="SIZE",
+        help="of Hub ids: fetch shard by shard, at most this much at a time, and delete each",
+    )
     _search_options(merge)
 
 
@@ -124,10 +131,10 @@ def _add_demo(commands: _Commands) -> None:
 def _pair_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     options: dict[str, Any] = {"nargs": nargs} if nargs else {}
     parser.add_argument(
-        "base", metavar="BASE", help="folder or file of the base checkpoint", **options
+        "base", metavar="BASE", help="folder, file or org/name[@revision] of the base", **options
     )
     parser.add_argument(
-        "donor", metavar="DONOR", help="folder or file of the donor checkpoint", **options
+        "donor", metavar="DONOR", help="folder, file or org/name[@revision] of the donor", **options
     )
     parser.add_argument(
         "--embeddings",
@@ -151,6 +158,12 @@ def _arch_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="a family declared in TOML, as `archs NAME` prints them; goes before the known ones;"
         " may be repeated",
+    )
+
+
+def _no_cache_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-cache", action="store_true", help="of Hub ids: stream the tensors and store nothing"
     )
 
 

@@ -114,11 +114,7 @@ class Plan:
 
     def identity(self) -> list[Any]:
         """Plain data that tells this plan on these files, as they are now, from any other."""
-        shards = [
-            [str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns]
-            for side in (self.base, self.donor)
-            for shard in side.shards
-        ]
+        shards = [side.identity() for side in (self.base, self.donor)]
         declared = [declare.plain(arch) for arch in self.declared]
         return [shards, [_step_json(step) for step in self.steps], declared]
 
@@ -126,8 +122,8 @@ class Plan:
         """The document of `plan --json`."""
         actions = [step.action for step in self.steps]
         return {
-            "base": str(self.base.path),
-            "donor": str(self.donor.path),
+            "base": self.base.ref if self.base.repo else str(self.base.path),
+            "donor": self.donor.ref if self.donor.repo else str(self.donor.path),
             "base_arch": self.base_layout.arch,
             "donor_arch": self.donor_layout.arch,
             "bytes_read": self.bytes_read,

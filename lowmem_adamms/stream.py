@@ -119,6 +119,12 @@ class Files(Closing):
         self._open.clear()
         self._asked.clear()
 
+    def forget(self, path: Path) -> None:
+        """Unmap one file."""
+        if path in self._open:
+            self._open.pop(path).close()
+        self._asked = {asked for asked in self._asked if asked[0] != path}
+
     def view(self, span: Span) -> Bytes:
         """The span's bytes where they are mapped, or a copy where they are not aligned."""
         view = self._mapped(span.path).view(span.start, span.stop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,11 @@ from .alphas import Alpha, at, from_json
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError, RecipeError
+from .inputs import remote
 from .journal import NAME, WORK
 from .plan import Part, Plan, Step, make_plan
 from .quantized import METHODS
+from .ranges import Reader
 from .writer import INDEX
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 SAMPLED_ROWS = 4
 SAMPLED_ELEMENTS = 4096
 """Of each part, at most this many elements at each of SAMPLED_ROWS places."""
+_DIGESTS = ("sample_sha256", "sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,9 @@ def verify(
     """Check the merged folder `out`; FormatError says what is wrong.
 
     Always: headers, index, total_size, metadata, recorded sizes. deep: also the BLAKE3 digest of
-    every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says.
-    Rows of a quantized output are quantized again, for which bitsandbytes must be there; if it is
-    not, a note says so.
+    every shard, and sampled rows against the inputs, which must still lie where `adamms.json` says
+    (on the Hub, if they came from there). Rows of a quantized output are quantized again, for which
+    bitsandbytes must be there; if it is not, a note says so.
     """
     out = Path(out)
     if (out / WORK / NAME).exists():
@@ -82,8 +86,8 @@ def _recipe(out: Path) -> dict[str, Any]:
             isinstance(document.get("declared", []), list),
             options["embeddings"] in ("merge", "keep"),
             options["dtype"] is None or DTYPES[options["dtype"]].blendable,
-            all(isinstance(item["sample_sha256"], str) for item in inputs["base"]),
-            all(isinstance(item["sample_sha256"], str) for item in inputs["donor"]),
+            all(set(item) & set(_DIGESTS) for side in inputs.values() for item in side),
+            {"base", "donor"} <= set(inputs),
             all(isinstance(item["blake3"], str) for item in document["outputs"]),
             all(isinstance(item["file"], str) for item in document["outputs"]),
             all(isinstance(item["size"], int) for item in document["outputs"]),
@@ -157,14 +161,19 @@ def _check_bytes(
     if wanted != set(checkpoint.tensors):
         odd = sorted(wanted ^ set(checkpoint.tensors))[0]
         raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
-    rows = 0
-    for step in plan.steps:
-        if progress:
-            progress(f"rows of {step.name}")
+    reader = Reader(remote(plan))
+
+    def check(step: Step) -> int:
         if quantized and quantized.handles(step):
-            rows += quantized.rows(step, partial(_stretch, step, alpha))
-        else:
-            rows += _check_step(step, checkpoint.tensors[step.name], alpha)
+            return quantized.rows(step, partial(_stretch, reader, step, alpha))
+        return _check_step(step, checkpoint.tensors[step.name], alpha, reader)
+
+    rows = 0
+    with ThreadPoolExecutor(reader.lanes) as pool:
+        for step, count in zip(plan.steps, pool.map(check, plan.steps), strict=True):
+            if progress:
+                progress(f"rows of {step.name}")
+            rows += count
     return rows, quantized.notes if quantized else ()
 
 
@@ -187,12 +196,14 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         if len(opened.shards) != len(recipe["inputs"][side]):
             raise FormatError(f"{opened.path}: not the {side} that was merged (other shards)")
         for shard, noted in zip(opened.shards, recipe["inputs"][side], strict=True):
-            if card.input_digest(shard)["sample_sha256"] != noted["sample_sha256"]:
+            found = card.input_digest(opened, shard)
+            common = [name for name in _DIGESTS if name in noted and name in found]
+            if not common or any(found[name] != noted[name] for name in common):
                 raise FormatError(f"{shard}: not the file that was merged (its digest differs)")
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: Alpha) -> int:
+def _check_step(step: Step, out: Span, alpha: Alpha, reader: Reader) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -207,7 +218,8 @@ def _check_step(step: Step, out: Span, alpha: Alpha) -> int:
             {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
         ):
             weight = at(alpha, part.role)
-            if _read(out, position + first, take) != _expected(step, part, first, take, weight):
+            found = _read(reader, out, position + first, take)
+            if found != _expected(reader, step, part, first, take, weight):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
                     f" {position + first} to {position + first + take}"
@@ -217,29 +229,31 @@ def _check_step(step: Step, out: Span, alpha: Alpha) -> int:
     return done
 
 
-def _stretch(step: Step, alpha: Alpha, first: int, count: int) -> bytes:
+def _stretch(reader: Reader, step: Step, alpha: Alpha, first: int, count: int) -> bytes:
     """What the reference makes of `count` elements of a tensor from element `first`."""
     made, position = b"", 0
     for part in step.parts:
         size = part.base.nbytes * 8 // part.base.dtype.bits
         start, stop = max(first - position, 0), min(first + count - position, size)
         if start < stop:
-            made += _expected(step, part, start, stop - start, at(alpha, part.role))
+            made += _expected(reader, step, part, start, stop - start, at(alpha, part.role))
         position += size
     return made
 
 
-def _expected(step: Step, part: Part, first: int, count: int, alpha: float) -> bytes:
+def _expected(
+    reader: Reader, step: Step, part: Part, first: int, count: int, alpha: float
+) -> bytes:
     """What the reference makes of `count` elements of a part from element `first`."""
     from .kernels import reference
 
-    base = _read(part.base, first, count)
+    base = _read(reader, part.base, first, count)
     if part.donor is None and part.base.dtype == step.dtype:
         return base
     donor_span = part.donor or part.base
     weight = alpha if part.donor else 0.0
     dtypes = (part.base.dtype.name, donor_span.dtype.name, step.dtype.name)
-    donor = _read(donor_span, first, count)
+    donor = _read(reader, donor_span, first, count)
     mixed = reference.blend(_bits(base, dtypes[0]), _bits(donor, dtypes[1]), dtypes, weight)
     return bytes(mixed.tobytes())
 
@@ -252,10 +266,9 @@ def _bits(raw: bytes, dtype: str) -> Bits:
     return np.frombuffer(raw, reference.STORAGE[dtype])
 
 
-def _read(span: Span, first: int, count: int) -> bytes:
-    with span.path.open("rb") as file:
-        file.seek(span.start + first * span.dtype.bits // 8)
-        return file.read(span.dtype.nbytes(count))
+def _read(reader: Reader, span: Span, first: int, count: int) -> bytes:
+    start = span.start + first * span.dtype.bits // 8
+    return reader.read(span.path, start, span.dtype.nbytes(count))
 
 
 def _digest(file: Any) -> str:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from . import card, kinship
 from .alphas import Alpha, Alphas, resolve, to_json
 from .errors import OutputError
+from .inputs import BY_CACHE, Fetch, carry_out, download, remote
 from .journal import ANSWERS, NAME, WORK, Journal
-from .merge import Sink, run
+from .merge import Sink
 from .plan import Plan
 from .sink import DiskSink, OutFile, out_files
 from .stream import reading
@@ -41,6 +42,7 @@ def merge(
     force: bool = False,
     search: Mapping[str, Any] | None = None,
     beside: Mapping[str, bytes] | None = None,
+    fetch: Fetch = BY_CACHE,
     progress: Callable[[int], None] | None = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
@@ -50,31 +52,39 @@ def merge(
     alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role.
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
     search: how alpha was found, for adamms.json. beside: further files, such as a report.
-    progress: called with bytes of output done since the last call, before they are quantized.
-    quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in transformers what to
-    quantize, for which trust_remote_code may be needed. Resumes a killed run of the same merge.
-    Raises RecipeError, OutputError, FormatError or MappingError before anything is written.
+    fetch: how what lies on the Hub gets here. progress: called with bytes of output done since the
+    last call, before they are quantized. quantize: "nf4" or "int8", as bitsandbytes does; asks the
+    base's class in transformers what to quantize, for which trust_remote_code may be needed.
+    Resumes a killed run of the same merge. Raises RecipeError, OutputError, FormatError or
+    MappingError before anything is written; HubError, also later, where the Hub fails for good.
     """
     alpha, out = resolve(alpha, plan), Path(out)
     how = how_quantized(plan, quantize, trust_remote_code=trust_remote_code)
-    files = check_output(plan, out, max_shard_size=max_shard_size, how=how)
+    files = check_output(plan, out, max_shard_size=max_shard_size, how=how, fetch=fetch)
     fingerprint = _fingerprint(plan, alpha, files, how)
     from .kernels.select import select
 
-    with reading(plan.spans):
+    elsewhere = remote(plan)
+    with reading(span for span in plan.spans if span.path not in elsewhere):
         kin = kinship.measure(plan) if force else kinship.check(plan)
         kernel, why = select(plan.dtypes)
+    plan.base.fetch_sidecars()
+    if elsewhere and fetch.cached:
+        download(plan, bars=fetch.bars)
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
     with Journal(out, fingerprint) as journal:
         with _sink(out, files, journal, how, evict=evict) as sink:
             if progress:
                 progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
-            run(plan, alpha, sink, kernel=kernel, evict=evict, progress=progress)
+            options = {"kernel": kernel, "evict": evict, "progress": progress}
+            unchecked = carry_out(plan, alpha, sink, out / WORK, fetch, **options)
         for name, content in (beside or {}).items():
             _write_file(out / WORK / name, content)
         papers = card.recipe(plan, alpha, kin, why, search or {})
         if how:
             papers["quantized"] = how.paper()
+        if elsewhere:
+            papers["not_checked"] = unchecked
         _write_papers(plan, alpha, out, files, journal, papers, how)
         _publish(out)
     return out
@@ -107,12 +117,17 @@ def _sink(
 
 
 def check_output(
-    plan: Plan, out: Path, *, max_shard_size: int | None = None, how: Quantized | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    max_shard_size: int | None = None,
+    how: Quantized | None = None,
+    fetch: Fetch = BY_CACHE,
 ) -> tuple[OutFile, ...]:
     """The output's shards, if `out` can take them; OutputError if it cannot."""
     files = out_files(plan, max_shard_size, how.entries if how else None)
     _check_place(plan, out)
-    _check_space(files, out)
+    _check_space(files, out, fetch.disk_budget or 0)
     return files
 
 
@@ -136,13 +151,13 @@ def _nearest(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def _check_space(files: tuple[OutFile, ...], out: Path) -> None:
-    """The whole output must fit before anything starts."""
+def _check_space(files: tuple[OutFile, ...], out: Path, beside: int) -> None:
+    """The whole output must fit before anything starts, and `beside` it what is fetched."""
     there = _nearest(out)
     partial = [out / WORK / file.name for file in files]
     already = sum(path.stat().st_blocks * 512 for path in partial if path.exists())
     placed = sum(file.size for file in files if (out / file.name).exists())
-    need = sum(file.size for file in files) - already - placed + (64 << 20)
+    need = sum(file.size for file in files) - already - placed + beside + (64 << 20)
     free = shutil.disk_usage(there).free
     if need > free:
         raise OutputError(

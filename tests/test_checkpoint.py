@@ -247,24 +247,6 @@ def test_a_scalar_is_one_row() -> None:
 # What is missing or in the wrong place
 
 
-@pytest.mark.parametrize("ref", ["llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2-VL-7B-Instruct"])
-def test_a_hub_id_that_is_no_folder_gets_the_command_that_fetches_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FormatError, match=rf"{re.escape(ref)}: no such.*hf download {ref} "):
-        open_checkpoint(ref)
-
-
-def test_the_revision_of_a_hub_id_becomes_an_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`hf download org/name@rev` is not understood by hf."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FormatError, match=r"hf download org/name --revision v1\.0"):
-        open_checkpoint("org/name@v1.0")
-
-
 @pytest.mark.parametrize("ref", ["/no/such/folder", "./no/such", "gone", "gone.safetensors"])
 def test_a_path_that_is_no_hub_id_gets_no_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str

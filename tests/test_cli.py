@@ -496,11 +496,6 @@ def test_an_incomplete_command_is_one_line(words: tuple[str, ...], capsys: Captu
     assert_one_error(*capsys.readouterr(), "see python -m lowmem_adamms")
 
 
-def test_a_hub_id_is_answered_with_the_way_to_fetch_it(pair: Pair, capsys: Capture) -> None:
-    assert run("plan", "Qwen/Qwen2-VL-7B-Instruct", pair[1]) == 2
-    assert_one_error(*capsys.readouterr(), "hf download Qwen/Qwen2-VL-7B-Instruct")
-
-
 @pytest.mark.parametrize("where", ["base", "donor", "base/in", "full", "file", "file/below"])
 def test_a_bad_place_is_one_line_and_nothing_written(
     where: str, copies: Pair, tmp_path: Path, capsys: Capture

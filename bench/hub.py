@@ -1,0 +1,166 @@
+"""Measures a merge streamed from a Hub over loopback against the local merge of the same pair.
+
+    python bench/synthetic.py PAIR --size 1gb
+    python bench/hub.py PAIR [--runs 3] [--cold]
+
+The Hub is tests/hub_server.py in a process of its own, serving PAIR. Each run merges the folders,
+then `--no-cache` what the server has, both as a whole process, inputs in the page cache (or, with
+--cold, out of it) just before; the bytes of the outputs are compared. Memory: RssAnon at its peak,
+and of a process that has only done the imports. Disk: the streamed merge runs with its temporary
+files, its cache and its output in one folder, whose size is watched: it must never hold the inputs.
+Prints a table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import filecmp
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from measure import Run, evict, measure, settled, warm
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = (
+    "import lowmem_adamms, rich.progress, huggingface_hub;"
+    "from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download;"
+    "from huggingface_hub.utils import get_session; get_session();"
+    "from lowmem_adamms import ranges; from lowmem_adamms.kernels import cpu; cpu.warm()"
+)
+RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
+
+
+@contextlib.contextmanager
+def served(pair: Path) -> Iterator[str]:
+    """The endpoint of a Hub that has the pair as bench/base and bench/donor."""
+    argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
+    argv += [f"bench/{side}={pair / side}" for side in ("base", "donor")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.stdin.close()
+
+
+def anon_after_imports() -> int:
+    """RssAnon in bytes of a process that has imported everything and loaded the kernel."""
+    argv = [sys.executable, "-c", f"{IMPORTS}; {RSS_ANON}"]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return int(done.stdout) * 1024
+
+
+class Watch:
+    """The most that a folder holds while the block runs, in bytes on the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.peak, self._folder, self._done = 0, folder, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            self.peak = max(self.peak, sum(map(_blocks, self._folder.rglob("*"))))
+
+
+def _blocks(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512 if path.is_file() else 0
+    except OSError:
+        return 0  # it has just gone
+
+
+def merged(refs: list[str], out: Path, *options: str, env: dict[str, str] | None = None) -> Run:
+    """One merge as a whole process."""
+    argv = [sys.executable, "-m", "lowmem_adamms", *refs, "-o", str(out), "--alpha", "0.3"]
+    run = measure([*argv, *options], cwd=ROOT, env=env)
+    if run.returncode:
+        raise SystemExit(run.stdout_tail)
+    return run
+
+
+def compare(pair: Path, endpoint: str, scratch: Path, *, cold: bool) -> dict[str, Any]:
+    """The local merge, the streamed one, and whether they wrote the same shards."""
+    prepare = evict if cold else warm
+    inputs = [pair / "base", pair / "donor"]
+    prepare(inputs)
+    local = merged([str(side) for side in inputs], scratch / "local")
+    home = scratch / "streamed"
+    home.mkdir()
+    places = {"HF_HOME": home / "hf", "HF_HUB_CACHE": home / "hf" / "hub", "TMPDIR": home}
+    env = {"HF_ENDPOINT": endpoint, **{key: str(path) for key, path in places.items()}}
+    prepare(inputs)
+    with Watch(home) as watch:
+        refs = ["bench/base", "bench/donor"]
+        remote = merged(refs, home / "out", "--no-cache", env=env | {"HF_HUB_OFFLINE": "0"})
+    names = [path.name for path in (scratch / "local").glob("*.safetensors")]
+    _, odd, lost = filecmp.cmpfiles(scratch / "local", home / "out", names, shallow=False)
+    return {
+        "local_s": local.wall_s,
+        "hub_s": remote.wall_s,
+        "ratio": remote.wall_s / local.wall_s,
+        "local_cpu_s": local.cpu_s,
+        "hub_cpu_s": remote.cpu_s,
+        "local_peak_anon_bytes": local.peak_anon_bytes,
+        "hub_peak_anon_bytes": remote.peak_anon_bytes,
+        "peak_disk_bytes": watch.peak,
+        "same_bytes": bool(names) and not odd and not lost,
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description="Measure a merge streamed from a Hub.")
+    parser.add_argument("pair", type=Path, help="what synthetic.py made: PAIR/base and PAIR/donor")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="evict the inputs before each merge")
+    args = parser.parse_args()
+    pair = args.pair.resolve()
+    sizes = {
+        side: sum(file.stat().st_size for file in (pair / side).glob("*.safetensors"))
+        for side in ("base", "donor")
+    }
+    report: dict[str, Any] = {"benchmark": "hub", "bytes": sizes, "cold": args.cold}
+    report["anon_after_imports_bytes"] = anon_after_imports()
+    print(f"anonymous after imports: {report['anon_after_imports_bytes'] / 2**20:.1f} MiB")
+    heads = ("local s", "hub s", "ratio", "cpu s", "hub cpu s", "anon MiB", "hub anon", "disk MB")
+    print("".join(f"{head:>11}" for head in heads), flush=True)
+    report["runs"] = []
+    with served(pair) as endpoint:
+        for _ in range(args.runs):
+            with tempfile.TemporaryDirectory(dir=pair) as folder:
+                with settled(folder, 4 * sum(sizes.values()) if args.cold else 0):
+                    row = compare(pair, endpoint, Path(folder), cold=args.cold)
+                report["runs"].append(row)
+                memory = [row[f"{side}_peak_anon_bytes"] / 2**20 for side in ("local", "hub")]
+                times = [row[key] for key in ("local_s", "hub_s", "ratio")]
+                cpu = [row["local_cpu_s"], row["hub_cpu_s"]]
+                values = (*times, *cpu, *memory, row["peak_disk_bytes"] / 1e6)
+                print("".join(f"{value:>11.2f}" for value in values), flush=True)
+                os.sync()
+    report["same_bytes"] = all(row["same_bytes"] for row in report["runs"])
+    report["median_ratio"] = statistics.median(row["ratio"] for row in report["runs"])
+    most = max(row["hub_peak_anon_bytes"] for row in report["runs"])
+    report["anon_above_imports_bytes"] = most - report["anon_after_imports_bytes"]
+    print(f"median ratio {report['median_ratio']:.2f}, same bytes: {report['same_bytes']}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

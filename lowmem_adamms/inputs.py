@@ -1,0 +1,133 @@
+"""How weights that lie on the Hub reach the loop: by the cache, by ranges, or shard by shard.
+
+Leaves to others: each of these ways (`hub.py`, `ranges.py`, `shards.py`) and the loop (`merge.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import ranges, shards
+from .alphas import Alpha
+from .checkpoint import Span
+from .errors import DigestError, RecipeError
+from .journal import NAME
+from .merge import WINDOW, Sink, run, spans_in_order
+from .plan import Plan, Step
+from .wire import RemoteFile
+
+if TYPE_CHECKING:
+    from .stream import Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """The way; unless it says otherwise, the ordinary cache.
+
+    no_cache: stream tensors, store nothing. disk_budget: bytes of shards kept at one time, beside
+    the output. bars: show progress of downloads into the cache.
+    """
+
+    no_cache: bool = False
+    disk_budget: int | None = None
+    bars: bool = False
+
+    def __post_init__(self) -> None:
+        if self.no_cache and self.disk_budget is not None:
+            raise RecipeError("--no-cache stores no shard: leave it out, or --disk-budget")
+
+    @property
+    def cached(self) -> bool:
+        """Whether the ordinary cache is used."""
+        return not self.no_cache and self.disk_budget is None
+
+
+BY_CACHE = Fetch()
+
+
+def remote(plan: Plan) -> dict[Path, RemoteFile]:
+    """The shards of both sides that are not on this disk."""
+    return plan.base.remote() | plan.donor.remote()
+
+
+def download(plan: Plan, *, bars: bool = False) -> None:
+    """Have both sides lie in the cache, whole, where they come from the Hub."""
+    for side in (plan.base, plan.donor):
+        side.download(bars=bars)
+
+
+def carry_out(
+    plan: Plan, alpha: Alpha, sink: Sink, work: Path, fetch: Fetch, **options: Any
+) -> list[str]:
+    """`merge.run` with its bytes from wherever they are; options are run's.
+
+    work: OUT/.partial. Returns the remote files whose bytes were not held against the digests of
+    the Hub.
+    """
+    files = remote(plan)
+    unchecked: list[str] = []
+    if not files:
+        run(plan, alpha, sink, **options)
+    else:
+        try:
+            with _source(files, plan, alpha, sink, work, fetch) as source:
+                size = ranges.WINDOW if isinstance(source, ranges.RangeSource) else WINDOW
+                run(plan, alpha, _Through(sink, source), source=source, window=size, **options)
+                unchecked = source.finish()
+        except DigestError:
+            if fetch.disk_budget is None:  # a shard is checked before it is used
+                _start_over(work)
+            raise
+    shutil.rmtree(work / shards.FOLDER, ignore_errors=True)  # also of a run begun another way
+    return unchecked
+
+
+def _start_over(work: Path) -> None:
+    """What was made of bad bytes, before they were found out, must not be gone on with."""
+    for path in work.iterdir():
+        if path.name == NAME or path.suffix == ".safetensors":
+            path.unlink()
+    shutil.rmtree(work / shards.FOLDER, ignore_errors=True)
+
+
+def _source(
+    files: Mapping[Path, RemoteFile],
+    plan: Plan,
+    alpha: Alpha,
+    sink: Sink,
+    work: Path,
+    fetch: Fetch,
+) -> ranges.RangeSource | shards.ShardSource:
+    if fetch.disk_budget is None:
+        windows = spans_in_order(plan, alpha, sink, ranges.WINDOW)
+        return ranges.RangeSource(files, windows)
+    windows = spans_in_order(plan, alpha, sink, WINDOW)
+    return shards.ShardSource(files, windows, work / shards.FOLDER, fetch.disk_budget)
+
+
+class _Through:
+    """A sink that takes copies of what is no file of this disk from the source."""
+
+    def __init__(self, sink: Sink, source: ranges.RangeSource | shards.ShardSource) -> None:
+        self._sink, self._source = sink, source
+
+    def wants(self, step: Step) -> bool:
+        return self._sink.wants(step)
+
+    def copy(self, step: Step, offset: int, span: Span) -> None:
+        if not self._source.is_remote(span):
+            self._sink.copy(step, offset, span)
+            return
+        slot = self._sink.slot(step, offset, span.nbytes)
+        slot[...] = self._source.view(span)
+        self._sink.commit()
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
+        return self._sink.slot(step, offset, nbytes)
+
+    def commit(self) -> None:
+        self._sink.commit()
