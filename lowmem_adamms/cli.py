@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
+    from .push import Push
     from .search import Result
     from .session import Session
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _way_back(arguments: argparse.Namespace) -> str:
     """What to do after an interruption; nothing where there is nothing to resume."""
     command = getattr(arguments, "command", None)
-    if command == "merge" or getattr(arguments, "journal", None):
+    if command in ("merge", "push") or getattr(arguments, "journal", None):
         return ": run the same command again to resume"
     return ": nothing was kept; with --journal FILE a search resumes" if command == "search" else ""
 
@@ -158,9 +159,8 @@ def _show_plan(plan: Plan, console: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from . import show
     from .merge import check_alpha
-    from .writer import check_output, merge
+    from .writer import check_output
 
     if (arguments.alpha is None) == (arguments.prompts is None):
         raise RecipeError(
@@ -169,6 +169,9 @@ def _merge(arguments: argparse.Namespace) -> int:
         )
     if arguments.alpha is not None:
         check_alpha(arguments.alpha)
+    upload = arguments.push_to_hub is not None
+    if not upload and (arguments.private or arguments.replace_repo):
+        raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
     size = (
         parse_size(arguments.max_shard_size, "--max-shard-size")
         if arguments.max_shard_size
@@ -177,21 +180,41 @@ def _merge(arguments: argparse.Namespace) -> int:
     prompts = _load_prompts(arguments) if arguments.prompts else ()
     plan = _make_plan(arguments)
     _show_notes(plan.notes)
-    check_output(plan, arguments.out, max_shard_size=size)
-    alpha, found = arguments.alpha, None
-    if prompts:
-        found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
-        _show_search(found.result)
-        alpha = found.result.alpha
+    check_output(plan, arguments.out, max_shard_size=size, push=upload)
+    with _pushing(arguments, plan) if upload else nullcontext() as push:
+        alpha, found = arguments.alpha, None
+        if prompts:
+            found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
+            _show_search(found.result)
+            alpha = found.result.alpha
+        _write(arguments, plan, alpha, found, size, push)
+        if push:
+            _finish_push(arguments, push)
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    alpha: float,
+    found: _Found | None,
+    max_shard_size: int | None,
+    push: Push | None,
+) -> None:
+    """Write the merged checkpoint; `push` is given its shards."""
+    from . import show
+    from .writer import merge
+
     with _progress("merging", plan.bytes_written) as progress:
         merge(
             plan,
             alpha,
             arguments.out,
-            max_shard_size=size,
+            max_shard_size=max_shard_size,
             force=arguments.force,
             search=found.result.to_json() if found else None,
             beside={"report.html": found.page.encode()} if found else None,
+            push=push,
             progress=progress,
         )
     counts = plan.to_json()["counts"]
@@ -199,6 +222,56 @@ def _merge(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {counts['interpolate']} tensors interpolated, {counts['copy']} copied,"
         f" {show.size(plan.bytes_written)}"
     )
+
+
+@contextmanager
+def _pushing(arguments: argparse.Namespace, plan: Plan | None = None) -> Iterator[Push]:
+    """The upload that was asked for, once the Hub said that it can be; nothing is sent yet.
+
+    plan: what is to be merged; None if `arguments.out` is complete.
+    """
+    from . import card
+    from .journal import pending
+    from .push import Push, quiet
+    from .push_check import check
+
+    complete = plan is None or pending(arguments.out)
+    paper, readme = None, arguments.out / "README.md"
+    if plan is not None:
+        paper = card.model_card(plan, arguments.alpha or 0.0, {})
+    elif readme.is_file():
+        paper = readme.read_text("utf-8", errors="replace")
+    with quiet():
+        target = check(
+            arguments.push_to_hub,
+            private=arguments.private,
+            replace=arguments.replace_repo,
+            card=paper,
+            out=arguments.out if complete else None,
+        )
+        with Push(target, arguments.out) as push:
+            yield push
+
+
+def _finish_push(arguments: argparse.Namespace, push: Push) -> None:
+    """Send what is left of the complete output, and commit."""
+    from .push_check import pushed_files
+    from .verify import verify
+
+    verify(arguments.out)
+    total = sum(path.stat().st_size for path in pushed_files(arguments.out).values())
+    with _progress("uploading", total) as progress:
+        files = push.finish(progress)
+    _show_notes(push.notes)
+    print(f"{push.url}: {files} files")
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from .verify import verify
+
+    verify(arguments.out)
+    with _pushing(arguments) as push:
+        _finish_push(arguments, push)
     return 0
 
 
@@ -548,5 +621,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": _merge,
     "search": _search,
     "verify": _verify,
+    "push": _push,
     "demo": _demo,
 }

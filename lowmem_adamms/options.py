@@ -12,7 +12,7 @@ from .errors import RecipeError
 if TYPE_CHECKING:
     from .dtypes import DType
 
-COMMANDS = ("plan", "merge", "search", "verify", "demo")
+COMMANDS = ("plan", "merge", "search", "verify", "push", "demo")
 NEED_A_MODEL = (
     *("base", "donor", "dtype", "prompts", "question", "split", "text_column", "image_column"),
     *("alphas", "refine", "no_drafts", "no_vision_cache", "no_noise", "trust_remote_code"),
@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--alpha", type=float, help="the donor's weight: 0 is the base, 1 the donor")
     merge.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the base's")
     merge.add_argument("--force", action="store_true", help="merge also what looks unrelated")
+    merge.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload too, shard by shard as they are finished; one commit when all is there",
+    )
+    _add_repository(merge)
     _add_search(merge)
 
     search = commands.add_parser("search", help="find alpha by the consistency of the answers")
@@ -78,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
         "--deep", action="store_true", help="also digests, and sampled rows against the inputs"
     )
 
+    push = commands.add_parser("push", help="upload a merged folder, or finish its upload")
+    push.add_argument("out", metavar="OUT", type=Path)
+    push.add_argument("push_to_hub", metavar="ORG/NAME", help="a repository of models on the Hub")
+    _add_repository(push)
+
     demo = commands.add_parser("demo", help="the whole method on a tiny pair made on the spot")
     demo.add_argument("-o", "--out", metavar="OUT", type=Path, help="keep everything here")
     demo.add_argument("--alpha", type=float, help="merge at this alpha; default: search for it")
@@ -99,6 +110,15 @@ def _add_pair(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
         help="join embedding and head rows by token (default), or keep the base's",
     )
     parser.add_argument("--dtype", type=_dtype, help="of the output: bf16, fp16, fp32")
+
+
+def _add_repository(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument(
+        "--replace-repo",
+        action="store_true",
+        help="upload also to a repository that holds other files, and delete those",
+    )
 
 
 def _dtype(text: str) -> DType:

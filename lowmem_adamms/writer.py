@@ -14,15 +14,18 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import card, kinship
 from .errors import OutputError
-from .journal import ANSWERS, NAME, WORK, Journal
+from .journal import ANSWERS, NAME, PENDING, WORK, Journal, pending
 from .merge import check_alpha, run
 from .plan import Plan
 from .sink import DiskSink, OutFile, out_files
 from .stream import reading
+
+if TYPE_CHECKING:
+    from .push import Push
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,26 +39,35 @@ def merge(
     force: bool = False,
     search: Mapping[str, Any] | None = None,
     beside: Mapping[str, bytes] | None = None,
+    push: Push | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
     search: how alpha was found, for adamms.json. beside: further files, such as a report.
-    progress: called with bytes of output done since the last call. Resumes a killed run of the same
-    merge. Raises RecipeError, OutputError or MappingError before anything is written.
+    push: is given every shard as it is durable; the caller finishes it. progress: called with bytes
+    of output done since the last call. Resumes a killed run of the same merge, and leaves alone a
+    complete one whose upload is not. Raises RecipeError, OutputError, MappingError or PushError
+    before anything is written.
     """
     alpha, out = check_alpha(alpha), Path(out)
-    files = check_output(plan, out, max_shard_size=max_shard_size)
+    files = check_output(plan, out, max_shard_size=max_shard_size, push=push is not None)
     fingerprint = _fingerprint(plan, alpha, files)
+    if _only_upload_left(out, fingerprint):
+        return out
     from .kernels.select import select
 
     with reading(plan.spans):
         kin = kinship.measure(plan) if force else kinship.check(plan)
         kernel, why = select(plan.dtypes)
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
+    if push:
+        push.begin()
     with Journal(out, fingerprint) as journal:
-        with DiskSink(out, files, journal, evict=evict) as sink:
+        finished = push.shard if push else None
+        with DiskSink(out, files, journal, evict=evict, finished=finished) as sink:
+            _hand_over(push, out, fingerprint, journal)
             if progress:
                 progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
             run(plan, alpha, sink, kernel=kernel, evict=evict, progress=progress)
@@ -68,13 +80,40 @@ def merge(
 
 
 def check_output(
-    plan: Plan, out: Path, *, max_shard_size: int | None = None
+    plan: Plan, out: Path, *, max_shard_size: int | None = None, push: bool = False
 ) -> tuple[OutFile, ...]:
-    """The output's shards, if `out` can take them; OutputError if it cannot."""
+    """The output's shards, if `out` can take them; OutputError if it cannot.
+
+    push: `out` may be a complete merge whose upload is not finished.
+    """
     files = out_files(plan, max_shard_size)
-    _check_place(plan, out)
-    _check_space(files, out)
+    if not (push and pending(out)):
+        _check_place(plan, out)
+        _check_space(files, out)
     return files
+
+
+def _only_upload_left(out: Path, fingerprint: str) -> bool:
+    """Whether `out` is this merge, complete; OutputError if it is another one, to be uploaded."""
+    found = pending(out)
+    if found not in (None, fingerprint):
+        raise OutputError(
+            f"{out} holds a merge of other inputs or options that waits for its upload; finish that"
+            " with `push`, or choose another -o"
+        )
+    return found is not None
+
+
+def _hand_over(push: Push | None, out: Path, fingerprint: str, journal: Journal) -> None:
+    """Note that the output is to be uploaded, or no longer, and give what is complete already."""
+    note = out / WORK / PENDING
+    if push is None:
+        note.unlink(missing_ok=True)
+        return
+    line = json.dumps({"merge": fingerprint, "repo": push.repo}, ensure_ascii=True)
+    _write_file(note, line.encode() + b"\n")
+    for name in list(journal.done):
+        push.shard(name)
 
 
 def _check_place(plan: Plan, out: Path) -> None:
@@ -87,6 +126,11 @@ def _check_place(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
     if there != out or (out / WORK / NAME).is_file():
         return
+    if pending(out):
+        raise OutputError(
+            f"{out} is complete and waits for its upload; finish that with `push` or the command"
+            " that began it, or choose another -o"
+        )
     ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
     if not set(out.rglob("*")) <= ours:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
