@@ -191,7 +191,8 @@ class Push(Closing):
 
         self.url = f"{self._hub.endpoint}/{self.repo}"
         additions = [self._additions[name] for name in files if name in self._additions]
-        deletions = [CommitOperationDelete(name, False) for name in sorted(self._target.stale)]
+        stale = sorted(self._target.stale - set(files))
+        deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
         if not (additions or deletions):
             return
 
@@ -265,12 +266,12 @@ class _Stream(io.BufferedReader):
 def quiet() -> Iterator[None]:
     """huggingface_hub puts no bars, and no retries with signed URLs, between our lines."""
     from huggingface_hub import constants
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
     free = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     before = get_verbosity()

@@ -35,7 +35,7 @@ class Target:
     """A repository that can take an upload.
 
     head: the commit of its main branch, None if it does not exist. here: files of ours that it
-    holds already, byte for byte. stale: files of it that are none of ours.
+    holds already, byte for byte. stale: its other files, to be deleted or overwritten.
     """
 
     repo: str
@@ -81,7 +81,7 @@ def check(
             f"{repo} exists on the Hub and holds other files ({sorted(others)[0]} and so on);"
             " choose another name, or replace them with --replace-repo"
         )
-    return Target(repo, private, replace, found[0], here, others - set(ours))
+    return Target(repo, private, replace, found[0], here, others)
 
 
 def api() -> HfApi:

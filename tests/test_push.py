@@ -227,6 +227,15 @@ def test_replacing_deletes_what_was_there_in_the_same_commit(
     assert len(hub.repos[REPO].commits) == 3
 
 
+def test_a_merge_replaces_what_was_there_too(hub: HubServer, pair: Pair, tmp_path: Path) -> None:
+    base = (pair[0] / "config.json").read_bytes()
+    hub.add_repo(REPO, {"config.json": base, "README.md": b"old", "old.bin": b"old"})
+    words = (*pair, "-o", tmp_path / "out", "--alpha", "0.3", "--push-to-hub", REPO)
+    assert run(*words, "--replace-repo") == 0
+    assert on_main(hub) == contents(tmp_path / "out")
+    assert len(hub.repos[REPO].commits) == 3
+
+
 # What is refused before anything is written
 
 
