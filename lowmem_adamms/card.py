@@ -32,9 +32,7 @@ def model_card(plan: Plan, alpha: Alpha, papers: Mapping[str, Any]) -> str:
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
     front = [
-        "base_model:",
-        *(f"- {json.dumps(parent)}" for parent in parents),
-        "base_model_relation: merge",
+        *_parents(parents),
         "library_name: transformers",
         f"pipeline_tag: {task}",
         "tags:\n- adamms\n- merge\n- lowmem-adamms",
@@ -97,6 +95,18 @@ def _quantization(papers: Mapping[str, Any]) -> list[str]:
         f" {how['bitsandbytes']};",
         "loading it needs bitsandbytes. All else is as it was merged.",
     ]
+
+
+def _parents(names: list[str]) -> list[str]:
+    """Which models it descends from: those whose names can be the Hub's; it refuses any other."""
+    allowed = [
+        name
+        for name in names
+        if re.fullmatch(r"(?:\w[\w.-]*/)?\w(?:[\w.-]{0,94}\w)?", name, re.ASCII)
+        and not (re.search(r"--|\.\.", name) or name.endswith(".git"))
+    ]
+    listed = [f"- {json.dumps(name)}" for name in allowed]
+    return ["base_model:", *listed, "base_model_relation: merge"] if listed else []
 
 
 def _choice(papers: Mapping[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .journal import AnswerJournal
     from .plan import Plan
     from .prompts import Prompt
+    from .push import Push
     from .recipe import Recipe
     from .refine import Refined
     from .search import Result
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _way_back(arguments: argparse.Namespace) -> str:
     """What to do after an interruption; nothing where there is nothing to resume."""
     command = getattr(arguments, "command", None)
-    if command == "merge" or getattr(arguments, "journal", None):
+    if command in ("merge", "push") or getattr(arguments, "journal", None):
         return ": run the same command again to resume"
     return ": nothing was kept; with --journal FILE a search resumes" if command == "search" else ""
 
@@ -201,8 +202,7 @@ def _show_plan(plan: Plan, console: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from . import show
-    from .writer import check_output, how_quantized, merge
+    from .writer import check_output, how_quantized
 
     recipe = _read_config(arguments)
     _check_weights(arguments)
@@ -212,6 +212,9 @@ def _merge(arguments: argparse.Namespace) -> int:
             "a search loads the model from files: leave out --no-cache and --disk-budget, or search"
             " first and merge at the --alpha it finds"
         )
+    upload = arguments.push_to_hub is not None
+    if not upload and (arguments.private or arguments.replace_repo):
+        raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
     size = (
         parse_size(arguments.max_shard_size, "--max-shard-size")
         if arguments.max_shard_size
@@ -223,33 +226,103 @@ def _merge(arguments: argparse.Namespace) -> int:
     _show_notes(plan.notes)
     code = arguments.trust_remote_code
     how = how_quantized(plan, _quantize(arguments), trust_remote_code=code)
-    check_output(plan, arguments.out, max_shard_size=size, how=how, fetch=fetch)
-    found = None
-    if prompts:
-        found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
-        _show_search(found.result, found.refined)
-        alpha = found.alpha
+    options: dict[str, Any] = {"max_shard_size": size, "fetch": fetch}
+    check_output(plan, arguments.out, how=how, push=upload, **options)
+    with _pushing(arguments, plan) if upload else nullcontext() as push:
+        found = None
+        if prompts:
+            found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
+            _show_search(found.result, found.refined)
+            alpha = found.alpha
+        _write(arguments, plan, alpha, found, {**options, "push": push})
+        if push:
+            _finish_push(arguments, push)
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    alpha: Any,
+    found: _Found | None,
+    options: dict[str, Any],
+) -> None:
+    """Write the merged checkpoint; options are `writer.merge`'s own."""
+    from . import show
+    from .writer import how_quantized, merge
+
+    code = arguments.trust_remote_code
     with _progress("merging", plan.bytes_written) as progress:
         merge(
             plan,
             alpha,
             arguments.out,
-            max_shard_size=size,
             force=arguments.force,
             search=found.to_json() if found else None,
             beside={"report.html": found.page.encode()} if found else None,
-            fetch=fetch,
             progress=progress,
             quantize=_quantize(arguments),
             trust_remote_code=code,
+            **options,
         )
     counts = plan.to_json()["counts"]
+    how = how_quantized(plan, _quantize(arguments), trust_remote_code=code)
     written = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
     quantized = f", {len(how.names)} of them quantized to {how.method}" if how else ""
     print(
         f"{arguments.out}: {counts['interpolate']} tensors interpolated, {counts['copy']} copied"
         f"{quantized}, {show.size(written if how else plan.bytes_written)}"
     )
+
+
+@contextmanager
+def _pushing(arguments: argparse.Namespace, plan: Plan | None = None) -> Iterator[Push]:
+    """The upload that was asked for, once the Hub said that it can be; nothing is sent yet.
+
+    plan: what is to be merged; None if `arguments.out` is complete.
+    """
+    from . import card
+    from .journal import pending
+    from .push import Push, quiet
+    from .push_check import check
+
+    complete = plan is None or pending(arguments.out)
+    paper, readme = None, arguments.out / "README.md"
+    if plan is not None:
+        paper = card.model_card(plan, arguments.alpha or 0.0, {})
+    elif readme.is_file():
+        paper = readme.read_text("utf-8", errors="replace")
+    with quiet():
+        target = check(
+            arguments.push_to_hub,
+            private=arguments.private,
+            replace=arguments.replace_repo,
+            card=paper,
+            out=arguments.out if complete else None,
+        )
+        with Push(target, arguments.out) as push:
+            yield push
+
+
+def _finish_push(arguments: argparse.Namespace, push: Push) -> None:
+    """Send what is left of the complete output, and commit."""
+    from .push_check import pushed_files
+    from .verify import verify
+
+    verify(arguments.out)
+    total = sum(path.stat().st_size for path in pushed_files(arguments.out).values())
+    with _progress("uploading", total) as progress:
+        files = push.finish(progress)
+    _show_notes(push.notes)
+    print(f"{push.url}: {files} files")
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from .verify import verify
+
+    verify(arguments.out)
+    with _pushing(arguments) as push:
+        _finish_push(arguments, push)
     return 0
 
 
@@ -711,5 +784,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "search": _search,
     "verify": _verify,
     "archs": _archs,
+    "push": _push,
     "demo": _demo,
 }

@@ -62,6 +62,10 @@ class PromptError(MergeError):
     """A prompt set, or a set of recorded answers, cannot be read or used."""
 
 
+class PushError(MergeError):
+    """The Hub cannot take the output, or did not; what lies on disk is unharmed."""
+
+
 class PlacementError(MergeError):
     """The model does not fit into the memory there is."""
 

@@ -33,6 +33,10 @@ NAME = ".journal.jsonl"
 ANSWERS = "answers.jsonl"
 """A search's journal; it ends beside the merged model, and scores again with `--answers`."""
 
+PENDING = ".push.json"
+"""In OUT beside a complete merge whose upload is not finished: `{"merge": fingerprint, "repo": …}`.
+It is made in WORK and moves with the rest."""
+
 
 class _Log(Closing):
     """A locked file of JSON lines that belongs to one fingerprint."""
@@ -158,3 +162,10 @@ def _fingerprint(path: Path, kind: str) -> str | None:
         return None
     except (ValueError, KeyError, TypeError):
         return "unreadable"
+
+
+def pending(out: Path) -> str | None:
+    """Whose complete merge lies in `out`, its upload unfinished; None if nothing waits there."""
+    if (out / WORK / NAME).is_file() or not (out / PENDING).is_file():
+        return None
+    return _fingerprint(out / PENDING, "merge")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
-COMMANDS = ("plan", "merge", "search", "verify", "archs", "demo")
+COMMANDS = ("plan", "merge", "search", "verify", "push", "archs", "demo")
 NEED_A_MODEL = (
     *("base", "donor", "dtype", "arch", "prompts", "question", "split", "text_column"),
     *("image_column", "alphas", "refine", "refine_layers", "no_drafts", "no_vision_cache"),
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for add in (_add_plan, _add_merge, _add_search, _add_verify, _add_archs, _add_demo):
+    for add in (_add_plan, _add_merge, _add_search, _add_verify, _add_push, _add_archs, _add_demo):
         add(commands)
     return root
 
@@ -86,6 +86,12 @@ def _add_merge(commands: _Commands) -> None:
         metavar="SIZE",
         help="of Hub ids: fetch shard by shard, at most this much at a time, and delete each",
     )
+    merge.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload too, shard by shard as they are finished; one commit when all is there",
+    )
+    _repository_options(merge)
     _search_options(merge)
 
 
@@ -112,6 +118,13 @@ def _add_verify(commands: _Commands) -> None:
     verify.add_argument(
         "--deep", action="store_true", help="also digests, and sampled rows against the inputs"
     )
+
+
+def _add_push(commands: _Commands) -> None:
+    push = commands.add_parser("push", help="upload a merged folder, or finish its upload")
+    push.add_argument("out", metavar="OUT", type=Path)
+    push.add_argument("push_to_hub", metavar="ORG/NAME", help="a repository of models on the Hub")
+    _repository_options(push)
 
 
 def _add_archs(commands: _Commands) -> None:
@@ -164,6 +177,15 @@ def _arch_option(parser: argparse.ArgumentParser) -> None:
 def _no_cache_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-cache", action="store_true", help="of Hub ids: stream the tensors and store nothing"
+    )
+
+
+def _repository_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument(
+        "--replace-repo",
+        action="store_true",
+        help="upload also to a repository that holds other files, and delete those",
     )
 
 

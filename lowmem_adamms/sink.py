@@ -162,12 +162,19 @@ class DiskSink:
     """
 
     def __init__(
-        self, out: Path, files: tuple[OutFile, ...], journal: Journal, *, evict: bool
+        self,
+        out: Path,
+        files: tuple[OutFile, ...],
+        journal: Journal,
+        *,
+        evict: bool,
+        finished: Callable[[str], None] | None = None,
     ) -> None:
+        """finished: called in the writer's thread with the name of each shard that is durable."""
         import numpy as np
 
         self._work, self._journal, self._evict = out / WORK, journal, evict
-        self._files = files
+        self._files, self._finished = files, finished
         self._homes = {name: file for file in files for name in file.offsets}
         for file in files:
             _forget_lost(out, file, journal)
@@ -279,6 +286,8 @@ class DiskSink:
     def _finish(self, shard: _Shard) -> None:
         size, digest = shard.finish()
         self._journal.note(file=shard.file.name, size=size, blake3=digest)
+        if self._finished:
+            self._finished(shard.file.name)
 
     def _submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
         """Queue work for the writer; once something failed, nothing queued behind it is done."""

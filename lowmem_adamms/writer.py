@@ -21,13 +21,14 @@ from . import card, kinship
 from .alphas import Alpha, Alphas, resolve, to_json
 from .errors import OutputError
 from .inputs import BY_CACHE, Fetch, carry_out, download, remote
-from .journal import ANSWERS, NAME, WORK, Journal
+from .journal import ANSWERS, NAME, PENDING, WORK, Journal, pending
 from .merge import Sink
 from .plan import Plan
 from .sink import DiskSink, OutFile, out_files
 from .stream import reading
 
 if TYPE_CHECKING:
+    from .push import Push
     from .quantized import Quantized
 
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,7 @@ def merge(
     search: Mapping[str, Any] | None = None,
     beside: Mapping[str, bytes] | None = None,
     fetch: Fetch = BY_CACHE,
+    push: Push | None = None,
     progress: Callable[[int], None] | None = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
@@ -52,16 +54,23 @@ def merge(
     alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role.
     max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
     search: how alpha was found, for adamms.json. beside: further files, such as a report.
-    fetch: how what lies on the Hub gets here. progress: called with bytes of output done since the
-    last call, before they are quantized. quantize: "nf4" or "int8", as bitsandbytes does; asks the
-    base's class in transformers what to quantize, for which trust_remote_code may be needed.
-    Resumes a killed run of the same merge. Raises RecipeError, OutputError, FormatError or
-    MappingError before anything is written; HubError, also later, where the Hub fails for good.
+    fetch: how what lies on the Hub gets here. push: is given every shard as it is durable; the
+    caller finishes it. progress: called with bytes of output done since the last call, before they
+    are quantized. quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in
+    transformers what to quantize, for which trust_remote_code may be needed. Resumes a killed run
+    of the same merge, and leaves alone a complete one whose upload is not. Raises RecipeError,
+    OutputError, FormatError, MappingError or PushError before anything is written; HubError, also
+    later, where the Hub fails for good.
     """
     alpha, out = resolve(alpha, plan), Path(out)
     how = how_quantized(plan, quantize, trust_remote_code=trust_remote_code)
-    files = check_output(plan, out, max_shard_size=max_shard_size, how=how, fetch=fetch)
+    uploads = push is not None
+    files = check_output(
+        plan, out, max_shard_size=max_shard_size, how=how, fetch=fetch, push=uploads
+    )
     fingerprint = _fingerprint(plan, alpha, files, how)
+    if _only_upload_left(out, fingerprint):
+        return out
     from .kernels.select import select
 
     elsewhere = remote(plan)
@@ -72,8 +81,12 @@ def merge(
     if elsewhere and fetch.cached:
         download(plan, bars=fetch.bars)
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
+    if push:
+        push.begin()
     with Journal(out, fingerprint) as journal:
-        with _sink(out, files, journal, how, evict=evict) as sink:
+        finished = push.shard if push else None
+        with _sink(out, files, journal, how, evict=evict, finished=finished) as sink:
+            _hand_over(push, out, fingerprint, journal)
             if progress:
                 progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
             options = {"kernel": kernel, "evict": evict, "progress": progress}
@@ -103,16 +116,20 @@ def how_quantized(
 
 @contextmanager
 def _sink(
-    out: Path, files: tuple[OutFile, ...], journal: Journal, how: Quantized | None, *, evict: bool
+    out: Path,
+    files: tuple[OutFile, ...],
+    journal: Journal,
+    how: Quantized | None,
+    **options: Any,
 ) -> Iterator[Sink]:
-    """The disk sink, behind the stage that quantizes if there is one."""
-    with DiskSink(out, files, journal, evict=evict) as disk:
+    """The disk sink with its options, behind the stage that quantizes if there is one."""
+    with DiskSink(out, files, journal, **options) as disk:
         if how is None:
             yield disk
             return
         from .quantized_sink import QuantizingSink
 
-        with QuantizingSink(disk, how, out / WORK, evict=evict) as sink:
+        with QuantizingSink(disk, how, out / WORK, evict=options["evict"]) as sink:
             yield sink
 
 
@@ -123,12 +140,40 @@ def check_output(
     max_shard_size: int | None = None,
     how: Quantized | None = None,
     fetch: Fetch = BY_CACHE,
+    push: bool = False,
 ) -> tuple[OutFile, ...]:
-    """The output's shards, if `out` can take them; OutputError if it cannot."""
+    """The output's shards, if `out` can take them; OutputError if it cannot.
+
+    push: `out` may be a complete merge whose upload is not finished.
+    """
     files = out_files(plan, max_shard_size, how.entries if how else None)
-    _check_place(plan, out)
-    _check_space(files, out, fetch.disk_budget or 0)
+    if not (push and pending(out)):
+        _check_place(plan, out)
+        _check_space(files, out, fetch.disk_budget or 0)
     return files
+
+
+def _only_upload_left(out: Path, fingerprint: str) -> bool:
+    """Whether `out` is this merge, complete; OutputError if it is another one, to be uploaded."""
+    found = pending(out)
+    if found not in (None, fingerprint):
+        raise OutputError(
+            f"{out} holds a merge of other inputs or options that waits for its upload; finish that"
+            " with `push`, or choose another -o"
+        )
+    return found is not None
+
+
+def _hand_over(push: Push | None, out: Path, fingerprint: str, journal: Journal) -> None:
+    """Note that the output is to be uploaded, or no longer, and give what is complete already."""
+    note = out / WORK / PENDING
+    if push is None:
+        note.unlink(missing_ok=True)
+        return
+    line = json.dumps({"merge": fingerprint, "repo": push.repo}, ensure_ascii=True)
+    _write_file(note, line.encode() + b"\n")
+    for name in list(journal.done):
+        push.shard(name)
 
 
 def _check_place(plan: Plan, out: Path) -> None:
@@ -141,6 +186,11 @@ def _check_place(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
     if there != out or (out / WORK / NAME).is_file():
         return
+    if pending(out):
+        raise OutputError(
+            f"{out} is complete and waits for its upload; finish that with `push` or the command"
+            " that began it, or choose another -o"
+        )
     ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
     if not set(out.rglob("*")) <= ours:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")

@@ -71,8 +71,9 @@ class Reading:
     def __init__(self, line: Line, tokens: Any, seed: int) -> None:
         self._line, self._tokens, self._seed = line, tokens, seed
 
-    def __call__(self, number: int, rows: int) -> Inputs:
-        """Batch `number`: `rows` documents."""
+    def __call__(self, number: int, rows: int, offset: int = 0) -> Inputs:
+        """Batch `number` behind `offset`: `rows` documents."""
+        number += offset
         dice = random.Random(f"{self._seed} text {number}")
         ids: list[list[int]] = []
         labels: list[list[int]] = []

@@ -2,11 +2,12 @@
 
     python bench/zoo/train.py OUT [--line qwen2] [--member qwen2-vl] [--until tune] [--seed 0]
 
-Stages, each a folder in OUT and skipped when it is there: `text` trains a line's language model;
-`see` a member's tower and connector to tell facts apart, as towers are trained before they meet a
-language model; `align` and `settle` tower and connector against the frozen language model; `tune`
-the language model, tower frozen, on the member's own tasks. A stage killed midway goes on from the
-last step it kept. One thread, so that the same machine gives the same bits: run one member a core.
+Stages, each a folder in OUT and skipped when it is there: `text` and `reread` train a line's
+language model; `see` a member's tower and connector to tell facts apart, as towers are trained
+before they meet a language model; `align` and `settle` tower and connector against the frozen
+language model; `tune` the language model, tower frozen, on the member's own tasks. A stage killed
+midway goes on from the last step it kept. One thread, so that the same machine gives the same bits:
+run one member a core.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Stage:
 
 STAGES = {
     "text": Stage(steps=650, rows=48, rate=2e-3, warm=100),
+    "reread": Stage(steps=400, rows=48, rate=1.5e-3),
     "see": Stage(steps=1500, rows=64, rate=2e-3),
     "align": Stage(steps=800, rows=48, rate=1e-3),
     "settle": Stage(steps=700, rows=48, rate=2e-3),
@@ -117,16 +119,16 @@ class Zoo:
         torch.manual_seed(self.seed)
         model = family.language_model(self.line)
         batches = Reading(self.line, family.tokenizer(self.line, self.home), self.seed)
-        run_stage(
-            self.home / "text", STAGES["text"], model, partial(reading_loss, model), batches,
-            model.parameters(),
-        )  # fmt: skip
+        for stage in ("text", "reread"):
+            weigh = partial(reading_loss, model)
+            lesson = partial(batches, offset=10**6 * (stage == "reread"))
+            run_stage(self.home / stage, STAGES[stage], model, weigh, lesson, model.parameters())
 
     def raise_member(self, one: Member, until: int) -> None:
         """All stages of one multimodal model; `exam.json` says what it can after each."""
         tokens = family.tokenizer(self.line, self.home, one.added)
         torch.manual_seed(self.seed * 100 + MEMBERS.index(one) + 1)
-        ancestor = torch.load(self.home / "text" / "weights.pt", weights_only=True)
+        ancestor = torch.load(self.home / "reread" / "weights.pt", weights_only=True)
         ancestor = {name.removeprefix("model."): value for name, value in ancestor.items()}
         with quiet():
             model = family.build(one, tokens, ancestor)
