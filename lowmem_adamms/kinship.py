@@ -18,7 +18,7 @@ from .errors import MappingError
 from .plan import Part, Plan
 
 if TYPE_CHECKING:
-    from .kernels.reference import Floats
+    from .kernels.reference import Bits, Floats
 
 THRESHOLD = 0.5
 """Below this in any layer the two are taken for strangers."""
@@ -43,15 +43,15 @@ def measure(plan: Plan) -> Kinship:
     """Sample every interpolated matrix of a plan; a second or less on cold 7B checkpoints."""
     sums: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        files = _Files(stack)
+        files = Files(stack)
         for part in (part for step in plan.steps for part in step.parts):
             if part.donor is None or part.role is None or len(part.base.shape) < 2:
                 continue
             dot, base_square, donor_square = _products(part, files)
-            total = sums.setdefault(_group(part.role), [0.0, 0.0, 0.0])
+            total = sums.setdefault(group_of(part.role), [0.0, 0.0, 0.0])
             for i, value in enumerate((dot, base_square, donor_square)):
                 total[i] += value
-    return Kinship({group: _cosine(*total) for group, total in sums.items()})
+    return Kinship({group: cosine_of(*total) for group, total in sums.items()})
 
 
 def check(plan: Plan) -> Kinship:
@@ -69,19 +69,20 @@ def check(plan: Plan) -> Kinship:
     return kinship
 
 
-def _group(role: str) -> str:
+def group_of(role: str) -> str:
+    """What a role is judged with: its layer (`layers.3`), else itself."""
     layer = re.match(r"layers\.\d+", role)
     return layer[0] if layer else role
 
 
-def _cosine(dot: float, base_square: float, donor_square: float) -> float:
-    """Two all-zero samples count as alike, one alone as unlike."""
+def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
+    """Of a . b, a . a and b . b: two all-zero samples count as alike, one alone as unlike."""
     if base_square == 0 or donor_square == 0:
         return 1.0 if base_square == donor_square else 0.0
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _products(part: Part, files: _Files) -> tuple[float, float, float]:
+def _products(part: Part, files: Files) -> tuple[float, float, float]:
     """Base . donor, base . base and donor . donor over the sampled elements that are finite."""
     import numpy as np
 
@@ -94,7 +95,7 @@ def _products(part: Part, files: _Files) -> tuple[float, float, float]:
     return float(base @ donor), float(base @ base), float(donor @ donor)
 
 
-class _Files:
+class Files:
     """Files opened for a few small reads each."""
 
     def __init__(self, stack: ExitStack) -> None:
@@ -103,6 +104,12 @@ class _Files:
 
     def read(self, span: Span, first: int, count: int) -> Floats:
         """`count` elements of a span from element `first`, as float64."""
+        from .kernels import reference
+
+        return reference.widen(self.bits(span, first, count), span.dtype.name)
+
+    def bits(self, span: Span, first: int, count: int) -> Bits:
+        """`count` elements of a span from element `first`, as a storage array."""
         import numpy as np
 
         from .kernels import reference
@@ -111,8 +118,7 @@ class _Files:
             self._open[span.path] = self._stack.enter_context(span.path.open("rb", buffering=0))
         start = span.start + first * span.dtype.itemsize
         raw = _read_uncached(self._open[span.path], start, count * span.dtype.itemsize)
-        bits = np.frombuffer(raw, reference.STORAGE[span.dtype.name])
-        return reference.widen(bits, span.dtype.name)
+        return np.frombuffer(raw, reference.STORAGE[span.dtype.name])
 
 
 def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:
