@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import likeness
 from .checkpoint import Span
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .kernels.reference import Floats
 
 _NAMED = 6  # groups that a reason lists by name
+_Key = TypeVar("_Key")
 Word = Literal["identical", "same ancestor", "related in part", "unrelated", "not comparable"]
 
 
@@ -76,11 +77,11 @@ class Comparison:
         """Each pair with its measure."""
         return zip(self.pairing.pairs, self.measures, strict=True)
 
-    def by(self, key: Callable[[Pair], Any], *, decoder: bool = True) -> dict[Any, Measure]:
+    def by(self, key: Callable[[Pair], _Key], *, by_name: bool = False) -> dict[_Key, Measure]:
         """The measures added up by a key, of the decoder or of what was joined by name."""
-        found: dict[Any, Measure] = {}
+        found: dict[_Key, Measure] = {}
         for pair, measure in self.items:
-            if pair.by_name != decoder:
+            if pair.by_name == by_name:
                 found[key(pair)] = found.get(key(pair), Measure()) + measure
         return found
 
@@ -88,6 +89,11 @@ class Comparison:
     def cells(self) -> dict[tuple[str, str], Measure]:
         """By group and kind, of the decoder."""
         return self.by(lambda pair: (pair.group, pair.kind))
+
+    @property
+    def by_name(self) -> dict[str, Measure]:
+        """By kind, of what was joined by name."""
+        return self.by(_group, by_name=True)
 
     @property
     def layers(self) -> list[int]:
@@ -106,7 +112,9 @@ class Comparison:
     @property
     def singles(self) -> list[str]:
         """The groups of the decoder that are no layers: `embed`, `norm`, `head`."""
-        return [group for group in self.by(_group) if not group.startswith("layers.")]
+        order = {"embed": 0, "norm": 1, "head": 2}
+        found = [group for group in self.by(_group) if not group.startswith("layers.")]
+        return sorted(found, key=lambda group: (order.get(group, len(order)), group))
 
     @property
     def obstacles(self) -> tuple[str, ...]:
@@ -147,7 +155,7 @@ class Comparison:
                 | {"kinds": {kind: m.to_json() for (g, kind), m in cells.items() if g == group}}
                 for group, measure in layers.items()
             },
-            "by_name": {k: m.to_json() for k, m in self.by(_group, decoder=False).items()},
+            "by_name": {k: m.to_json() for k, m in self.by_name.items()},
             "tensors": [
                 {
                     "role": pair.role,
