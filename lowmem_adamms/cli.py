@@ -185,9 +185,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         sample = None if arguments.full else arguments.sample
         found = compare.compare(joined, sample=sample, progress=progress)
     if arguments.html:
-        from . import compare_page, report
+        from . import compare_page, report_page
 
-        report.write(arguments.html, compare_page.html(found))
+        report_page.write(arguments.html, compare_page.html(found))
     if arguments.json:
         print(json.dumps(found.to_json(), ensure_ascii=False))
     else:

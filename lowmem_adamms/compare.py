@@ -221,12 +221,13 @@ def _share_json(share: Share) -> dict[str, int]:
 def judge(pairing: Pairing, measures: Iterable[Measure]) -> Verdict:
     """Of one ancestor or not: by the cosine of every layer's matrices, of embedding and head."""
     groups: dict[str, Measure] = {}
-    identical = not any(only.decoder for side in (pairing.a, pairing.b) for only in side.only)
+    equal = True
     for pair, measure in zip(pairing.pairs, measures, strict=True):
         if pair.tells:
             groups[pair.group] = groups.get(pair.group, Measure()) + measure
-        identical = identical and (pair.by_name or measure.identical)
-    cosines = {group: m.cosine for group, m in groups.items() if m.cosine is not None}
+        equal = equal and (pair.by_name or measure.identical)
+    order = sorted(groups, key=lambda group: (not group.startswith("layers."), group))
+    cosines = {group: c for group in order if (c := groups[group].cosine) is not None}
     low = [group for group, cosine in cosines.items() if cosine < THRESHOLD]
     uneven = len(pairing.a.layers) != len(pairing.b.layers)
     runs = find_runs(pairing) if low or uneven else ()
@@ -237,20 +238,22 @@ def judge(pairing: Pairing, measures: Iterable[Measure]) -> Verdict:
     lowest = min(cosines.items(), key=lambda item: item[1])
     moved = {f"layers.{run.a + i}" for run in runs for i in range(run.length)}
     strange = [group for group in low if group not in moved]
-    word, same, reason = _word(cosines, strange, runs, identical)
+    word, same, reason = _word(cosines, strange, runs)
+    if equal:
+        alone = any(only.decoder for side in (pairing.a, pairing.b) for only in side.only)
+        word = "same ancestor" if alone else "identical"
+        reason = "every element that was read is equal on both sides"
     return Verdict(word, same, reason, lowest, runs)
 
 
 def _word(
-    cosines: Mapping[str, float], strange: Sequence[str], runs: Sequence[Run], identical: bool
+    cosines: Mapping[str, float], strange: Sequence[str], runs: Sequence[Run]
 ) -> tuple[Word, bool | None, str]:
     """The verdict in a word, whether that is one ancestor, and why."""
     near = "descendants of one model lie near 1, strangers near 0"
-    if identical:
-        return "identical", True, "every element that was read is equal"
     if len(strange) == len(cosines) and not runs:
         highest = max(cosines.values())
-        reason = f"no layer reaches cosine {THRESHOLD}, the highest is {highest:.3f}; {near}"
+        reason = f"cosine is {highest:.3f} or less in {_groups(cosines)}; {near}"
         return "unrelated", False, reason
     moved = [
         f"layers {_range(run.a, run.length)} of A are alike to layers"
@@ -261,11 +264,19 @@ def _word(
         return "same ancestor", True, "; ".join(moved)
     if not strange:
         lowest, cosine = min(cosines.items(), key=lambda item: item[1])
-        reason = f"cosine is {cosine:.3f} or more in all {len(cosines)} of layers, embedding and"
-        return "same ancestor", True, f"{reason} head (lowest: {lowest}); {near}"
+        reason = f"cosine is {cosine:.3f} or more in {_groups(cosines)}, lowest in {lowest}; {near}"
+        return "same ancestor", True, reason
     few = ", ".join(strange[:_NAMED]) + (", …" if len(strange) > _NAMED else "")
-    reason = f"cosine is below {THRESHOLD} in {len(strange)} of {len(cosines)}: {few}"
+    reason = f"cosine is below {THRESHOLD} in {few}, of {_groups(cosines)}"
     return "related in part", None, "; ".join([reason, *moved])
+
+
+def _groups(names: Iterable[str]) -> str:
+    """Such as "28 layers, embed and head"."""
+    layers = [name for name in names if name.startswith("layers.")]
+    words = [f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"] if layers else []
+    *most, last = [*words, *(name for name in names if name not in layers)]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _range(first: int, length: int) -> str:

@@ -162,7 +162,7 @@ def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False)
     of_several = f"; a sign is the furthest of {per} layers" if per > 1 else ""
     table = Table(title=f"distance ||A - B|| / ||A||{of_several}", title_justify="left")
     table.add_column("")
-    table.add_column(_ruler(layers, per), no_wrap=True)
+    table.add_column(_ruler(layers, per) if comparison.kinds else "", no_wrap=True)
     for title in ("distance", "cosine", "furthest", "equal"):
         table.add_column(title, justify="right", no_wrap=True)
     cells = comparison.cells
