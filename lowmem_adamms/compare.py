@@ -236,7 +236,8 @@ def judge(pairing: Pairing, measures: Iterable[Measure]) -> Verdict:
     if not cosines:
         return Verdict("not comparable", None, _incomparable(pairing, groups))
     lowest = min(cosines.items(), key=lambda item: item[1])
-    moved = {f"layers.{run.a + i}" for run in runs for i in range(run.length)}
+    # A number is accounted for if either side's layer of it is somewhere on the other
+    moved = {f"layers.{i + n}" for run in runs for i in (run.a, run.b) for n in range(run.length)}
     strange = [group for group in low if group not in moved]
     word, same, reason = _word(cosines, strange, runs)
     if equal:
