@@ -125,46 +125,24 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The document of `compare --json`."""
-        verdict = self.verdict
+        a, b = self.a.traits, self.b.traits
         cells = self.cells
-        layers = self.by(_group)
         return {
             "a": _side_json(self.a),
             "b": _side_json(self.b),
             "sample": self.sample,
-            "verdict": {
-                "word": verdict.word,
-                "same_ancestor": verdict.same,
-                "reason": verdict.reason,
-                "threshold": THRESHOLD,
-                "lowest": dict(zip(("group", "cosine"), verdict.lowest, strict=True))
-                if verdict.lowest
-                else None,
-                "layers": [[run.a, run.b, run.length] for run in verdict.runs],
-            },
+            "verdict": _verdict_json(self.verdict),
             "obstacles": list(self.obstacles),
-            "differs": {
-                name: [said, self.b.traits[name]]
-                for name, said in self.a.traits.items()
-                if said != self.b.traits[name]
-            },
-            "decoder": sum(layers.values(), Measure()).to_json(),
+            "differs": {name: [said, b[name]] for name, said in a.items() if said != b[name]},
+            "decoder": self.by(lambda _: "").get("", Measure()).to_json(),
             "kinds": {kind: m.to_json() for kind, m in self.by(lambda pair: pair.kind).items()},
             "groups": {
                 group: measure.to_json()
                 | {"kinds": {kind: m.to_json() for (g, kind), m in cells.items() if g == group}}
-                for group, measure in layers.items()
+                for group, measure in self.by(_group).items()
             },
-            "by_name": {k: m.to_json() for k, m in self.by_name.items()},
-            "tensors": [
-                {
-                    "role": pair.role,
-                    "a": sorted({piece.names[0] for piece in pair.pieces}),
-                    "b": sorted({piece.names[1] for piece in pair.pieces}),
-                }
-                | measure.to_json()
-                for pair, measure in self.items
-            ],
+            "by_name": {kind: m.to_json() for kind, m in self.by_name.items()},
+            "tensors": [_pair_json(pair) | measure.to_json() for pair, measure in self.items],
             "notes": list(self.pairing.notes),
         }
 
@@ -194,6 +172,23 @@ def bytes_read(pairing: Pairing) -> int:
 
 def _group(pair: Pair) -> str:
     return pair.group
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+    lowest = verdict.lowest
+    return {
+        "word": verdict.word,
+        "same_ancestor": verdict.same,
+        "reason": verdict.reason,
+        "threshold": THRESHOLD,
+        "lowest": {"group": lowest[0], "cosine": lowest[1]} if lowest else None,
+        "layers": [[run.a, run.b, run.length] for run in verdict.runs],
+    }
+
+
+def _pair_json(pair: Pair) -> dict[str, Any]:
+    a, b = (list(dict.fromkeys(piece.names[i] for piece in pair.pieces)) for i in (0, 1))
+    return {"role": pair.role, "a": a, "b": b}
 
 
 def _side_json(side: Side) -> dict[str, Any]:
@@ -303,13 +298,15 @@ def find_runs(pairing: Pairing) -> tuple[Run, ...]:
     a, b = pairing.a.layers, pairing.b.layers
     if not (a and b):
         return ()
-    shapes = ({role: _rows(spans) for role, spans in side[0].items()} for side in (a, b))
-    roles = sorted(set.intersection(*({*held.items()} for held in shapes)))
+    shapes = [
+        {(role, _rows(spans)) for role, spans in layer.items()}
+        for side in (a, b)
+        for layer in side.values()
+    ]
+    roles = sorted(role for role, _ in set.intersection(*shapes))
     if not roles:
         return ()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        unit = [_directions(side, [role for role, _ in roles]) for side in (a, b)]
-        alike = unit[0] @ unit[1].T >= THRESHOLD
+    alike = _directions(a, roles) @ _directions(b, roles).T >= THRESHOLD
     found = []
     for i, j in zip(*map(np.ndarray.tolist, np.nonzero(alike)), strict=True):
         if i and j and alike[i - 1, j - 1]:

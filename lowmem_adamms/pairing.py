@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,17 +107,23 @@ class Pairing:
     notes: tuple[str, ...]
 
 
-def join(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Pairing:
+def join(
+    a: str | Path | Checkpoint,
+    b: str | Path | Checkpoint,
+    *,
+    make: Callable[..., Plan] = make_plan,
+) -> Pairing:
     """Join two checkpoints by their headers, however different they are.
 
+    make: `make_plan`, or the same with more of its options bound.
     FormatError for a broken or quantized one, MappingError for one without a known decoder.
     """
     misfits: list[str] = []
-    forth = make_plan(a, b, misfits=misfits)
+    forth = make(a, b, misfits=misfits)
     # Rows of tokens were joined on the way forth, unless only the way back has a head to join
     heads = ["head" in layout.roles() for layout in (forth.base_layout, forth.donor_layout)]
     embeddings: Embeddings = "merge" if heads == [False, True] else "keep"
-    back = make_plan(forth.donor, forth.base, embeddings=embeddings, misfits=[])
+    back = make(forth.donor, forth.base, embeddings=embeddings, misfits=[])
     return pair_up(forth, back, misfits)
 
 
