@@ -43,7 +43,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         tensors[name] = noise if scale is None else tensor + scale * noise
     tensors[EVIL] = torch.ones(3)
     b = tiny.respell(a, lambda name: None, root / "b", extra=tensors)
-    return tiny.respell(a, lambda name: name, root / "evil", extra={EVIL: torch.zeros(3)}), b
+    return tiny.respell(a, lambda name: name, root / "evil", extra={EVIL: torch.ones(3)}), b
 
 
 @pytest.fixture(scope="module")
