@@ -82,6 +82,19 @@ def blend(
         _blend(addresses, counts, owner, first * BLOCK, alpha, *tags)
 
 
+def relate(a: Bytes, b: Bytes, dtypes: tuple[str, str]) -> npt.NDArray[np.float64]:
+    """`reference.relate` of two byte buffers that hold the same number of elements.
+
+    Sums are formed block by block and the blocks added in order, however many threads there are.
+    """
+    count = a.size // _TAGS[dtypes[0]].itemsize
+    sums = np.zeros((-(-count // BLOCK), 9))
+    with _one_caller:
+        _relate(_address(a), _address(b), count, sums, *(_TAGS[dtype] for dtype in dtypes))
+    total: npt.NDArray[np.float64] = sums.sum(axis=0)
+    return total
+
+
 def warm(dtypes: tuple[str, str, str] = ("BF16", "BF16", "BF16")) -> None:
     """Compile the kernel of these dtypes, or load it from numba's cache, and start its threads."""
     buffers = [np.zeros(_TAGS[dtype].itemsize, np.uint8) for dtype in dtypes]
@@ -242,3 +255,50 @@ def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag)
         for i in range(start, stop):
             mixed = beta * _widen(base[i]) + alpha * _widen(donor[i])
             out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
+
+
+def _same(a, b):
+    """Whether two elements have the same bits; of different types, the same value or both NaN."""
+    raise NotImplementedError
+
+
+@overload(_same)
+def _same_any(a, b):
+    if a != b:
+        return _same_value
+    if a == types.float32:
+        return lambda a, b: _as_bits(a) == _as_bits(b)
+    return lambda a, b: a == b
+
+
+def _same_value(a, b):
+    x, y = _widen(a), _widen(b)
+    return x == y or (x != x and y != y)
+
+
+# Sums may be taken in another order, for the vector units; nothing is assumed of NaN and infinity
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _relate(a_address, b_address, count, sums, a_tag, b_tag):
+    """The nine sums of each block, one row of `sums` a block."""
+    for block in prange(sums.shape[0]):
+        a, b = _at(a_address, a_tag), _at(b_address, b_tag)
+        start = block * BLOCK
+        stop = min(count, start + BLOCK)
+        finite, equal, odd_a, odd_b = 0, 0, 0, 0
+        ab, aa, bb, dd = 0.0, 0.0, 0.0, 0.0
+        for i in range(start, stop):
+            x, y = _widen(a[i]), _widen(b[i])
+            fine_x, fine_y = abs(x) < np.inf, abs(y) < np.inf
+            fine = fine_x & fine_y
+            u, v = x if fine else 0.0, y if fine else 0.0
+            equal += _same(a[i], b[i])
+            finite += fine
+            odd_a += not fine_x
+            odd_b += not fine_y
+            ab += u * v
+            aa += u * u
+            bb += v * v
+            dd += (u - v) * (u - v)
+        row = sums[block]
+        row[0], row[1], row[2], row[3], row[4] = stop - start, finite, equal, odd_a, odd_b
+        row[5], row[6], row[7], row[8] = ab, aa, bb, dd

@@ -29,6 +29,8 @@ STORAGE: dict[str, type[np.unsignedinteger[Any]]] = {
     "F16": np.uint16,
     "F32": np.uint32,
 }
+SUMS = ("read", "finite", "equal", "odd_a", "odd_b", "ab", "aa", "bb", "dd")
+"""What `relate` gives: counts of elements (odd: not finite), then sums of products; d is a - b."""
 _QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
 
 
@@ -58,6 +60,21 @@ def widen(bits: Bits, dtype: str) -> Floats:
         bits, dtype = np.left_shift(bits, np.uint32(16), dtype=np.uint32), "F32"
     with np.errstate(invalid="ignore"):
         return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float64)
+
+
+def relate(a: Bits, b: Bits, dtypes: tuple[str, str]) -> Floats:
+    """How two storage arrays of one shape relate: the nine sums that SUMS names, in float64.
+
+    Sums of products are over the elements that are finite on both sides. Elements are equal if
+    their bits are; of different dtypes if their values are, or both are NaN.
+    """
+    x, y = widen(a, dtypes[0]), widen(b, dtypes[1])
+    equal = a == b if dtypes[0] == dtypes[1] else (x == y) | (np.isnan(x) & np.isnan(y))
+    fine_x, fine_y = np.isfinite(x), np.isfinite(y)
+    fine = fine_x & fine_y
+    counts = (x.size, fine.sum(), equal.sum(), x.size - fine_x.sum(), x.size - fine_y.sum())
+    x, y = x[fine], y[fine]
+    return np.array([*counts, x @ y, x @ x, y @ y, (x - y) @ (x - y)], np.float64)
 
 
 def narrow(values: Floats, dtype: str) -> Bits:

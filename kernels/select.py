@@ -13,6 +13,9 @@ from . import reference
 Bytes = npt.NDArray[np.uint8]
 Kernel = Callable[[Sequence[tuple[Bytes, Bytes, Bytes]], tuple[str, str, str], float], None]
 """kernel(parts, dtypes, alpha): see `cpu.blend`."""
+Relation = Callable[[Bytes, Bytes, tuple[str, str]], npt.NDArray[np.float64]]
+"""relation(a, b, dtypes): see `cpu.relate`."""
+_PIECE = 1 << 16  # elements
 
 
 def select(triples: Iterable[tuple[str, str, str]] = ()) -> tuple[Kernel, str]:
@@ -27,6 +30,25 @@ def select(triples: Iterable[tuple[str, str, str]] = ()) -> tuple[Kernel, str]:
     for dtypes in triples:
         cpu.warm(dtypes)
     return cpu.blend, "numba: compiled, parallel"
+
+
+def relation() -> Relation:
+    """The fastest way there is here to relate two buffers."""
+    try:
+        from . import cpu
+    except ImportError:
+        return _plain_relation
+    return cpu.relate
+
+
+def _plain_relation(a: Bytes, b: Bytes, dtypes: tuple[str, str]) -> npt.NDArray[np.float64]:
+    """The reference over the same buffers, in pieces that take a few MB as float64."""
+    x, y = (side.view(reference.STORAGE[dtype]) for side, dtype in zip((a, b), dtypes, strict=True))
+    total = np.zeros(len(reference.SUMS))
+    for start in range(0, x.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        total += reference.relate(x[piece], y[piece], dtypes)
+    return total
 
 
 def _plain(

@@ -201,6 +201,29 @@ def _show_plan(plan: Plan, console: Any) -> None:
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from . import compare, compare_table, pairing
+
+    if arguments.html:
+        _check_page(arguments.html, "--html")
+    joined = pairing.join(arguments.a, arguments.b)
+    with _progress("comparing", compare.bytes_read(joined) if arguments.full else None) as progress:
+        sample = None if arguments.full else arguments.sample
+        found = compare.compare(joined, sample=sample, progress=progress)
+    if arguments.html:
+        from . import compare_page, report_page
+
+        report_page.write(arguments.html, compare_page.html(found))
+    if arguments.json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        console = _console()
+        ascii_only = console.options.ascii_only
+        for item in compare_table.drawn(found, width=console.width, ascii_only=ascii_only):
+            console.print(item, soft_wrap=isinstance(item, str))
+    return 0
+
+
 def _merge(arguments: argparse.Namespace) -> int:
     from .writer import check_output, how_quantized
 
@@ -616,7 +639,7 @@ def _show_notes(notes: Sequence[str]) -> None:
 
 def _search(arguments: argparse.Namespace) -> int:
     if arguments.report:
-        _check_report(arguments.report)
+        _check_page(arguments.report, "--report")
     if arguments.answers:
         return _search_recorded(arguments)
     if not (arguments.donor and arguments.prompts):
@@ -632,10 +655,10 @@ def _search(arguments: argparse.Namespace) -> int:
     return _conclude(arguments, found, plan.base.ref, plan.donor.ref)
 
 
-def _check_report(path: Path) -> None:
-    """OutputError now, not after the search, where a report clearly cannot be written."""
+def _check_page(path: Path, option: str) -> None:
+    """OutputError now, not after the work, where a page clearly cannot be written."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(f"--report {path}: expected a file in a folder that exists")
+        raise OutputError(f"{option} {path}: expected a file in a folder that exists")
 
 
 def _search_recorded(arguments: argparse.Namespace) -> int:
@@ -672,9 +695,9 @@ def _conclude(
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar with rate and time left on stderr, or nothing where that is no terminal."""
-    if not sys.stderr.isatty():
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None] | None]:
+    """A bar with rate and time left on stderr, or nothing where that is no terminal or no total."""
+    if total is None or not sys.stderr.isatty():
         yield None
         return
     from rich import progress as bars
@@ -780,6 +803,7 @@ def _scores(out: Path) -> dict[float, float | None]:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
+    "compare": _compare,
     "merge": _merge,
     "search": _search,
     "verify": _verify,

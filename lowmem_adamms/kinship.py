@@ -22,7 +22,7 @@ from .plan import Part, Plan
 from .wire import RemoteFile
 
 if TYPE_CHECKING:
-    from .kernels.reference import Floats
+    from .kernels.reference import Bits, Floats
 
 THRESHOLD = 0.5
 """Below this in any layer the two are taken for strangers."""
@@ -53,15 +53,15 @@ def measure(plan: Plan) -> Kinship:
         if part.donor and part.role and len(part.base.shape) > 1
     ]
     with ExitStack() as stack:
-        files = _Files(stack, plan.base.remote() | plan.donor.remote())
+        files = Files(stack, plan.base.remote() | plan.donor.remote())
         # One after the other from a disk, many requests at once to the Hub
         pool = stack.enter_context(ThreadPoolExecutor(LANES if files.remote else 1))
         products = pool.map(lambda part: _products(part, files), parts)
         for part, found in zip(parts, products, strict=True):
-            total = sums.setdefault(_group(part.role or ""), [0.0, 0.0, 0.0])
+            total = sums.setdefault(group_of(part.role or ""), [0.0, 0.0, 0.0])
             for i, value in enumerate(found):
                 total[i] += value
-    return Kinship({group: _cosine(*total) for group, total in sums.items()})
+    return Kinship({group: cosine_of(*total) for group, total in sums.items()})
 
 
 def check(plan: Plan) -> Kinship:
@@ -79,19 +79,20 @@ def check(plan: Plan) -> Kinship:
     return kinship
 
 
-def _group(role: str) -> str:
+def group_of(role: str) -> str:
+    """What a role is judged with: its layer (`layers.3`), else itself."""
     layer = re.match(r"layers\.\d+", role)
     return layer[0] if layer else role
 
 
-def _cosine(dot: float, base_square: float, donor_square: float) -> float:
-    """Two all-zero samples count as alike, one alone as unlike."""
+def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
+    """Of a . b, a . a and b . b: two all-zero samples count as alike, one alone as unlike."""
     if base_square == 0 or donor_square == 0:
         return 1.0 if base_square == donor_square else 0.0
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _products(part: Part, files: _Files) -> tuple[float, float, float]:
+def _products(part: Part, files: Files) -> tuple[float, float, float]:
     """Base . donor, base . base and donor . donor over the sampled elements that are finite."""
     import numpy as np
 
@@ -104,23 +105,28 @@ def _products(part: Part, files: _Files) -> tuple[float, float, float]:
     return float(base @ donor), float(base @ base), float(donor @ donor)
 
 
-class _Files:
+class Files:
     """Files opened for a few small reads each."""
 
-    def __init__(self, stack: ExitStack, remote: Mapping[Path, RemoteFile]) -> None:
-        self._stack, self.remote = stack, remote
+    def __init__(self, stack: ExitStack, remote: Mapping[Path, RemoteFile] | None = None) -> None:
+        self._stack, self.remote = stack, remote or {}
         self._open: dict[Path, BinaryIO] = {}
 
     def read(self, span: Span, first: int, count: int) -> Floats:
         """`count` elements of a span from element `first`, as float64."""
+        from .kernels import reference
+
+        return reference.widen(self.bits(span, first, count), span.dtype.name)
+
+    def bits(self, span: Span, first: int, count: int) -> Bits:
+        """`count` elements of a span from element `first`, as a storage array."""
         import numpy as np
 
         from .kernels import reference
 
         start, nbytes = span.start + first * span.dtype.itemsize, count * span.dtype.itemsize
         raw = self._read(span.path, start, nbytes)
-        bits = np.frombuffer(raw, reference.STORAGE[span.dtype.name])
-        return reference.widen(bits, span.dtype.name)
+        return np.frombuffer(raw, reference.STORAGE[span.dtype.name])
 
     def _read(self, path: Path, start: int, nbytes: int) -> bytes | bytearray:
         if path in self.remote:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
-COMMANDS = ("plan", "merge", "search", "verify", "push", "archs", "demo")
+COMMANDS = ("plan", "compare", "merge", "search", "verify", "push", "archs", "demo")
 NEED_A_MODEL = (
     *("base", "donor", "dtype", "arch", "prompts", "question", "split", "text_column"),
     *("image_column", "alphas", "refine", "refine_layers", "no_drafts", "no_vision_cache"),
@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for add in (_add_plan, _add_merge, _add_search, _add_verify, _add_push, _add_archs, _add_demo):
+    for add in (_add_plan, _add_compare, _add_merge, _add_search):
+        add(commands)
+    for add in (_add_verify, _add_push, _add_archs, _add_demo):
         add(commands)
     return root
 
@@ -57,6 +59,22 @@ def _add_plan(commands: _Commands) -> None:
     plan.add_argument("-o", "--out", metavar="OUT", type=Path, help="where it would be written")
     plan.add_argument("--json", action="store_true", help="one JSON document on stdout")
     _placement_options(plan)
+
+
+def _add_compare(commands: _Commands) -> None:
+    compare = commands.add_parser(
+        "compare", help="how far apart two checkpoints are, and whether of one ancestor"
+    )
+    compare.add_argument("a", metavar="A", help="folder or file of a checkpoint")
+    compare.add_argument("b", metavar="B", help="another; distances are relative to A")
+    compare.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    compare.add_argument("--html", metavar="FILE", type=Path, help="write a page here")
+    amount = compare.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--sample", metavar="N", type=_count, default=4096, help="elements a tensor; default: 4096"
+    )
+    amount.add_argument("--full", action="store_true", help="read everything")
+    _arch_option(compare)
 
 
 def _add_merge(commands: _Commands) -> None:

@@ -8,10 +8,11 @@ the base's. Embedding and head rows are joined by token. Leaves the arithmetic t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from . import archs, declare, tokens
 from .arch import BUFFER, Arch, Block, Layout, span_of
@@ -20,6 +21,7 @@ from .dtypes import DType
 from .errors import FormatError, MappingError
 from .recognise import recognise
 
+_T = TypeVar("_T")
 Embeddings = Literal["merge", "keep"]
 _Pieces = list[tuple[str, Block]]
 MANY_RUNS = 16
@@ -143,12 +145,14 @@ def make_plan(
     embeddings: Embeddings = "merge",
     dtype: DType | None = None,
     declared: Sequence[Arch] = (),
+    misfits: list[str] | None = None,
 ) -> Plan:
     """Plan the merge of two checkpoints from their headers.
 
     embeddings: "merge" joins the rows of embed and head by token, "keep" leaves the base's.
     dtype: of the output's floating tensors; None keeps each base tensor's own.
     declared: the user's own declarations (`declare.read`), which go before the known ones.
+    misfits: takes what would be a MappingError for the two; such tensors then stay the base's.
     Raises FormatError for a broken or quantized input, MappingError where the two do not fit.
     """
     base, donor = _opened(base), _opened(donor)
@@ -156,9 +160,10 @@ def make_plan(
         recognise(checkpoint, archs.ARCHS, declared) for checkpoint in (base, donor)
     )
     join = _Join(base, donor, base_layout, donor_layout, embeddings)
-    join.check_sizes()
+    join.misfits = misfits
+    join.fitting(join.check_sizes, None)
     steps = tuple(step for name in base.tensors if (step := join.step(name, dtype)) is not None)
-    if not any(step.action == "interpolate" for step in steps):
+    if misfits is None and not any(step.action == "interpolate" for step in steps):
         raise MappingError(f"{base.path} and {donor.path} have no parameter in common")
     return Plan(
         base,
@@ -204,12 +209,23 @@ class _Join:
         self.embeddings = embeddings
         self.base_roles, self.donor_roles = base_layout.pieces(), donor_layout.pieces()
         self.used: set[str] = set()
+        self.misfits: list[str] | None = None
         self.notes = [
             f"{side}: {layout.assumed or f'{layout.arch}, as --arch declares it'}"
             for side, layout in (("base", base_layout), ("donor", donor_layout))
             if layout.assumed or layout.declared
         ]
         self._runs: tuple[list[tokens.Run], str] | None = None
+
+    def fitting(self, try_this: Callable[[], _T], instead: _T) -> _T:
+        """A result; where the two do not fit, `instead`, if misfits are noted and not raised."""
+        try:
+            return try_this()
+        except MappingError as error:
+            if self.misfits is None:
+                raise
+            self.misfits.append(str(error))
+            return instead
 
     def check_sizes(self) -> None:
         """Depth and width must agree before anything is joined; MappingError names the tensors."""
@@ -253,7 +269,10 @@ class _Join:
         parts: list[Part] = []
         reasons: list[str] = []
         for block in blocks:
-            found, reason = self._parts(name, block)
+            alone = Part((block.start, block.stop), block.role, span_of(self.base, name, block))
+            found, reason = self.fitting(
+                partial(self._parts, name, block), ([alone], "another shape in the donor")
+            )
             parts += found
             if reason not in reasons:
                 reasons.append(reason)

@@ -1,6 +1,15 @@
-"""The report's page: its frame, its style, and the one script, which filters a table."""
+"""A page of ours: its frame, its style, the one script, which filters a table, and its writing."""
 
 from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import OutputError
+from .markup import plain
 
 PAGE = """\
 <!DOCTYPE html>
@@ -205,3 +214,37 @@ STACKED = """
 .answers td { display: grid; grid-template-columns: 4.2rem minmax(0, 1fr); gap: 0.5rem; }
 .answers .range { padding-top: 0.1rem; }
 """
+
+
+def page(title: str, body: Iterable[str], *, style: str = "", script: str = "") -> str:
+    """The whole page; body and style are finished, the title is escaped here.
+
+    style: what the page needs besides STYLE. script: the only one that may run, even if a string
+    should ever get past the escaping.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return PAGE.format(
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'",
+        title=plain(title),
+        style=STYLE + style,
+        body="\n".join(body),
+        script=script,
+    )
+
+
+def write(path: Path, page: str) -> None:
+    """Put `page` at `path` as UTF-8, whole or not at all. OutputError if that cannot be done."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(page)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{path}: cannot write the report: {reason}; choose another") from error

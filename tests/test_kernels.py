@@ -25,6 +25,7 @@ Bits = npt.NDArray[Any]
 Triple = tuple[str, str, str]
 
 DTYPES = ("BF16", "F16", "F32")
+PAIRS = list(itertools.product(DTYPES, repeat=2))
 TRIPLES = list(itertools.product(DTYPES, repeat=3))
 ALPHAS = (0.0, 5e-324, 1e-9, 0.1, 0.3, 0.5, 2 / 3, math.nextafter(1, 0), 1.0)
 # Explicit fraction bits, smallest and largest exponent of a normal number
@@ -443,3 +444,78 @@ def test_without_numba_numpy_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatc
         for alpha in (0.0, 0.3, 1.0):
             plain, compiled = (run(parts, dtypes, alpha, k) for k in (kernel, cpu.blend))
             assert all(map(np.array_equal, plain, compiled))
+
+
+# How two sides relate
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
+def test_relation_agrees_with_exact_arithmetic(dtypes: tuple[str, str]) -> None:
+    a, b = (
+        np.concatenate([patterns(dtype, 300, seed), np.array(specials(dtype))]).astype(
+            reference.STORAGE[dtype]
+        )
+        for seed, dtype in enumerate(dtypes)
+    )
+    a, b = a[: min(a.size, b.size)], b[: min(a.size, b.size)]
+    a[5:9] = a[0] if dtypes[0] == dtypes[1] else 0
+    b[5:9] = a[5:9]
+    odd = [~finite(side, dtype) for side, dtype in zip((a, b), dtypes, strict=True)]
+    fine = ~(odd[0] | odd[1])
+    x, y = values(a[fine], dtypes[0]), values(b[fine], dtypes[1])
+    found = dict(zip(reference.SUMS, reference.relate(a, b, dtypes).tolist(), strict=True))
+    assert (found["read"], found["finite"]) == (a.size, fine.sum())
+    assert (found["odd_a"], found["odd_b"]) == (odd[0].sum(), odd[1].sum())
+    size = float(max(sum(v * v for v in x), sum(w * w for w in y)))
+    for name, exact in (
+        ("ab", sum(v * w for v, w in zip(x, y, strict=True))),
+        ("aa", sum(v * v for v in x)),
+        ("bb", sum(w * w for w in y)),
+        ("dd", sum((v - w) ** 2 for v, w in zip(x, y, strict=True))),
+    ):
+        assert found[name] == pytest.approx(float(exact), rel=1e-12, abs=1e-12 * size)
+    assert found["equal"] >= 4
+
+
+@pytest.mark.parametrize("relate", [cpu.relate, select._plain_relation])
+@pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
+def test_every_relation_gives_the_reference_s_sums(dtypes: tuple[str, str], relate: Any) -> None:
+    for count in (0, 1, cpu.BLOCK - 1, 3 * cpu.BLOCK + 7):
+        a, b = (patterns(dtype, count, seed) for seed, dtype in enumerate(dtypes))
+        a[::3] = 0x3F80 if dtypes[0] == "BF16" else 0x3C00  # equal elements among the others
+        b[::3] = a[::3] if dtypes[0] == dtypes[1] else 0
+        expected = reference.relate(a, b, dtypes)
+        found = relate(a.view(np.uint8), b.view(np.uint8), dtypes)
+        assert found[:5].tolist() == expected[:5].tolist()
+        assert found[5:] == pytest.approx(expected[5:], rel=1e-9, abs=1e-12 * expected[6:8].sum())
+
+
+def test_equal_means_the_same_bits_or_the_same_value() -> None:
+    def equal(a: list[int], b: list[int], dtypes: tuple[str, str]) -> list[float]:
+        sides = [
+            np.array(bits, reference.STORAGE[dtype])
+            for bits, dtype in zip((a, b), dtypes, strict=True)
+        ]
+        raw = [side.view(np.uint8) for side in sides]
+        return [
+            float(relate(*raw, dtypes)[2]) for relate in (cpu.relate, select._plain_relation)
+        ] + [float(reference.relate(sides[0], sides[1], dtypes)[2])]
+
+    assert equal([0, 0x7FC0], [0x8000, 0x7FC1], ("BF16", "BF16")) == [0] * 3  # -0, another NaN
+    assert equal([0x3F80, 0x7FC0], [0x3F80, 0x7FC0], ("BF16", "BF16")) == [2] * 3
+    wide = [0x3F800000, 0x7FC00001, 0x80000000]
+    assert equal([0x3F80, 0x7FC0, 0], wide, ("BF16", "F32")) == [3] * 3
+    assert equal([0x3C00], [0x3F800001], ("F16", "F32")) == [0] * 3
+
+
+def test_relating_does_not_hang_on_the_number_of_threads() -> None:
+    import numba
+
+    a, b = (patterns("BF16", 5 * cpu.BLOCK + 3, seed).view(np.uint8) for seed in (1, 2))
+    every = cpu.relate(a, b, ("BF16", "BF16"))
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        assert cpu.relate(a, b, ("BF16", "BF16")).tolist() == every.tolist()
+    finally:
+        numba.set_num_threads(before)

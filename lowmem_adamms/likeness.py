@@ -1,0 +1,224 @@
+"""How far apart two sides' values are: sums over elements at the same place, read or streamed.
+
+Either a sample of each pair, by a few small reads, or everything through mapped files, whose pages
+are let go behind the stream. Sums are float64, in which every product of two bf16, fp16 or fp32
+values is exact. Leaves to others: what is paired (`pairing.py`) and what it means (`compare.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Span
+from .kinship import RUN_ELEMENTS, Files, cosine_of
+from .pairing import Pair, Piece, elements
+from .stream import Files as MappedFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SAMPLE = 4096
+"""Elements of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
+WINDOW = 4 << 20
+"""Elements read at a time where all are read."""
+_AHEAD = 3  # windows whose pages are brought in before they are needed
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Sums over elements of a and b that stand at the same place.
+
+    total: elements there are. read: of these, looked at. finite: finite on both sides; the products
+    ab, aa, bb and dd (of d = a - b) are summed over these. equal: equal in bits (of two dtypes: in
+    value). odd_a, odd_b: NaN or infinite.
+    """
+
+    total: int = 0
+    read: int = 0
+    finite: int = 0
+    equal: int = 0
+    odd_a: int = 0
+    odd_b: int = 0
+    ab: float = 0.0
+    aa: float = 0.0
+    bb: float = 0.0
+    dd: float = 0.0
+
+    def __add__(self, other: Measure) -> Measure:
+        names = (field.name for field in fields(self))
+        return Measure(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine similarity: 1 if all finite elements are equal; None where none is finite."""
+        if not self.finite:
+            return None
+        cosine = 1.0 if self.dd == 0 else cosine_of(self.ab, self.aa, self.bb)
+        return min(1.0, max(-1.0, cosine))
+
+    @property
+    def distance(self) -> float | None:
+        """||a - b|| / ||a||; None where nothing is finite, or a is all zero and b is not."""
+        if not self.finite or (self.aa == 0 and self.dd > 0):
+            return None
+        return math.sqrt(self.dd / self.aa) if self.dd else 0.0
+
+    @property
+    def identical(self) -> bool:
+        """Whether every element that was read is equal."""
+        return self.equal == self.read
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, cosine, distance, and the norms of what was read."""
+        return {
+            "elements": self.total,
+            "read": self.read,
+            "equal": self.equal,
+            "identical": self.identical,
+            "cosine": self.cosine,
+            "distance": self.distance,
+            "norms": [math.sqrt(self.aa), math.sqrt(self.bb)],
+            "not_finite": [self.odd_a, self.odd_b],
+        }
+
+
+def sampled(pairs: Sequence[Pair], sample: int = SAMPLE) -> tuple[Measure, ...]:
+    """A measure of each pair from at most `sample` of its elements."""
+    from .kernels import reference
+
+    measures = []
+    with ExitStack() as stack:
+        files = Files(stack)
+        for pair in pairs:
+            sums = [0.0] * len(reference.SUMS)
+            for a, b, first, count in _sample(pair.pieces, sample):
+                dtypes = a.dtype.name, b.dtype.name
+                bits = files.bits(a, first, count), files.bits(b, first, count)
+                sums = [x + y for x, y in zip(sums, reference.relate(*bits, dtypes), strict=True)]
+            measures.append(_measure(pair, sums))
+    return tuple(measures)
+
+
+def streamed(
+    pairs: Sequence[Pair], *, progress: Callable[[int], None] | None = None
+) -> tuple[Measure, ...]:
+    """A measure of each pair from all its elements; progress is told the bytes read since."""
+    from .kernels import reference, select
+
+    relate = select.relation()
+    sums = [[0.0] * len(reference.SUMS) for _ in pairs]
+    with ExitStack() as stack:
+        files = stack.enter_context(MappedFiles())
+        # One reader a side: the kernel reads ahead well only where a file is read in order
+        *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+        for i, a, b in _read_ahead(_windows(pairs), files, readers):
+            found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
+            sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
+            for span in (a, b):
+                if let_go := files.behind(span, evict=False):
+                    releaser.submit(let_go)
+            if progress:
+                progress(a.nbytes + b.nbytes)
+    return tuple(_measure(pair, found) for pair, found in zip(pairs, sums, strict=True))
+
+
+def middles(held: Iterable[Sequence[Span]]) -> list[Any]:
+    """Of each group of spans, taken as one, RUN_ELEMENTS from its middle as float64."""
+    import numpy as np
+
+    with ExitStack() as stack:
+        files = Files(stack)
+        return [
+            np.concatenate(
+                [files.read(a, first, n) for a, _, first, n in _sample(_alone(spans), RUN_ELEMENTS)]
+            )
+            for spans in held
+        ]
+
+
+def _alone(spans: Sequence[Span]) -> list[Piece]:
+    return [Piece((span, span), ("", "")) for span in spans]
+
+
+def _measure(pair: Pair, sums: Sequence[float]) -> Measure:
+    return Measure(pair.elements, *map(int, sums[:5]), *map(float, sums[5:]))
+
+
+def _sample(pieces: Sequence[Piece], sample: int) -> Iterator[tuple[Span, Span, int, int]]:
+    """Spans of both sides with the first element and count of each stretch to read.
+
+    The pieces count as one long row. Runs are spread from its start to its end; a single one lies
+    in the middle, where kinship looks.
+    """
+    total = sum(elements(piece.spans[0]) for piece in pieces)
+    take = min(total, sample)
+    runs = -(-take // RUN_ELEMENTS)
+    if take == total or runs < 2:
+        yield from _stretches(pieces, (total - take) // 2, take)
+        return
+    sizes = [RUN_ELEMENTS] * (runs - 1) + [take - RUN_ELEMENTS * (runs - 1)]
+    for i, size in enumerate(sizes):
+        yield from _stretches(pieces, (total - RUN_ELEMENTS) * i // (runs - 1), size)
+
+
+def _stretches(
+    pieces: Sequence[Piece], first: int, count: int
+) -> Iterator[tuple[Span, Span, int, int]]:
+    """Elements `first` to `first + count` of the row, cut where a piece ends."""
+    start = 0
+    for piece in pieces:
+        a, b = piece.spans
+        stop = start + elements(a)
+        low, high = max(first, start), min(first + count, stop)
+        if low < high:
+            yield a, b, low - start, high - low
+        start = stop
+
+
+_Window = tuple[int, Span, Span]
+
+
+def _windows(pairs: Sequence[Pair]) -> Iterator[_Window]:
+    """All pieces of all pairs in the order of a's bytes, a window at a time."""
+    todo = [(i, *piece.spans) for i, pair in enumerate(pairs) for piece in pair.pieces]
+    for i, a, b in sorted(todo, key=lambda item: (str(item[1].path), item[1].start)):
+        for first in range(0, elements(a), WINDOW):
+            count = min(WINDOW, elements(a) - first)
+            yield i, _slice(a, first, count), _slice(b, first, count)
+
+
+def _slice(span: Span, first: int, count: int) -> Span:
+    """`count` elements of a span from element `first`, as a flat span."""
+    start = span.start + first * span.dtype.itemsize
+    stop = start + count * span.dtype.itemsize
+    return replace(span, start=start, stop=stop, shape=(count,))
+
+
+def _read_ahead(
+    windows: Iterator[_Window], files: MappedFiles, readers: Sequence[ThreadPoolExecutor]
+) -> Iterator[_Window]:
+    """The same windows, each with its pages brought in; a few more are under way behind it."""
+    queue: deque[tuple[_Window, list[Future[None]]]] = deque()
+    for window in windows:
+        futures = [
+            reader.submit(bring)
+            for reader, span in zip(readers, window[1:], strict=True)
+            for bring in files.ahead(span)
+        ]
+        queue.append((window, futures))
+        if len(queue) > _AHEAD:
+            yield _ready(*queue.popleft())
+    while queue:
+        yield _ready(*queue.popleft())
+
+
+def _ready(window: _Window, futures: list[Future[None]]) -> _Window:
+    for future in futures:
+        future.result()
+    return window
