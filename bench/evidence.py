@@ -85,9 +85,12 @@ class Pair:
         near = np.abs(self.alphas[None] - wanted[:, None])
         return near.argmin(axis=1) if near.min(axis=1).max() < 1e-6 else None
 
-    def draws(self, count: int, size: int, seed: int = 0) -> list[Ints]:
-        """So many samples of prompts for a search, each without repetition, by place."""
-        pool = np.flatnonzero(self.half == 0)
+    def draws(self, count: int, size: int, seed: int = 0, task: int | None = None) -> list[Ints]:
+        """So many samples of prompts for a search, each without repetition, by place.
+
+        task: take prompts of this one only, by place in `tasks`. Smaller where the pool is.
+        """
+        pool = np.flatnonzero((self.half == 0) & ((self.task == task) | (task is None)))
         dice = np.random.default_rng([seed, self.seed])
         return [dice.choice(pool, min(size, len(pool)), replace=False) for _ in range(count)]
 
@@ -139,10 +142,11 @@ def load(path: Path) -> Pair:
     gold = np.array([code(question["answer"]) for question in questions], np.int64)
     task = np.array([tasks.index(question["task"]) for question in questions], np.int64)
     for t, name in enumerate(tasks):
-        if not ((half == 1) & (task == t)).any():
-            raise ValueError(f"{path}: no question of task {name} in half 1, to be judged on")
-    if not (half == 0).any():
-        raise ValueError(f"{path}: no question in half 0, to be searched with")
+        for number, purpose in ((0, "searched with"), (1, "judged on")):
+            if not ((half == number) & (task == t)).any():
+                raise ValueError(
+                    f"{path}: no question of task {name} in half {number}, to be {purpose}"
+                )
     variants = {}
     for name, rows in (raw.get("variants") or {}).items():
         codes = _shaped(path, name, [list(map(code, row)) for row in rows], shape)

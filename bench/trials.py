@@ -79,6 +79,24 @@ def run(
     return {name: judge(places[name], found[name]) for name in rules}
 
 
+def run_by_task(
+    judge: Judge, rules: Mapping[str, Rule], grid: Ints, samples: int, size: int
+) -> dict[str, Floats]:
+    """As the paper searches: an alpha for each task, by prompts of that task alone.
+
+    Mean accuracy over tasks when each is answered at its own alpha, [S]; "best": at the best ones.
+    """
+    pair = judge.pair
+    marks = pair.marks(pair.right)[grid]
+    out = {name: np.zeros(samples) for name in rules}
+    for t in range(len(pair.tasks)):
+        for i, prompts in enumerate(pair.draws(samples, size, task=t)):
+            view = pair.view(grid, prompts)
+            for name, rule in rules.items():
+                out[name][i] += marks[chosen(rule(view)), t] / len(pair.tasks)
+    return {**out, "best": np.full(samples, marks.max(axis=0).mean())}
+
+
 def run_product(judge: Judge, grid: Ints, draws: Sequence[Ints]) -> tuple[Verdict, float]:
     """`lowmem_adamms.search.choose` on the same answers; and the share of searches with ties."""
     places, ties = [], 0

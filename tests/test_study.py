@@ -330,7 +330,7 @@ def test_standard_errors_are_the_binomials(tmp_path: Path) -> None:
         ({"entropy": [[0.1] * 8, [0.1] * 7, [0.1] * 8]}, "rows of different lengths"),
         ({"confidence": [[math.nan] * 8] * 3}, "not all finite"),
         ({"half": [0] * 8}, "no question of task t in half 1"),
-        ({"half": [1] * 8}, "no question in half 0"),
+        ({"half": [1] * 8}, "no question of task t in half 0"),
     ],
 )
 def test_a_file_that_cannot_be_judged_is_refused(
@@ -379,6 +379,28 @@ def test_rules_see_no_labels(tmp_path: Path) -> None:
         return {name: one.place.tolist() for name, one in found.items()}
 
     assert places(path) == places(path.with_name("unlabelled.json"))
+
+
+def test_by_task_each_task_has_its_own_alpha(tmp_path: Path) -> None:
+    # By alpha: t all right, then all wrong; u the other way round
+    tasks = ["t", "u"] * 4
+    pair = load(
+        saved(
+            tmp_path,
+            questions=[{"task": t, "prompt": "?", "answer": "yes"} for t in tasks],
+            half=[0, 0, 0, 0, 1, 1, 1, 1],
+            answers=[["yes", "no"] * 4, ["yes", "yes"] * 4, ["no", "yes"] * 4],
+            parent={"answers": ["no", "yes"] * 4, "confidence": [0.4, 0.6] * 4},
+        )
+    )
+    judge, grid = trials.Judge(pair), np.array([0, 2])
+    ways = {"surer": mean_of(rules.surer), "base": rules.fixed(0.0)}
+    found = trials.run_by_task(judge, ways, grid, 3, 2)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "surer": [100.0] * 3,
+        "base": [50.0] * 3,
+        "best": [100.0] * 3,
+    }
 
 
 def test_the_products_choice_is_made_by_the_product(tmp_path: Path) -> None:
