@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "zoo"))
 
+import ask
 import family
 import lessons
 import train
@@ -49,6 +50,21 @@ def raised(name: str, home: Path) -> tuple[family.Member, Any, Any]:
     ancestor = {key.removeprefix("model."): value for key, value in ancestor.items()}
     with quiet():
         return one, tokens, family.build(one, tokens, ancestor)
+
+
+def test_every_task_is_asked_in_both_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (world._shape, world._count, world._chart, world._shape, world._chart)
+    dice = random.Random(1)
+    shown = [kinds[i % 5](dice, True) for i in range(60)]
+    monkeypatch.setattr(ask, "scenes", lambda count, seed, held_out: shown)
+    asked = ask.exam(60, tmp_path)
+    by_half = [{q.task for q, _, half in asked if half == number} for number in (0, 1)]
+    assert by_half[0] == by_half[1] == {q.task for q, _, _ in asked}
+    # A picture that is searched with is never judged on
+    pictures = [{p.images for q, p, half in asked if q.scene and half == n} for n in (0, 1)]
+    assert not pictures[0] & pictures[1]
 
 
 def test_a_scene_shows_what_it_says() -> None:

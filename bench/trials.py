@@ -1,0 +1,152 @@
+"""Searches on recorded answers, judged: what each rule chooses, what that costs, which to elect.
+
+Every sample of prompts is one search. Regret is what the chosen alpha lacks to the best one of all
+recorded alphas, in points of the mean accuracy over tasks on the evaluation half. Leaves to others:
+rules (`rules.py`), reading (`evidence.py`), what is shown (`study.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from evidence import Pair, spearman
+from rules import NEVER, Bools, Floats, Ints, Rule, chosen
+
+from lowmem_adamms.search import choose
+
+NOISE = 2.0  # standard errors that a loss against the base must exceed to count
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One rule on one pair, S searches.
+
+    place: of the chosen alphas in the pair's. regret: points below the best alpha. gain: points
+    above the base. worse: whether the loss against the base exceeds the noise. correlation: of the
+    scores with accuracy over the alphas that may win (nan where either does not vary).
+    """
+
+    place: Ints
+    regret: Floats
+    gain: Floats
+    worse: Bools
+    correlation: Floats
+
+
+class Judge:
+    """One pair's accuracies on the evaluation half, computed once."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.accuracy = pair.accuracy()
+        self.error, self.error_to_base = pair.errors(pair.right)
+        self.parents = (float(self.accuracy[0]), float(pair.accuracy(pair.donor_right)))
+
+    @property
+    def oracle(self) -> int:
+        """Place of the best alpha; the smaller of equals."""
+        return int(self.accuracy.argmax())
+
+    def __call__(self, places: Sequence[int], correlation: Sequence[float] = ()) -> Verdict:
+        """What these choices are worth."""
+        place = np.array(places, np.int64)
+        gain = self.accuracy[place] - self.accuracy[0]
+        return Verdict(
+            place,
+            self.accuracy.max() - self.accuracy[place],
+            gain,
+            gain < -NOISE * self.error_to_base[place],
+            np.array(correlation, np.float64),
+        )
+
+
+def run(
+    judge: Judge, rules: Mapping[str, Rule], grid: Ints, draws: Sequence[Ints]
+) -> dict[str, Verdict]:
+    """Every rule on every sample of prompts, over the alphas at these places."""
+    places: dict[str, list[int]] = {name: [] for name in rules}
+    found: dict[str, list[float]] = {name: [] for name in rules}
+    truth = judge.accuracy[grid]
+    for prompts in draws:
+        view = judge.pair.view(grid, prompts)
+        for name, rule in rules.items():
+            scores = rule(view)
+            places[name].append(int(grid[chosen(scores)]))
+            may = scores > NEVER
+            found[name].append(spearman(scores[may], truth[may]))
+    return {name: judge(places[name], found[name]) for name in rules}
+
+
+def run_by_task(
+    judge: Judge, rules: Mapping[str, Rule], grid: Ints, samples: int, size: int
+) -> dict[str, Floats]:
+    """As the paper searches: an alpha for each task, by prompts of that task alone.
+
+    Mean accuracy over tasks when each is answered at its own alpha, [S]; "best": at the best ones.
+    """
+    pair = judge.pair
+    marks = pair.marks(pair.right)[grid]
+    out = {name: np.zeros(samples) for name in rules}
+    for t in range(len(pair.tasks)):
+        for i, prompts in enumerate(pair.draws(samples, size, task=t)):
+            view = pair.view(grid, prompts)
+            for name, rule in rules.items():
+                out[name][i] += marks[chosen(rule(view)), t] / len(pair.tasks)
+    return {**out, "best": np.full(samples, marks.max(axis=0).mean())}
+
+
+def run_product(judge: Judge, grid: Ints, draws: Sequence[Ints]) -> tuple[Verdict, float]:
+    """`lowmem_adamms.search.choose` on the same answers; and the share of searches with ties."""
+    places, ties = [], 0
+    for prompts in draws:
+        texts = {
+            float(judge.pair.alphas[i]): [judge.pair.texts[i][n] for n in prompts] for i in grid
+        }
+        result = choose(texts)
+        places.append(int(np.abs(judge.pair.alphas - result.alpha).argmin()))
+        ties += bool(result.ties)
+    return judge(places), ties / max(len(draws), 1)
+
+
+def elect(
+    verdicts: Sequence[Mapping[str, Verdict]], groups: Sequence[Hashable]
+) -> list[str | None]:
+    """For each pair the rule with the least mean regret on all pairs of other groups.
+
+    verdicts: one mapping by rule for each pair; groups: one for each pair. None where no other
+    group is there to learn from. The rules' order breaks ties.
+    """
+    means = np.array([[v.regret.mean() for v in by_rule.values()] for by_rule in verdicts])
+    names = list(verdicts[0])
+    out: list[str | None] = []
+    for group in groups:
+        others = [i for i, other in enumerate(groups) if other != group]
+        # Rounded, so that equal regrets tie whatever order they were added in
+        totals = means[others].mean(axis=0).round(9) if others else None
+        out.append(None if totals is None else names[int(totals.argmin())])
+    return out
+
+
+def elected(
+    verdicts: Sequence[Mapping[str, Verdict]], groups: Sequence[Hashable]
+) -> list[Verdict] | None:
+    """The elected rules' verdicts, each on the pair it was not elected on."""
+    names = elect(verdicts, groups)
+    found = [by_rule[name] for by_rule, name in zip(verdicts, names, strict=True) if name]
+    return found if len(found) == len(verdicts) else None
+
+
+def lines(kins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """For each pair, all models that are linked with it through any pairs: its line of descent."""
+    groups: list[frozenset[str]] = []
+    for kin in kins:
+        joined = kin.union(*(group for group in groups if group & kin))
+        groups = [group for group in groups if not group & kin] + [joined]
+    return [next(group for group in groups if kin <= group) for kin in kins]
+
+
+def pooled(verdicts: Sequence[Verdict], part: Callable[[Verdict], Floats]) -> Floats:
+    """One figure of all searches of all pairs."""
+    return np.concatenate([part(verdict) for verdict in verdicts])
