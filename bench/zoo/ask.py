@@ -72,7 +72,7 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
     shown = scenes(count, 7, held_out=True)
     out: list[tuple[Question, Prompt, int]] = []
     for i, scene in enumerate(shown):
-        half = i // 5 % 2  # Five kinds of scenes stand in turn, and both halves need them all
+        half = i // 7 % 2  # Seven kinds of scenes stand in turn, and both halves need them all
         path = folder / f"{i}.png"
         Image.fromarray(scene.pixels).save(path)
         for q in questions([scene], i):

@@ -233,11 +233,11 @@ def labels_of(scenes: Sequence[Scene]) -> dict[str, tuple[list[str], torch.Tenso
 
 
 def words_of(scenes: Sequence[Scene], tokens: Any, count: int) -> torch.Tensor:
-    """The key words of each caption as tokens, int64 [scenes, count], blanks behind them."""
+    """The key words of each caption as tokens, int64 [scenes, count], SILENT behind them."""
     rows = []
     for scene in scenes:
         row = tokens.encode(key_words(scene), add_special_tokens=False)[:count]
-        rows.append([*row, *[tokens.pad_token_id] * (count - len(row))])
+        rows.append([*row, *[SILENT] * (count - len(row))])
     return torch.tensor(rows)
 
 

@@ -68,7 +68,7 @@ STAGES = {
     "text": Stage(steps=650, rows=48, rate=2e-3, warm=100),
     "reread": Stage(steps=400, rows=48, rate=1.5e-3),
     "see": Stage(steps=1500, rows=64, rate=2e-3),
-    "align": Stage(steps=800, rows=48, rate=1e-3),
+    "align": Stage(steps=500, rows=48, rate=1e-3),
     "settle": Stage(steps=700, rows=48, rate=2e-3),
     "tune": Stage(steps=300, rows=32, rate=1.5e-3, warm=20),
 }
@@ -214,7 +214,7 @@ class Seeing(torch.nn.Module):
 
     Every fact of a picture, each by a linear head on all features; and the picture's caption in key
     words, one feature for each token, in the language model's own embedding space.
-    words: int64 [scenes, tokens of a picture], blanks behind the caption. `meanings` are to be the
+    words: int64 [scenes, tokens of a picture], SILENT behind the caption. `meanings` are to be the
     language model's embeddings.
     """
 
@@ -247,11 +247,13 @@ class Seeing(torch.nn.Module):
             for task, right in batch["labels"].items()
             if bool((right != SILENT).any())
         ]
-        spoken, words = features.flatten(0, 1), batch["words"].flatten()
+        said = batch["words"] != SILENT
+        spoken, words = features[said], batch["words"][said]
         unit = torch.nn.functional.normalize
         near = SHARP * unit(spoken, dim=-1) @ unit(meanings, dim=-1).T
         naming = torch.nn.functional.cross_entropy(near, words)
-        distance = (spoken - meanings[words]).square().mean()
+        # Blanks are read as nothing: the embedding of padding is zero
+        distance = (spoken - meanings[words]).square().mean() + features[~said].square().mean() / 10
         total: torch.Tensor = torch.stack(parts).mean() + naming + distance
         return total
 
