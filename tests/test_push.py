@@ -136,7 +136,7 @@ def test_the_merge_goes_on_while_a_shard_is_sent_and_main_stays_empty(
     thread.start()
     try:
         assert hub.reached.wait(60)
-        wait_for(tmp_path / "out" / INDEX)
+        wait_for_complete(tmp_path / "out")
         assert verify(tmp_path / "out").shards > 1
         assert not hub.asked(COMMIT)
         assert on_main(hub) == {}
@@ -466,9 +466,10 @@ def test_without_a_push_a_resumed_merge_waits_for_none(
         writer.check_output(make_plan(*pair), out, push=True)
 
 
-def wait_for(path: Path) -> None:
+def wait_for_complete(out: Path) -> None:
+    """Until everything is at its place, which the work folder's end says."""
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not (out / INDEX).exists() or (out / ".partial").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -489,7 +490,7 @@ def test_a_killed_upload_resumes_where_it_was(
         text=True,
     )
     assert hub.reached.wait(60)
-    wait_for(out / INDEX)
+    wait_for_complete(out)
     process.send_signal(kill)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) in [
