@@ -221,10 +221,10 @@ class RangeSource(Closing):
         with self._changed:
             while True:
                 waiting = self._uses.get(_key(span))
-                if waiting and waiting[0].ready and self._failure is None:
+                if waiting and waiting[0].ready:
                     self._hungry = False
                     return waiting[0]
-                if self._failure is not None:
+                if self._failure is not None and not self._busy:  # what came before it is used up
                     raise self._failure
                 self._hungry = True
                 self._changed.notify_all()
@@ -234,25 +234,26 @@ class RangeSource(Closing):
         try:
             while (unit := self._next()) is not None:
                 assert unit.data is not None
-                unit.file.read_into(unit.start, memoryview(unit.data), self._stop)  # type: ignore[arg-type]
-                with self._changed:
-                    self._busy -= 1
+                try:
+                    unit.file.read_into(unit.start, memoryview(unit.data), self._stop)  # type: ignore[arg-type]
                     unit.ready = True
-                    self._changed.notify_all()
+                finally:
+                    with self._changed:
+                        self._busy -= 1
+                        self._changed.notify_all()
         except BaseException as error:
             with self._changed:
                 self._failure = self._failure or error
-                self._stop.set()
                 self._changed.notify_all()
 
     def _next(self) -> _Unit | None:
         """The next unit in order, with room for its bytes; None at the end."""
         with self._turn:
-            unit = None if self._stop.is_set() else next(self._units, None)
+            unit = None if self._ended() else next(self._units, None)
             if unit is None:
                 return None
             with self._changed:
-                while not self._stop.is_set():
+                while not self._ended():
                     shift, nbytes = unit.start % _ALIGNED, unit.stop - unit.start
                     unit.room = self._room(shift + nbytes)
                     if unit.room is not None:
@@ -261,6 +262,10 @@ class RangeSource(Closing):
                         return unit
                     self._changed.wait()
             return None
+
+    def _ended(self) -> bool:
+        """Whether nothing more is to be fetched."""
+        return self._stop.is_set() or self._failure is not None
 
     def _room(self, nbytes: int) -> Bytes | None:
         """Of the ring; of the heap where the loop waits and nothing else is to come: a window that

@@ -31,22 +31,26 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Visit:
-    """A shard's stay on the disk: from its first use to its last, counted in spans."""
+    """A shard's stay on the disk: the first window that uses it, the last, and how many uses."""
 
     path: Path
     file: RemoteFile
     first: int
     last: int
+    uses: int
 
 
-def visits(remote: Mapping[Path, RemoteFile], spans: Iterable[Span]) -> list[_Visit]:
-    """When each remote shard is used, in the order of first use."""
-    first: dict[Path, int] = {}
-    last: dict[Path, int] = {}
-    for i, span in enumerate(span for span in spans if span.path in remote):
-        first.setdefault(span.path, i)
-        last[span.path] = i
-    return [_Visit(path, remote[path], first[path], last[path]) for path in first]
+def visits(remote: Mapping[Path, RemoteFile], windows: Iterable[Sequence[Span]]) -> list[_Visit]:
+    """When each remote shard is used, in the order of first use.
+
+    windows: the spans of each; those of one window are needed at one time.
+    """
+    when: dict[Path, list[int]] = {}
+    for i, spans in enumerate(windows):
+        for span in spans:
+            if span.path in remote:
+                when.setdefault(span.path, []).append(i)
+    return [_Visit(path, remote[path], at[0], at[-1], len(at)) for path, at in when.items()]
 
 
 def check_budget(stays: Sequence[_Visit], budget: int) -> None:
@@ -79,13 +83,13 @@ class ShardSource(Closing):
         work: Path,
         budget: int,
     ) -> None:
-        stays = visits(remote, (span for spans in windows for span in spans))
+        stays = visits(remote, windows)
         check_budget(stays, budget)
         self._work, self._budget, self._files = work, budget, Files()
         self._homes = {stay.path: work / _home(stay.file) for stay in stays}
-        self._last = {stay.path: stay.last for stay in stays}
+        self._uses = {stay.path: stay.uses for stay in stays}
         self._changed, self._stop = threading.Condition(), threading.Event()
-        self._used, self._clock = 0, 0
+        self._used = 0
         self._there: set[Path] = set()
         self._failure: BaseException | None = None
         self._sizes = {stay.path: stay.file.size for stay in stays}
@@ -138,8 +142,8 @@ class ShardSource(Closing):
         at = self.here(span)
         if let_go := self._files.behind(at, evict=False):
             let_go()
-        self._clock += 1
-        if self._clock <= self._last[span.path]:
+        self._uses[span.path] -= 1
+        if self._uses[span.path]:
             return None
         self._files.forget(at.path)  # whose space is free only when nothing maps it
         at.path.unlink()

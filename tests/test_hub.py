@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -28,14 +29,16 @@ from lowmem_adamms import (
     shards,
     wire,
 )
-from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
+from lowmem_adamms.checkpoint import Checkpoint, Span, open_checkpoint
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import FormatError, HubError, RecipeError
 from lowmem_adamms.inputs import Fetch
 from lowmem_adamms.journal import WORK
+from lowmem_adamms.plan import Step
 from lowmem_adamms.verify import verify
 
+loop = importlib.import_module("lowmem_adamms.merge")  # the package's `merge` is the function
 ROOT = Path(__file__).parent.parent
 Pair = tuple[Path, Path]
 Files = dict[str, bytes]
@@ -420,10 +423,17 @@ def test_a_damaged_download_is_thrown_away(
 @pytest.mark.usefixtures("unsampled")
 @pytest.mark.parametrize("way", ["no cache", "disk budget"])
 def test_what_is_finished_is_not_fetched_again(
-    server: HubServer, pair: Pair, local: Files, tmp_path: Path, way: str
+    server: HubServer,
+    pair: Pair,
+    local: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
 ) -> None:
     """A merge that fails at the base's last shard, then goes on."""
     names = sorted(path.name for path in pair[0].glob("*.safetensors"))
+    monkeypatch.setattr(ranges, "WINDOW", 8192)
+    monkeypatch.setattr(inputs, "WINDOW", 8192)
     plan = make_plan(*opened(WAYS[way]))
     match = f"base/{server.repos['org/base'].sha}/{names[-1]}"
     server.fail("status", match, status=503, times=10**6)
@@ -442,14 +452,32 @@ def test_what_is_finished_is_not_fetched_again(
 # Shard by shard
 
 
+class Everything:
+    """A sink that wants every step, to be asked nothing else."""
+
+    def wants(self, step: Step) -> bool:
+        return True
+
+    def copy(self, step: Step, offset: int, span: Span) -> None:
+        raise NotImplementedError
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Any:
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        raise NotImplementedError
+
+
 def test_shards_never_take_more_than_the_budget(
     server: HubServer, local: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inputs, "WINDOW", 8192)
     plan = make_plan(*opened(BUDGET))
     with pytest.raises(RecipeError, match="needed at one time take") as refused:
         merge(plan, 0.3, tmp_path / "small", fetch=Fetch(disk_budget=10))
     assert "--no-cache" in str(refused.value)
-    stays = shards.visits(inputs.remote(plan), plan.spans)
+    windows = loop.spans_in_order(plan, 0.3, Everything(), 8192)
+    stays = shards.visits(inputs.remote(plan), windows)
     need = max(
         sum(other.file.size for other in stays if other.first <= stay.first <= other.last)
         for stay in stays
@@ -470,6 +498,7 @@ def test_shards_never_take_more_than_the_budget(
     assert not (out / WORK).exists()
 
 
+@pytest.mark.usefixtures("unsampled")
 def test_a_merge_may_go_on_another_way(server: HubServer, local: Files, tmp_path: Path) -> None:
     plan = make_plan(*opened(BUDGET))
     server.fail("status", "00002-of-00003.safetensors?", status=503, times=10**6)
