@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,10 +204,13 @@ def _show_plan(plan: Plan, console: Any) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from . import compare, compare_table, pairing
+    from .declare import read_all
+    from .plan import make_plan
 
     if arguments.html:
         _check_page(arguments.html, "--html")
-    joined = pairing.join(arguments.a, arguments.b)
+    make = partial(make_plan, declared=read_all(arguments.arch or ()))
+    joined = pairing.join(arguments.a, arguments.b, make=make)
     with _progress("comparing", compare.bytes_read(joined) if arguments.full else None) as progress:
         sample = None if arguments.full else arguments.sample
         found = compare.compare(joined, sample=sample, progress=progress)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import spelled
 import tiny
 import torch
+from spelled import SPELLERS
 
 from lowmem_adamms import kinship, likeness, pairing
 from lowmem_adamms.checkpoint import Checkpoint
@@ -224,6 +226,25 @@ def test_fused_rows_are_told_apart(tiny_models: Models, tmp_path: Path) -> None:
     split = next(n for n in tiny.load(llava) if "language_model" in n and "1.self_attn.k_p" in n)
     expected = plain([other[rows : 2 * rows]], [tiny.load(llava)[split]])
     assert found(full(b, llava).cells["layers.1", "k"]) == about(expected)
+
+
+@pytest.mark.parametrize("line", SPELLERS)
+def test_no_spelling_hides_what_differs(line: str, tmp_path: Path) -> None:
+    """The line's first family against each other one, both ways: only k of layer 0 is changed."""
+    text = spelled.ancestor(line, 1)
+    changed = text | {"0.k": -text["0.k"]}
+    first, *others = SPELLERS[line]
+    a = SPELLERS[line][first].write(tmp_path / "a", SPELLERS[line][first](text, text, 1))
+    for number, family in enumerate(others, 2):
+        speller = SPELLERS[line][family]
+        b = speller.write(tmp_path / str(number), speller(changed, changed, number))
+        for one, two in ((a, b), (b, a)):
+            result = sampled(one, two, 1 << 30)
+            odd = {cell: found(m) for cell, m in result.cells.items() if not m.identical}
+            odd.pop(("layers.0", "k@vision"), None)
+            assert odd == {("layers.0", "k"): about((-1.0, 2.0))}, (family, one == a)
+            assert {*"qkvo", "gate", "up", "down"} <= set(result.kinds)
+            assert len(result.layers) == spelled.LAYERS
 
 
 def test_both_experts_are_set_against_the_one_they_came_from(tiny_models: Models) -> None:
