@@ -162,11 +162,17 @@ def load(path: Path) -> Pair:
     )  # fmt: skip
 
 
-class _Coder(dict[str, int]):
+class _Coder:
     """Numbers answers so that equal numbers are equal normalised answers."""
 
+    def __init__(self) -> None:
+        self._by_text: dict[str, int] = {}
+        self._by_norm: dict[str, int] = {}
+
     def __call__(self, text: str) -> int:
-        return self.setdefault(normalise(text), len(self))
+        if text not in self._by_text:
+            self._by_text[text] = self._by_norm.setdefault(normalise(text), len(self._by_norm))
+        return self._by_text[text]
 
 
 def _shaped(path: Path, name: str, values: Any, shape: tuple[int, ...]) -> Any:
@@ -187,7 +193,7 @@ def _numbers(path: Path, name: str, values: Any, shape: tuple[int, ...]) -> Floa
 
 
 def _degenerate(texts: Sequence[Sequence[str]]) -> Bools:
-    known = {text: is_degenerate(text) for row in texts for text in row}
+    known = {text: is_degenerate(text) for text in {text for row in texts for text in row}}
     return np.array([[known[text] for text in row] for row in texts], np.bool_)
 
 

@@ -60,11 +60,12 @@ class Study:
 
     def show(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table; numbers with one decimal."""
-        table = Table(*heads, title=title, title_justify="left", box=None, pad_edge=False)
+        table = Table(*heads, box=None, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows:
             table.add_row(*map(_shown, row))
+        self.console.print(title)
         self.console.print(table)
         self.console.print()
 
