@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import likeness
 from .checkpoint import Span
-from .kinship import THRESHOLD
+from .kinship import THRESHOLD, Remote
 from .likeness import SAMPLE, Measure
 from .pairing import KINDS, SIZES, Pair, Pairing, Share, Side
 
@@ -160,7 +160,7 @@ def compare(
     if sample is None:
         measures = likeness.streamed(pairing.pairs, progress=progress)
     else:
-        measures = likeness.sampled(pairing.pairs, sample)
+        measures = likeness.sampled(pairing.pairs, sample, remote=pairing.remote)
     return Comparison(pairing, sample, measures, judge(pairing, measures))
 
 
@@ -306,7 +306,8 @@ def find_runs(pairing: Pairing) -> tuple[Run, ...]:
     roles = sorted(role for role, _ in set.intersection(*shapes))
     if not roles:
         return ()
-    alike = _directions(a, roles) @ _directions(b, roles).T >= THRESHOLD
+    sides = (_directions(side, roles, pairing.remote) for side in (a, b))
+    alike = next(sides) @ next(sides).T >= THRESHOLD
     found = []
     for i, j in zip(*map(np.ndarray.tolist, np.nonzero(alike)), strict=True):
         if i and j and alike[i - 1, j - 1]:
@@ -323,11 +324,14 @@ def _rows(spans: Sequence[Span]) -> tuple[int, tuple[int, ...]]:
     return sum(span.shape[0] for span in spans), spans[0].shape[1:]
 
 
-def _directions(layers: Mapping[int, Mapping[str, Sequence[Span]]], roles: Sequence[str]) -> Floats:
+def _directions(
+    layers: Mapping[int, Mapping[str, Sequence[Span]]], roles: Sequence[str], remote: Remote
+) -> Floats:
     """Samples of each layer, one row each, of length one; what is not finite counts as zero."""
     import numpy as np
 
-    samples = likeness.middles(layers[i][role] for i in sorted(layers) for role in roles)
+    spans = (layers[i][role] for i in sorted(layers) for role in roles)
+    samples = likeness.middles(spans, remote=remote)
     rows = np.array(
         [np.concatenate(samples[i : i + len(roles)]) for i in range(0, len(samples), len(roles))]
     )

@@ -24,6 +24,7 @@ from .wire import RemoteFile
 if TYPE_CHECKING:
     from .kernels.reference import Bits, Floats
 
+Remote = Mapping[Path, RemoteFile]
 THRESHOLD = 0.5
 """Below this in any layer the two are taken for strangers."""
 RUN_ELEMENTS = 512
@@ -108,7 +109,7 @@ def _products(part: Part, files: Files) -> tuple[float, float, float]:
 class Files:
     """Files opened for a few small reads each."""
 
-    def __init__(self, stack: ExitStack, remote: Mapping[Path, RemoteFile] | None = None) -> None:
+    def __init__(self, stack: ExitStack, remote: Remote | None = None) -> None:
         self._stack, self.remote = stack, remote or {}
         self._open: dict[Path, BinaryIO] = {}
 

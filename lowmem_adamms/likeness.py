@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Span
-from .kinship import RUN_ELEMENTS, Files, cosine_of
+from .hub import LANES
+from .kinship import RUN_ELEMENTS, Files, Remote, cosine_of
 from .pairing import Pair, Piece, elements
 from .stream import Files as MappedFiles
 
@@ -88,21 +89,25 @@ class Measure:
         }
 
 
-def sampled(pairs: Sequence[Pair], sample: int = SAMPLE) -> tuple[Measure, ...]:
-    """A measure of each pair from at most `sample` of its elements."""
+def sampled(
+    pairs: Sequence[Pair], sample: int = SAMPLE, *, remote: Remote | None = None
+) -> tuple[Measure, ...]:
+    """A measure of each pair from at most `sample` of its elements; remote: files on the Hub."""
     from .kernels import reference
 
-    measures = []
+    def measure(pair: Pair) -> Measure:
+        sums = [0.0] * len(reference.SUMS)
+        for a, b, first, count in _sample(pair.pieces, sample):
+            dtypes = a.dtype.name, b.dtype.name
+            bits = files.bits(a, first, count), files.bits(b, first, count)
+            sums = [x + y for x, y in zip(sums, reference.relate(*bits, dtypes), strict=True)]
+        return _measure(pair, sums)
+
     with ExitStack() as stack:
-        files = Files(stack)
-        for pair in pairs:
-            sums = [0.0] * len(reference.SUMS)
-            for a, b, first, count in _sample(pair.pieces, sample):
-                dtypes = a.dtype.name, b.dtype.name
-                bits = files.bits(a, first, count), files.bits(b, first, count)
-                sums = [x + y for x, y in zip(sums, reference.relate(*bits, dtypes), strict=True)]
-            measures.append(_measure(pair, sums))
-    return tuple(measures)
+        files = Files(stack, remote)
+        # One after the other from a disk, many requests at once to the Hub
+        pool = stack.enter_context(ThreadPoolExecutor(LANES if remote else 1))
+        return tuple(pool.map(measure, pairs))
 
 
 def streamed(
@@ -128,12 +133,12 @@ def streamed(
     return tuple(_measure(pair, found) for pair, found in zip(pairs, sums, strict=True))
 
 
-def middles(held: Iterable[Sequence[Span]]) -> list[Any]:
+def middles(held: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> list[Any]:
     """Of each group of spans, taken as one, RUN_ELEMENTS from its middle as float64."""
     import numpy as np
 
     with ExitStack() as stack:
-        files = Files(stack)
+        files = Files(stack, remote)
         return [
             np.concatenate(
                 [files.read(a, first, n) for a, _, first, n in _sample(_alone(spans), RUN_ELEMENTS)]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arch import BUFFER
 from .checkpoint import Checkpoint, Span
 from .kinship import group_of
 from .plan import Embeddings, Part, Plan, Step, make_plan
+from .wire import RemoteFile
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norms", "biases")
 """What is told apart in a layer, in the order it is shown; a stream may follow (`q@vision`)."""
@@ -98,13 +99,17 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two checkpoints joined. obstacles: what a merge of them would be refused for."""
+    """Two checkpoints joined. obstacles: what a merge of them would be refused for.
+
+    remote: those of their files that are on the Hub alone.
+    """
 
     a: Side
     b: Side
     pairs: tuple[Pair, ...]
     obstacles: tuple[str, ...]
     notes: tuple[str, ...]
+    remote: Mapping[Path, RemoteFile] = field(default_factory=dict)
 
 
 def join(
@@ -132,7 +137,8 @@ def pair_up(forth: Plan, back: Plan, misfits: Iterable[str] = ()) -> Pairing:
     pairs = (*_by_role(forth, back), *_by_name(forth))
     obstacles = dict.fromkeys(text.partition(";")[0] for text in misfits)
     a, b = _side(forth, back, pairs, 0), _side(back, forth, pairs, 1)
-    return Pairing(a, b, pairs, tuple(obstacles), forth.notes)
+    remote = forth.base.remote() | forth.donor.remote()
+    return Pairing(a, b, pairs, tuple(obstacles), forth.notes, remote)
 
 
 def elements(span: Span) -> int:

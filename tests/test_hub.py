@@ -680,3 +680,21 @@ def test_anonymous_memory_stays_within_the_bound(
     code, grown = map(int, done.stdout.splitlines()[-1].split())
     assert code == 0
     assert grown <= 64 << 10, f"{grown} KiB"
+
+
+# Comparing
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_models_of_the_hub_compare_as_the_folders_do(
+    server: HubServer, pair: Pair, capsys: pytest.CaptureFixture[str], full: bool
+) -> None:
+    words = ["--json", *["--full"] * full]
+    assert main(["compare", *map(str, pair), *words]) == 0
+    local = json.loads(capsys.readouterr().out)
+    assert main(["compare", *IDS, *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for side in ("a", "b"):
+        for document in (local, found):
+            del document[side]["name"], document[side]["path"]
+    assert found == local

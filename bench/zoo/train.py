@@ -133,9 +133,10 @@ class Zoo:
         with quiet():
             model = family.build(one, tokens, ancestor)
         for name, value in model.named_parameters():
-            if is_tower(name) and value.dim() > 1 and "position" not in name:
-                # transformers' own 0.02 is for towers ten times as wide
-                torch.nn.init.normal_(value, std=value[0].numel() ** -0.5)
+            if is_tower(name) and value.dim() > 1:
+                # transformers' own 0.02 is for towers ten times as wide; places must be told apart
+                std = 1.0 if "position" in name else value[0].numel() ** -0.5
+                torch.nn.init.normal_(value, std=std)
         scale = float(ancestor["embed_tokens.weight"].std())
         with torch.no_grad():
             # Features begin as long as embeddings are
