@@ -266,8 +266,8 @@ def _weight_map(index: Path, listed: Container[str] | None = None) -> dict[str, 
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
             raise FormatError(f"{index}: {name} is said to be in {file!r}, outside the folder")
-        there = (index.parent / file).is_file() if listed is None else file in listed
-        if len(file) > 255 or not there:
+        here = len(file) <= 255 and listed is None and (index.parent / file).is_file()
+        if not (here or (listed is not None and file in listed)):
             raise FormatError(f"{index}: {file} is missing beside it (it holds {name})")
     return weight_map
 

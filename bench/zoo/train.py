@@ -69,7 +69,7 @@ STAGES = {
     "reread": Stage(steps=400, rows=48, rate=1.5e-3),
     "see": Stage(steps=1500, rows=64, rate=2e-3),
     "align": Stage(steps=500, rows=48, rate=1e-3),
-    "settle": Stage(steps=700, rows=48, rate=2e-3),
+    "settle": Stage(steps=400, rows=48, rate=1e-3),
     "tune": Stage(steps=300, rows=32, rate=1.5e-3, warm=20),
 }
 
