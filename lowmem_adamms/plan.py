@@ -7,6 +7,7 @@ the base's. Embedding and head rows are joined by token. Leaves the arithmetic t
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,11 @@ class Plan:
         """Plain data that tells this plan on these files, as they are now, from any other."""
         shards = [side.identity() for side in (self.base, self.donor)]
         declared = [declare.plain(arch) for arch in self.declared]
-        return [shards, [_step_json(step) for step in self.steps], declared]
+        rows = hashlib.sha256()  # the document of a step only counts the rows that are many
+        for part in (part for step in self.steps for part in step.parts):
+            donor = part.donor and (part.donor.start, part.donor.stop)
+            rows.update(repr((part.base.start, part.base.stop, donor)).encode())
+        return [shards, [_step_json(step) for step in self.steps], rows.hexdigest(), declared]
 
     def to_json(self) -> dict[str, Any]:
         """The document of `plan --json`."""

@@ -867,6 +867,20 @@ def test_many_runs_of_rows_are_told_as_tokens(put: Put, runs: int, collapsed: bo
         ]
 
 
+def test_two_orders_of_many_rows_are_two_plans(put: Put) -> None:
+    dims = replace(SMALL, vocab=43)
+    base, donor = put("base", llama_decoder(dims)), put("donor", llama_decoder(dims))
+    words = [f"{letter}{i}" for i in range(20) for letter in "ab"]
+    vocab(base, words)
+    vocab(donor, [f"{letter}{i}" for i in reversed(range(20)) for letter in "ab"])
+    first = make_plan(base, donor)
+    vocab(donor, [f"{letter}{i}" for i in reversed(range(20)) for letter in "ba"][::-1])
+    second = make_plan(base, donor)
+    vocab(donor, [f"{letter}{i}" for i in (*range(10, 20), *range(10)) for letter in "ab"])
+    assert make_plan(base, donor).identity() != first.identity()
+    assert second.identity() != first.identity()
+
+
 # Imports
 
 
