@@ -99,6 +99,7 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
     base = plan.base
     if base.folder is None:
         raise FormatError(f"{base.path}: a bare file cannot be quantized; give its folder")
+    base.fetch_sidecars()  # of a base on the Hub: its config, and code if it brings any
     floats = (step.dtype.torch for step in plan.steps if step.dtype.blendable)
     spoken = plan.options["dtype"]
     model, quantizer = loading.skeleton(

@@ -320,18 +320,18 @@ def test_windows_and_chunks_leave_no_trace(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_are_the_bases_unless_a_size_is_given(
-    method: str, plain: Plain, outs: dict[str, Path], tmp_path: Path
+    method: str, plain: Plain, tmp_path: Path
 ) -> None:
-    plan, unquantized = plain("qwen2_vl")
+    plan, unquantized = plain("llava")
+    kept = merge(plan, 0.3, tmp_path / "kept", quantize=method)
     names = sorted(path.name for path in unquantized.glob("*.safetensors"))
     assert len(names) > 1
-    assert sorted(path.name for path in outs[method].glob("*.safetensors")) == names
+    assert sorted(path.name for path in kept.glob("*.safetensors")) == names
     out = merge(plan, 0.3, tmp_path / "out", quantize=method, max_shard_size=60_000)
-    made = {shard: header.read(shard) for shard in out.glob("*.safetensors")}
+    made = [header.read(shard) for shard in out.glob("*.safetensors")]
     assert len(made) > len(names)
-    for head in made.values():
-        assert head.file_size - head.data_start <= 60_000
-    assert contents(tiny.load(out)) == contents(tiny.load(outs[method]))
+    assert all(head.file_size - head.data_start <= 60_000 for head in made)
+    assert contents(tiny.load(out)) == contents(tiny.load(kept))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -394,7 +394,7 @@ def test_the_command_writes_it_and_the_plan_foretells_its_size(
 
 
 def test_true_sizes_are_foretold(true_size: dict[str, Any]) -> None:
-    plan = make_plan(true_size["qwen2_vl-7b"], true_size["llava_onevision-7b"])
+    plan = make_plan(true_size["qwen2-vl-7b"], true_size["llava-onevision-qwen2-7b-ov-hf"])
     assert stored_bytes(plan) == plan.bytes_written
     assert 0.3 < stored_bytes(plan, "nf4") / plan.bytes_written < 0.4
     assert 0.5 < stored_bytes(plan, "int8") / plan.bytes_written < 0.6
@@ -418,9 +418,9 @@ def test_what_is_missing_is_named_in_one_line(
     plan, _ = plain("llava")
     words = (str(plan.base.path), str(plan.donor.path), "-o", str(tmp_path / "out"))
     assert main(["merge", *words, "--alpha", "0.3", "--quantize", "nf4"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"--quantize needs {missing}: pip install" in error
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["note", "error"]
+    assert f"--quantize needs {missing}: pip install" in lines[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -561,17 +561,17 @@ def test_a_resumed_run_writes_only_what_is_missing(
 
     def noted(self: Any, step: Any, offset: int, nbytes: int) -> Any:
         puts.append(step.name)
-        if len(puts) == 600:
+        if len(puts) == 150:
             raise StopError
         return slot(self, step, offset, nbytes)
 
     monkeypatch.setattr(sink.DiskSink, "slot", noted)
     with pytest.raises(StopError):
         merge(plan, 0.3, tmp_path / "out", quantize="nf4")
-    first, puts[:] = set(puts), ["resumed"] * 600
+    first, puts[:] = set(puts), ["resumed"] * 150
     merge(plan, 0.3, tmp_path / "out", quantize="nf4")
-    again = set(puts[600:])
-    assert len(first - again) > 20
+    again = set(puts[150:])
+    assert len(first - again) > 10
     assert verify(tmp_path / "out", deep=True).rows
 
 
@@ -599,7 +599,7 @@ pwrite, count = os.pwrite, 0
 def killing(*args):
     global count
     count += 1
-    if count == 150:
+    if count == 60:
         os.kill(os.getpid(), signal.SIGKILL)
     return pwrite(*args)
 os.pwrite = killing
@@ -747,7 +747,7 @@ def watch():
     global peak
     while not done:
         peak = max(peak, anonymous())
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 watcher = threading.Thread(target=watch)
 watcher.start()
