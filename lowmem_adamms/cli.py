@@ -807,7 +807,7 @@ def _demo_in(folder: Path, pair: Pair, alpha: float | None) -> int:
 
 def _scores(out: Path) -> dict[float, float | None]:
     """The D of each alpha of the search that a merged checkpoint records, if it had one."""
-    found = json.loads((out / "adamms.json").read_text(encoding="utf-8")).get("search") or {}
+    found = json.loads((out / "adamms.json").read_text(encoding="utf-8"))
     return {row["alpha"]: row["score"] for row in found.get("candidates", ())}
 
 

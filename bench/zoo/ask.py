@@ -1,6 +1,6 @@
 """Ask the zoo: raw answers of a pair at every alpha, for `bench/study.py` to judge.
 
-    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--step 0.05] [--scenes 700]
+    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--step 0.1] [--plain]
 
 Writes OUT/BASE--DONOR.json (its keys are described in `bench/study.py`). Confidence is the model's
 probability of its whole greedy answer, entropy the mean over its tokens, in nats. Blends are made
@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from lowmem_adamms import LiveModel, make_plan
 from lowmem_adamms.encode import Encoder
 from lowmem_adamms.prompts import Prompt
 
-LONGEST, ROWS = 16, 50
+LONGEST, ROWS = 10, 100
 Answers = tuple[list[str], list[float], list[float]]
+Change = Callable[[Any, dict[str, Any], float], bool]
 
 
 def main() -> None:
@@ -42,9 +43,10 @@ def main() -> None:
     options.add_argument("zoo", type=Path)
     options.add_argument("out", type=Path)
     options.add_argument("--pair", nargs=2)
-    options.add_argument("--step", type=float, default=0.05)
-    options.add_argument("--scenes", type=int, default=1400)
+    options.add_argument("--step", type=float, default=0.1)
+    options.add_argument("--scenes", type=int, default=490)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--plain", action="store_true", help="without the ablations")
     options.add_argument("--threads", type=int, default=1)
     given = options.parse_args()
     keep_memory()
@@ -57,9 +59,9 @@ def main() -> None:
             path = given.out / f"{a.name}--{b.name}--{given.seed}.json"
             if (given.pair and [a.name, b.name] != given.pair) or path.is_file():
                 continue
-            made = ask_pair(
-                given.zoo / a.name / "model", given.zoo / b.name / "model", asked, given.step
-            )
+            models = (given.zoo / one.name / "model" for one in (a, b))
+            variants = {} if given.plain else VARIANTS
+            made = ask_pair(*models, asked, given.step, variants)
             names = {"base": a.name, "donor": b.name, "seed": given.seed}
             path.write_text(json.dumps({**names, **made}))
             print(path, flush=True)
@@ -84,7 +86,9 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
     return out
 
 
-def ask_pair(base: Path, donor: Path, asked: Sequence[Any], step: float) -> dict[str, Any]:
+def ask_pair(
+    base: Path, donor: Path, asked: Sequence[Any], step: float, changes: Mapping[str, Change]
+) -> dict[str, Any]:
     """Everything `bench/study.py` wants to know of one ordered pair."""
     plan = make_plan(base, donor)
     prompts = [prompt for _, prompt, _ in asked]
@@ -93,11 +97,11 @@ def ask_pair(base: Path, donor: Path, asked: Sequence[Any], step: float) -> dict
         ask = Asker(live.model, base, prompts)
         kept = {name: value.clone() for name, value in live.model.state_dict().items()}
         merged: list[Answers] = []
-        variants: dict[str, list[list[str]]] = {name: [] for name in VARIANTS}
+        variants: dict[str, list[list[str]]] = {name: [] for name in changes}
         for alpha in alphas:
             live.apply(alpha)
             merged.append(ask())
-            for name, change in VARIANTS.items():
+            for name, change in changes.items():
                 live.apply(alpha)
                 if change(live.model, kept, alpha):
                     variants[name].append(ask()[0])

@@ -122,7 +122,7 @@ MEMBERS = (
     ),
     Member(
         "llava-onevision", "LlavaOnevision", "qwen2", ("<image>", "<video>"), "<image>",
-        "<image>\n", CHATML, _READS,
+        "<image>\n", CHATML, _PLOTS,
         {
             "image_processor_type": "LlavaOnevisionImageProcessor",
             "processor_class": "LlavaOnevisionProcessor",
@@ -132,7 +132,7 @@ MEMBERS = (
     ),
     Member(
         "qwen2.5-vl", "Qwen2_5_VL", "qwen2", _QWEN_TOKENS, "<|image_pad|>", _QWEN_SEEN, CHATML,
-        _PLOTS, {**_QWEN_IMAGES, "processor_class": "Qwen2_5_VLProcessor"},
+        _READS, {**_QWEN_IMAGES, "processor_class": "Qwen2_5_VLProcessor"},
     ),
     Member(
         "llava-1.5", "Llava", "llama", ("<image>",), "<image>", "<image>\n", VICUNA,

@@ -1,7 +1,7 @@
 """The embedded pair: two small trained multimodal models of one ancestor, and questions for them.
 
 `base` (Qwen2-VL) was tuned on colours, shapes, counts and sums, `donor` (LLaVA-OneVision) on
-digits, words, places and opposites; `bench/zoo/` trained both. `prompts.jsonl` has questions
+charts, counts, places and first letters; `bench/zoo/` trained both. `prompts.jsonl` has questions
 without answers, for the search; `eval.jsonl` others with them, to judge the result. Leaves to
 others: merging, searching, answering, and every word on the screen (`cli.py`).
 """
