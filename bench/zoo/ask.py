@@ -59,9 +59,8 @@ def main() -> None:
             path = given.out / f"{a.name}--{b.name}--{given.seed}.json"
             if (given.pair and [a.name, b.name] != given.pair) or path.is_file():
                 continue
-            models = (given.zoo / one.name / "model" for one in (a, b))
-            variants = {} if given.plain else VARIANTS
-            made = ask_pair(*models, asked, given.step, variants)
+            base, donor = (given.zoo / one.name / "model" for one in (a, b))
+            made = ask_pair(base, donor, asked, given.step, {} if given.plain else VARIANTS)
             names = {"base": a.name, "donor": b.name, "seed": given.seed}
             path.write_text(json.dumps({**names, **made}))
             print(path, flush=True)
