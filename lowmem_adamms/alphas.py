@@ -82,13 +82,14 @@ def at(alpha: Alpha, role: str | None) -> float:
 def resolve(alpha: Alpha, plan: Plan) -> Alpha:
     """The form of `alpha` that all spellings of the same weights share on this plan.
 
-    That is a float where all that is blended has one weight. RecipeError for a weight outside 0..1
-    and for a name that fits no role of the plan.
+    That is a float where all that is blended has one weight. A tied head is the embedding and has
+    its weight. RecipeError for a weight outside 0..1 and a name that fits no role of the plan.
     """
     if not isinstance(alpha, Alphas):
         return check_alpha(alpha)
     roles = {part.role for step in plan.steps for part in step.parts if part.role}
-    names = {name for role in roles for name in _names(role)}
+    # A tied base has no head of its own, which is no reason to refuse one that is named
+    names = {name for role in (*roles, *OUTSIDE) for name in _names(role)}
     for name in alpha.values:
         if name not in names:
             raise RecipeError(

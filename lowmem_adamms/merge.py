@@ -2,10 +2,10 @@
 
 Output is produced in windows: consecutive pieces of consecutive tensors, at most WINDOW bytes,
 blended by one kernel call per triple of dtypes and alpha (nearly always one: layers are larger than
-windows). A window crosses tensor bounds,
-so that a layer's many small tensors cost one call, and a tensor's bounds, so that a 1 GB embedding
-costs no more memory than a bias. While one window is blended the pages of the next are brought in
-and the sink deals with the last. Leaves to others: joining (`plan.py`), arithmetic (`kernels/`).
+windows). A window crosses tensor bounds, so that a layer's many small tensors cost one call, and a
+tensor's bounds, so that a 1 GB embedding costs no more memory than a bias. While one window is
+blended the pages of the next are brought in and the sink deals with the last. Leaves to others:
+joining (`plan.py`), arithmetic (`kernels/`).
 """
 
 from __future__ import annotations

@@ -369,6 +369,21 @@ def test_layers_stand_in_the_order_of_their_numbers() -> None:
     assert str(alpha) == "0; layer 2: 0.5; layers 10-11: 0.5; head: 1"
 
 
+def test_a_tied_head_has_the_weight_of_the_embedding(tmp_path: Path) -> None:
+    parent = tiny.ancestor("qwen2", tied=True)
+    two = [
+        tiny.make_qwen2(tmp_path / str(seed), ancestor=parent, seed=seed, tied=True)
+        for seed in (1, 2)
+    ]
+    alpha = resolve(parse_layers("0.1,0.5", 2), make_plan(*two))
+    assert alpha == Alphas(0.1, {"layers.1": 0.5, "norm": 0.5})
+    out = merge(make_plan(*two), alpha, tmp_path / "out")
+    verify(out, deep=True)
+    base, donor = map(tiny.load, two)
+    name = "model.embed_tokens.weight"
+    assert tensors(out)[name] == blended(base[name], donor[name], 0.1)
+
+
 def test_a_long_list_is_cut_for_people() -> None:
     alpha = Alphas(0, {f"layers.{i}": 0.1 + i / 1000 for i in range(60)})
     assert lines(alpha)[-1] == "and 20 more"
