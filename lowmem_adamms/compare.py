@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import likeness
@@ -19,6 +20,7 @@ from .pairing import KINDS, SIZES, Pair, Pairing, Share, Side
 
 if TYPE_CHECKING:
     from .kernels.reference import Floats
+    from .wire import RemoteFile
 
 _NAMED = 6  # groups that a reason lists by name
 _Key = TypeVar("_Key")
@@ -158,9 +160,9 @@ def compare(
     sample: elements read of each pair; None reads all, which `progress` is told of in bytes.
     """
     if sample is None:
-        measures = likeness.streamed(pairing.pairs, progress=progress)
+        measures = likeness.streamed(pairing.pairs, remote=pairing.remote, progress=progress)
     else:
-        measures = likeness.sampled(pairing.pairs, sample)
+        measures = likeness.sampled(pairing.pairs, sample, remote=pairing.remote)
     return Comparison(pairing, sample, measures, judge(pairing, measures))
 
 
@@ -194,7 +196,7 @@ def _pair_json(pair: Pair) -> dict[str, Any]:
 def _side_json(side: Side) -> dict[str, Any]:
     return {
         "name": side.name,
-        "path": str(side.path),
+        "path": side.path,
         "arch": side.arch,
         "traits": dict(side.traits),
         "whole": _share_json(side.whole),
@@ -306,7 +308,8 @@ def find_runs(pairing: Pairing) -> tuple[Run, ...]:
     roles = sorted(role for role, _ in set.intersection(*shapes))
     if not roles:
         return ()
-    alike = _directions(a, roles) @ _directions(b, roles).T >= THRESHOLD
+    unit = [_directions(side, roles, pairing.remote) for side in (a, b)]
+    alike = unit[0] @ unit[1].T >= THRESHOLD
     found = []
     for i, j in zip(*map(np.ndarray.tolist, np.nonzero(alike)), strict=True):
         if i and j and alike[i - 1, j - 1]:
@@ -323,11 +326,16 @@ def _rows(spans: Sequence[Span]) -> tuple[int, tuple[int, ...]]:
     return sum(span.shape[0] for span in spans), spans[0].shape[1:]
 
 
-def _directions(layers: Mapping[int, Mapping[str, Sequence[Span]]], roles: Sequence[str]) -> Floats:
+def _directions(
+    layers: Mapping[int, Mapping[str, Sequence[Span]]],
+    roles: Sequence[str],
+    remote: Mapping[Path, RemoteFile],
+) -> Floats:
     """Samples of each layer, one row each, of length one; what is not finite counts as zero."""
     import numpy as np
 
-    samples = likeness.middles(layers[i][role] for i in sorted(layers) for role in roles)
+    spans = (layers[i][role] for i in sorted(layers) for role in roles)
+    samples = likeness.middles(spans, remote=remote)
     rows = np.array(
         [np.concatenate(samples[i : i + len(roles)]) for i in range(0, len(samples), len(roles))]
     )

@@ -19,11 +19,13 @@ import random_pair
 from hub_server import HubServer
 
 from lowmem_adamms import (
+    compare,
     header,
     inputs,
     kinship,
     make_plan,
     merge,
+    pairing,
     plain,
     ranges,
     shards,
@@ -403,6 +405,23 @@ def test_what_is_not_the_file_is_an_error_and_the_merge_resumes(
     assert not list((tmp_path / "out").glob("*.safetensors"))
     server.faults.clear()
     assert left(streamed(tmp_path)) == local
+
+
+def test_two_models_on_the_hub_are_compared_without_being_stored(
+    server: HubServer, pair: Pair, tmp_path: Path
+) -> None:
+    here, there = pairing.join(*pair), pairing.join(*opened())
+    assert there.remote and there.a.path.startswith("org/base@")
+    whole = compare.compare(here, sample=None)
+    for one, other in zip(
+        whole.measures, compare.compare(there, sample=None).measures, strict=True
+    ):
+        assert (one.read, one.equal) == (other.read, other.equal)
+        assert (one.cosine, one.distance) == pytest.approx((other.cosine, other.distance))
+    some = compare.compare(there, sample=kinship.RUN_ELEMENTS)
+    assert some.measures == compare.compare(here, sample=kinship.RUN_ELEMENTS).measures
+    assert some.verdict == compare.compare(here, sample=kinship.RUN_ELEMENTS).verdict
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("way", ["cache", "disk budget"])
