@@ -204,19 +204,13 @@ def _show_plan(plan: Plan, console: Any) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from . import compare, compare_table, pairing
-    from .checkpoint import open_checkpoint
     from .declare import read_all
     from .plan import make_plan
 
     if arguments.html:
         _check_page(arguments.html, "--html")
     make = partial(make_plan, declared=read_all(arguments.arch or ()))
-    a, b = map(open_checkpoint, (arguments.a, arguments.b))
-    if arguments.full:
-        for side in (a, b):
-            side.download(bars=sys.stderr.isatty())
-        a, b = map(open_checkpoint, (arguments.a, arguments.b))
-    joined = pairing.join(a, b, make=make)
+    joined = pairing.join(arguments.a, arguments.b, make=make)
     with _progress("comparing", compare.bytes_read(joined) if arguments.full else None) as progress:
         sample = None if arguments.full else arguments.sample
         found = compare.compare(joined, sample=sample, progress=progress)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import likeness
 from .checkpoint import Span
-from .kinship import THRESHOLD, Remote
+from .kinship import THRESHOLD
 from .likeness import SAMPLE, Measure
 from .pairing import KINDS, SIZES, Pair, Pairing, Share, Side
 
 if TYPE_CHECKING:
     from .kernels.reference import Floats
+    from .wire import RemoteFile
 
 _NAMED = 6  # groups that a reason lists by name
 _Key = TypeVar("_Key")
@@ -158,7 +160,7 @@ def compare(
     sample: elements read of each pair; None reads all, which `progress` is told of in bytes.
     """
     if sample is None:
-        measures = likeness.streamed(pairing.pairs, progress=progress)
+        measures = likeness.streamed(pairing.pairs, remote=pairing.remote, progress=progress)
     else:
         measures = likeness.sampled(pairing.pairs, sample, remote=pairing.remote)
     return Comparison(pairing, sample, measures, judge(pairing, measures))
@@ -194,7 +196,7 @@ def _pair_json(pair: Pair) -> dict[str, Any]:
 def _side_json(side: Side) -> dict[str, Any]:
     return {
         "name": side.name,
-        "path": str(side.path),
+        "path": side.path,
         "arch": side.arch,
         "traits": dict(side.traits),
         "whole": _share_json(side.whole),
@@ -306,8 +308,8 @@ def find_runs(pairing: Pairing) -> tuple[Run, ...]:
     roles = sorted(role for role, _ in set.intersection(*shapes))
     if not roles:
         return ()
-    sides = (_directions(side, roles, pairing.remote) for side in (a, b))
-    alike = next(sides) @ next(sides).T >= THRESHOLD
+    unit = [_directions(side, roles, pairing.remote) for side in (a, b)]
+    alike = unit[0] @ unit[1].T >= THRESHOLD
     found = []
     for i, j in zip(*map(np.ndarray.tolist, np.nonzero(alike)), strict=True):
         if i and j and alike[i - 1, j - 1]:
@@ -325,7 +327,9 @@ def _rows(spans: Sequence[Span]) -> tuple[int, tuple[int, ...]]:
 
 
 def _directions(
-    layers: Mapping[int, Mapping[str, Sequence[Span]]], roles: Sequence[str], remote: Remote
+    layers: Mapping[int, Mapping[str, Sequence[Span]]],
+    roles: Sequence[str],
+    remote: Mapping[Path, RemoteFile],
 ) -> Floats:
     """Samples of each layer, one row each, of length one; what is not finite counts as zero."""
     import numpy as np

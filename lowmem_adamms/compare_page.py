@@ -76,7 +76,7 @@ def html(comparison: Comparison) -> str:
     body = [
         f'<header><p class="muted">Comparison of two checkpoints</p><h1>{plain(title)}</h1>',
         *(
-            f'<p class="muted">{letter}: {marked(str(side.path))} ({plain(side.arch)})</p>'
+            f'<p class="muted">{letter}: {marked(side.path)} ({plain(side.arch)})</p>'
             for letter, side in (("A", comparison.a), ("B", comparison.b))
         ),
         "</header>",

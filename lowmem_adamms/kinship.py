@@ -142,11 +142,12 @@ def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:
     the large request that reads around it later.
     """
     raw = bytearray(nbytes)
-    try:
-        if os.preadv(file.fileno(), [raw], start, _RWF_DONTCACHE) == nbytes:
-            return raw
-    except (OSError, AttributeError, NotImplementedError):
-        pass
+    for flags in (_RWF_DONTCACHE, 0):  # neither moves the file's position, which threads share
+        try:
+            if os.preadv(file.fileno(), [raw], start, flags) == nbytes:
+                return raw
+        except (OSError, AttributeError, NotImplementedError):
+            pass
     file.seek(start)
     file.readinto(raw)  # type: ignore[attr-defined]
     return raw

@@ -1,8 +1,9 @@
 """How far apart two sides' values are: sums over elements at the same place, read or streamed.
 
-Either a sample of each pair, by a few small reads, or everything through mapped files, whose pages
-are let go behind the stream. Sums are float64, in which every product of two bf16, fp16 or fp32
-values is exact. Leaves to others: what is paired (`pairing.py`) and what it means (`compare.py`).
+Either a sample of each pair, by a few small reads, or everything: through mapped files, whose pages
+are let go behind the stream, or through ranges of files on the Hub. Sums are float64, in which
+every product of two bf16, fp16 or fp32 values is exact. Leaves to others: what is paired
+(`pairing.py`) and what it means (`compare.py`).
 """
 
 from __future__ import annotations
@@ -15,19 +16,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from . import ranges
 from .checkpoint import Span
 from .hub import LANES
-from .kinship import RUN_ELEMENTS, Files, Remote, cosine_of
+from .kinship import RUN_ELEMENTS, Files, cosine_of
 from .pairing import Pair, Piece, elements
 from .stream import Files as MappedFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from .merge import Source
+    from .wire import RemoteFile
+
+    Remote = Mapping[Path, RemoteFile]
 
 SAMPLE = 4096
 """Elements of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
 WINDOW = 4 << 20
 """Elements read at a time where all are read."""
+_LARGEST_ITEM = 4  # bytes of an F32 element
 _AHEAD = 3  # windows whose pages are brought in before they are needed
 
 
@@ -92,12 +101,17 @@ class Measure:
 def sampled(
     pairs: Sequence[Pair], sample: int = SAMPLE, *, remote: Remote | None = None
 ) -> tuple[Measure, ...]:
-    """A measure of each pair from at most `sample` of its elements; remote: files on the Hub."""
+    """A measure of each pair from at most `sample` of its elements.
+
+    Of `remote` files, which are asked for many at once, one run is read from the middle.
+    """
     from .kernels import reference
 
-    def measure(pair: Pair) -> Measure:
+    longest = sample if remote else RUN_ELEMENTS
+
+    def measured(pair: Pair) -> Measure:
         sums = [0.0] * len(reference.SUMS)
-        for a, b, first, count in _sample(pair.pieces, sample):
+        for a, b, first, count in _sample(pair.pieces, sample, longest):
             dtypes = a.dtype.name, b.dtype.name
             bits = files.bits(a, first, count), files.bits(b, first, count)
             sums = [x + y for x, y in zip(sums, reference.relate(*bits, dtypes), strict=True)]
@@ -105,24 +119,31 @@ def sampled(
 
     with ExitStack() as stack:
         files = Files(stack, remote)
-        # One after the other from a disk, many requests at once to the Hub
         pool = stack.enter_context(ThreadPoolExecutor(LANES if remote else 1))
-        return tuple(pool.map(measure, pairs))
+        return tuple(pool.map(measured, pairs))
 
 
 def streamed(
-    pairs: Sequence[Pair], *, progress: Callable[[int], None] | None = None
+    pairs: Sequence[Pair],
+    *,
+    remote: Remote | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Measure, ...]:
     """A measure of each pair from all its elements; progress is told the bytes read since."""
     from .kernels import reference, select
 
     relate = select.relation()
     sums = [[0.0] * len(reference.SUMS) for _ in pairs]
+    window = ranges.WINDOW // _LARGEST_ITEM if remote else WINDOW
     with ExitStack() as stack:
-        files = stack.enter_context(MappedFiles())
+        far: ranges.RangeSource | None = None
+        if remote:
+            spans = (spans for _, *spans in _windows(pairs, window))
+            far = stack.enter_context(ranges.RangeSource(remote, spans))
+        files: Source = far or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
-        for i, a, b in _read_ahead(_windows(pairs), files, readers):
+        for i, a, b in _read_ahead(_windows(pairs, window), files, readers):
             found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
             sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
             for span in (a, b):
@@ -130,6 +151,8 @@ def streamed(
                     releaser.submit(let_go)
             if progress:
                 progress(a.nbytes + b.nbytes)
+        if far:
+            far.finish()
     return tuple(_measure(pair, found) for pair, found in zip(pairs, sums, strict=True))
 
 
@@ -137,14 +160,14 @@ def middles(held: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> 
     """Of each group of spans, taken as one, RUN_ELEMENTS from its middle as float64."""
     import numpy as np
 
+    def middle(spans: Sequence[Span]) -> Any:
+        found = _sample(_alone(spans), RUN_ELEMENTS, RUN_ELEMENTS)
+        return np.concatenate([files.read(a, first, n) for a, _, first, n in found])
+
     with ExitStack() as stack:
         files = Files(stack, remote)
-        return [
-            np.concatenate(
-                [files.read(a, first, n) for a, _, first, n in _sample(_alone(spans), RUN_ELEMENTS)]
-            )
-            for spans in held
-        ]
+        pool = stack.enter_context(ThreadPoolExecutor(LANES if remote else 1))
+        return list(pool.map(middle, held))
 
 
 def _alone(spans: Sequence[Span]) -> list[Piece]:
@@ -155,21 +178,23 @@ def _measure(pair: Pair, sums: Sequence[float]) -> Measure:
     return Measure(pair.elements, *map(int, sums[:5]), *map(float, sums[5:]))
 
 
-def _sample(pieces: Sequence[Piece], sample: int) -> Iterator[tuple[Span, Span, int, int]]:
+def _sample(
+    pieces: Sequence[Piece], sample: int, longest: int
+) -> Iterator[tuple[Span, Span, int, int]]:
     """Spans of both sides with the first element and count of each stretch to read.
 
-    The pieces count as one long row. Runs are spread from its start to its end; a single one lies
-    in the middle, where kinship looks.
+    The pieces count as one long row. Runs of `longest` are spread from its start to its end; a
+    single one lies in the middle, where kinship looks.
     """
     total = sum(elements(piece.spans[0]) for piece in pieces)
     take = min(total, sample)
-    runs = -(-take // RUN_ELEMENTS)
+    runs = -(-take // longest)
     if take == total or runs < 2:
         yield from _stretches(pieces, (total - take) // 2, take)
         return
-    sizes = [RUN_ELEMENTS] * (runs - 1) + [take - RUN_ELEMENTS * (runs - 1)]
+    sizes = [longest] * (runs - 1) + [take - longest * (runs - 1)]
     for i, size in enumerate(sizes):
-        yield from _stretches(pieces, (total - RUN_ELEMENTS) * i // (runs - 1), size)
+        yield from _stretches(pieces, (total - longest) * i // (runs - 1), size)
 
 
 def _stretches(
@@ -189,12 +214,12 @@ def _stretches(
 _Window = tuple[int, Span, Span]
 
 
-def _windows(pairs: Sequence[Pair]) -> Iterator[_Window]:
+def _windows(pairs: Sequence[Pair], size: int) -> Iterator[_Window]:
     """All pieces of all pairs in the order of a's bytes, a window at a time."""
     todo = [(i, *piece.spans) for i, pair in enumerate(pairs) for piece in pair.pieces]
     for i, a, b in sorted(todo, key=lambda item: (str(item[1].path), item[1].start)):
-        for first in range(0, elements(a), WINDOW):
-            count = min(WINDOW, elements(a) - first)
+        for first in range(0, elements(a), size):
+            count = min(size, elements(a) - first)
             yield i, _slice(a, first, count), _slice(b, first, count)
 
 
@@ -206,7 +231,7 @@ def _slice(span: Span, first: int, count: int) -> Span:
 
 
 def _read_ahead(
-    windows: Iterator[_Window], files: MappedFiles, readers: Sequence[ThreadPoolExecutor]
+    windows: Iterator[_Window], files: Source, readers: Sequence[ThreadPoolExecutor]
 ) -> Iterator[_Window]:
     """The same windows, each with its pages brought in; a few more are under way behind it."""
     queue: deque[tuple[_Window, list[Future[None]]]] = deque()

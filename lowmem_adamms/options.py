@@ -65,7 +65,7 @@ def _add_compare(commands: _Commands) -> None:
     compare = commands.add_parser(
         "compare", help="how far apart two checkpoints are, and whether of one ancestor"
     )
-    compare.add_argument("a", metavar="A", help="folder or file of a checkpoint")
+    compare.add_argument("a", metavar="A", help="folder, file or Hub id of a checkpoint")
     compare.add_argument("b", metavar="B", help="another; distances are relative to A")
     compare.add_argument("--json", action="store_true", help="one JSON document on stdout")
     compare.add_argument("--html", metavar="FILE", type=Path, help="write a page here")

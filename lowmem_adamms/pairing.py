@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arch import BUFFER
 from .checkpoint import Checkpoint, Span
 from .kinship import group_of
 from .plan import Embeddings, Part, Plan, Step, make_plan
-from .wire import RemoteFile
+
+if TYPE_CHECKING:
+    from .wire import RemoteFile
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norms", "biases")
 """What is told apart in a layer, in the order it is shown; a stream may follow (`q@vision`)."""
@@ -82,12 +85,12 @@ class Only:
 class Side:
     """One checkpoint: what of it was joined by role, what by name, and what was not.
 
-    traits: its dimensions, in words. layers: of each layer its matrices' spans by role, the role
-    without the layer's number.
+    path: or its name on the Hub. traits: its dimensions, in words. layers: of each layer its
+    matrices' spans by role, the role without the layer's number.
     """
 
     name: str
-    path: Path
+    path: str
     arch: str
     whole: Share
     mapped: Share
@@ -99,9 +102,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two checkpoints joined. obstacles: what a merge of them would be refused for.
+    """Two checkpoints joined.
 
-    remote: those of their files that are on the Hub alone.
+    obstacles: what a merge of them would be refused for. remote: the files that are on the Hub
+    only.
     """
 
     a: Side
@@ -212,7 +216,7 @@ def _side(plan: Plan, other: Plan, pairs: Iterable[Pair], i: int) -> Side:
     checkpoint = plan.base
     return Side(
         checkpoint.name,
-        checkpoint.path,
+        checkpoint.ref if checkpoint.repo else str(checkpoint.path),
         plan.base_layout.arch,
         _share({name: [span] for name, span in checkpoint.tensors.items()}),
         _share(mapped),

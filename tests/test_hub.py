@@ -19,11 +19,13 @@ import random_pair
 from hub_server import HubServer
 
 from lowmem_adamms import (
+    compare,
     header,
     inputs,
     kinship,
     make_plan,
     merge,
+    pairing,
     plain,
     ranges,
     shards,
@@ -405,6 +407,23 @@ def test_what_is_not_the_file_is_an_error_and_the_merge_resumes(
     assert left(streamed(tmp_path)) == local
 
 
+def test_two_models_on_the_hub_are_compared_without_being_stored(
+    server: HubServer, pair: Pair, tmp_path: Path
+) -> None:
+    here, there = pairing.join(*pair), pairing.join(*opened())
+    assert there.remote and there.a.path.startswith("org/base@")
+    whole = compare.compare(here, sample=None)
+    for one, other in zip(
+        whole.measures, compare.compare(there, sample=None).measures, strict=True
+    ):
+        assert (one.read, one.equal) == (other.read, other.equal)
+        assert (one.cosine, one.distance) == pytest.approx((other.cosine, other.distance))
+    some = compare.compare(there, sample=kinship.RUN_ELEMENTS)
+    assert some.measures == compare.compare(here, sample=kinship.RUN_ELEMENTS).measures
+    assert some.verdict == compare.compare(here, sample=kinship.RUN_ELEMENTS).verdict
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("way", ["cache", "disk budget"])
 def test_a_damaged_download_is_thrown_away(
     server: HubServer, local: Files, tmp_path: Path, way: str
@@ -680,21 +699,3 @@ def test_anonymous_memory_stays_within_the_bound(
     code, grown = map(int, done.stdout.splitlines()[-1].split())
     assert code == 0
     assert grown <= 64 << 10, f"{grown} KiB"
-
-
-# Comparing
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_models_of_the_hub_compare_as_the_folders_do(
-    server: HubServer, pair: Pair, capsys: pytest.CaptureFixture[str], full: bool
-) -> None:
-    words = ["--json", *["--full"] * full]
-    assert main(["compare", *map(str, pair), *words]) == 0
-    local = json.loads(capsys.readouterr().out)
-    assert main(["compare", *IDS, *words]) == 0
-    found = json.loads(capsys.readouterr().out)
-    for side in ("a", "b"):
-        for document in (local, found):
-            del document[side]["name"], document[side]["path"]
-    assert found == local
