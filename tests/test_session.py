@@ -44,7 +44,7 @@ class Kept:
     def __init__(self, live: LiveModel) -> None:
         self._live = live
         self.model, self.plan, self.vision = live.model, live.plan, live.vision
-        self.trust_remote_code = live.trust_remote_code
+        self.trust_remote_code, self.encoder = live.trust_remote_code, live.encoder
         self.applied: list[float] = []
         self.closed = 0
 

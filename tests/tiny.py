@@ -660,7 +660,8 @@ def _save_tensors(tensors: Tensors, folder: Path, max_shard_size: str = "200KB")
 def _copy_sidecars(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if not path.name.endswith((".safetensors", ".bin", ".index.json")):
+        weights = path.name.endswith((".safetensors", ".bin", ".index.json"))
+        if path.is_file() and not weights:
             shutil.copy(path, out)
 
 

@@ -1,6 +1,6 @@
 """Ask the zoo: raw answers of a pair at every alpha, for `bench/study.py` to judge.
 
-    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--step 0.1] [--plain]
+    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--step 0.1] [--ablate [NAME …]]
 
 Writes OUT/BASE--DONOR.json (its keys are described in `bench/study.py`). Confidence is the model's
 probability of its whole greedy answer, entropy the mean over its tokens, in nats. Blends are made
@@ -46,7 +46,7 @@ def main() -> None:
     options.add_argument("--step", type=float, default=0.1)
     options.add_argument("--scenes", type=int, default=490)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--plain", action="store_true", help="without the ablations")
+    options.add_argument("--ablate", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     options.add_argument("--threads", type=int, default=1)
     given = options.parse_args()
     keep_memory()
@@ -60,7 +60,8 @@ def main() -> None:
             if (given.pair and [a.name, b.name] != given.pair) or path.is_file():
                 continue
             base, donor = (given.zoo / one.name / "model" for one in (a, b))
-            made = ask_pair(base, donor, asked, given.step, {} if given.plain else VARIANTS)
+            changes = {name: VARIANTS[name] for name in given.ablate}
+            made = ask_pair(base, donor, asked, given.step, changes)
             names = {"base": a.name, "donor": b.name, "seed": given.seed}
             path.write_text(json.dumps({**names, **made}))
             print(path, flush=True)
