@@ -426,6 +426,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         left -= 1
         note(journal, *args, **options)
 
+    # A shell's background job is started deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(AnswerJournal, "note", counted)
 
 
