@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .prompts import Prompt
     from .push import Push
+    from .quantized import Quantized
     from .recipe import Recipe
     from .refine import Refined
     from .search import Result
@@ -261,7 +262,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             found = _run_search(arguments, plan, prompts, _answers_in(arguments.out))
             _show_search(found.result, found.refined)
             alpha = found.alpha
-        _write(arguments, plan, alpha, found, {**options, "push": push})
+        _write(arguments, plan, alpha, found, how, {**options, "push": push})
         if push:
             _finish_push(arguments, push)
     return 0
@@ -272,11 +273,12 @@ def _write(
     plan: Plan,
     alpha: Any,
     found: _Found | None,
+    how: Quantized | None,
     options: dict[str, Any],
 ) -> None:
     """Write the merged checkpoint; options are `writer.merge`'s own."""
     from . import show
-    from .writer import how_quantized, merge
+    from .writer import merge
 
     code = arguments.trust_remote_code
     with _progress("merging", plan.bytes_written) as progress:
@@ -293,7 +295,6 @@ def _write(
             **options,
         )
     counts = plan.to_json()["counts"]
-    how = how_quantized(plan, _quantize(arguments), trust_remote_code=code)
     written = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
     quantized = f", {len(how.names)} of them quantized to {how.method}" if how else ""
     print(
