@@ -9,9 +9,8 @@ every product of two bf16, fp16 or fp32 values is exact. Leaves to others: what 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from .hub import LANES
 from .kinship import RUN_ELEMENTS, Files, cosine_of
 from .pairing import Pair, Piece, elements
 from .stream import Files as MappedFiles
+from .stream import read_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -143,7 +143,8 @@ def streamed(
         files: Source = far or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
-        for i, a, b in _read_ahead(_windows(pairs, window), files, readers):
+        windows = _windows(pairs, window)
+        for i, a, b in read_ahead(windows, _spans, files.ahead, readers, _AHEAD):
             found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
             sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
             for span in (a, b):
@@ -230,25 +231,5 @@ def _slice(span: Span, first: int, count: int) -> Span:
     return replace(span, start=start, stop=stop, shape=(count,))
 
 
-def _read_ahead(
-    windows: Iterator[_Window], files: Source, readers: Sequence[ThreadPoolExecutor]
-) -> Iterator[_Window]:
-    """The same windows, each with its pages brought in; a few more are under way behind it."""
-    queue: deque[tuple[_Window, list[Future[None]]]] = deque()
-    for window in windows:
-        futures = [
-            reader.submit(bring)
-            for reader, span in zip(readers, window[1:], strict=True)
-            for bring in files.ahead(span)
-        ]
-        queue.append((window, futures))
-        if len(queue) > _AHEAD:
-            yield _ready(*queue.popleft())
-    while queue:
-        yield _ready(*queue.popleft())
-
-
-def _ready(window: _Window, futures: list[Future[None]]) -> _Window:
-    for future in futures:
-        future.result()
-    return window
+def _spans(window: _Window) -> tuple[tuple[Span, Span]]:
+    return (window[1:],)

@@ -10,18 +10,16 @@ joining (`plan.py`), arithmetic (`kernels/`).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .alphas import Alpha, at, resolve
-from .alphas import check_alpha as check_alpha
 from .checkpoint import Span
 from .plan import Part, Plan, Step
-from .stream import Files
+from .stream import Files, read_ahead
 
 if TYPE_CHECKING:
     from .kernels.select import Kernel
@@ -138,7 +136,8 @@ def run(
         source = source or stack.enter_context(Files())
         # One reader a side: the kernel reads ahead well only where a file is read in order.
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
-        for todo in _read_ahead(_windows(plan, alpha, sink, window or WINDOW), source, readers):
+        windows = _windows(plan, alpha, sink, window or WINDOW)
+        for todo in read_ahead(windows, _spans, source.ahead, readers, AHEAD):
             if isinstance(todo, Copy):
                 sink.copy(todo.step, todo.offset, todo.span)
             else:
@@ -161,6 +160,10 @@ def _pieces(window: Window) -> Sequence[Piece | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
+def _spans(window: Window) -> Iterator[tuple[Span, ...]]:
+    return (piece.spans for piece in _pieces(window))
+
+
 def _blend(window: list[Piece], sink: Sink, source: Source, kernel: Kernel) -> None:
     """One window: a slot for each piece, then one kernel call per triple of dtypes and alpha."""
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Bytes, Bytes, Bytes]]] = {}
@@ -172,29 +175,6 @@ def _blend(window: list[Piece], sink: Sink, source: Source, kernel: Kernel) -> N
     for (dtypes, alpha), parts in calls.items():
         kernel(parts, dtypes, alpha)
     sink.commit()
-
-
-def _read_ahead(
-    windows: Iterator[Window], source: Source, readers: Sequence[ThreadPoolExecutor]
-) -> Iterator[Window]:
-    """The same windows, each with its pages brought in; AHEAD more are under way behind it."""
-    queue: deque[tuple[Window, list[Future[None]]]] = deque()
-    for window in windows:
-        futures: list[Future[None]] = []
-        for piece in _pieces(window):
-            for reader, span in zip(readers, piece.spans, strict=False):
-                futures += map(reader.submit, source.ahead(span))
-        queue.append((window, futures))
-        if len(queue) > AHEAD:
-            yield _ready(*queue.popleft())
-    while queue:
-        yield _ready(*queue.popleft())
-
-
-def _ready(window: Window, futures: list[Future[None]]) -> Window:
-    for future in futures:
-        future.result()
-    return window
 
 
 def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:

@@ -15,10 +15,12 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .closing import Closing
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
+W = TypeVar("W")
 _POPULATE_READ = 22  # MADV_POPULATE_READ, linux/mman.h; not in Python's mmap module
 BLOCK = 8 << 20
 """Bytes brought in or let go at a time, from multiples of it on."""
@@ -185,3 +188,35 @@ def write_out(fd: int, start: int, stop: int, *, wait: bool = False) -> None:
         length = ctypes.c_int64(stop - start)
         flags = 7 if wait else 2  # WAIT_BEFORE | WRITE | WAIT_AFTER, or WRITE alone
         _libc_sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), length, ctypes.c_uint(flags))
+
+
+def read_ahead(
+    windows: Iterable[W],
+    spans: Callable[[W], Iterable[Sequence[Span]]],
+    ahead: Callable[[Span], Iterable[Callable[[], None]]],
+    readers: Sequence[ThreadPoolExecutor],
+    count: int,
+) -> Iterator[W]:
+    """The same windows, each with its pages brought in; `count` more are under way behind it.
+
+    spans: what a window reads, in groups, the nth span of each for the nth reader. ahead: how a
+    span's pages are brought in, as calls that may run in any order.
+    """
+    queue: deque[tuple[W, list[Future[None]]]] = deque()
+
+    def first() -> W:
+        window, futures = queue.popleft()
+        for future in futures:
+            future.result()
+        return window
+
+    for window in windows:
+        futures: list[Future[None]] = []
+        for group in spans(window):
+            for reader, span in zip(readers, group, strict=False):
+                futures += map(reader.submit, ahead(span))
+        queue.append((window, futures))
+        if len(queue) > count:
+            yield first()
+    while queue:
+        yield first()

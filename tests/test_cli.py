@@ -17,10 +17,10 @@ import pytest
 import random_pair
 import tiny
 import torch
+from command import run
 from safetensors.torch import load_file, save_file
 
 from lowmem_adamms import __version__
-from lowmem_adamms.cli import main
 from lowmem_adamms.options import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -46,15 +46,6 @@ def seen(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"(folder)"
         for path in sorted(folder.rglob("*"))
     }
-
-
-def run(*words: object) -> int:
-    """The exit code of a command, wherever it comes from."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
 
 
 def shell(*words: object) -> subprocess.CompletedProcess[str]:

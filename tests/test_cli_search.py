@@ -22,9 +22,9 @@ import pytest
 import talk
 import tiny
 import torch
+from command import run
 
 from lowmem_adamms import LiveModel, __version__, loading, make_plan, merge, search
-from lowmem_adamms.cli import main
 from lowmem_adamms.encode import load_processor
 from lowmem_adamms.journal import ANSWERS, NAME, WORK, AnswerJournal
 from lowmem_adamms.prompts import Prompt, load_prompts
@@ -98,15 +98,6 @@ def finished(
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
-
-
-def run(*words: object) -> int:
-    """The exit code of a command, wherever it comes from."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
 
 
 def seen(folder: Path) -> Files:

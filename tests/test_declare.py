@@ -15,13 +15,13 @@ import pytest
 import random_pair
 import tiny
 import torch
+from command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_adamms import declare, make_plan, merge
 from lowmem_adamms.arch import Arch
 from lowmem_adamms.archs import ARCHS
-from lowmem_adamms.cli import main
 from lowmem_adamms.errors import DeclarationError, OutputError, RecipeError
 from lowmem_adamms.verify import verify
 
@@ -35,14 +35,6 @@ def put(folder: Path, text: str | bytes, name: str = "my.toml") -> Path:
     path = folder / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-def run(*words: object) -> int:
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
 
 
 # Written and read back

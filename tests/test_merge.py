@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from tiny import Tensors
 
 from lowmem_adamms import make_plan, merge
+from lowmem_adamms.alphas import check_alpha
 from lowmem_adamms.checkpoint import Span
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import RecipeError
@@ -548,7 +549,7 @@ def test_the_result_answers_about_an_image(
 @pytest.mark.parametrize("alpha", [math.nan, -0.1, 1.1, math.inf, -math.inf, 1 + 1e-15])
 def test_alpha_outside_its_range_is_refused(alpha: float, make: Make, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="alpha is"):
-        loop.check_alpha(alpha)
+        check_alpha(alpha)
     plan = make_plan(*PAIRS["qwen3-qwen3"].made(make))
     with pytest.raises(RecipeError, match="alpha is"):
         loop.run(plan, alpha, Memory())
@@ -558,8 +559,9 @@ def test_alpha_outside_its_range_is_refused(alpha: float, make: Make, tmp_path: 
 
 
 def test_alpha_comes_back_as_a_float() -> None:
-    assert [loop.check_alpha(alpha) for alpha in (0, 1, np.float32(0.5))] == [0.0, 1.0, 0.5]
-    assert all(type(loop.check_alpha(alpha)) is float for alpha in (0, 1, np.float32(0.5)))
+    given: tuple[Any, ...] = (0, 1, np.float32(0.5))
+    assert [check_alpha(alpha) for alpha in given] == [0.0, 1.0, 0.5]
+    assert all(type(check_alpha(alpha)) is float for alpha in given)
 
 
 def test_merging_safetensors_imports_neither_torch_nor_transformers(

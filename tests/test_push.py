@@ -18,12 +18,12 @@ from types import SimpleNamespace
 
 import pytest
 import random_pair
+from command import run
 from hub_push_server import Fault, HubServer, person, serving
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
 from lowmem_adamms import card, make_plan, merge, push, push_check, writer
-from lowmem_adamms.cli import main
 from lowmem_adamms.errors import OutputError, PushError
 from lowmem_adamms.journal import PENDING
 from lowmem_adamms.verify import verify
@@ -66,14 +66,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(push_check, "AT_ONCE", (0.0, 0.0))
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield server
-
-
-def run(*words: object) -> int:
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
 
 
 def contents(folder: Path) -> dict[str, bytes]:
