@@ -21,8 +21,11 @@ from world import SIDE
 HIDDEN, INNER, LAYERS, HEADS = 128, 384, 6, 4
 BPE = 640
 ROWS = BPE + 3  # of a language model: every line shares three tokens more
-TOWER = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
 FINE, COARSE = 8, 12  # pixels a side of one patch: two by two are merged, or not
+# A coarse patch has more than twice the pixels of a fine one, and no merger to widen it later
+TOWER = {
+    "hidden_size": 160, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4
+}  # fmt: skip
 REMOTE = Path(__file__).resolve().parents[2] / "tests" / "remote" / "cogvlm"
 
 SEEN = "<seen>"  # where a turn's picture stands
@@ -246,8 +249,8 @@ def _qwen(kind: str, vision: dict[str, Any], text: dict[str, Any], ids: Mapping[
 
 def _llava_onevision(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
     vision = {
-        **TOWER, "model_type": "siglip_vision_model", "intermediate_size": 256,
-        "image_size": SIDE, "patch_size": COARSE, "vision_use_head": False,
+        **TOWER, "model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": COARSE,
+        "vision_use_head": False,
     }  # fmt: skip
     config = _class("LlavaOnevisionConfig")(
         text_config={**text, "model_type": "qwen2"},
@@ -263,8 +266,7 @@ def _llava_onevision(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
 
 def _llava(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
     vision = {
-        **TOWER, "model_type": "clip_vision_model", "intermediate_size": 256,
-        "image_size": SIDE, "patch_size": COARSE,
+        **TOWER, "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": COARSE,
     }  # fmt: skip
     config = _class("LlavaConfig")(
         text_config={**text, "model_type": "llama"},
@@ -277,9 +279,9 @@ def _llava(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
 
 def _cogvlm(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
     vision = {
-        "hidden_size": 96, "image_size": SIDE, "in_channels": 3, "intermediate_size": 256,
-        "layer_norm_eps": 1e-6, "num_heads": 4, "num_hidden_layers": 4,
-        "num_positions": (SIDE // COARSE) ** 2 + 1, "patch_size": COARSE,
+        **{name: size for name, size in TOWER.items() if name != "num_attention_heads"},
+        "num_heads": TOWER["num_attention_heads"], "image_size": SIDE, "in_channels": 3,
+        "layer_norm_eps": 1e-6, "num_positions": (SIDE // COARSE) ** 2 + 1, "patch_size": COARSE,
     }  # fmt: skip
     if str(REMOTE.parent) not in sys.path:
         sys.path.insert(0, str(REMOTE.parent))

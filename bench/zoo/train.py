@@ -67,7 +67,7 @@ class Stage:
 STAGES = {
     "text": Stage(steps=650, rows=48, rate=2e-3, warm=100),
     "reread": Stage(steps=400, rows=48, rate=1.5e-3),
-    "see": Stage(steps=1500, rows=64, rate=2e-3),
+    "see": Stage(steps=5000, rows=64, rate=2e-3),
     "align": Stage(steps=500, rows=48, rate=1e-3),
     "settle": Stage(steps=400, rows=48, rate=1e-3),
     "tune": Stage(steps=300, rows=32, rate=1.5e-3, warm=20),
