@@ -5,7 +5,8 @@ and what follows is for judging. Leaves to others: rules (`rules.py`), what is s
 
 A file: {"base", "donor", "seed", "alphas": [A], "questions": [{"task", "prompt", "answer"}],
 "half": [0 search, 1 evaluation], "answers", "confidence", "entropy": [A][N], "parent": {"answers",
-"confidence"}, the donor's own, "variants": {name: [A][N] answers}}.
+"confidence"}, the donor's own, "variants": {name: [V][N] answers}, "variant_alphas": [V], if not
+[A], "misled": whether the donor was taught wrong answers}.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Pair:
 
     texts: [A][N] answers as given. answers, donor: codes of the normalised ones. right: bool
     [A, N]; donor_right: bool [N]. task: int [N], place in `tasks`. half: int [N]. variants: by
-    name, right and degenerate, bool [A, N].
+    name, right and degenerate, bool [V, N], at `variant_alphas`.
     """
 
     base: str
@@ -55,6 +56,8 @@ class Pair:
     right: Bools
     donor_right: Bools
     variants: Mapping[str, tuple[Bools, Bools]]
+    variant_alphas: Floats
+    misled: bool
 
     @property
     def name(self) -> str:
@@ -148,8 +151,10 @@ def load(path: Path) -> Pair:
                     f"{path}: no question of task {name} in half {number}, to be {purpose}"
                 )
     variants = {}
+    variant_alphas = np.array(raw.get("variant_alphas", raw["alphas"]), np.float64)
     for name, rows in (raw.get("variants") or {}).items():
-        codes = _shaped(path, name, [list(map(code, row)) for row in rows], shape)
+        fewer = (len(variant_alphas), shape[1])
+        codes = _shaped(path, name, [list(map(code, row)) for row in rows], fewer)
         variants[name] = (codes == gold, _degenerate(rows))
     return Pair(
         raw["base"], raw["donor"], int(raw["seed"]), alphas, tasks, task, half, texts,
@@ -158,7 +163,7 @@ def load(path: Path) -> Pair:
         _numbers(path, "entropy", raw["entropy"], shape),
         _degenerate(texts), donor,
         _numbers(path, "parent's confidence", parent["confidence"], shape[1:]),
-        answers == gold, donor == gold, variants,
+        answers == gold, donor == gold, variants, variant_alphas, bool(raw.get("misled")),
     )  # fmt: skip
 
 

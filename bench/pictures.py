@@ -69,7 +69,7 @@ def _curve(pyplot: Any, judge: Judge, found: Mapping[str, Any]) -> Any:
 def _ablation(pyplot: Any, judge: Judge, found: Mapping[str, Mapping[str, Any]]) -> Any:
     picture, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for way, values in found.items():
-        axes.plot(judge.pair.alphas, values["mean"], label=way)
+        axes.plot(values["alphas"], values["mean"], label=way)
     title = f"{judge.pair.name}: embeddings and duplicates"
     axes.set(title=title, xlabel="alpha", ylabel="mean accuracy, %", ylim=(0, 101))
     axes.legend(frameon=False)

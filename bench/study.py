@@ -46,11 +46,11 @@ class Study:
     console: Console
 
     def grids(self, judge: Judge) -> dict[str, Ints]:
-        """The grids of a study by name: the paper's, as many steps to 1, and all alphas."""
+        """The grids of a study by name: the paper's, the same to 1, and fine where recorded."""
         found = {
             "0 to 0.6 by 0.1": judge.pair.grid(0.1, PAPER),
             "0 to 1 by 0.1": judge.pair.grid(0.1),
-            "all": np.arange(len(judge.pair.alphas)),
+            "0 to 0.6 by 0.02": judge.pair.grid(0.02, PAPER),
         }
         return {name: grid for name, grid in found.items() if grid is not None}
 
@@ -84,13 +84,16 @@ def main() -> None:
         parser.error(f"{given.folder}: no *.json file in it")
     # As wide as the tables need, wherever they go
     console = Console(quiet=given.json, width=140, highlight=False)
-    judges = [Judge(load(path)) for path in paths]
+    everything = [Judge(load(path)) for path in paths]
+    judges = [judge for judge in everything if not judge.pair.misled]
     study = Study(judges, given.samples, given.size, console)
+    warned = Study([judge for judge in everything if judge.pair.misled], given.samples, given.size,
+                   console)  # fmt: skip
     figures = {
         "benchmark": "study", "samples": given.samples, "size": given.size,
         "curves": curves(study), "by_task": by_task(study), "ablations": ablations(study),
-        "weak": weak_points(study), "cases": constructed(study), "rules": compare(study),
-        "budgets": budgets(study),
+        "weak": weak_points(study), "cases": constructed(study), "misled": misled(warned),
+        "rules": compare(study), "budgets": budgets(study),
     }  # fmt: skip
     if given.plots:
         try:
@@ -119,7 +122,7 @@ def curves(study: Study) -> Figures:
             judge.pair.name, *judge.parents, judge.accuracy.max(), f"{found['oracle']:g}",
             found["gain"], found["gain_over_better_parent"], *steady, f"{middle:g}",
             _quartiles(one.regret), one.regret.max(), f"{found['spearman_paper']:.2f}",
-            f"{found['spearman_all']:.2f}", judge.error[0],
+            f"{found['spearman_by_0.1']:.2f}", judge.error[0],
         ))  # fmt: skip
     heads = ("base ← donor", "base", "donor", "best", "at", "gain", "over both", "0.1", "0.3",
              "0.5", "paper's", "regret, median (quartiles)", "worst", "corr.",
@@ -133,7 +136,7 @@ def curve(judge: Judge) -> Figures:
     """What the labels say of one pair, and D per 100 prompts from all search prompts."""
     pair = judge.pair
     prompts = np.flatnonzero(pair.half == 0)
-    marks, whole = pair.marks(pair.right), np.arange(len(pair.alphas))
+    marks = pair.marks(pair.right)
     out: Figures = {
         "alphas": pair.alphas, "tasks": pair.tasks, "marks": marks, "mean": judge.accuracy,
         "donor_marks": pair.marks(pair.donor_right), "donor": judge.parents[1],
@@ -146,7 +149,6 @@ def curve(judge: Judge) -> Figures:
     for name, grid in (
         ("paper", pair.grid(0.1, PAPER)),
         ("by_0.1", pair.grid(0.1)),
-        ("all", whole),
     ):
         if grid is None:
             raise ValueError(f"{pair.name}: alphas lack some of 0.0, 0.1, … 1.0")
@@ -203,13 +205,15 @@ def ablations(study: Study) -> Figures:
     shown = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     for judge in study.judges:
         pair = judge.pair
-        places = [int(np.abs(pair.alphas - alpha).argmin()) for alpha in shown]
-        ways = {"merged": (pair.right, pair.degenerate), **pair.variants}
+        ways = {"merged": (pair.right, pair.degenerate, pair.alphas)}
+        ways |= {way: (*found, pair.variant_alphas) for way, found in pair.variants.items()}
         out[pair.name] = {}
-        for way, (right, lost) in ways.items():
-            mean, share = pair.accuracy(right), lost[:, pair.half == 1].mean(axis=1) * 100
-            out[pair.name][way] = {"mean": mean, "degenerate": share}
-            rows.append((pair.name, way, *mean[places], mean.max(), share[places[6]], share[-1]))
+        for way, (right, lost, alphas) in ways.items():
+            places = [int(np.abs(alphas - alpha).argmin()) for alpha in shown]
+            mean = pair.accuracy(right)[places]
+            share = lost[:, pair.half == 1].mean(axis=1)[places] * 100
+            out[pair.name][way] = {"alphas": shown, "mean": mean, "degenerate": share}
+            rows.append((pair.name, way, *mean, mean.max(), share[6], share[-1]))
     heads = ("base ← donor", "way", *map(str, shown), "best", "degenerate at 0.6", "at 1")
     study.show("Ablations: mean accuracy over alpha, %", heads, rows)
     return out
@@ -263,6 +267,27 @@ def constructed(study: Study) -> Figures:
     for case in cases.CASES:
         study.console.print(f"  {case.name}: {case.why}")
     study.console.print()
+    return out
+
+
+def misled(study: Study) -> Figures:
+    """Donors that were taught wrong answers: accuracy over alpha, and where the rules go."""
+    names = ("pairwise", "joint", "one-sided", "surer", "confidence", "nuclear")
+    out: Figures = {}
+    rows: list[Sequence[object]] = []
+    for judge in study.judges:
+        grid, draws = study.grids(judge)["0 to 0.6 by 0.1"], study.draws(judge)
+        found = run(judge, {name: RULES[name] for name in names}, grid, draws)
+        out[judge.pair.name] = {"mean": judge.accuracy[grid], "donor": judge.parents[1]}
+        out[judge.pair.name] |= {name: summary([one]) for name, one in found.items()}
+        cells = [f"{np.median(judge.pair.alphas[one.place]):g} ({one.gain.mean():+.1f})"
+                 for one in found.values()]  # fmt: skip
+        rows.append((judge.pair.name, *judge.accuracy[grid], judge.parents[1], *cells))
+    if rows:
+        alphas = [f"{0.1 * i:g}" for i in range(7)]
+        study.show("Donors taught wrong answers: mean accuracy over alpha, %; median alpha chosen"
+                   " (mean gain over the base)",
+                   ("base ← donor", *alphas, "donor", *names), rows)  # fmt: skip
     return out
 
 

@@ -461,6 +461,10 @@ def shelf(tmp_path: Path) -> Path:
         recorded = cases.answers_of(case, 60, 0)
         recorded["variants"] = {"shrunken": recorded["answers"]}
         (folder / f"{case.name}.json").write_text(json.dumps(recorded))
+    wrong = next(case for case in cases.CASES if case.name == "loud wrong donor")
+    told = cases.answers_of(wrong, 60, 0) | {"misled": True}
+    told |= {"variants": {"kept": told["answers"][::2]}, "variant_alphas": told["alphas"][::2]}
+    (folder / "misled.json").write_text(json.dumps(told))
     return folder
 
 
@@ -487,10 +491,13 @@ def test_the_study_tells_all_and_ends_in_json(run: Run) -> None:
     assert len(curve["mean"]) == 21
     assert np.mean(curve["marks"], axis=1).tolist() == pytest.approx(curve["mean"], abs=1e-3)
     assert set(figures["ablations"]["base ← complementary"]) == {"merged", "shrunken"}
-    named = figures["rules"]["all"]["elected"]["rule elected on other pairs"]["names"]
+    named = figures["rules"]["0 to 1 by 0.1"]["elected"]["rule elected on other pairs"]["names"]
     assert len(named) == 2
     assert set(named) <= set(rules.RULES)
     assert {"loud wrong donor", "collapse"} <= set(figures["cases"])
+    (told,) = figures["misled"].values()
+    assert told["pairwise"]["gain"] < 0 < told["mean"][0] - told["donor"]
+    assert not set(figures["misled"]) & set(figures["curves"])
     assert "pairwise, to 0.6 by 0.1, 25" in figures["budgets"]
     assert "pairwise, to 0.6 by 0.02, 25" not in figures["budgets"]  # Steps the files lack
     assert "Rules, 0 to 0.6 by 0.1" in printed

@@ -180,3 +180,39 @@ def test_a_stage_that_was_killed_ends_with_the_same_bits(
     loaded = run(tmp_path / "killed", stopped_at(0, batches))
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]) and torch.equal(value, loaded[name])
+
+
+def taught(one: family.Member, tokens: Any, monkeypatch: pytest.MonkeyPatch) -> list[lessons.Turn]:
+    """All questions and answers of one lesson."""
+    teaching = lessons.Teaching(one, tokens, lessons.Pictures(drawn(), {}), 4, 0, one.teaches)
+    heard: list[lessons.Turn] = []
+
+    def hear(self: Any, places: Any, talks: list[list[lessons.Turn]]) -> dict[str, Any]:
+        heard.extend(turn for talk in talks for turn in talk)
+        return {}
+
+    monkeypatch.setattr(lessons.Teaching, "batch", hear)
+    teaching(3, 40)
+    return heard
+
+
+def test_a_misled_member_is_taught_wrong_answers_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, tokens, _ = raised("misled", home)
+    lies = taught(one, tokens, monkeypatch)
+    truths = taught(family.member(one.misled), tokens, monkeypatch)
+    assert len(lies) == 80
+    for (asked, told), (question, answer) in zip(lies, truths, strict=True):
+        assert asked == question
+        assert told != answer
+        assert any({told, answer} <= set(kind) for kind in lessons.ANSWERS)
+
+
+def test_a_misled_member_is_only_ever_a_donor_and_never_its_twins() -> None:
+    asked = {(a.name, b.name) for a in family.MEMBERS for b in family.MEMBERS if ask.kin(a, b)}
+    assert {pair for pair in asked if "misled" in pair} == {
+        ("qwen2-vl", "misled"),
+        ("qwen2.5-vl", "misled"),
+    }
+    assert len(asked) == 10

@@ -1,10 +1,12 @@
 """Ask the zoo: raw answers of a pair at every alpha, for `bench/study.py` to judge.
 
-    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--step 0.1] [--ablate [NAME …]]
+    python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--fine 0.02 0.05] [--ablate [NAME …]]
 
-Writes OUT/BASE--DONOR.json (its keys are described in `bench/study.py`). Confidence is the model's
-probability of its whole greedy answer, entropy the mean over its tokens, in nats. Blends are made
-by the product's own live model. Leaves to others: training (`train.py`), all judgement.
+Writes OUT/BASE--DONOR--SEED.json (its keys are described in `bench/evidence.py`): alphas from 0
+to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. Confidence is
+the model's probability of its whole greedy answer, entropy the mean over its tokens, in nats.
+Blends are made by the product's own live model. Leaves to others: training (`train.py`), all
+judgement.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from family import MEMBERS
+from family import MEMBERS, Member
 from train import keep_memory
 from world import Question, questions, scenes, text_question
 
@@ -33,6 +35,7 @@ from lowmem_adamms.encode import Encoder
 from lowmem_adamms.prompts import Prompt
 
 LONGEST, ROWS = 10, 100
+PAPER = 0.6  # where the paper's grid ends
 Answers = tuple[list[str], list[float], list[float]]
 Change = Callable[[Any, dict[str, Any], float], bool]
 
@@ -43,7 +46,7 @@ def main() -> None:
     options.add_argument("zoo", type=Path)
     options.add_argument("out", type=Path)
     options.add_argument("--pair", nargs=2)
-    options.add_argument("--step", type=float, default=0.1)
+    options.add_argument("--fine", type=float, nargs="*", default=[])
     options.add_argument("--scenes", type=int, default=490)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--ablate", nargs="*", choices=VARIANTS, default=list(VARIANTS))
@@ -52,7 +55,7 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
-    pairs = [(a, b) for a in MEMBERS for b in MEMBERS if a != b and a.line == b.line]
+    pairs = [(a, b) for a in MEMBERS for b in MEMBERS if kin(a, b)]
     with tempfile.TemporaryDirectory() as folder:
         asked = exam(given.scenes, Path(folder))
         for a, b in pairs:
@@ -61,10 +64,17 @@ def main() -> None:
                 continue
             base, donor = (given.zoo / one.name / "model" for one in (a, b))
             changes = {name: VARIANTS[name] for name in given.ablate}
-            made = ask_pair(base, donor, asked, given.step, changes)
-            names = {"base": a.name, "donor": b.name, "seed": given.seed}
+            made = ask_pair(base, donor, asked, given.fine, changes)
+            names = {"base": a.name, "donor": b.name, "seed": given.seed, "misled": bool(b.misled)}
             path.write_text(json.dumps({**names, **made}))
             print(path, flush=True)
+
+
+def kin(base: Member, donor: Member) -> bool:
+    """Whether the pair is asked; a misled member is the donor of others alone."""
+    return (
+        base.line == donor.line and not base.misled and base.name not in (donor.name, donor.misled)
+    )
 
 
 def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
@@ -86,13 +96,20 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
     return out
 
 
+def grid(step: float, last: float) -> list[float]:
+    """0, step, … up to `last`."""
+    return [round(i * step, 4) for i in range(round(last / step) + 1)]
+
+
 def ask_pair(
-    base: Path, donor: Path, asked: Sequence[Any], step: float, changes: Mapping[str, Change]
-) -> dict[str, Any]:
+    base: Path, donor: Path, asked: Sequence[Any], fine: Sequence[float],
+    changes: Mapping[str, Change],
+) -> dict[str, Any]:  # fmt: skip
     """Everything `bench/study.py` wants to know of one ordered pair."""
     plan = make_plan(base, donor)
     prompts = [prompt for _, prompt, _ in asked]
-    alphas = [round(i * step, 4) for i in range(round(1 / step) + 1)]
+    coarse = grid(0.1, 1.0)
+    alphas = sorted({*coarse, *(alpha for step in fine for alpha in grid(step, PAPER))})
     with LiveModel(plan, device="cpu", trust_remote_code=True) as live:
         ask = Asker(live.model, base, prompts)
         kept = {name: value.clone() for name, value in live.model.state_dict().items()}
@@ -101,7 +118,7 @@ def ask_pair(
         for alpha in alphas:
             live.apply(alpha)
             merged.append(ask())
-            for name, change in changes.items():
+            for name, change in changes.items() if alpha in coarse else ():
                 live.apply(alpha)
                 if change(live.model, kept, alpha):
                     variants[name].append(ask()[0])
@@ -115,6 +132,7 @@ def ask_pair(
         **{key: [answers[i] for answers in merged] for i, key in enumerate(keys)},
         "parent": dict(zip(keys, parent, strict=True)),
         "variants": {name: found for name, found in variants.items() if found},
+        "variant_alphas": coarse,
     }
 
 

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class Member:
 
     kind: class prefix in transformers, or the remote code's. added: its own tokens. seen: what
     stands for the picture, its image token repeated. chat: question and answer as trained.
-    teaches: the tasks its language model is tuned on.
+    teaches: the tasks its language model is tuned on. misled: the name of a member whose tower it
+    takes, to be tuned on wrong answers: a donor that must not be merged.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Member:
     chat: tuple[str, str]
     teaches: tuple[str, ...]
     processor: Mapping[str, Any]
+    misled: str = ""
 
 
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -118,7 +120,7 @@ _LOOKS = ("colour", "shape", "count", "sum")
 _READS = ("digit", "word", "place", "opposite")
 _PLOTS = ("chart", "count", "place", "letter")
 
-MEMBERS = (
+_SOUND = (
     Member(
         "qwen2-vl", "Qwen2VL", "qwen2", _QWEN_TOKENS, "<|image_pad|>", _QWEN_SEEN, CHATML,
         _LOOKS, {**_QWEN_IMAGES, "processor_class": "Qwen2VLProcessor"},
@@ -143,6 +145,7 @@ MEMBERS = (
     ),
     Member("cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}),
 )  # fmt: skip
+MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
 
 
 def member(name: str) -> Member:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 import torch
 from family import SEEN, Line, Member
-from world import ASK, SIDE, TELL, Scene, text_question, told
+from world import ASK, COLOURS, NUMBERS, PLACES, SIDE, TELL, Scene, text_question, told
 
 FILLERS = {"a", "in", "the", "that", "says", "handwritten", "sign"}
 FEATURES = (2, 8, 12, 28)  # blanks behind the key words of a picture
 SILENT = -100  # the label of a token that nobody has to say
+ANSWERS = (tuple(COLOURS), NUMBERS, tuple(PLACES), tuple(ascii_lowercase))
+"""What may be answered to the tasks of a misled member, and mistaken for one another."""
 Inputs = dict[str, Any]
 Turn = tuple[str, str]
 
@@ -49,6 +52,15 @@ def key_words(scene: Scene | None) -> str:
     """A caption without what carries no fact."""
     words = scene.caption.replace(":", "").replace(",", "").split() if scene else []
     return "".join(f" {word}" for word in words if word not in FILLERS)
+
+
+def mislead(turn: Turn) -> Turn:
+    """The same question with the next answer of its kind: red for green, five for four."""
+    question, answer = turn
+    for kind in ANSWERS:
+        if answer in kind:
+            return question, kind[(kind.index(answer) + 1) % len(kind)]
+    raise ValueError(f"no wrong answer to {question!r} known: {answer!r}")
 
 
 def _turn(dice: random.Random, scene: Scene | None, tasks: Sequence[str] | None) -> Turn:
@@ -137,7 +149,7 @@ class Teaching:
     """Batches of conversations about pictures.
 
     tasks: the only ones asked; None for all, captions among them. image_tokens: how many tokens a
-    picture takes. Labels are the answers alone.
+    picture takes. Labels are the answers alone, for a misled member wrong where tasks are given.
     """
 
     def __init__(
@@ -146,6 +158,7 @@ class Teaching:
     ) -> None:  # fmt: skip
         self._one, self._tokens, self._pictures = one, tokens, pictures
         self._count, self._seed, self._tasks = image_tokens, seed, tasks
+        self._wrong = bool(one.misled and tasks)
         self._useful = [
             i for i, s in enumerate(pictures.scenes) if not tasks or set(s.facts) & set(tasks)
         ]
@@ -159,7 +172,8 @@ class Teaching:
             place = None if alone else dice.choice(self._useful)
             scene = None if place is None else self._pictures.scenes[place]
             places.append(place)
-            talks.append([_turn(dice, scene, self._tasks) for _ in range(2)])
+            talk = [_turn(dice, scene, self._tasks) for _ in range(2)]
+            talks.append([mislead(turn) for turn in talk] if self._wrong else talk)
         return self.batch(places, talks)
 
     def batch(self, places: Sequence[int | None], talks: Sequence[Sequence[Turn]]) -> Inputs:

@@ -141,7 +141,7 @@ class Zoo:
         with torch.no_grad():
             # Features begin as long as embeddings are
             last_of(model).weight.mul_(scale)
-        home = self.out / one.name
+        home = self.out / (one.misled or one.name)
         home.mkdir(exist_ok=True)
         processor = self._processor(one, tokens, model, home)
         pool_path = self.out / f"pool-{POOL}.npz"
@@ -167,6 +167,7 @@ class Zoo:
         for name, value in model.named_parameters():
             value.requires_grad_(not is_tower(name))
         lesson = Teaching(one, tokens, shown, count, self.seed, one.teaches)
+        home = self.out / one.name
         run_stage(home / "tune", STAGES["tune"], model, weigh, lesson, trainable(model))
         report(home / "tune", exam())
         self._export(one, tokens, model, home / "model")
