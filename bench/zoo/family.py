@@ -84,8 +84,10 @@ class Member:
 
     kind: class prefix in transformers, or the remote code's. added: its own tokens. seen: what
     stands for the picture, its image token repeated. chat: question and answer as trained.
-    teaches: the tasks its language model is tuned on. misled: the name of a member whose tower it
-    takes, to be tuned on wrong answers: a donor that must not be merged.
+    teaches: the tasks its language model is tuned on. sees: steps and peak rate of its tower's own
+    lesson where they differ (wide towers without a norm behind the patches need a lower rate).
+    misled: the name of a member whose tower it takes, to be tuned on wrong answers: a donor that
+    must not be merged.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Member:
     chat: tuple[str, str]
     teaches: tuple[str, ...]
     processor: Mapping[str, Any]
+    sees: tuple[int, float] | None = None
     misled: str = ""
 
 
@@ -134,16 +137,17 @@ _SOUND = (
             "size": {"height": SIDE, "width": SIDE},
             "image_grid_pinpoints": [[SIDE, SIDE]],
         },
+        (3500, 1e-3),
     ),
     Member(
         "qwen2.5-vl", "Qwen2_5_VL", "qwen2", _QWEN_TOKENS, "<|image_pad|>", _QWEN_SEEN, CHATML,
-        _READS, {**_QWEN_IMAGES, "processor_class": "Qwen2_5_VLProcessor"},
+        _READS, {**_QWEN_IMAGES, "processor_class": "Qwen2_5_VLProcessor"}, (3000, 2e-3),
     ),
     Member(
         "llava-1.5", "Llava", "llama", ("<image>",), "<image>", "<image>\n", VICUNA,
         _LOOKS, {**_LLAVA_IMAGES, "processor_class": "LlavaProcessor"},
     ),
-    Member("cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}),
+    Member("cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}, (3500, 1e-3)),
 )  # fmt: skip
 MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
 

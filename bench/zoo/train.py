@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,10 @@ class Zoo:
         exam = Exam(one, tokens, model, processor, count)
         see = Seeing(Tower(one, model), shown, words_of(shown.scenes, tokens, count), self.seed)
         see.meanings.copy_(ancestor["embed_tokens.weight"])
-        run_stage(home / "see", STAGES["see"], see, see.loss, see.batch, see.parameters())
+        stage = STAGES["see"]
+        if one.sees:
+            stage = replace(stage, steps=one.sees[0], rate=one.sees[1])
+        run_stage(home / "see", stage, see, see.loss, see.batch, see.parameters())
         report(home / "see", see.exam(exam.pictures))
         model.requires_grad_(False)
         for name, value in model.named_parameters():
