@@ -216,3 +216,17 @@ def test_a_misled_member_is_only_ever_a_donor_and_never_its_twins() -> None:
         ("qwen2.5-vl", "misled"),
     }
     assert len(asked) == 10
+
+
+def test_key_words_begin_behind_the_features_no_picture_changes(home: Path) -> None:
+    one, tokens, model = raised("cogvlm", home)
+    pictures = lessons.look(one, sys.modules["cogvlm.modeling_cogvlm"].pixels, drawn(1))
+    with torch.inference_mode():
+        features = train.Tower(one, model)(pictures.take(range(len(pictures.scenes))))
+    same = (features == features[:1]).all(0).all(-1)
+    assert same[: one.lead].all()
+    assert not same[one.lead]
+    words = lessons.words_of(pictures.scenes, tokens, features.shape[1], one.lead)
+    assert (words[:, : one.lead] == lessons.SILENT).all()
+    first = tokens.encode(lessons.key_words(pictures.scenes[0]), add_special_tokens=False)[0]
+    assert words[0, one.lead] == first

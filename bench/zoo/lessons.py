@@ -246,11 +246,15 @@ def labels_of(scenes: Sequence[Scene]) -> dict[str, tuple[list[str], torch.Tenso
     return out
 
 
-def words_of(scenes: Sequence[Scene], tokens: Any, count: int) -> torch.Tensor:
-    """The key words of each caption as tokens, int64 [scenes, count], SILENT behind them."""
+def words_of(scenes: Sequence[Scene], tokens: Any, count: int, lead: int = 0) -> torch.Tensor:
+    """The key words of each caption as tokens, int64 [scenes, count], SILENT around them.
+
+    They begin behind `lead` places, which no picture can change.
+    """
     rows = []
     for scene in scenes:
-        row = tokens.encode(key_words(scene), add_special_tokens=False)[:count]
+        said = tokens.encode(key_words(scene), add_special_tokens=False)
+        row = [*[SILENT] * lead, *said][:count]
         rows.append([*row, *[SILENT] * (count - len(row))])
     return torch.tensor(rows)
 

@@ -148,7 +148,8 @@ class Zoo:
         shown = look(one, processor, pool(lambda: scenes(POOL, 1, held_out=False), pool_path))
         count = image_tokens(one, model, shown)
         exam = Exam(one, tokens, model, processor, count)
-        see = Seeing(Tower(one, model), shown, words_of(shown.scenes, tokens, count), self.seed)
+        words = words_of(shown.scenes, tokens, count, one.lead)
+        see = Seeing(Tower(one, model), shown, words, self.seed)
         see.meanings.copy_(ancestor["embed_tokens.weight"])
         stage = STAGES["see"]
         if one.sees:
