@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 from .alphas import Alpha, Alphas, span
 from .answers import Distance, normalise
+from .election import MARKEDLY
 from .errors import RecipeError
-from .search import MARKEDLY, Candidate, Measure, Result, choose
+from .search import Candidate, Measure, Result, choose
 
 P = TypeVar("P")
 Generate = Callable[[Alpha, Sequence[P]], Sequence[str]]
