@@ -24,8 +24,9 @@ from .errors import OutputError
 from .inputs import BY_CACHE, Fetch, carry_out, download, remote
 from .journal import ANSWERS, NAME, PENDING, WORK, Journal, pending
 from .merge import Sink
+from .outfiles import OutFile, out_files
 from .plan import Plan
-from .sink import DiskSink, OutFile, out_files
+from .sink import DiskSink
 from .stream import reading
 
 if TYPE_CHECKING:
