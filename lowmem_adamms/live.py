@@ -22,8 +22,9 @@ from .dtypes import DTYPES, from_user
 from .errors import FormatError, PlacementError
 from .inputs import download
 from .live_sink import LiveSink, bytes_of
+from .memory import measure
 from .merge import Source, run
-from .placement import Placement, measure, place
+from .placement import Placement, place
 from .plan import Plan
 from .stream import Files
 

@@ -30,8 +30,9 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES, from_user
 from lowmem_adamms.errors import FormatError, MappingError, MergeError, RecipeError
 from lowmem_adamms.journal import WORK
+from lowmem_adamms.memory import Memory
 from lowmem_adamms.outfiles import Entry
-from lowmem_adamms.placement import Memory, place, stored_bytes
+from lowmem_adamms.placement import place, stored_bytes
 from lowmem_adamms.plan import Part, Plan, Step
 from lowmem_adamms.quantized import Quantized, prepare
 from lowmem_adamms.verify import verify

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError
-from ..placement import Placement, Quantize, measure, parse_size, place
+from ..errors import OutputError, RecipeError
+from ..memory import measure
+from ..placement import Placement, Quantize, place
 from .console import draws
 
 if TYPE_CHECKING:
@@ -69,3 +72,18 @@ def check_page(path: Path | None, option: str) -> None:
     """OutputError now, not after the work, where a page clearly cannot be written."""
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise OutputError(f"{option} {path}: expected a file in a folder that exists")
+
+
+def parse_size(text: str, option: str, *, zero: bool = False) -> int:
+    """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number; `zero` lets 0 pass.
+
+    RecipeError names `option` (such as `--vram`) where `text` is no size.
+    """
+    match = re.fullmatch(
+        r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE
+    )
+    number = Fraction(match[1]) if match else Fraction(0)
+    if match is None or not (number or zero):
+        raise RecipeError(f"{option} {text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(number * base ** " KMGT".index((match[2] or " ").upper()))

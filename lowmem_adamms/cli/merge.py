@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, RecipeError
 from ..journal import ANSWERS, NAME, WORK
-from ..placement import parse_size
-from .arguments import fetching, make_plan, quantizing
+from .arguments import fetching, make_plan, parse_size, quantizing
 from .console import print_notes, progress_bar
 from .push import finish, pushing
 from .searching import load_prompts, search_for_alpha, show_found
