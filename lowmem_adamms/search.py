@@ -149,7 +149,7 @@ def _opened(
         raise RecipeError(f"refine is {refine}, expected a number of rounds, 0 or more")
     if len(prompts) == 0:
         raise PromptError("no prompts to search with; give at least one")
-    distance = _checked_distance(measure, distance)
+    distance = checked_distance(measure, distance)
     return Election(Study(distance, measure == "joint", _first_of_each(prompts)), grid)
 
 
@@ -169,7 +169,7 @@ def choose(
     count = len(given[grid[0]])
     if not count:
         raise PromptError("no answers to choose by; give at least one for each alpha")
-    study = Study(_checked_distance(measure, distance), measure == "joint", range(count))
+    study = Study(checked_distance(measure, distance), measure == "joint", range(count))
     for alpha in grid:
         study.add(alpha, _checked_answers(given[alpha], count, alpha))
     election = Election(study, grid)
@@ -196,7 +196,8 @@ def _checked_grid(alphas: Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
-def _checked_distance(measure: Measure, distance: Distance | None) -> Distance | None:
+def checked_distance(measure: Measure, distance: Distance | None) -> Distance | None:
+    """What the measure sums, None where it counts; RecipeError without the embedding model."""
     if measure not in get_args(Measure):
         raise RecipeError(f"measure {measure!r}: expected one of {', '.join(get_args(Measure))}")
     if measure == "embedding":
