@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -109,6 +108,8 @@ def _first_card() -> tuple[str, int] | None:
     program = shutil.which("nvidia-smi")
     if first in ("", "-1") or program is None:
         return None
+    import subprocess
+
     query = ("--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
     try:
         done = subprocess.run(

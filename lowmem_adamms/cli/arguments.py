@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +78,8 @@ def parse_size(text: str, option: str, *, zero: bool = False) -> int:
 
     RecipeError names `option` (such as `--vram`) where `text` is no size.
     """
+    from fractions import Fraction
+
     match = re.fullmatch(
         r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE
     )
