@@ -5,7 +5,7 @@ blended by one kernel call per triple of dtypes and alpha (nearly always one: la
 windows). A window crosses tensor bounds, so that a layer's many small tensors cost one call, and a
 tensor's bounds, so that a 1 GB embedding costs no more memory than a bias. While one window is
 blended the pages of the next are brought in and the sink deals with the last. Leaves to others:
-joining (`plan.py`), arithmetic (`kernels/`).
+joining (`join.py`), arithmetic (`kernels/`).
 """
 
 from __future__ import annotations

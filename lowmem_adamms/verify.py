@@ -23,8 +23,9 @@ from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError, RecipeError
 from .inputs import remote
+from .join import make_plan
 from .journal import NAME, WORK
-from .plan import Part, Plan, Step, make_plan
+from .plan import Part, Plan, Step
 from .quantized import METHODS
 from .ranges import Reader
 from .writer import INDEX

@@ -26,9 +26,10 @@ from lowmem_adamms import memory
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.cli.arguments import parse_size
 from lowmem_adamms.errors import PlacementError, RecipeError
+from lowmem_adamms.join import make_plan
 from lowmem_adamms.memory import Memory, available_ram, measure
 from lowmem_adamms.placement import Placement, homes, place
-from lowmem_adamms.plan import Plan, make_plan
+from lowmem_adamms.plan import Plan
 
 MakePlan: TypeAlias = Callable[..., Plan]
 Put: TypeAlias = Callable[[str, object], None]
@@ -703,7 +704,7 @@ def test_zero_passes_where_it_has_a_meaning() -> None:
 def test_the_decision_needs_neither_torch_nor_transformers(qwen: Plan) -> None:
     script = (
         "import sys\n"
-        "from lowmem_adamms.plan import make_plan\n"
+        "from lowmem_adamms.join import make_plan\n"
         "from lowmem_adamms.memory import measure\n"
         "from lowmem_adamms.placement import place\n"
         "plan = make_plan(*sys.argv[1:])\n"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """From base to donor; the command `plan` itself opens no `.bin` and fetches no shard."""
-    from .. import plan
+    from .. import join
     from ..checkpoint import open_checkpoint
     from ..declare import read_all
 
@@ -30,7 +30,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         open_checkpoint(ref, cache=not fetch.no_cache, bins=bins)
         for ref in (arguments.base, arguments.donor)
     )
-    return plan.make_plan(
+    return join.make_plan(
         base, donor, embeddings=arguments.embeddings, dtype=arguments.dtype, declared=declared
     )
 

@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, write the page if one is asked for, and print tables or one document."""
     from .. import compare, pairing
     from ..declare import read_all
-    from ..plan import make_plan
+    from ..join import make_plan
 
     check_page(arguments.html, "--html")
     make = partial(make_plan, declared=read_all(arguments.arch or ()))

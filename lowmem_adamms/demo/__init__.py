@@ -95,8 +95,8 @@ def judge(
 ) -> list[Marks]:
     """The marks of base and donor blended at each alpha (of one model, if both are the same)."""
     from ..decoding import Settings
+    from ..join import make_plan
     from ..live import LiveModel
-    from ..plan import make_plan
 
     prompts = [question.prompt for question in exam]
     settings = Settings(max_new_tokens=LONGEST, batch_size=ROWS)
