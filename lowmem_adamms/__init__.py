@@ -16,7 +16,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "reference.py")
     __path__.append(str(_root))
 
 from .alphas import Alphas  # noqa: E402  (the path must be complete first)
-from .plan import make_plan  # noqa: E402
+from .join import make_plan  # noqa: E402
 from .search import search  # noqa: E402
 from .writer import merge  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""A comparison on the terminal, as rich renderables. `cli.py` prints them.
+"""A comparison on the terminal, as rich renderables. `cli/` prints them.
 
 The heat strip has one sign a layer, whose height tells the distance where there is no colour.
 Leaves to others: the page (`compare_page.py`), which shares the steps and the words.

@@ -128,12 +128,24 @@ class Decoding:
             raise CannotResumeError(
                 f"drafts are off: the cache of {type(model).__name__} cannot be cut"
             )
-        taken = self._verify(chosen.tolist(), leaving=self._settings.drafts and resumes)
+        leaving = self._settings.drafts and resumes
+        taken = self._verify(chosen.tolist(), leaving=leaving)
         going = [row for row, count in enumerate(taken) if count is not None]
         if going and self._longest:
             input_ids, kwargs = _resume(input_ids, kwargs, self._longest, taken)
         elif going:
             input_ids, kwargs = _select(input_ids, kwargs, going)
+        return self._go_on(model, input_ids, kwargs, going, leaving)
+
+    def _go_on(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        kwargs: dict[str, Any],
+        going: list[int],
+        leaving: bool,
+    ) -> torch.Tensor:
+        """Token by token, for the rows that are still `going`; leaving: those that end drop out."""
         last = [self._answers[row][-1] for row in going]
         while going:
             ids = torch.tensor(last, dtype=input_ids.dtype, device=input_ids.device)
@@ -149,7 +161,7 @@ class Decoding:
                 if not self._ended(row):
                     self._answers[row].append(token)
             left = [i for i, row in enumerate(going) if not self._ended(row)]
-            if self._settings.drafts and resumes and left:
+            if leaving and left:
                 input_ids, kwargs = _select(input_ids, kwargs, left)
                 going, last = [going[i] for i in left], [found[i] for i in left]
             else:

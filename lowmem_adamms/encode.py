@@ -2,7 +2,7 @@
 
 A base speaks through its processor, through its tokenizer if it is text-only, or, like CogVLM,
 through a method of its remote code. Which one is found out by what the base has, not by its name.
-Leaves to others: reading prompt sets (`prompts.py`), generating (`generate.py`).
+Leaves to others: reading prompt sets (`prompts/`), generating (`generate.py`).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class _Log(Closing):
 
     def __init__(self, path: Path, kind: str, fingerprint: str, others: str) -> None:
         """others: what to say if the file belongs to another run than this one."""
-        self.path = path
+        self.path, self.fingerprint = path, fingerprint
         found = _fingerprint(path, kind)
         if found not in (None, fingerprint):
             raise OutputError(others)

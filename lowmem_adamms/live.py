@@ -22,8 +22,9 @@ from .dtypes import DTYPES, from_user
 from .errors import FormatError, PlacementError
 from .inputs import download
 from .live_sink import LiveSink, bytes_of
+from .memory import measure
 from .merge import Source, run
-from .placement import Placement, measure, place
+from .placement import Placement, place
 from .plan import Plan
 from .stream import Files
 
@@ -63,43 +64,50 @@ class LiveModel(Closing):
         if not force:
             kinship.check(plan)
         download(plan)
-        self.plan = plan
         spoken = from_user(dtype).name if dtype else plan.options["dtype"]
+        self.plan, self.trust_remote_code = plan, trust_remote_code
         self.placement = placement or place(
             plan, measure(), device=device, quantize=quantize, dtype=spoken
         )
-        folder = plan.base.folder
-        if folder is None:
-            raise FormatError(f"{plan.base.path}: a bare file cannot be run; give its folder")
-        if self.placement.device == "cuda" and not torch.cuda.is_available():
+        self.alpha: Alpha | None = 0.0
+        self._processor = processor
+        self._encoder: Encoder | None = None
+        self._answerer: Any = None
+        self.model = self._load(spoken)
+        self._files = Files(keep=self.placement.sources_stay)
+        try:
+            self._source, self._kernel, self._window = self._backend()
+            self._sink, self.vision = self._join()
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _load(self, dtype: str | None) -> Any:
+        """The base as transformers loads it, where the placement says; dtype None: as on disk."""
+        base, where = self.plan.base, self.placement
+        if base.folder is None:
+            raise FormatError(f"{base.path}: a bare file cannot be run; give its folder")
+        if where.device == "cuda" and not torch.cuda.is_available():
             # --vram may plan for any card; to load on it, torch must see one
             raise PlacementError(
                 "the model was placed on a CUDA card, but torch sees none; --vram 0 does without,"
                 " or install a torch build for CUDA and its driver"
             )
-        self.model = loading.load_model(
-            folder,
-            device=self.placement.device,
-            dtype=(DTYPES[spoken].torch if spoken else None) or "auto",
-            quantize=self.placement.quantize,
-            trust_remote_code=trust_remote_code,
+        return loading.load_model(
+            base.folder,
+            device=where.device,
+            dtype=(DTYPES[dtype].torch if dtype else None) or "auto",
+            quantize=where.quantize,
+            trust_remote_code=self.trust_remote_code,
         )
-        self.trust_remote_code = trust_remote_code
-        self.alpha: Alpha | None = 0.0
-        self._processor = processor
-        self._encoder: Encoder | None = None
-        self._answerer: Any = None
-        self._files = Files(keep=self.placement.sources_stay)
-        try:
-            self._source, self._kernel, self._window = self._backend()
-            groups, ignored = loading.join(self.model, list(plan.base.tensors))
-            check_loaded(self.model, plan, groups, self._files)
-            kinds = plan.base_layout.kinds
-            self.vision = frozenset(group.target for group in groups if group.names[0] in kinds)
-            self._sink = LiveSink(self.model, plan, groups, ignored, self._source)
-        except BaseException:
-            self._files.close()
-            raise
+
+    def _join(self) -> tuple[LiveSink, frozenset[str]]:
+        """The way into the parameters, checked against the files, and the vision side's names."""
+        base, layout = self.plan.base, self.plan.base_layout
+        groups, ignored = loading.join(self.model, list(base.tensors))
+        check_loaded(self.model, self.plan, groups, self._files)
+        vision = frozenset(group.target for group in groups if group.names[0] in layout.kinds)
+        return LiveSink(self.model, self.plan, groups, ignored, self._source), vision
 
     def apply(self, alpha: Alpha, progress: Callable[[int], None] | None = None) -> None:
         """Blend base and donor into the loaded parameters, at one alpha or at one by layer."""

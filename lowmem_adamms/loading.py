@@ -70,10 +70,7 @@ def load_model(
     bitsandbytes. FormatError if transformers does not know the architecture, RecipeError if it
     needs remote code that was not allowed or a package that is missing.
     """
-    if not (folder / "config.json").is_file():
-        raise FormatError(f"{folder}: no config.json in it; transformers cannot tell what it is")
-    transformers = importlib.import_module("transformers")
-    refuse_remote_code(folder, trust_remote_code)
+    transformers = _transformers(folder, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
         options["quantization_config"] = quantization(quantize)
@@ -116,10 +113,7 @@ def skeleton(
     """
     import torch
 
-    if not (folder / "config.json").is_file():
-        raise FormatError(f"{folder}: no config.json in it; transformers cannot tell what it is")
-    transformers = importlib.import_module("transformers")
-    refuse_remote_code(folder, trust_remote_code)
+    transformers = _transformers(folder, trust_remote_code)
     settings = quantization(quantize)
     with quiet(), _told(folder):
         config = transformers.AutoConfig.from_pretrained(
@@ -231,6 +225,15 @@ def _auto_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
     if type(config) in known.keys():  # noqa: SIM118  (a lazy mapping without __contains__)
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+
+def _transformers(folder: Path, trust_remote_code: bool) -> Any:
+    """The library, if it can be asked about the model in a folder; errors as of `load_model`."""
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder}: no config.json in it; transformers cannot tell what it is")
+    transformers = importlib.import_module("transformers")
+    refuse_remote_code(folder, trust_remote_code)
+    return transformers
 
 
 def refuse_remote_code(folder: Path, allowed: bool) -> None:

@@ -5,7 +5,7 @@ blended by one kernel call per triple of dtypes and alpha (nearly always one: la
 windows). A window crosses tensor bounds, so that a layer's many small tensors cost one call, and a
 tensor's bounds, so that a 1 GB embedding costs no more memory than a bias. While one window is
 blended the pages of the next are brought in and the sink deals with the last. Leaves to others:
-joining (`plan.py`), arithmetic (`kernels/`).
+joining (`join.py`), arithmetic (`kernels/`).
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window
                     yield Copy(step, offset, stretch)
                     offset += stretch.nbytes
                 continue
-            for piece in _cut(step, offset, base, donor, weight, room, size):
+            nbytes = step.dtype.nbytes(base.nbytes // base.dtype.itemsize)
+            whole = Piece(step, offset, base, donor, nbytes, weight if donor else 0.0)
+            for piece in _cut(whole, room, size):
                 window.append(piece)
                 room -= piece.nbytes
                 offset += piece.nbytes
@@ -216,27 +218,20 @@ def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
     return (part.donor, None) if alpha == 1 else (part.base, part.donor)
 
 
-def _cut(
-    step: Step,
-    offset: int,
-    base: Span,
-    donor: Span | None,
-    alpha: float,
-    room: int,
-    window: int,
-) -> Iterator[Piece]:
+def _cut(whole: Piece, room: int, window: int) -> Iterator[Piece]:
     """A part in pieces: the first fills `room` bytes of output, the others a window each."""
+    step, base, donor = whole.step, whole.base, whole.donor
     size = step.dtype.itemsize
-    elements, done = base.nbytes // base.dtype.itemsize, 0
+    elements, done = whole.nbytes // size, 0
     while done < elements:
         take = min(elements - done, room // size)
         yield Piece(
             step,
-            offset + done * size,
+            whole.offset + done * size,
             _slice(base, done, take),
             _slice(donor, done, take) if donor else None,
             take * size,
-            alpha if donor else 0.0,
+            whole.alpha,
         )
         done += take
         room = window

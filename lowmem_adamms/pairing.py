@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from .arch import BUFFER
 from .checkpoint import Checkpoint, Span
+from .join import Embeddings, make_plan
 from .kinship import group_of
-from .plan import Embeddings, Part, Plan, Step, make_plan
+from .plan import Part, Plan, Step
 
 if TYPE_CHECKING:
     from .wire import RemoteFile

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from . import loading
 from .dtypes import DTYPES, FROM_TORCH, DType
 from .errors import FormatError, MappingError, RecipeError
+from .outfiles import Entry
 from .plan import Plan, Step
-from .sink import Entry
 
 Method = Literal["nf4", "int8"]
 METHODS = ("nf4", "int8")

@@ -23,9 +23,10 @@ from .checkpoint import Span
 from .closing import Closing
 from .device import torch_dtype
 from .merge import WINDOW
+from .outfiles import Entry
 from .plan import Step
 from .quantized import BLOCK, NESTED, STATE, Quantized
-from .sink import DiskSink, Entry, pread_all
+from .sink import DiskSink, pread_all
 from .stream import evict_range
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ interpolated over a slice's layers, embedding, final norm and head take its firs
 of filters the first whose text occurs in the tensor's name counts; a source's own parameters go
 before the slice's, these before the file's; weights are divided by their sum unless normalize is
 false. A filter sees the name under which the model it is for stores the tensor. What is not taken
-is refused, all at once. Leaves to others: the join (`plan.py`), arithmetic (`kernels/`).
+is refused, all at once. Leaves to others: the join (`join.py`), arithmetic (`kernels/`).
 """
 
 from __future__ import annotations

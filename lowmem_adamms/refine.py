@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 from .alphas import Alpha, Alphas, span
 from .answers import Distance, normalise
+from .election import MARKEDLY
 from .errors import RecipeError
-from .search import MARKEDLY, Candidate, Measure, Result, choose
+from .search import Candidate, Measure, Result, checked_distance, choose
 
 P = TypeVar("P")
 Generate = Callable[[Alpha, Sequence[P]], Sequence[str]]
@@ -135,10 +136,7 @@ def refine(
     if points is None:
         note = f"Layers were not refined: alpha {found.alpha:g} does not lie between two others."
         return Refined(found.alpha, (), 0, 0, (note,))
-    if measure == "embedding" and distance is None:
-        from .embedding import minilm_distance
-
-        distance = minilm_distance()  # one for all groups: it remembers what it has embedded
+    distance = checked_distance(measure, distance)  # one for all: it remembers what it embedded
     most = found.candidates[0].degenerate + MARKEDLY * found.prompts
     values: dict[str, float] = {}
     answers: Sequence[str] = found.answers[found.alpha]
@@ -156,9 +154,12 @@ def refine(
             answers = tried[group.alpha]
         done.append(group)
     final = Alphas(found.alpha, values) if values else found.alpha
-    before = found.answers[found.alpha]
-    changed = sum(normalise(a) != normalise(b) for a, b in zip(before, answers, strict=True))
+    changed = _differing(found.answers[found.alpha], answers)
     return Refined(final, tuple(done), PASSES * len(done), changed)
+
+
+def _differing(before: Sequence[str], after: Sequence[str]) -> int:
+    return sum(normalise(a) != normalise(b) for a, b in zip(before, after, strict=True))
 
 
 def _points(found: Result) -> tuple[float, float, float, float, float] | None:

@@ -2,7 +2,7 @@
 
 Here is the page as a whole, its head and its tail: the choice, timings and facts. Leaves to others:
 the curve (`report_curve.py`), the answers (`report_answers.py`), escaping (`markup.py`), choosing
-alpha (`search.py`), the terminal (`cli.py`), `adamms.json` (`card.py`).
+alpha (`search.py`), the terminal (`cli/`), `adamms.json` (`card.py`).
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .answers import normalise
+from .election import MARKEDLY
 from .markup import DASH
-from .search import MARKEDLY, Candidate, Result
+from .search import Candidate, Result
 
 MEANING = {
     "pairwise": "differing answers, to the previous alpha plus to the next",

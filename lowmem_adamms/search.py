@@ -1,7 +1,8 @@
 """Generation consistency over a grid of alphas: AdaMMS's search step (arXiv 2503.23733, Alg. 1).
 
 Knows no model: takes a callable that gives the answers at an alpha. Leaves to others: making the
-answers (`generate.py`, `live.py`), reading recorded ones (`recorded.py`), showing (`report.py`).
+answers (`generate.py`, `live.py`), reading recorded ones (`recorded.py`), comparing them and
+choosing (`election.py`), showing (`report.py`).
 
 Where the paper is silent: ties go to the smaller alpha, collapsed answers cannot win, and `notes`
 says in words what weakens the choice.
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from .answers import Distance, is_degenerate, normalise
+from .answers import Distance
+from .election import Election, Seat, Study
 from .errors import PromptError, RecipeError
 
 P = TypeVar("P")
@@ -28,11 +29,6 @@ DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 RESAMPLES = 1000
 FEW_PROMPTS = 30
 """Below this a note says that chance decides."""
-CONSTANT = 0.9
-"""Share of the prompts that must get one and the same answer for it to count as constant."""
-MARKEDLY = 0.1
-"""Share of the prompts by which degenerate answers must exceed the smallest alpha's to matter."""
-_DISTINCT = 10  # below so many different prompts, equal answers prove nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,35 +124,33 @@ def search(
     RecipeError for an option out of range or a missing embedding model (before any answer is asked
     for), PromptError without prompts, ValueError when `generate` breaks its contract.
     """
+    election, count = _opened(prompts, alphas, refine, measure, distance), len(prompts)
+    for alpha, points in election.turns(refine):
+        election.study.add(alpha, _checked_answers(generate(alpha, prompts), count, alpha))
+        election.seat(points)
+        if progress is not None:
+            progress(alpha, _candidates(election))
+    alpha, again = election.chosen, None
+    if noise is not None:
+        again = _checked_answers(noise(alpha, prompts), count, alpha)
+    return _conclude(election, measure, seed, again)
+
+
+def _opened(
+    prompts: Sequence[P],
+    alphas: Sequence[float],
+    refine: int,
+    measure: Measure,
+    distance: Distance | None,
+) -> Election:
+    """Everything checked that can be before the first answer."""
     grid = _checked_grid(alphas)
     if refine < 0:
         raise RecipeError(f"refine is {refine}, expected a number of rounds, 0 or more")
     if len(prompts) == 0:
         raise PromptError("no prompts to search with; give at least one")
-    study = _Study(_checked_distance(measure, distance), measure, _first_of_each(prompts))
-    election = _Election(study, grid)
-
-    def ask(alpha: float, *points: float) -> None:
-        study.add(alpha, _checked_answers(generate(alpha, prompts), len(prompts), alpha))
-        election.seat(points, election.number)
-        if progress is not None:
-            progress(alpha, election.candidates())
-
-    for count, alpha in enumerate(grid, 1):
-        ask(alpha, *grid[:count])
-    election.close(grid)
-    for _ in range(refine):
-        window = election.window()
-        if window is None:
-            break
-        ask(window[1], *window[:3])
-        ask(window[3], *window)
-        election.close(window)
-    again = None
-    if noise is not None:
-        alpha = election.chosen
-        again = _checked_answers(noise(alpha, prompts), len(prompts), alpha)
-    return _conclude(election, seed, again)
+    distance = checked_distance(measure, distance)
+    return Election(Study(distance, measure == "joint", _first_of_each(prompts)), grid)
 
 
 def choose(
@@ -175,12 +169,12 @@ def choose(
     count = len(given[grid[0]])
     if not count:
         raise PromptError("no answers to choose by; give at least one for each alpha")
-    study = _Study(_checked_distance(measure, distance), measure, range(count))
+    study = Study(checked_distance(measure, distance), measure == "joint", range(count))
     for alpha in grid:
         study.add(alpha, _checked_answers(given[alpha], count, alpha))
-    election = _Election(study, grid)
+    election = Election(study, grid)
     election.close(grid)
-    return _conclude(election, seed, None)
+    return _conclude(election, measure, seed, None)
 
 
 # Checks
@@ -202,7 +196,8 @@ def _checked_grid(alphas: Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
-def _checked_distance(measure: Measure, distance: Distance | None) -> Distance | None:
+def checked_distance(measure: Measure, distance: Distance | None) -> Distance | None:
+    """What the measure sums, None where it counts; RecipeError without the embedding model."""
     if measure not in get_args(Measure):
         raise RecipeError(f"measure {measure!r}: expected one of {', '.join(get_args(Measure))}")
     if measure == "embedding":
@@ -233,217 +228,44 @@ def _first_of_each(prompts: Sequence[P]) -> list[int]:
     return list(seen.values())
 
 
-# Comparing
+# Concluding
 
 
-@dataclass(frozen=True, slots=True)
-class _Seat:
-    """An alpha and the two it is compared with."""
-
-    previous: float | None
-    alpha: float
-    next: float | None
-    round: int
+def _candidates(election: Election) -> tuple[Candidate, ...]:
+    """What is known so far, by ascending alpha, without intervals."""
+    return tuple(_candidate(election.study, seat) for _, seat in sorted(election.seats.items()))
 
 
-class _Study:
-    """The answers by alpha and what they say about each other; every comparison is made once."""
-
-    def __init__(
-        self, distance: Distance | None, measure: Measure, distinct: Sequence[int]
-    ) -> None:
-        self.measure = measure
-        self.answers: dict[float, tuple[str, ...]] = {}
-        self._distance = distance
-        self._distinct = distinct
-        self._normal: dict[float, tuple[str, ...]] = {}
-        self._differences: dict[tuple[float, float], list[float]] = {}
-        self._degenerate: dict[float, int] = {}
-
-    def add(self, alpha: float, answers: tuple[str, ...]) -> None:
-        """The smallest alpha comes first: the others' degenerate answers are judged by it."""
-        self.answers[alpha] = answers
-        self._normal[alpha] = tuple(map(normalise, answers))
-        self._degenerate[alpha] = self._count_degenerate(alpha)
-
-    @property
-    def prompts(self) -> int:
-        return len(self.answers[self.smallest])
-
-    @property
-    def smallest(self) -> float:
-        return next(iter(self.answers))
-
-    def degenerate(self, alpha: float) -> int:
-        return self._degenerate[alpha]
-
-    def eligible(self, alpha: float) -> bool:
-        """Whether degenerate answers are not markedly more than at the smallest alpha."""
-        excess = self.degenerate(alpha) - self.degenerate(self.smallest)
-        return excess <= MARKEDLY * self.prompts
-
-    def differences(self, first: float, second: float) -> list[float]:
-        """By prompt: 1 where the answers differ, 0 where not; or their distance."""
-        pair = (first, second)
-        if pair not in self._differences:
-            texts = self.answers if self._distance else self._normal
-            self._differences[pair] = self._compare(texts[first], texts[second])
-        return self._differences[pair]
-
-    def noise(self, alpha: float, again: Sequence[str]) -> tuple[int, float]:
-        """How many of a second run's answers differ, and the score that this alone would make."""
-        normal = tuple(map(normalise, again))
-        count = sum(a != b for a, b in zip(self._normal[alpha], normal, strict=True))
-        total = math.fsum(self._compare(self.answers[alpha], again)) if self._distance else count
-        # Other scores than joint ones add up two comparisons, and the noise is in both.
-        return count, total * (1 if self.measure == "joint" else 2)
-
-    def _compare(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
-        """By prompt, of normalised answers unless there is a distance; 0 where they are equal."""
-        unequal = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
-        result = [0.0] * len(first)
-        found: Sequence[float] = [1.0] * len(unequal)
-        if self._distance and unequal:
-            found = self._distance([first[i] for i in unequal], [second[i] for i in unequal])
-        sound = all(-1e-6 <= value < math.inf for value in found)  # 1 - cosine may round below 0
-        if len(found) != len(unequal) or not sound:
-            raise ValueError(
-                f"distance: found {len(found)} numbers, {'all' if sound else 'not all'} finite and"
-                f" 0 or more; expected {len(unequal)}"
-            )
-        for i, value in zip(unequal, found, strict=True):
-            result[i] = max(0.0, float(value))
-        return result
-
-    def scores(self, seat: _Seat) -> list[float] | None:
-        """By prompt, what it adds to D_i; None at an end."""
-        if seat.previous is None or seat.next is None:
+def _candidate(study: Study, seat: Seat) -> Candidate:
+    def difference(first: float | None, second: float | None) -> float | None:
+        if first is None or second is None:
             return None
-        before = self.differences(seat.previous, seat.alpha)
-        after = self.differences(seat.alpha, seat.next)
-        merge = max if self.measure == "joint" else _add
-        return [merge(a, b) for a, b in zip(before, after, strict=True)]
+        return study.total(study.differences(first, second))
 
-    def score(self, seat: _Seat) -> float | None:
-        """D_i, or None at an end."""
-        scores = self.scores(seat)
-        return None if scores is None else self._total(scores)
-
-    def candidate(self, seat: _Seat) -> Candidate:
-        def difference(first: float | None, second: float | None) -> float | None:
-            if first is None or second is None:
-                return None
-            return self._total(self.differences(first, second))
-
-        return Candidate(
-            seat.alpha,
-            difference(seat.previous, seat.alpha),
-            difference(seat.alpha, seat.next),
-            self.score(seat),
-            self.degenerate(seat.alpha),
-            neighbours=(seat.previous, seat.next),
-            round=seat.round,
-        )
-
-    def _total(self, values: Iterable[float]) -> float:
-        """Exact and so independent of the prompts' order, up to the last digits of a distance."""
-        total = math.fsum(values)
-        return int(total) if self._distance is None else round(total, 9)
-
-    def _count_degenerate(self, alpha: float) -> int:
-        normal = self._normal[alpha]
-        bad = {i for i, answer in enumerate(self.answers[alpha]) if is_degenerate(answer)}
-        common, share = self._commonest(alpha)
-        usual = self._commonest(self.smallest)[1]
-        enough = len(self._distinct) >= _DISTINCT
-        if enough and share >= CONSTANT and usual < CONSTANT - MARKEDLY:
-            bad |= {i for i, answer in enumerate(normal) if answer == common}
-        return len(bad)
-
-    def _commonest(self, alpha: float) -> tuple[str, float]:
-        """The answer that most of the different prompts get, and their share."""
-        found = Counter(self._normal[alpha][i] for i in self._distinct)
-        answer, count = found.most_common(1)[0]
-        return answer, count / len(self._distinct)
+    return Candidate(
+        seat.alpha,
+        difference(seat.previous, seat.alpha),
+        difference(seat.alpha, seat.next),
+        study.score(seat),
+        study.degenerate(seat.alpha),
+        neighbours=(seat.previous, seat.next),
+        round=seat.round,
+    )
 
 
-def _add(first: float, second: float) -> float:
-    return first + second
-
-
-# Choosing
-
-
-class _Election:
-    """Who is compared with whom, round by round, and who wins."""
-
-    def __init__(self, study: _Study, grid: Sequence[float]) -> None:
-        self.study = study
-        self.grid = grid
-        self.seats: dict[float, _Seat] = {}
-        """By alpha, as of the last round in which it stood between two others."""
-        self.rounds: list[list[_Seat]] = []
-        """The closed rounds' alphas that could be scored."""
-        self.best: list[_Seat] = []
-        """Of the last round: those eligible that share the lowest score."""
-
-    @property
-    def number(self) -> int:
-        """Of the round that is open now."""
-        return len(self.rounds)
-
-    @property
-    def chosen(self) -> float:
-        """The best alpha; the smallest of all where none is eligible."""
-        return self.best[0].alpha if self.best else self.study.smallest
-
-    def seat(self, points: Sequence[float], number: int) -> list[_Seat]:
-        """Compare neighbouring points. The ends of a refinement keep the seats they have."""
-        before: list[float | None] = [None, *points[:-1]]
-        after: list[float | None] = [*points[1:], None]
-        seats = [_Seat(*alphas, number) for alphas in zip(before, points, after, strict=True)]
-        if number:
-            seats = seats[1:-1]
-        self.seats.update({seat.alpha: seat for seat in seats})
-        return seats
-
-    def close(self, points: Sequence[float]) -> None:
-        """All points of the round are there: find the best."""
-        inner = self.seat(points, self.number)
-        inner = [seat for seat in inner if seat.previous is not None and seat.next is not None]
-        scores = {seat: self.study.score(seat) or 0 for seat in inner}
-        eligible = [seat for seat in inner if self.study.eligible(seat.alpha)]
-        lowest = min((scores[seat] for seat in eligible), default=0)
-        self.best = [seat for seat in eligible if scores[seat] == lowest]
-        self.rounds.append(inner)
-
-    def window(self) -> tuple[float, float, float, float, float] | None:
-        """The points of the next round; None if nothing is eligible or 6 decimals are used up."""
-        if not self.best:
-            return None
-        seat = self.best[0]
-        assert seat.previous is not None and seat.next is not None
-        low, high = (round((seat.alpha + end) / 2, 6) for end in (seat.previous, seat.next))
-        if not seat.previous < low < seat.alpha < high < seat.next:
-            return None
-        return seat.previous, low, seat.alpha, high, seat.next
-
-    def candidates(self) -> tuple[Candidate, ...]:
-        """What is known so far, by ascending alpha, without intervals."""
-        return tuple(self.study.candidate(self.seats[alpha]) for alpha in sorted(self.seats))
-
-
-def _conclude(election: _Election, seed: int, again: tuple[str, ...] | None) -> Result:
+def _conclude(
+    election: Election, measure: Measure, seed: int, again: tuple[str, ...] | None
+) -> Result:
     study = election.study
     intervals, wins = _bootstrap(election, seed)
     candidates = tuple(
         replace(candidate, interval=intervals.get(candidate.alpha))
-        for candidate in election.candidates()
+        for candidate in _candidates(election)
     )
     noise = None if again is None else study.noise(election.chosen, again)
     return Result(
         election.chosen,
-        study.measure,
+        measure,
         study.prompts,
         candidates,
         dict(sorted(study.answers.items())),
@@ -455,7 +277,7 @@ def _conclude(election: _Election, seed: int, again: tuple[str, ...] | None) -> 
 
 
 def _bootstrap(
-    election: _Election, seed: int
+    election: Election, seed: int
 ) -> tuple[dict[float, tuple[float, float]], dict[float, float]]:
     """95 % interval of each score, and how often each alpha of the last round wins."""
     import numpy as np
@@ -490,7 +312,7 @@ def _bootstrap(
 
 
 def _notes(
-    election: _Election, wins: Mapping[float, float], noise: tuple[int, float] | None
+    election: Election, wins: Mapping[float, float], noise: tuple[int, float] | None
 ) -> Iterator[str]:
     study, count = election.study, election.study.prompts
     if count < FEW_PROMPTS:
@@ -525,7 +347,7 @@ def _notes(
         )
 
 
-def _notes_on_grid(election: _Election) -> Iterator[str]:
+def _notes_on_grid(election: Election) -> Iterator[str]:
     """What the alphas themselves bring with them: steps, ends, a lone interior."""
     study, inner = election.study, election.rounds[0]
     if len(inner) == 1:
@@ -547,7 +369,7 @@ def _notes_on_grid(election: _Election) -> Iterator[str]:
             )
 
 
-def _notes_on_collapse(election: _Election) -> Iterator[str]:
+def _notes_on_collapse(election: Election) -> Iterator[str]:
     study, count = election.study, election.study.prompts
     usual = f"{study.degenerate(study.smallest)} at alpha {study.smallest}"
     for alpha in sorted(study.answers):
@@ -565,7 +387,7 @@ def _notes_on_collapse(election: _Election) -> Iterator[str]:
         )
 
 
-def _listed(seats: Sequence[_Seat]) -> str:
+def _listed(seats: Sequence[Seat]) -> str:
     words = [str(seat.alpha) for seat in seats]
     return ", ".join(words[:-1]) + " and " + words[-1]
 

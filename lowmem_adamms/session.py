@@ -2,7 +2,7 @@
 
 What lies between the search, which knows no model, and the model, which knows no search. The model
 is loaded at the first question that the journal cannot answer. Leaves to others: choosing
-(`search.py`), showing (`cli.py`, `report.py`).
+(`search.py`), showing (`cli/`, `report.py`).
 """
 
 from __future__ import annotations

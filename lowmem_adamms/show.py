@@ -1,4 +1,4 @@
-"""Tables for the terminal, as rich renderables: a plan, a search. `cli.py` prints them."""
+"""Tables for the terminal, as rich renderables: a plan, a search. `cli/` prints them."""
 
 from __future__ import annotations
 

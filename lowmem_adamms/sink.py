@@ -1,22 +1,19 @@
 """The disk sink: windows go, in order, into the output's shards in OUT/.partial.
 
 One thread writes and one digests what is written; space is claimed beforehand, pages are seen off
-behind the stream, and the journal notes what is durable. A tensor may be made of several entries
-(`quantized.py`), some of them late: known, and their size with them, only after all before them.
-Leaves to others: what the bytes are (`merge.py`), index, papers and the move to the final names
-(`writer.py`).
+behind the stream, and the journal notes what is durable. Leaves to others: what the bytes are
+(`merge.py`), where they go in the shards (`outfiles.py`), index, papers and the move to the final
+names (`writer.py`).
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import os
-import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,10 +22,9 @@ from blake3 import blake3
 
 from . import header
 from .checkpoint import Span
-from .dtypes import DType
 from .journal import WORK, Journal
 from .merge import WINDOW
-from .plan import Plan, Step
+from .outfiles import Entry, OutFile, emit_header, positions
 from .stream import BLOCK, evict_range, write_out
 
 if TYPE_CHECKING:
@@ -40,7 +36,6 @@ DURABLE = 1 << 30
 """Bytes after which what is written is made durable and noted, for a killed run to resume from."""
 TRAIL = 64 << 20
 """How far behind the writer its pages must have reached the disk."""
-METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
 class Named(Protocol):
@@ -53,106 +48,6 @@ class Named(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of an output file. late: its bytes come at the shard's end, at most as many."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    late: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it; for a late one, the most it can take."""
-        return self.dtype.nbytes(math.prod(self.shape))
-
-
-Split = Callable[[Step], Sequence[Entry]]
-"""The entries that one step becomes; they stay together in one shard."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutFile:
-    """One output shard: its header, and where each tensor lies in it.
-
-    offsets: in the file. starts: in the order of writing, header included, without late entries;
-    what the journal counts in. ordered: both are the same, and nothing is late: the digest can
-    follow the writing. Else `header` only holds the place of the final one, and `size` is the most.
-    """
-
-    name: str
-    header: bytes
-    offsets: Mapping[str, int]
-    size: int
-    starts: Mapping[str, int]
-    written: int
-    ordered: bool = True
-    entries: tuple[Entry, ...] = ()
-
-
-def out_files(
-    plan: Plan, max_shard_size: int | None = None, split: Split | None = None
-) -> tuple[OutFile, ...]:
-    """The output's shards: the base's own grouping, or greedily up to `max_shard_size` bytes."""
-    groups: list[list[Entry]] = []
-    names: list[str] = []
-    room = 0
-    for step in plan.steps:
-        entries = split(step) if split else (Entry(step.name, step.dtype, step.shape),)
-        nbytes = sum(entry.nbytes for entry in entries)
-        shard = step.parts[0].base.path.name
-        if max_shard_size is None:
-            fresh = not names or names[-1] != shard
-        else:
-            fresh = not groups or nbytes > room
-        if fresh:
-            groups.append([])
-            names.append(shard)
-            room = max_shard_size or 0
-        groups[-1] += entries
-        room -= nbytes
-    keep = max_shard_size is None and all(re.fullmatch(r"model.*\.safetensors", n) for n in names)
-    if len(groups) == 1:
-        names = ["model.safetensors"]
-    elif not keep:
-        total = len(groups)
-        names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    lay = _as_safetensors_does if split else _in_order
-    return tuple(lay(name, group) for name, group in zip(names, groups, strict=True))
-
-
-def _in_order(name: str, entries: Sequence[Entry]) -> OutFile:
-    """Tensors one after the other, as they are written."""
-    head = _header(entries)
-    offsets, size = _positions(entries, len(head))
-    header.parse(head[8:], size)
-    return OutFile(name, head, offsets, size, offsets, size)
-
-
-def _as_safetensors_does(name: str, entries: Sequence[Entry]) -> OutFile:
-    """The widest dtypes first, so that every tensor is aligned, and what is late at the end."""
-    laid = sorted(entries, key=lambda entry: (entry.late, -entry.dtype.bits))
-    head = _header(laid)
-    offsets, size = _positions(laid, len(head))
-    starts, written = _positions([entry for entry in entries if not entry.late], len(head))
-    return OutFile(name, head, offsets, size, starts, written, ordered=False, entries=tuple(laid))
-
-
-def _header(entries: Sequence[Entry], room: int = 0) -> bytes:
-    tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    return header.emit(tensors, METADATA, room=room)
-
-
-def _positions(entries: Sequence[Entry], position: int) -> tuple[dict[str, int], int]:
-    """Where each entry starts if the first does at `position`, and where the last ends."""
-    offsets: dict[str, int] = {}
-    for entry in entries:
-        offsets[entry.name] = position
-        position += entry.nbytes
-    return offsets, position
 
 
 class DiskSink:
@@ -399,8 +294,8 @@ class _Shard:
             replace(entry, shape=(len(self.late[entry.name]),)) if entry.late else entry
             for entry in self.file.entries
         ]
-        head = _header(entries, room=len(self.file.header))
-        offsets, size = _positions(entries, len(head))
+        head = emit_header(entries, room=len(self.file.header))
+        offsets, size = positions(entries, len(head))
         header.parse(head[8:], size)
         _pwrite_all(self._fd, memoryview(head), 0)
         for name, content in self.late.items():

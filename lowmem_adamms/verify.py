@@ -23,8 +23,9 @@ from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError, RecipeError
 from .inputs import remote
+from .join import make_plan
 from .journal import NAME, WORK
-from .plan import Part, Plan, Step, make_plan
+from .plan import Part, Plan, Step
 from .quantized import METHODS
 from .ranges import Reader
 from .writer import INDEX
@@ -140,15 +141,7 @@ def _check_bytes(
     progress: Callable[[str], None] | None,
 ) -> tuple[int, tuple[str, ...]]:
     """Digests of the outputs, then sampled rows against the inputs: how many, and notes."""
-    for output in recipe["outputs"]:
-        if progress:
-            progress(f"BLAKE3 of {output['file']}")
-        with (out / output["file"]).open("rb") as file:
-            found = _digest(file)
-        if found != output["blake3"]:
-            raise FormatError(
-                f"{out / output['file']}: BLAKE3 is {found}, adamms.json says {output['blake3']}"
-            )
+    _check_digests(out, recipe["outputs"], progress)
     plan = _plan_again(recipe)
     alpha = from_json(recipe)
     quantized = None
@@ -175,6 +168,20 @@ def _check_bytes(
                 progress(f"rows of {step.name}")
             rows += count
     return rows, quantized.notes if quantized else ()
+
+
+def _check_digests(
+    out: Path, outputs: list[dict[str, Any]], progress: Callable[[str], None] | None
+) -> None:
+    for output in outputs:
+        if progress:
+            progress(f"BLAKE3 of {output['file']}")
+        with (out / output["file"]).open("rb") as file:
+            found = _digest(file)
+        if found != output["blake3"]:
+            raise FormatError(
+                f"{out / output['file']}: BLAKE3 is {found}, adamms.json says {output['blake3']}"
+            )
 
 
 def _plan_again(recipe: dict[str, Any]) -> Plan:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint
 from .dtypes import DTYPES
 from .errors import FormatError
+from .outfiles import Entry
 from .plan import Plan, Step
 from .quantized import BLOCK, NESTED, STATE, Quantized
-from .sink import Entry
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,84 +24,104 @@ from .errors import OutputError
 from .inputs import BY_CACHE, Fetch, carry_out, download, remote
 from .journal import ANSWERS, NAME, PENDING, WORK, Journal, pending
 from .merge import Sink
+from .outfiles import OutFile, out_files
 from .plan import Plan
-from .sink import DiskSink, OutFile, out_files
+from .sink import DiskSink
 from .stream import reading
 
 if TYPE_CHECKING:
+    from .kernels.select import Kernel
     from .push import Push
     from .quantized import Quantized
 
 INDEX = "model.safetensors.index.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a merge is written.
+
+    These decide the output's bytes, besides plan and alpha. max_shard_size: bytes; None keeps the
+    base's shards. quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in
+    transformers what to quantize, for which trust_remote_code may be needed.
+
+    These do not. force: merge also what looks unrelated. fetch: how what lies on the Hub gets here.
+    push: is given every shard as it is durable; the caller finishes it. progress: called with bytes
+    of output done since the last call, before they are quantized.
+
+    These go beside the weights. search: how alpha was found, for adamms.json. beside: further
+    files, such as a report.
+    """
+
+    max_shard_size: int | None = None
+    quantize: str | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+    fetch: Fetch = BY_CACHE
+    push: Push | None = None
+    progress: Callable[[int], None] | None = None
+    search: Mapping[str, Any] | None = None
+    beside: Mapping[str, bytes] | None = None
+
+
+_PLAIN = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A folder that can take a merge of the plan, and the shards it will hold."""
+
+    plan: Plan
+    folder: Path
+    files: tuple[OutFile, ...]
+    how: Quantized | None
+
+    @property
+    def work(self) -> Path:
+        """Where all is made until it is complete."""
+        return self.folder / WORK
+
+    def fingerprint(self, alpha: Alpha) -> str:
+        """A digest of everything that decides the output's bytes."""
+        from . import __version__
+
+        layout = [[file.name, file.size, sorted(file.offsets.items())] for file in self.files]
+        weight = to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
+        document = [__version__, weight, layout, self.plan.identity()]
+        if self.how:
+            document.append(self.how.identity())
+        return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
 def merge(
-    plan: Plan,
-    alpha: Alpha,
-    out: str | Path,
-    *,
-    max_shard_size: int | None = None,
-    force: bool = False,
-    search: Mapping[str, Any] | None = None,
-    beside: Mapping[str, bytes] | None = None,
-    fetch: Fetch = BY_CACHE,
-    push: Push | None = None,
-    progress: Callable[[int], None] | None = None,
-    quantize: str | None = None,
-    trust_remote_code: bool = False,
+    plan: Plan, alpha: Alpha, out: str | Path, options: Options | None = None, **more: Any
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
-    alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role.
-    max_shard_size: bytes; None keeps the base's shards. force: merge also what looks unrelated.
-    search: how alpha was found, for adamms.json. beside: further files, such as a report.
-    fetch: how what lies on the Hub gets here. push: is given every shard as it is durable; the
-    caller finishes it. progress: called with bytes of output done since the last call, before they
-    are quantized. quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in
-    transformers what to quantize, for which trust_remote_code may be needed. Resumes a killed run
-    of the same merge, and leaves alone a complete one whose upload is not. Raises RecipeError,
-    OutputError, FormatError, MappingError or PushError before anything is written; HubError, also
-    later, where the Hub fails for good.
-    """
-    alpha, out = resolve(alpha, plan), Path(out)
-    how = how_quantized(plan, quantize, trust_remote_code=trust_remote_code)
-    uploads = push is not None
-    files = check_output(
-        plan, out, max_shard_size=max_shard_size, how=how, fetch=fetch, push=uploads
-    )
-    fingerprint = _fingerprint(plan, alpha, files, how)
-    if _only_upload_left(out, fingerprint):
-        return out
-    from .kernels.select import select
+    alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role. options: or each of
+    its fields as a keyword, as in `merge(plan, 0.3, "merged", quantize="nf4")`.
 
-    elsewhere = remote(plan)
-    with reading(span for span in plan.spans if span.path not in elsewhere):
-        kin = kinship.measure(plan) if force else kinship.check(plan)
-        kernel, why = select(plan.dtypes)
-    plan.base.fetch_sidecars()
-    if elsewhere and fetch.cached:
-        download(plan, bars=fetch.bars)
-    evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
-    if push:
-        push.begin()
-    with Journal(out, fingerprint) as journal:
-        finished = push.shard if push else None
-        with _sink(out, files, journal, how, evict=evict, finished=finished) as sink:
-            _hand_over(push, out, fingerprint, journal)
-            if progress:
-                progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
-            options = {"kernel": kernel, "evict": evict, "progress": progress}
-            unchecked = carry_out(plan, alpha, sink, out / WORK, fetch, **options)
-        for name, content in (beside or {}).items():
-            _write_file(out / WORK / name, content)
-        papers = card.recipe(plan, alpha, kin, why, search or {})
-        if how:
-            papers["quantized"] = how.paper()
-        if elsewhere:
-            papers["not_checked"] = unchecked
-        _write_papers(plan, alpha, out, files, journal, papers, how)
-        _publish(out)
-    return out
+    Resumes a killed run of the same merge, and leaves alone a complete one whose upload is not.
+    Raises RecipeError, OutputError, FormatError, MappingError or PushError before anything is
+    written; HubError, also later, where the Hub fails for good.
+    """
+    options = replace(options or _PLAIN, **more)
+    alpha = resolve(alpha, plan)
+    output = prepare(plan, Path(out), options, push=options.push is not None)
+    fingerprint = output.fingerprint(alpha)
+    if not _only_upload_left(output.folder, fingerprint):
+        _write(output, alpha, options, fingerprint)
+    return output.folder
+
+
+def prepare(plan: Plan, out: Path, options: Options = _PLAIN, *, push: bool = False) -> Output:
+    """What will be written, checked so far as can be before alpha is known; errors as of `merge`.
+
+    push: as in `check_output`.
+    """
+    code = options.trust_remote_code
+    how = how_quantized(plan, options.quantize, trust_remote_code=code)
+    return Output(plan, out, check_output(plan, out, options, how=how, push=push), how)
 
 
 def how_quantized(
@@ -109,48 +130,83 @@ def how_quantized(
     """How the output is quantized, or None if it is not; errors as of `quantized.prepare`."""
     if quantize is None:
         return None
-    from .quantized import prepare
+    from . import quantized
 
-    return prepare(plan, quantize, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def _sink(
-    out: Path,
-    files: tuple[OutFile, ...],
-    journal: Journal,
-    how: Quantized | None,
-    **options: Any,
-) -> Iterator[Sink]:
-    """The disk sink with its options, behind the stage that quantizes if there is one."""
-    with DiskSink(out, files, journal, **options) as disk:
-        if how is None:
-            yield disk
-            return
-        from .quantized_sink import QuantizingSink
-
-        with QuantizingSink(disk, how, out / WORK, evict=options["evict"]) as sink:
-            yield sink
+    return quantized.prepare(plan, quantize, trust_remote_code=trust_remote_code)
 
 
 def check_output(
     plan: Plan,
     out: Path,
+    options: Options = _PLAIN,
     *,
-    max_shard_size: int | None = None,
     how: Quantized | None = None,
-    fetch: Fetch = BY_CACHE,
     push: bool = False,
 ) -> tuple[OutFile, ...]:
     """The output's shards, if `out` can take them; OutputError if it cannot.
 
     push: `out` may be a complete merge whose upload is not finished.
     """
-    files = out_files(plan, max_shard_size, how.entries if how else None)
+    files = out_files(plan, options.max_shard_size, how.entries if how else None)
     if not (push and pending(out)):
         _check_place(plan, out)
-        _check_space(files, out, fetch.disk_budget or 0)
+        _check_space(files, out, options.fetch.disk_budget or 0)
     return files
+
+
+def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> None:
+    """Everything, in the order in which it can go wrong at the least cost."""
+    from .kernels.select import select
+
+    plan, fetch = output.plan, options.fetch
+    elsewhere = remote(plan)
+    with reading(span for span in plan.spans if span.path not in elsewhere):
+        kin = kinship.measure(plan) if options.force else kinship.check(plan)
+        kernel, why = select(plan.dtypes)
+    plan.base.fetch_sidecars()
+    if elsewhere and fetch.cached:
+        download(plan, bars=fetch.bars)
+    if options.push:
+        options.push.begin()
+    with Journal(output.folder, fingerprint) as journal:
+        unchecked = _write_weights(output, alpha, options, journal, kernel)
+        for name, content in (options.beside or {}).items():
+            _write_file(output.work / name, content)
+        papers = card.recipe(plan, alpha, kin, why, options.search or {})
+        if output.how:
+            papers["quantized"] = output.how.paper()
+        if elsewhere:
+            papers["not_checked"] = unchecked
+        _write_papers(output, alpha, journal, papers)
+        _publish(output.folder)
+
+
+def _write_weights(
+    output: Output, alpha: Alpha, options: Options, journal: Journal, kernel: Kernel
+) -> list[str]:
+    """All that the journal does not know as done; returns the files not held against a digest."""
+    plan, push, progress = output.plan, options.push, options.progress
+    evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
+    finished = push.shard if push else None
+    with _sink(output, journal, evict=evict, finished=finished) as sink:
+        _hand_over(push, output.work, journal)
+        if progress:
+            progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
+        means = {"kernel": kernel, "evict": evict, "progress": progress}
+        return carry_out(plan, alpha, sink, output.work, options.fetch, **means)
+
+
+@contextmanager
+def _sink(output: Output, journal: Journal, **options: Any) -> Iterator[Sink]:
+    """The disk sink with its options, behind the stage that quantizes if there is one."""
+    with DiskSink(output.folder, output.files, journal, **options) as disk:
+        if output.how is None:
+            yield disk
+            return
+        from .quantized_sink import QuantizingSink
+
+        with QuantizingSink(disk, output.how, output.work, evict=options["evict"]) as sink:
+            yield sink
 
 
 def _only_upload_left(out: Path, fingerprint: str) -> bool:
@@ -164,13 +220,13 @@ def _only_upload_left(out: Path, fingerprint: str) -> bool:
     return found is not None
 
 
-def _hand_over(push: Push | None, out: Path, fingerprint: str, journal: Journal) -> None:
+def _hand_over(push: Push | None, work: Path, journal: Journal) -> None:
     """Note that the output is to be uploaded, or no longer, and give what is complete already."""
-    note = out / WORK / PENDING
+    note = work / PENDING
     if push is None:
         note.unlink(missing_ok=True)
         return
-    line = json.dumps({"merge": fingerprint, "repo": push.repo}, ensure_ascii=True)
+    line = json.dumps({"merge": journal.fingerprint, "repo": push.repo}, ensure_ascii=True)
     _write_file(note, line.encode() + b"\n")
     for name in list(journal.done):
         push.shard(name)
@@ -216,31 +272,9 @@ def _check_space(files: tuple[OutFile, ...], out: Path, beside: int) -> None:
         )
 
 
-def _fingerprint(
-    plan: Plan, alpha: Alpha, files: tuple[OutFile, ...], how: Quantized | None
-) -> str:
-    """A digest of everything that decides the output's bytes."""
-    from . import __version__
-
-    layout = [[file.name, file.size, sorted(file.offsets.items())] for file in files]
-    weight = to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
-    document = [__version__, weight, layout, plan.identity()]
-    if how:
-        document.append(how.identity())
-    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
-
-
-def _write_papers(
-    plan: Plan,
-    alpha: Alpha,
-    out: Path,
-    files: tuple[OutFile, ...],
-    journal: Journal,
-    papers: dict[str, Any],
-    how: Quantized | None,
-) -> None:
+def _write_papers(output: Output, alpha: Alpha, journal: Journal, papers: dict[str, Any]) -> None:
     """Index, sidecars, model card and adamms.json into the work folder, each durable."""
-    work = out / WORK
+    plan, files, work = output.plan, output.files, output.work
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in sorted(file.offsets)}
         total = sum(journal.done[file.name]["size"] - len(file.header) for file in files)
@@ -251,8 +285,8 @@ def _write_papers(
     config, dtype = plan.base.config, plan.options["dtype"]
     if dtype and config:
         config = card.config_in_dtype(config, dtype)
-    if how:
-        config = how.config(config)
+    if output.how:
+        config = output.how.config(config)
     if config != plan.base.config:
         _write_json(work / "config.json", config)
     _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode())

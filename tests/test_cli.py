@@ -21,7 +21,7 @@ from command import run
 from safetensors.torch import load_file, save_file
 
 from lowmem_adamms import __version__
-from lowmem_adamms.options import COMMANDS
+from lowmem_adamms.cli.options import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"

@@ -130,7 +130,7 @@ def test_a_sample_of_all_is_all_and_a_smaller_one_is_near(tiny_models: Models) -
 
 
 def test_a_small_sample_lies_where_kinship_looks(tiny_models: Models) -> None:
-    from lowmem_adamms.plan import make_plan
+    from lowmem_adamms.join import make_plan
 
     a, b = tiny_models["llava"], tiny_models["mplug_owl2"]
     result = sampled(a, b, kinship.RUN_ELEMENTS)

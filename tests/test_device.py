@@ -19,7 +19,8 @@ from lowmem_adamms import make_plan
 from lowmem_adamms.checkpoint import Span
 from lowmem_adamms.device import DeviceSource, as_tensor
 from lowmem_adamms.dtypes import DTYPES
-from lowmem_adamms.placement import Memory, Placement, homes, place
+from lowmem_adamms.memory import Memory
+from lowmem_adamms.placement import Placement, homes, place
 from lowmem_adamms.plan import Part, Plan, Step
 from lowmem_adamms.stream import Files
 

@@ -17,7 +17,7 @@ from lowmem_adamms.arch import UNKNOWN, Layout
 from lowmem_adamms.archs import ARCHS
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.errors import MappingError
-from lowmem_adamms.plan import make_plan
+from lowmem_adamms.join import make_plan
 from lowmem_adamms.recognise import recognise
 
 ALL = FAMILIES | MORE

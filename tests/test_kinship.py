@@ -11,7 +11,7 @@ import torch
 
 from lowmem_adamms import kinship
 from lowmem_adamms.errors import MappingError
-from lowmem_adamms.plan import make_plan
+from lowmem_adamms.join import make_plan
 
 LAYERS = {"layers.0", "layers.1"}
 

@@ -31,7 +31,8 @@ from lowmem_adamms.device import DeviceSource
 from lowmem_adamms.dtypes import from_user
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
 from lowmem_adamms.live_sink import LiveSink
-from lowmem_adamms.placement import Memory, Placement, place
+from lowmem_adamms.memory import Memory
+from lowmem_adamms.placement import Placement, place
 from lowmem_adamms.plan import Plan
 from lowmem_adamms.stream import Files
 

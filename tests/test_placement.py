@@ -22,19 +22,14 @@ from families import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_adamms import placement
+from lowmem_adamms import memory
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
+from lowmem_adamms.cli.arguments import parse_size
 from lowmem_adamms.errors import PlacementError, RecipeError
-from lowmem_adamms.placement import (
-    Memory,
-    Placement,
-    available_ram,
-    homes,
-    measure,
-    parse_size,
-    place,
-)
-from lowmem_adamms.plan import Plan, make_plan
+from lowmem_adamms.join import make_plan
+from lowmem_adamms.memory import Memory, available_ram, measure
+from lowmem_adamms.placement import Placement, homes, place
+from lowmem_adamms.plan import Plan
 
 MakePlan: TypeAlias = Callable[..., Plan]
 Put: TypeAlias = Callable[[str, object], None]
@@ -665,7 +660,7 @@ def test_a_hidden_card_is_no_card(smi: Smi, monkeypatch: pytest.MonkeyPatch, vis
 def test_an_nvidia_smi_that_fails_means_no_card(
     smi: Smi, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
-    monkeypatch.setattr(placement, "_SMI_SECONDS", 0.5)
+    monkeypatch.setattr(memory, "_SMI_SECONDS", 0.5)
     smi(script)
     assert measure(ram=5) == Memory(5, None, None)
 
@@ -709,8 +704,9 @@ def test_zero_passes_where_it_has_a_meaning() -> None:
 def test_the_decision_needs_neither_torch_nor_transformers(qwen: Plan) -> None:
     script = (
         "import sys\n"
-        "from lowmem_adamms.plan import make_plan\n"
-        "from lowmem_adamms.placement import measure, place\n"
+        "from lowmem_adamms.join import make_plan\n"
+        "from lowmem_adamms.memory import measure\n"
+        "from lowmem_adamms.placement import place\n"
         "plan = make_plan(*sys.argv[1:])\n"
         "print(place(plan, measure(vram=24 * 10**9)).device)\n"
         "heavy = {'torch', 'transformers', 'bitsandbytes', 'numba'} & set(sys.modules)\n"

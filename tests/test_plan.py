@@ -33,7 +33,8 @@ from safetensors.numpy import save_file
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import FormatError, MappingError
-from lowmem_adamms.plan import Plan, Step, kind_of, make_plan
+from lowmem_adamms.join import kind_of, make_plan
+from lowmem_adamms.plan import Plan, Step
 
 Rows: TypeAlias = "tuple[int, int]"
 Described: TypeAlias = "tuple[Rows, str | None, str | None, Rows | None]"

@@ -30,7 +30,9 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES, from_user
 from lowmem_adamms.errors import FormatError, MappingError, MergeError, RecipeError
 from lowmem_adamms.journal import WORK
-from lowmem_adamms.placement import Memory, place, stored_bytes
+from lowmem_adamms.memory import Memory
+from lowmem_adamms.outfiles import Entry
+from lowmem_adamms.placement import place, stored_bytes
 from lowmem_adamms.plan import Part, Plan, Step
 from lowmem_adamms.quantized import Quantized, prepare
 from lowmem_adamms.verify import verify
@@ -240,12 +242,12 @@ class Collected:
     def __init__(self) -> None:
         self.made: dict[str, Any] = {}
 
-    def slot(self, entry: sink.Entry, offset: int, nbytes: int) -> Any:
+    def slot(self, entry: Entry, offset: int, nbytes: int) -> Any:
         assert nbytes <= 4096
         buffer = self.made.setdefault(entry.name, np.zeros(entry.nbytes, np.uint8))
         return buffer[offset : offset + nbytes]
 
-    def late(self, entry: sink.Entry, content: bytes) -> None:
+    def late(self, entry: Entry, content: bytes) -> None:
         self.made[entry.name] = np.frombuffer(content, np.uint8)
 
     def commit(self) -> None:

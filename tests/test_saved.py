@@ -12,8 +12,8 @@ import torch
 from lowmem_adamms.arch import UNKNOWN
 from lowmem_adamms.archs import ARCHS
 from lowmem_adamms.checkpoint import open_checkpoint
+from lowmem_adamms.join import make_plan
 from lowmem_adamms.loading import quiet
-from lowmem_adamms.plan import make_plan
 from lowmem_adamms.recognise import recognise
 
 TEXT: dict[str, Any] = {

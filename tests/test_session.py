@@ -20,7 +20,8 @@ from lowmem_adamms.alphas import Alpha
 from lowmem_adamms.decoding import Settings
 from lowmem_adamms.errors import OutputError
 from lowmem_adamms.journal import AnswerJournal
-from lowmem_adamms.placement import Memory, Placement, place
+from lowmem_adamms.memory import Memory
+from lowmem_adamms.placement import Placement, place
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.session import Session, fingerprint
 

@@ -3,7 +3,7 @@
 `base` (Qwen2-VL) was tuned on colours, shapes, counts and sums, `donor` (LLaVA-OneVision) on
 charts, counts, places and first letters; `bench/zoo/` trained both. `prompts.jsonl` has questions
 without answers, for the search; `eval.jsonl` others with them, to judge the result. Leaves to
-others: merging, searching, answering, and every word on the screen (`cli.py`).
+others: merging, searching, answering, and every word on the screen (`cli/`).
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def judge(
 ) -> list[Marks]:
     """The marks of base and donor blended at each alpha (of one model, if both are the same)."""
     from ..decoding import Settings
+    from ..join import make_plan
     from ..live import LiveModel
-    from ..plan import make_plan
 
     prompts = [question.prompt for question in exam]
     settings = Settings(max_new_tokens=LONGEST, batch_size=ROWS)

@@ -1,4 +1,4 @@
-"""What the command line takes: every command and its options. `cli.py` carries them out."""
+"""What the command line takes: every command and its options. The other rooms carry them out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from . import __version__, dtypes
-from .errors import RecipeError
+from .. import __version__, dtypes
+from ..errors import RecipeError
 
 if TYPE_CHECKING:
-    from .dtypes import DType
+    from ..dtypes import DType
 
     _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 

@@ -1,0 +1,20 @@
+"""The command `archs`: the known families, or one as a file for --arch."""
+
+from __future__ import annotations
+
+import argparse
+
+from .console import print_json
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List the declarations, the user's before ours, or print one so that --arch takes it."""
+    from .. import archs, declare, show
+
+    known = (*declare.read_all(arguments.arch or ()), *archs.ARCHS)
+    one = declare.named(arguments.name, known) if arguments.name else None
+    if arguments.json:
+        print_json(declare.plain(one) if one else [declare.plain(arch) for arch in known])
+    else:
+        print(declare.to_toml(one) if one else show.archs(known), end="" if one else "\n")
+    return 0

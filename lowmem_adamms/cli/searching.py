@@ -1,0 +1,251 @@
+"""A search on the live model, as `search` and `merge` run it: model, journal, progress, report.
+
+Leaves to others: the method (`search.py` and `refine.py` of the package), asking and remembering
+(`session.py`), the page (`report.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..arch import BUFFER
+from ..errors import PromptError, RecipeError
+from .arguments import placing
+from .console import draws, kept_up_to_date, print_notes, screen
+
+if TYPE_CHECKING:
+    from ..alphas import Alpha
+    from ..journal import AnswerJournal
+    from ..live import LiveModel
+    from ..placement import Placement
+    from ..plan import Plan
+    from ..prompts import Prompt
+    from ..refine import Refined
+    from ..search import Result
+    from ..session import Session
+    from ..show import SearchProgress
+
+_MOST_ALPHAS = 1001
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A finished search, its second stage if there was one, and its report."""
+
+    result: Result
+    refined: Refined | None
+    page: str
+
+    @property
+    def alpha(self) -> Alpha:
+        """What to merge at."""
+        return self.refined.alpha if self.refined else self.result.alpha
+
+    def to_json(self) -> dict[str, Any]:
+        """For adamms.json and `search --json`."""
+        from ..alphas import to_json
+
+        layers = {"layers": self.refined.to_json()} if self.refined else {}
+        return self.result.to_json() | to_json(self.alpha) | layers
+
+
+def load_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
+    """The sample of --prompts."""
+    from .. import prompts
+
+    columns = None
+    if arguments.text_column or arguments.image_column:
+        images = arguments.image_column
+        columns = prompts.Columns(arguments.text_column, tuple(images) if images else None)
+    return prompts.load_prompts(
+        arguments.prompts,
+        question=arguments.question,
+        sample=arguments.samples,
+        seed=arguments.seed,
+        split=arguments.split,
+        columns=columns,
+    )
+
+
+def search_for_alpha(
+    arguments: argparse.Namespace, plan: Plan, prompts: Sequence[Prompt], journal: Path | None
+) -> Found:
+    """Search on the live model; the journal, if there is one, is resumed from."""
+    from .. import refine, show
+    from ..inputs import download
+
+    alphas = _alphas(arguments.alphas)
+    count = arguments.refine_layers
+    groups = refine.split(plan.base_layout.layers, count) if count else []
+    passes = refine.PASSES * len(groups)
+    _check_images(plan, prompts)
+    download(plan, bars=draws())
+    task = _Task(arguments, plan, prompts, placing(arguments, plan))
+    for line in task.placement.lines:
+        print(line, file=sys.stderr)
+    if groups:
+        more = f"{passes} more passes, {passes * len(prompts)} answers"
+        print(f"then an alpha for each of {count} groups of layers: {more}", file=sys.stderr)
+    progress = show.SearchProgress(len(alphas) + passes, len(prompts))
+    with _session(task, journal, progress) as session:
+        with kept_up_to_date(progress):
+            result = _search(task, session, alphas, progress)
+            seed = arguments.seed
+            refined = refine.refine(session, prompts, result, groups, seed=seed) if groups else None
+        print_notes(session.notes)
+        return Found(result, refined, _report(task, session, result, refined))
+
+
+def show_found(found: Found) -> None:
+    """The curve, the verdict, and what weakens it."""
+    from .. import show
+
+    result, refined = found.result, found.refined
+    screen().print(show.search_table(result.candidates, result.alpha))
+    print(show.verdict(result))
+    if refined:
+        for layers, line in refined.lines().items():
+            print(f"{layers}: {line}")
+    print_notes([*result.notes, *(refined.notes if refined else ())])
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is searched, and on what."""
+
+    arguments: argparse.Namespace
+    plan: Plan
+    prompts: Sequence[Prompt]
+    placement: Placement
+
+    def load(self) -> LiveModel:
+        """The model itself, which takes a while."""
+        from ..encode import load_processor
+        from ..live import LiveModel
+
+        # A base that cannot be talked to is found out before its weights are read
+        trust = self.arguments.trust_remote_code
+        processor = load_processor(self.plan.base.path, trust_remote_code=trust)
+        return LiveModel(
+            self.plan,
+            dtype=self.placement.dtype if self.arguments.live_dtype else None,
+            placement=self.placement,
+            trust_remote_code=trust,
+            force=self.arguments.force,
+            processor=processor,
+        )
+
+
+def _search(
+    task: _Task, session: Session, alphas: Sequence[float], progress: SearchProgress
+) -> Result:
+    from ..search import search
+
+    arguments = task.arguments
+    return search(
+        session,
+        task.prompts,
+        alphas,
+        measure=arguments.measure,
+        refine=arguments.refine,
+        noise=None if arguments.no_noise else session.again,
+        seed=arguments.seed,
+        progress=progress.candidates,
+    )
+
+
+def _alphas(text: str | None) -> Sequence[float]:
+    """`0,0.1,0.2` or `start:stop:step`, the stop included."""
+    from ..search import DEFAULT_ALPHAS
+
+    if text is None:
+        return DEFAULT_ALPHAS
+    try:
+        if ":" not in text:
+            return sorted({float(word) for word in text.split(",")})
+        start, stop, step = map(float, text.split(":"))
+        count = int((stop - start) / step + 1.000001)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise RecipeError(f"--alphas {text!r}: expected 0,0.1,0.2 or 0:0.6:0.1") from None
+    if not 0 < count <= _MOST_ALPHAS:
+        raise RecipeError(f"--alphas {text!r}: makes {count} alphas; expected 3 to {_MOST_ALPHAS}")
+    return [round(start + i * step, 6) for i in range(count)]
+
+
+def _check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
+    """A base that holds nothing but a decoder cannot be shown images; said before it is loaded."""
+    if set(plan.base_layout.kinds.values()) <= {BUFFER}:
+        for prompt in prompts:
+            if prompt.images:
+                raise PromptError(f"{prompt.id}: has an image, but {plan.base.path} is text-only")
+
+
+@contextmanager
+def _session(task: _Task, path: Path | None, progress: SearchProgress) -> Iterator[Session]:
+    """What asks the model and remembers its answers, in the journal at `path` if there is one."""
+    from ..decoding import Settings
+    from ..session import Session, fingerprint
+
+    arguments = task.arguments
+    settings = Settings(
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=task.placement.batch,
+        drafts=not arguments.no_drafts,
+        vision_cache=not arguments.no_vision_cache,
+    )
+    key = fingerprint(task.plan, task.prompts, settings, task.placement)
+    with (
+        _journal(path, key) if path else nullcontext() as journal,
+        Session(
+            task.load, settings, journal, asked=progress.asked, answered=progress.answered
+        ) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
+    """The journal at `path`; if it ends without an answer, no trace of it is left."""
+    from ..journal import AnswerJournal
+
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    with AnswerJournal(path, key) as journal:
+        try:
+            yield journal
+        finally:
+            if not journal.answers:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # another run may have put something there
+                    for folder in made:
+                        folder.rmdir()
+
+
+def _report(task: _Task, session: Session, result: Result, refined: Refined | None) -> str:
+    from .. import report
+
+    arguments, plan, placement = task.arguments, task.plan, task.placement
+    recipe = {
+        "base": f"{plan.base.ref} ({plan.base_layout.arch})",
+        "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
+        "prompts": f"{arguments.prompts}, {len(task.prompts)} of them, seed {arguments.seed}",
+        "answers": f"greedy, {arguments.max_new_tokens} tokens at most",
+        "batch": str(placement.batch),
+        "embeddings": str(plan.options["embeddings"]),
+        "version": __version__,
+    }
+    where = {str(i): line for i, line in enumerate(placement.lines, 1)}
+    layers = {"Layers": refined.lines()} if refined else {}
+    return report.html(
+        result,
+        task.prompts,
+        timings=session.timings,
+        facts=layers | {"Recipe": recipe, "Placement": where},
+        title=f"{plan.base.name} \N{LEFTWARDS ARROW} {plan.donor.name}",
+    )

@@ -1,0 +1,85 @@
+"""The images of prompts: decoded with Pillow, to RGB and upright, or an error that names them."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PromptError
+from .entry import Prompt, library, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow's names. Not all that it reads: it hands EPS, for one, to Ghostscript to run."""
+_decoding = threading.Lock()  # the filters for warnings belong to the process, not to the thread
+
+
+def open_image(image: Path | bytes) -> Image.Image:
+    """Decode an image file's first frame: RGB, upright by its EXIF orientation.
+
+    Transparent parts turn white, as on a page; 16-bit grey is scaled to 8 bits. PromptError if it
+    is missing, broken, of a format not in FORMATS, or larger than Pillow's MAX_IMAGE_PIXELS.
+    """
+    name = f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
+    return _decode(image, name)
+
+
+def check_images(prompt: Prompt, where: str, checked: set[Path]) -> None:
+    """Decode each image once and let it go. PromptError names the entry and the image."""
+    for number, image in enumerate(prompt.images, 1):
+        if isinstance(image, bytes):
+            _decode(image, f"{where}: image {number} of {len(prompt.images)}")
+        elif image not in checked:
+            name = str(image)
+            _decode(image, name if name == where else f"{where}: image {one_line(name)}")
+            checked.add(image)
+
+
+def _decode(image: Path | bytes, name: str) -> Image.Image:
+    """`open_image`, with the image's name in messages. Whatever a decoder raises is the image's."""
+    pillow, pil = library("PIL.Image", "pillow"), library("PIL", "pillow")
+    try:
+        with _decoding, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            source = io.BytesIO(image) if isinstance(image, bytes) else image
+            with pillow.open(source, formats=FORMATS) as file:
+                file.load()
+                return _rgb(_upright(file))
+    except FileNotFoundError:
+        reason = "no such file; correct the path (a relative one starts at the set's folder)"
+    except pil.UnidentifiedImageError:
+        reason = "not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF"
+    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError):
+        reason = f"more than {pillow.MAX_IMAGE_PIXELS} pixels; scale it down"
+    except Exception as error:
+        detail = one_line(getattr(error, "strerror", None) or error)
+        reason = f"cannot be read ({detail}); replace it or take the entry out"
+    raise PromptError(f"{one_line(name, 1000)}: {reason}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; as it lies if that block is broken, as viewers do."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Pillow's own conversions would clip 16-bit grey at 255 and bare what transparency hides."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
