@@ -11,6 +11,9 @@ from __future__ import annotations
 import atexit
 import http.client
 import importlib
+import io
+import socket
+import struct
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -126,28 +129,69 @@ def _asked(
 @contextmanager
 def _plainly(split: SplitResult, headers: Mapping[str, str], timeout: float) -> Iterator[Answer]:
     connection, response = _asked(split, headers, timeout)
-    left = response.length
+    body = _Body(connection, response, timeout)
 
     def receive(view: memoryview) -> int:
-        nonlocal left
-        if response.fp is None or left == 0:
-            return 0
         try:
-            # Not response.readinto, which loses what came before a connection breaks
-            wanted = view if left is None else view[:left]
-            count: int = response.fp.readinto1(wanted)
+            return body.receive(view)
+        except BlockingIOError:
+            raise TransportError(f"{split.netloc}: nothing for {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise TransportError(f"{split.netloc}: {error!r}") from None
-        left = None if left is None else left - count
-        return count
 
     lower = {key.lower(): value for key, value in response.getheaders()}
     try:
         yield Answer(response.status, lower, split.hostname or "", receive)
     finally:
-        again = left == 0 and not response.will_close and not response.chunked
+        again = body.left == 0 and not response.will_close and not response.chunked
         response.close()
         if again:
             _POOL.give_back(split.netloc, connection)
         else:
             connection.close()
+
+
+class _Body:
+    """What follows an answer's head, received in as few system calls as can be.
+
+    left: bytes to come, None if the answer does not tell. BlockingIOError after `timeout` seconds
+    without a byte.
+    """
+
+    def __init__(
+        self,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+        timeout: float,
+    ) -> None:
+        self.left = response.length
+        self._response, self._socket = response, connection.sock
+        self._read_before = True  # there may be something in the buffer that the head came in
+        if self._socket is not None:  # it is None where the connection ends with the answer
+            wait = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+
+    def receive(self, view: memoryview) -> int:
+        """Fill the view; less where the network pauses or the body ends."""
+        if self._response.fp is None or self.left == 0:
+            return 0
+        if self._response.chunked:
+            return self._response.readinto(view)
+        count = self._some(view if self.left is None else view[: self.left])
+        self.left = None if self.left is None else self.left - count
+        return count
+
+    def _some(self, wanted: memoryview) -> int:
+        if self._read_before:
+            # No more than the buffer holds, and not response.readinto: both would ask the network
+            # behind what is there already, and lose it if that breaks
+            first = wanted[: io.DEFAULT_BUFFER_SIZE]
+            count: int = self._response.fp.readinto1(first)
+            self._read_before = self._socket is None or count == len(first)
+            return count
+        before = self._socket.gettimeout()
+        self._socket.settimeout(None)  # else Python itself waits, and returns for every packet
+        try:
+            return self._socket.recv_into(wanted, flags=socket.MSG_WAITALL)
+        finally:
+            self._socket.settimeout(before)
