@@ -9,8 +9,10 @@ Leaves to others: what an answer means (`wire.py`).
 from __future__ import annotations
 
 import atexit
+import functools
 import http.client
 import importlib
+import inspect
 import io
 import socket
 import struct
@@ -69,14 +71,48 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
             yield Answer(response.status_code, response.headers, split.hostname or "", receive)
 
 
+@contextmanager
+def impatient(seconds: float) -> Iterator[None]:
+    """Within, a request of huggingface_hub's client fails when nothing moves for so long.
+
+    By default it waits for ever. A client of the user's own that has timeouts keeps them.
+    """
+    from huggingface_hub import set_client_factory
+
+    before, _ = _factories()
+    if before is None:
+        yield
+        return
+
+    @functools.wraps(before)
+    def factory() -> Any:
+        client = before()
+        if set(client.timeout.as_dict().values()) == {None}:
+            client.timeout = seconds
+        return client
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
+
+
+def _factories() -> tuple[Any, Any]:
+    """What makes huggingface_hub's client, and what does unless the user says otherwise."""
+    inner = importlib.import_module("huggingface_hub.utils._http")
+    names = ("_GLOBAL_CLIENT_FACTORY", "default_client_factory")
+    current, default = (getattr(inner, name, None) for name in names)
+    return current, default
+
+
 def _is_plain(split: SplitResult) -> bool:
     """Whether the client would do nothing that a bare connection does not."""
     proxies = urllib.request.getproxies()
     proxied = any(kind in proxies for kind in ("http", "all"))
-    inner = importlib.import_module("huggingface_hub.utils._http")
-    factory = getattr(inner, "_GLOBAL_CLIENT_FACTORY", None)
-    default = factory is not None and factory is getattr(inner, "default_client_factory", None)
-    return split.scheme == "http" and not proxied and default
+    factory, default = _factories()
+    ours = factory is not None and inspect.unwrap(factory) is default
+    return split.scheme == "http" and not proxied and ours
 
 
 class _Pool:

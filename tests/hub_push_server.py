@@ -54,7 +54,8 @@ class Fault:
     """What goes wrong with the next `times` requests whose `METHOD path` matches `pattern`.
 
     kind: a status as text; "drop" closes before reading the body; "cut" does after `after` bytes of
-    it; "lost" does what was asked and closes without an answer; "garbage" answers with nonsense.
+    it; "lost" does what was asked and closes without an answer; "garbage" answers with nonsense;
+    "stall" takes `after` bytes of the body and then nothing, nor answers, till the server ends.
     """
 
     pattern: str
@@ -77,6 +78,7 @@ class HubServer:
         self.received = 0
         self.part_size: int | None = None
         self.reached = threading.Event()
+        self.ended = threading.Event()
         self._gate = threading.Event()
         self._gate.set()
         self._passing = 0
@@ -141,6 +143,7 @@ def serving() -> Iterator[HubServer]:
         yield hub
     finally:
         hub.release()
+        hub.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -172,8 +175,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.hub.seen.append(line)
             fault = self._fault(line)
         try:
-            if fault and fault.kind in ("drop", "cut"):
-                self._read(fault.after if fault.kind == "cut" else 0)
+            if fault and fault.kind in ("drop", "cut", "stall"):
+                self._read(0 if fault.kind == "drop" else fault.after)
+                if fault.kind == "stall":
+                    self.hub.ended.wait()
                 raise _Drop
             body = self._read()
             if fault and fault.kind == "garbage":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -368,6 +369,49 @@ def test_an_upload_that_fails_leaves_the_output_and_says_how_to_finish(
     assert run(*again[1].split()) == 0
     assert on_main(hub) == contents(out)
     assert not (out / PENDING).exists()
+
+
+@pytest.mark.parametrize("pattern", [PUT, "info/lfs/objects/batch", COMMIT])
+def test_an_upload_that_stalls_ends(
+    hub: HubServer, copy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """huggingface_hub alone waits for ever."""
+    monkeypatch.setattr(push, "STALL", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.faults = [Fault(pattern, "stall", 10**6, after=100)]
+    assert run("push", copy, REPO) == 2
+    line = assert_one_error(capsys, "uploading failed: the Hub took or sent nothing for too long")
+    assert f"the output is complete at {copy}" in line
+    assert on_main(hub) == {}
+    hub.faults = []
+    assert run("push", copy, REPO) == 0
+    assert on_main(hub) == contents(copy)
+
+
+def test_a_stall_that_passes_is_tried_again(
+    hub: HubServer, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "STALL", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.faults = [Fault(PUT, "stall")]
+    assert run("push", copy, REPO) == 0
+    assert on_main(hub) == contents(copy)
+
+
+def test_a_client_of_the_users_own_keeps_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import get_session, set_client_factory
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    try:
+        with push.quiet():
+            assert get_session().timeout.write == max(push.STALL, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        assert get_session().timeout.write is None
+        set_client_factory(lambda: library.Client(timeout=7))
+        with push.quiet():
+            assert get_session().timeout.write == 7
+    finally:
+        set_client_factory(before)
 
 
 def test_the_same_command_finishes_an_upload_too(
