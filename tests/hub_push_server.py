@@ -18,7 +18,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest import MonkeyPatch
 
 LARGE = (".safetensors",)
 """What the Hub keeps as large files whatever their size, by its .gitattributes."""
@@ -147,6 +151,21 @@ def serving() -> Iterator[HubServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def use(server: HubServer, patch: MonkeyPatch) -> None:
+    """The Hub as far as this process is concerned; nobody waits before trying again."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from lowmem_adamms import push, push_check
+
+    patch.setattr(constants, "ENDPOINT", server.url)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setenv("HF_TOKEN", "tok")
+    patch.setattr(push, "WAITS", (0.0, 0.0))
+    patch.setattr(push_check, "AT_ONCE", (0.0, 0.0))
+    patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 class _Answer(Exception):  # noqa: N818  # not an error: how a route ends early

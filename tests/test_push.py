@@ -15,12 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import random_pair
 from command import run
-from hub_push_server import Fault, HubServer, person, serving
+from hub_push_server import Fault, HubServer, person, serving, use
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
@@ -58,14 +57,9 @@ def copy(merged: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The Hub as far as this process is concerned; nobody waits before trying again."""
+    """A Hub that takes uploads."""
     with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "tok")
-        monkeypatch.setattr(push, "WAITS", (0.0, 0.0))
-        monkeypatch.setattr(push_check, "AT_ONCE", (0.0, 0.0))
-        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        use(server, monkeypatch)
         yield server
 
 
