@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .inputs import Fetch
     from .journal import AnswerJournal
     from .plan import Plan
-    from .prompts import Prompt
+    from .prompts import Prompt, Prompts
     from .push import Push
     from .quantized import Quantized
     from .recipe import Recipe
@@ -248,7 +248,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         if arguments.max_shard_size
         else None
     )
-    prompts = _load_prompts(arguments) if arguments.prompts else ()
+    prompts = _load_prompts(arguments) if arguments.prompts else None
     plan = _make_plan(arguments)
     alpha = _given_alpha(arguments, plan, recipe)
     _show_notes(plan.notes)
@@ -417,11 +417,12 @@ def _answers_in(out: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A finished search, its second stage if there was one, and its report."""
+    """A finished search, its second stage if there was one, its report, and what was asked."""
 
     result: Result
     refined: Refined | None
     page: str
+    prompts: Prompts | None = None
 
     @property
     def alpha(self) -> Alpha:
@@ -431,12 +432,15 @@ class _Found:
     def to_json(self) -> dict[str, Any]:
         """For adamms.json and `search --json`."""
         from .alphas import to_json
+        from .prompts import digest
 
-        layers = {"layers": self.refined.to_json()} if self.refined else {}
-        return self.result.to_json() | to_json(self.alpha) | layers
+        more: dict[str, Any] = {"layers": self.refined.to_json()} if self.refined else {}
+        if self.prompts is not None:
+            more["prompt_set"] = {"ref": self.prompts.ref, "sha256": digest(self.prompts)}
+        return self.result.to_json() | to_json(self.alpha) | more
 
 
-def _load_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
+def _load_prompts(arguments: argparse.Namespace) -> Prompts:
     from .prompts import Columns, load_prompts
 
     columns = None
@@ -472,7 +476,7 @@ def _alphas(text: str | None) -> Sequence[float]:
 
 
 def _run_search(
-    arguments: argparse.Namespace, plan: Plan, prompts: Sequence[Prompt], journal: Path | None
+    arguments: argparse.Namespace, plan: Plan, prompts: Prompts, journal: Path | None
 ) -> _Found:
     """Search on the live model; the journal, if there is one, is resumed from."""
     from . import refine, show
@@ -510,7 +514,7 @@ def _run_search(
                 refined = refine.refine(session, prompts, result, groups, seed=seed)
         _show_notes(session.notes)
         page = _report(arguments, plan, placement, prompts, result, refined, session)
-    return _Found(result, refined, page)
+    return _Found(result, refined, page, prompts)
 
 
 def _check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
@@ -598,7 +602,7 @@ def _report(
     arguments: argparse.Namespace,
     plan: Plan,
     placement: Placement,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     result: Result,
     refined: Refined | None,
     session: Session,
@@ -608,7 +612,7 @@ def _report(
     recipe = {
         "base": f"{plan.base.ref} ({plan.base_layout.arch})",
         "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
-        "prompts": f"{arguments.prompts}, {len(prompts)} of them, seed {arguments.seed}",
+        "prompts": f"{prompts.ref}, {len(prompts)} of them, seed {arguments.seed}",
         "answers": f"greedy, {arguments.max_new_tokens} tokens at most",
         "batch": str(placement.batch),
         "embeddings": str(plan.options["embeddings"]),

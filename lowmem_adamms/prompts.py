@@ -36,7 +36,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names. Not all that it reads: it hands EPS, for one, to Ghostscript to run."""
 
 _IMAGE_COLUMN = re.compile(r"images?|image_(\d+)")
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+)?")
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.+-]+))?(?:@(\S+))?")
 _URL = re.compile(r"(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 _BATCH = 16  # rows of a Parquet file that are held at a time; each may hold several images
 _decoding = threading.Lock()  # the filters for warnings belong to the process, not to the thread
@@ -54,6 +54,15 @@ class Prompt:
     id: str = ""
 
 
+class Prompts(tuple[Prompt, ...]):
+    """The prompts that were taken of a set.
+
+    ref: which set: the path that was given, or `org/name[:config]@commit split`.
+    """
+
+    ref: str
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Which columns of a table hold the text and the images; None: found by their usual names.
@@ -68,11 +77,15 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class _Set:
-    """How many entries a set has and how to read some; `place / prompt.id` names one in errors."""
+    """How many entries a set has and how to read some; `place / prompt.id` names one in errors.
+
+    ref: which set it is, if what was asked for does not say.
+    """
 
     count: int
     place: Path
     read: Callable[[Sequence[int]], Iterable[Prompt]]
+    ref: str | None = None
 
 
 def load_prompts(
@@ -83,7 +96,7 @@ def load_prompts(
     seed: int = 0,
     split: str | None = None,
     columns: Columns | None = None,
-) -> tuple[Prompt, ...]:
+) -> Prompts:
     """Read and check a prompt set, or `sample` entries of it (None: all), in the set's order.
 
     - `.jsonl`, `.ndjson`: a line is {"prompt": str, "image": path} or {"prompt": str, "images":
@@ -93,7 +106,7 @@ def load_prompts(
       files and folders are left out.
     - `.parquet` (needs pyarrow): `columns` or the usual names; an image is a Hub struct of bytes
       and path, bare bytes or a path, or a list of those. Only the sample's rows are checked.
-    - `org/name` or `org/name:config`, where no such path exists: that Hub dataset (needs datasets),
+    - `org/name[:config][@revision]`, where no such path exists: that Hub dataset (needs datasets),
       its `split`, or its only one, or the first of SPLITS. The library's cache and HF_HUB_OFFLINE
       apply.
 
@@ -118,7 +131,9 @@ def load_prompts(
     for prompt in found.read(_pick(found.count, sample, seed)):
         _check_images(prompt, str(found.place / prompt.id), checked)
         prompts.append(prompt)
-    return tuple(prompts)
+    taken = Prompts(prompts)
+    taken.ref = found.ref or str(source)
+    return taken
 
 
 def open_image(image: Path | bytes) -> Image.Image:
@@ -339,13 +354,21 @@ def _bad_parquet(path: Path, error: Exception) -> PromptError:
 
 
 def _hub_set(source: str, split: str | None, columns: Columns) -> _Set:
-    """Rows come through Arrow, so that the library's Image columns stay encoded."""
+    """Rows come through Arrow, so that the library's Image columns stay encoded.
+
+    The builder knows the commit that it took, also of what it finds in its cache.
+    """
     datasets = _library("datasets", "datasets")
-    name, _, config = source.partition(":")
+    known = _HUB.fullmatch(source)
+    assert known is not None
+    name, config, revision = known.groups()
     try:
-        if split is None:
-            split = _default_split(source, datasets.get_dataset_split_names(name, config or None))
-        data = datasets.load_dataset(name, config or None, split=split)
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        if split is None and builder.info.splits:  # before anything is downloaded
+            split = _default_split(source, list(builder.info.splits))
+        builder.download_and_prepare()
+        split = split or _default_split(source, list(builder.info.splits))
+        data = builder.as_dataset(split=split)
     except PromptError:
         raise
     except Exception as error:  # the library's, huggingface_hub's, httpx's, fsspec's
@@ -361,7 +384,7 @@ def _hub_set(source: str, split: str | None, columns: Columns) -> _Set:
             row = table[index].to_pylist()[0]
             yield _row_prompt(row, text, images, Path(), f"{source} {split}[{index}]")
 
-    return _Set(len(table), Path(), read)
+    return _Set(len(table), Path(), read, f"{source.partition('@')[0]}@{builder.hash} {split}")
 
 
 def _default_split(source: str, names: Sequence[str]) -> str:
