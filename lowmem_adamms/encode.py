@@ -128,7 +128,13 @@ class Encoder:
         options = {"padding": True, "return_tensors": "pt"}
         if first and text[0].startswith(first):
             options["add_special_tokens"] = False  # the chat template has written it already
-        return dict(self.processor(text=text, images=given, **options))
+        try:
+            return dict(self.processor(text=text, images=given, **options))
+        except ValueError:
+            if given is None or len(given) == len(images):
+                raise
+            # Idefics3 counts by prompt: it wants an empty row for one without an image
+            return dict(self.processor(text=text, images=images, **options))
 
     def _text(self, prompt: Prompt) -> str:
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
