@@ -8,6 +8,9 @@ then `--no-cache` what the server has, both as a whole process, inputs in the pa
 --cold, out of it) just before; the bytes of the outputs are compared. Memory: RssAnon at its peak,
 and of a process that has only done the imports. Disk: the streamed merge runs with its temporary
 files, its cache and its output in one folder, whose size is watched: it must never hold the inputs.
+Processor time: of the merges, and of the server, which runs on the same cores. Beside them stands
+what fetching alone costs: a process that asks the server for the same bytes in the same requests
+and drops them; and sha256 of the base, the other thing that a merge of folders has no need of.
 Prints a table and, last, one line of JSON.
 """
 
@@ -39,15 +42,48 @@ IMPORTS = (
 RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
 
 
+FETCH = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from huggingface_hub import get_session
+from lowmem_adamms import checkpoint, hub, ranges
+files = {}
+for ref in ("bench/base", "bench/donor"):
+    files |= checkpoint.open_checkpoint(ref, cache=False).remote()
+size = ranges.REQUEST
+def fetch(job):
+    file, start = job
+    file.read(start, min(start + size, file.size))
+jobs = [(file, at) for file in files.values() for at in range(0, file.size, size)]
+get_session()
+before = time.perf_counter(), time.process_time()
+with ThreadPoolExecutor(hub.LANES) as pool:
+    list(pool.map(fetch, jobs))
+print(time.perf_counter() - before[0], time.process_time() - before[1])
+"""
+DIGEST = """
+import hashlib, sys, time
+from pathlib import Path
+before, total = time.process_time(), hashlib.sha256()
+for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(1 << 20))
+        while count := file.readinto(buffer):
+            total.update(buffer[:count])
+print(time.process_time() - before)
+"""
+
+
 @contextlib.contextmanager
-def served(pair: Path) -> Iterator[str]:
-    """The endpoint of a Hub that has the pair as bench/base and bench/donor."""
+def served(pair: Path) -> Iterator[tuple[str, int]]:
+    """A Hub that has the pair as bench/base and bench/donor: its endpoint and its process's id."""
     argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
     argv += [f"bench/{side}={pair / side}" for side in ("base", "donor")]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None and server.stdout is not None
         try:
-            yield server.stdout.readline().strip()
+            yield server.stdout.readline().strip(), server.pid
         finally:
             server.stdin.close()
 
@@ -57,6 +93,21 @@ def anon_after_imports() -> int:
     argv = [sys.executable, "-c", f"{IMPORTS}; {RSS_ANON}"]
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return int(done.stdout) * 1024
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of processor time that a process has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def numbers(code: str, *words: str, env: dict[str, str] | None = None) -> list[float]:
+    """What a script prints last, run in a process of its own."""
+    argv = [sys.executable, "-c", code, *words]
+    done = subprocess.run(
+        argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | (env or {})
+    )
+    return [float(word) for word in done.stdout.split()]
 
 
 class Watch:
@@ -76,7 +127,8 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._done.wait(0.05):
-            self.peak = max(self.peak, sum(map(_blocks, self._folder.rglob("*"))))
+            with contextlib.suppress(OSError):  # a folder that has just gone
+                self.peak = max(self.peak, sum(map(_blocks, self._folder.rglob("*"))))
 
 
 def _blocks(path: Path) -> int:
@@ -95,7 +147,7 @@ def merged(refs: list[str], out: Path, *options: str, env: dict[str, str] | None
     return run
 
 
-def compare(pair: Path, endpoint: str, scratch: Path, *, cold: bool) -> dict[str, Any]:
+def compare(pair: Path, endpoint: str, pid: int, scratch: Path, *, cold: bool) -> dict[str, Any]:
     """The local merge, the streamed one, and whether they wrote the same shards."""
     prepare = evict if cold else warm
     inputs = [pair / "base", pair / "donor"]
@@ -105,10 +157,13 @@ def compare(pair: Path, endpoint: str, scratch: Path, *, cold: bool) -> dict[str
     home.mkdir()
     places = {"HF_HOME": home / "hf", "HF_HUB_CACHE": home / "hf" / "hub", "TMPDIR": home}
     env = {"HF_ENDPOINT": endpoint, **{key: str(path) for key, path in places.items()}}
+    env["HF_HUB_OFFLINE"] = "0"
     prepare(inputs)
+    before = cpu_of(pid)
     with Watch(home) as watch:
-        refs = ["bench/base", "bench/donor"]
-        remote = merged(refs, home / "out", "--no-cache", env=env | {"HF_HUB_OFFLINE": "0"})
+        remote = merged(["bench/base", "bench/donor"], home / "out", "--no-cache", env=env)
+    after = cpu_of(pid)
+    fetch_s, fetch_cpu_s = numbers(FETCH, env=env)
     names = [path.name for path in (scratch / "local").glob("*.safetensors")]
     _, odd, lost = filecmp.cmpfiles(scratch / "local", home / "out", names, shallow=False)
     return {
@@ -117,6 +172,9 @@ def compare(pair: Path, endpoint: str, scratch: Path, *, cold: bool) -> dict[str
         "ratio": remote.wall_s / local.wall_s,
         "local_cpu_s": local.cpu_s,
         "hub_cpu_s": remote.cpu_s,
+        "server_cpu_s": after - before,
+        "fetch_alone_s": fetch_s,
+        "fetch_alone_cpu_s": fetch_cpu_s,
         "local_peak_anon_bytes": local.peak_anon_bytes,
         "hub_peak_anon_bytes": remote.peak_anon_bytes,
         "peak_disk_bytes": watch.peak,
@@ -139,18 +197,22 @@ def main() -> None:
     report: dict[str, Any] = {"benchmark": "hub", "bytes": sizes, "cold": args.cold}
     report["anon_after_imports_bytes"] = anon_after_imports()
     print(f"anonymous after imports: {report['anon_after_imports_bytes'] / 2**20:.1f} MiB")
-    heads = ("local s", "hub s", "ratio", "cpu s", "hub cpu s", "anon MiB", "hub anon", "disk MB")
+    (report["sha256_of_base_cpu_s"],) = numbers(DIGEST, str(pair / "base"))
+    print(f"sha256 of the base: {report['sha256_of_base_cpu_s']:.2f} s of processor time")
+    heads = ("local s", "hub s", "ratio", "cpu s", "hub cpu s", "server cpu", "fetch s")
+    heads += ("fetch cpu", "anon MiB", "hub anon", "disk MB")
     print("".join(f"{head:>11}" for head in heads), flush=True)
     report["runs"] = []
-    with served(pair) as endpoint:
+    with served(pair) as (endpoint, pid):
         for _ in range(args.runs):
             with tempfile.TemporaryDirectory(dir=pair) as folder:
                 with settled(folder, 4 * sum(sizes.values()) if args.cold else 0):
-                    row = compare(pair, endpoint, Path(folder), cold=args.cold)
+                    row = compare(pair, endpoint, pid, Path(folder), cold=args.cold)
                 report["runs"].append(row)
                 memory = [row[f"{side}_peak_anon_bytes"] / 2**20 for side in ("local", "hub")]
                 times = [row[key] for key in ("local_s", "hub_s", "ratio")]
-                cpu = [row["local_cpu_s"], row["hub_cpu_s"]]
+                cpu = [row[f"{who}_cpu_s"] for who in ("local", "hub", "server")]
+                cpu += [row["fetch_alone_s"], row["fetch_alone_cpu_s"]]
                 values = (*times, *cpu, *memory, row["peak_disk_bytes"] / 1e6)
                 print("".join(f"{value:>11.2f}" for value in values), flush=True)
                 os.sync()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import FormatError, PromptError, first_line
+from .errors import FormatError, PromptError, RecipeError, first_line
 from .loading import quiet, refuse_remote_code
 from .prompts import Prompt, open_image
 
@@ -128,7 +128,13 @@ class Encoder:
         options = {"padding": True, "return_tensors": "pt"}
         if first and text[0].startswith(first):
             options["add_special_tokens"] = False  # the chat template has written it already
-        return dict(self.processor(text=text, images=given, **options))
+        try:
+            return dict(self.processor(text=text, images=given, **options))
+        except ValueError:
+            if given is None or len(given) == len(images):
+                raise
+            # Idefics3 counts by prompt: it wants an empty row for one without an image
+            return dict(self.processor(text=text, images=images, **options))
 
     def _text(self, prompt: Prompt) -> str:
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
@@ -217,9 +223,7 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
         try:
             return transformers.AutoProcessor.from_pretrained(folder, **options)
         except ImportError as error:
-            if "torchvision" not in str(error).lower():
-                raise
-            return _without_video(transformers, folder, options)
+            return _without_video(transformers, folder, options, error)
         except (OSError, ValueError) as error:
             reason = first_line(error)
             if any((folder / name).is_file() for name in _PROCESSOR_FILES):
@@ -233,8 +237,21 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
             ) from None
 
 
-def _without_video(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The checkpoint's processor with None for its video processor."""
+def _without_video(
+    transformers: Any, folder: Path, options: dict[str, Any], missing: ImportError
+) -> Any:
+    """The checkpoint's processor with None for its video processor, if that is what is missing."""
+    try:
+        if "torchvision" in str(missing).lower():
+            return _put_together(transformers, folder, options)
+    except ImportError as error:
+        missing = error
+    reason = " ".join(str(missing).split())
+    raise RecipeError(f"{folder}: its processor needs what is not installed: {reason}")
+
+
+def _put_together(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
+    """The checkpoint's processor from its parts, the video processor left out."""
     name = _processor_class(folder)
     if name is None:
         raise FormatError(f"{folder}: none of its files names its processor_class")

@@ -9,8 +9,13 @@ Leaves to others: what an answer means (`wire.py`).
 from __future__ import annotations
 
 import atexit
+import functools
 import http.client
 import importlib
+import inspect
+import io
+import socket
+import struct
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -66,14 +71,48 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
             yield Answer(response.status_code, response.headers, split.hostname or "", receive)
 
 
+@contextmanager
+def impatient(seconds: float) -> Iterator[None]:
+    """Within, a request of huggingface_hub's client fails when nothing moves for so long.
+
+    By default it waits for ever. A client of the user's own that has timeouts keeps them.
+    """
+    from huggingface_hub import set_client_factory
+
+    before, _ = _factories()
+    if before is None:
+        yield
+        return
+
+    @functools.wraps(before)
+    def factory() -> Any:
+        client = before()
+        if set(client.timeout.as_dict().values()) == {None}:
+            client.timeout = seconds
+        return client
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
+
+
+def _factories() -> tuple[Any, Any]:
+    """What makes huggingface_hub's client, and what does unless the user says otherwise."""
+    inner = importlib.import_module("huggingface_hub.utils._http")
+    names = ("_GLOBAL_CLIENT_FACTORY", "default_client_factory")
+    current, default = (getattr(inner, name, None) for name in names)
+    return current, default
+
+
 def _is_plain(split: SplitResult) -> bool:
     """Whether the client would do nothing that a bare connection does not."""
     proxies = urllib.request.getproxies()
     proxied = any(kind in proxies for kind in ("http", "all"))
-    inner = importlib.import_module("huggingface_hub.utils._http")
-    factory = getattr(inner, "_GLOBAL_CLIENT_FACTORY", None)
-    default = factory is not None and factory is getattr(inner, "default_client_factory", None)
-    return split.scheme == "http" and not proxied and default
+    factory, default = _factories()
+    ours = factory is not None and inspect.unwrap(factory) is default
+    return split.scheme == "http" and not proxied and ours
 
 
 class _Pool:
@@ -126,28 +165,69 @@ def _asked(
 @contextmanager
 def _plainly(split: SplitResult, headers: Mapping[str, str], timeout: float) -> Iterator[Answer]:
     connection, response = _asked(split, headers, timeout)
-    left = response.length
+    body = _Body(connection, response, timeout)
 
     def receive(view: memoryview) -> int:
-        nonlocal left
-        if response.fp is None or left == 0:
-            return 0
         try:
-            # Not response.readinto, which loses what came before a connection breaks
-            wanted = view if left is None else view[:left]
-            count: int = response.fp.readinto1(wanted)
+            return body.receive(view)
+        except BlockingIOError:
+            raise TransportError(f"{split.netloc}: nothing for {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise TransportError(f"{split.netloc}: {error!r}") from None
-        left = None if left is None else left - count
-        return count
 
     lower = {key.lower(): value for key, value in response.getheaders()}
     try:
         yield Answer(response.status, lower, split.hostname or "", receive)
     finally:
-        again = left == 0 and not response.will_close and not response.chunked
+        again = body.left == 0 and not response.will_close and not response.chunked
         response.close()
         if again:
             _POOL.give_back(split.netloc, connection)
         else:
             connection.close()
+
+
+class _Body:
+    """What follows an answer's head, received in as few system calls as can be.
+
+    left: bytes to come, None if the answer does not tell. BlockingIOError after `timeout` seconds
+    without a byte.
+    """
+
+    def __init__(
+        self,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+        timeout: float,
+    ) -> None:
+        self.left = response.length
+        self._response, self._socket = response, connection.sock
+        self._read_before = True  # there may be something in the buffer that the head came in
+        if self._socket is not None:  # it is None where the connection ends with the answer
+            wait = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+
+    def receive(self, view: memoryview) -> int:
+        """Fill the view; less where the network pauses or the body ends."""
+        if self._response.fp is None or self.left == 0:
+            return 0
+        if self._response.chunked:
+            return self._response.readinto(view)
+        count = self._some(view if self.left is None else view[: self.left])
+        self.left = None if self.left is None else self.left - count
+        return count
+
+    def _some(self, wanted: memoryview) -> int:
+        if self._read_before:
+            # No more than the buffer holds, and not response.readinto: both would ask the network
+            # behind what is there already, and lose it if that breaks
+            first = wanted[: io.DEFAULT_BUFFER_SIZE]
+            count: int = self._response.fp.readinto1(first)
+            self._read_before = self._socket is None or count == len(first)
+            return count
+        before = self._socket.gettimeout()
+        self._socket.settimeout(None)  # else Python itself waits, and returns for every packet
+        try:
+            return self._socket.recv_into(wanted, flags=socket.MSG_WAITALL)
+        finally:
+            self._socket.settimeout(before)

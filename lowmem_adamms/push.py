@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from .closing import Closing
 from .errors import PushError
 from .journal import PENDING, WORK
+from .plain import impatient
 from .push_check import Target, api, is_same, listing, patiently, pushed_files, status
 from .stream import evict_range
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 WAITS = (2.0, 10.0, 30.0, 60.0)
 """Seconds between the attempts for one file; in each, huggingface_hub tries for half a minute."""
+STALL = 120.0
+"""Seconds without a byte either way after which a request has failed, or HF_HUB_DOWNLOAD_TIMEOUT if
+that is more: the Hub may take its time over a commit."""
 _POLL = 0.2  # seconds between looks at the thread; a Ctrl-C is heard in between
 _LINGER = 2.0  # seconds that a thread gets to notice that it should stop
 
@@ -264,7 +268,10 @@ class _Stream(io.BufferedReader):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """huggingface_hub puts no bars, and no retries with signed URLs, between our lines."""
+    """huggingface_hub puts no bars, and no retries with signed URLs, between our lines.
+
+    Nor does it wait for ever: a request that stalls fails after STALL seconds.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
     from huggingface_hub.utils.tqdm import (
@@ -279,7 +286,8 @@ def quiet() -> Iterator[None]:
     if free:
         disable_progress_bars()
     try:
-        yield
+        with impatient(max(STALL, constants.HF_HUB_DOWNLOAD_TIMEOUT)):
+            yield
     finally:
         set_verbosity(before)
         if free:

@@ -170,6 +170,8 @@ def _words(error: BaseException) -> str:
     code = status(error)
     if code is not None and said:
         return f"the Hub says: {' '.join(str(said).split())} ({code})"
+    if type(error).__name__.endswith("Timeout"):  # of httpx, or of what huggingface_hub asks with
+        return f"uploading failed: the Hub took or sent nothing for too long ({first_line(error)})"
     line = first_line(error)
     return f"the Hub says: {line}" if code else f"uploading failed: {type(error).__name__}: {line}"
 

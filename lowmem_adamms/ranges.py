@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WINDOW = 2 << 20
 """Bytes of output per kernel call: small, so that many requests fit into the buffer."""
-REQUEST = 2 << 20
+REQUEST = 3 << 20
 """Bytes of one request, unless a span alone takes more."""
 BUDGET = 24 << 20
 """Bytes that are under way, waiting or in use."""

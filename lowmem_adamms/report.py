@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import report_page
+from .alphas import Alpha, Alphas
 from .markup import DASH, as_percent, counted, css, marked, plain, table
 from .prompts import Prompt
 from .report_answers import SHOWN_CHANGING, answers
@@ -39,13 +40,13 @@ SIDE_BY_SIDE = 9  # more alphas than this do not fit as columns: answers go belo
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What one alpha cost. Seconds are wall time; tokens are counts over all prompts.
+    """What one alpha, or one by layer, cost. Seconds are wall time; tokens count over all prompts.
 
     forward_tokens: tokens that went through the model. plain_tokens: tokens that would have gone
     through it without drafts.
     """
 
-    alpha: float
+    alpha: Alpha
     apply_seconds: float
     seconds: float
     answer_tokens: int
@@ -190,7 +191,32 @@ def _seconds(value: float) -> str:
 def _timings(view: View, timings: Sequence[Timing]) -> list[str]:
     if not timings:
         return []
-    total = Timing(
+    total = _sum(timings)
+    head = ["alpha", "apply (s)", "generate (s)", "answer tokens", "tokens per s"]
+    head += ["forwarded", "without drafts", "ratio"]
+    rows = []
+    for timing in timings:
+        if not isinstance(timing.alpha, Alphas):
+            chosen = css(timing.alpha == view.result.alpha, "chosen")
+            rows.append(_timing(view.name(timing.alpha), timing, chosen))
+    by_layer = [timing for timing in timings if isinstance(timing.alpha, Alphas)]
+    if by_layer:
+        rows.append(_timing(f"by layer, {counted(len(by_layer), 'time')}", _sum(by_layer)))
+    rows.append(_timing("total", total, css(True, "total")))
+    said = ""
+    if total.plain_tokens:
+        share = as_percent(total.forward_tokens, total.plain_tokens)
+        said = f"With drafts, {share} of the tokens had to be forwarded."
+    return [
+        f'<section><h2>Timings</h2><p class="muted">{said}</p>',
+        *table(head, rows, label="Time and tokens by alpha"),
+        "</section>",
+    ]
+
+
+def _sum(timings: Sequence[Timing]) -> Timing:
+    """What several cost together."""
+    return Timing(
         math.nan,
         sum(t.apply_seconds for t in timings),
         sum(t.seconds for t in timings),
@@ -198,21 +224,9 @@ def _timings(view: View, timings: Sequence[Timing]) -> list[str]:
         sum(t.forward_tokens for t in timings),
         sum(t.plain_tokens for t in timings),
     )
-    head = ["alpha", "apply (s)", "generate (s)", "answer tokens", "tokens per s"]
-    head += ["forwarded", "without drafts", "ratio"]
-    rows = [_timing(view.name(t.alpha), t, t.alpha == view.result.alpha) for t in timings]
-    said = ""
-    if total.plain_tokens:
-        share = as_percent(total.forward_tokens, total.plain_tokens)
-        said = f"With drafts, {share} of the tokens had to be forwarded."
-    return [
-        f'<section><h2>Timings</h2><p class="muted">{said}</p>',
-        *table(head, [*rows, _timing("total", total, False)], label="Time and tokens by alpha"),
-        "</section>",
-    ]
 
 
-def _timing(name: str, t: Timing, chosen: bool) -> str:
+def _timing(name: str, t: Timing, kind: str = "") -> str:
     rate = f"{t.answer_tokens / t.seconds:,.1f}" if t.seconds > 0 else DASH
     ratio = f"{t.forward_tokens / t.plain_tokens:.2f}" if t.plain_tokens else DASH
     cells = [
@@ -224,7 +238,6 @@ def _timing(name: str, t: Timing, chosen: bool) -> str:
         f"{t.plain_tokens:,}",
         ratio,
     ]
-    kind = css(chosen, "chosen") or css(math.isnan(t.alpha), "total")
     return f'<tr{kind}><th scope="row">{name}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
 
 

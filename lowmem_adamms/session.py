@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from .alphas import Alpha, Alphas
+from .alphas import Alpha
 from .closing import Closing
 from .decoding import Settings
 from .generate import Answerer
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Session(Closing):
     """Callable as `search.Generate`. `timings` has a line for each alpha that was not all known.
 
-    An alpha may be one by layer (`Alphas`); `timings` leaves those out.
+    An alpha may be one by layer (`Alphas`).
 
     load: makes the live model. journal: None keeps no record. asked: called before each alpha's
     answers, and `answered` after each with its tokens (0: known before), for progress.
@@ -109,17 +109,16 @@ class Session(Closing):
 
         answers = answerer(prompts, known, answered)
         spent = answerer.spent
-        if not isinstance(alpha, Alphas):
-            self.timings.append(
-                Timing(
-                    alpha,
-                    applied,
-                    spent.seconds,
-                    spent.answer_tokens,
-                    spent.forward_tokens,
-                    spent.plain_tokens,
-                )
+        self.timings.append(
+            Timing(
+                alpha,
+                applied,
+                spent.seconds,
+                spent.answer_tokens,
+                spent.forward_tokens,
+                spent.plain_tokens,
             )
+        )
         self.notes = answerer.notes
         return answers
 

@@ -114,7 +114,21 @@ def _sorted(what: str) -> Iterator[None]:
     except plain.TransportError as error:
         raise _PassingError(str(error)) from None
     except _transport_errors() as error:
+        if _is_mistrust(error):
+            raise HubError(
+                f"{what}: cannot reach {at} ({first_line(error)}); if its certificate is one to"
+                " trust, set SSL_CERT_FILE to a file with that of its authority"
+            ) from None
         raise _PassingError(f"cannot reach {at} ({first_line(error)})") from None
+
+
+def _is_mistrust(error: BaseException | None) -> bool:
+    """Whether a server's certificate was refused, which another attempt does not change."""
+    import ssl
+
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _of_status(what: str, status: int, headers: Any, server: str) -> Exception:

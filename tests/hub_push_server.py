@@ -18,7 +18,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest import MonkeyPatch
 
 LARGE = (".safetensors",)
 """What the Hub keeps as large files whatever their size, by its .gitattributes."""
@@ -54,7 +58,8 @@ class Fault:
     """What goes wrong with the next `times` requests whose `METHOD path` matches `pattern`.
 
     kind: a status as text; "drop" closes before reading the body; "cut" does after `after` bytes of
-    it; "lost" does what was asked and closes without an answer; "garbage" answers with nonsense.
+    it; "lost" does what was asked and closes without an answer; "garbage" answers with nonsense;
+    "stall" takes `after` bytes of the body and then nothing, nor answers, till the server ends.
     """
 
     pattern: str
@@ -77,6 +82,7 @@ class HubServer:
         self.received = 0
         self.part_size: int | None = None
         self.reached = threading.Event()
+        self.ended = threading.Event()
         self._gate = threading.Event()
         self._gate.set()
         self._passing = 0
@@ -141,9 +147,25 @@ def serving() -> Iterator[HubServer]:
         yield hub
     finally:
         hub.release()
+        hub.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def use(server: HubServer, patch: MonkeyPatch) -> None:
+    """The Hub as far as this process is concerned; nobody waits before trying again."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from lowmem_adamms import push, push_check
+
+    patch.setattr(constants, "ENDPOINT", server.url)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setenv("HF_TOKEN", "tok")
+    patch.setattr(push, "WAITS", (0.0, 0.0))
+    patch.setattr(push_check, "AT_ONCE", (0.0, 0.0))
+    patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 class _Answer(Exception):  # noqa: N818  # not an error: how a route ends early
@@ -172,8 +194,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.hub.seen.append(line)
             fault = self._fault(line)
         try:
-            if fault and fault.kind in ("drop", "cut"):
-                self._read(fault.after if fault.kind == "cut" else 0)
+            if fault and fault.kind in ("drop", "cut", "stall"):
+                self._read(0 if fault.kind == "drop" else fault.after)
+                if fault.kind == "stall":
+                    self.hub.ended.wait()
                 raise _Drop
             body = self._read()
             if fault and fault.kind == "garbage":

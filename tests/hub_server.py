@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import ssl
 import sys
 import threading
 import time
@@ -23,8 +24,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from pytest import MonkeyPatch
 
 LARGE = (".safetensors", ".bin", ".pt")
 """What is kept in LFS: named by its sha256, and served by the content network."""
@@ -92,8 +96,12 @@ class _Repo:
 class HubServer:
     """Repositories served from folders, for as long as the `with` block lasts."""
 
-    def __init__(self, *, token: str = "hf_secret") -> None:
+    def __init__(
+        self, *, token: str = "hf_secret", certificate: tuple[Path, Path] | None = None
+    ) -> None:
+        """certificate: its file and that of its key, to speak HTTP over TLS."""
         self.token = token
+        self._scheme = "https" if certificate else "http"
         self.repos: dict[str, _Repo] = {}
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
@@ -102,6 +110,10 @@ class HubServer:
         self._servers = [_Server(("127.0.0.1", 0), handler) for handler in (_Hub, _Network)]
         for server in self._servers:
             server.hub = self
+            if certificate:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(*certificate)
+                server.tls = context
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
@@ -116,12 +128,12 @@ class HubServer:
     @property
     def endpoint(self) -> str:
         """What HF_ENDPOINT should be."""
-        return f"http://127.0.0.1:{self._servers[0].server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._servers[0].server_address[1]}"
 
     @property
     def network(self) -> str:
         """The content network, which must never see a token."""
-        return f"http://127.0.0.1:{self._servers[1].server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._servers[1].server_address[1]}"
 
     def add(
         self,
@@ -164,6 +176,19 @@ class HubServer:
         return sum(seen.sent for seen in self.seen if seen.file and seen.file.endswith(suffix))
 
 
+def use(server: HubServer, patch: MonkeyPatch, home: Path) -> None:
+    """The Hub as far as this process is concerned, without a token, its cache below `home`."""
+    from huggingface_hub import constants
+
+    patch.delenv("HF_TOKEN", raising=False)
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "ENDPOINT", server.endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 def _file(path: Path) -> _File:
     size = path.stat().st_size
     oid = hashlib.sha1(f"{path.name} {size} {path.stat().st_mtime_ns}".encode()).hexdigest()
@@ -180,6 +205,15 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
     hub: HubServer
+    tls: ssl.SSLContext | None = None
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread: a client that does not trust us must not hold up all."""
+        if self.tls is None:
+            super().finish_request(request, client_address)
+            return
+        with self.tls.wrap_socket(request, server_side=True) as wrapped:
+            super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""
@@ -292,7 +326,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.sendall(bytes([source.read(1)[0] ^ 0xFF]))
                 at += 1
             while at < end:
-                done = os.sendfile(self.connection.fileno(), source.fileno(), at, end - at)
+                if self.server.tls:
+                    source.seek(at)
+                    self.connection.sendall(block := source.read(min(_CHUNK, end - at)))
+                    done = len(block)
+                else:
+                    done = os.sendfile(self.connection.fileno(), source.fileno(), at, end - at)
                 if not done:
                     break
                 at += done

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import random_pair
-from hub_server import HubServer
+from hub_server import HubServer, use
 
 from lowmem_adamms import (
     compare,
@@ -69,19 +69,11 @@ def local(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture
 def server(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with the pair on it, an empty cache, and no waiting between attempts."""
-    from huggingface_hub import constants
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(wire, "PAUSE", 0.001)
     monkeypatch.setattr(ranges, "GAP", 0)
     with HubServer() as server:
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        use(server, monkeypatch, tmp_path)
         for repo_id, folder in zip(IDS, pair, strict=True):
             server.add(repo_id, folder, revisions=("main", "v1", "refs/pr/1"))
         yield server

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -413,12 +414,12 @@ def test_missing_library_says_what_to_install(
 # Hub datasets
 
 HUB_SCRIPT = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import datasets
 from datasets.arrow_writer import ArrowWriter
 from lowmem_adamms.errors import PromptError
-from lowmem_adamms.prompts import Columns, load_prompts
+from lowmem_adamms.prompts import Columns, digest, load_prompts
 
 cache, red = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
 features = datasets.Features({
@@ -427,16 +428,16 @@ features = datasets.Features({
     "extra": datasets.List(datasets.Image()),
 })
 
-def write(name, config, splits):
+def write(name, config, splits, commit="0123", words=""):
     '''What the library leaves behind of a dataset that it once fetched.'''
-    folder = cache / f"acme___{name}" / config / "0.0.0" / "0123"
+    folder = cache / f"acme___{name}" / config / "0.0.0" / commit
     folder.mkdir(parents=True)
     found = datasets.SplitDict()
     for split, count in splits.items():
         writer = ArrowWriter(path=str(folder / f"{name}-{split}.arrow"), features=features)
         for row in range(count):
             image = {"bytes": red, "path": None}
-            text = f"{config} {split} {row}"
+            text = f"{config} {split} {row}{words}"
             writer.write({"question": text, "image": image, "extra": [image, image]})
         rows, size = writer.finalize()
         found[split] = datasets.SplitInfo(split, size, rows, dataset_name=name)
@@ -454,7 +455,18 @@ def load(source, **options):
         return str(error)
     return [[p.text, p.id, [image == red for image in p.images]] for p in found]
 
+def identity():
+    found = load_prompts("acme/moved", sample=2)
+    return [found.ref, digest(found)]
+
+write("moved", "default", {"test": 3}, "aaaa")
+before = identity()
+time.sleep(0.01)
+write("moved", "default", {"test": 3}, "bbbb", "?")
+after = identity()
+
 print(json.dumps({
+    "before": before, "after": after,
     "default": load("acme/pics:art"),
     "split": load("acme/pics:art", split="train", columns=Columns(images=("image", "extra"))),
     "sample": load("acme/pics:bio", sample=5, seed=2),
@@ -496,6 +508,36 @@ def test_hub_dataset_takes_a_split_and_keeps_images_encoded(hub: dict[str, Any])
     assert hub["split"] == [
         [f"art train {row}", f"acme/pics:art train[{row}]", [True] * 3] for row in range(3)
     ]
+
+
+def test_hub_dataset_is_known_by_its_commit(hub: dict[str, Any]) -> None:
+    """A search goes on only with the same prompts, by their digest (`session.fingerprint`)."""
+    assert hub["before"][0] == "acme/moved@aaaa test"
+    assert hub["after"][0] == "acme/moved@bbbb test"
+    assert hub["before"][1] != hub["after"][1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["acme/set", "acme/set:art", "acme/set@main", "acme/set:art@refs/pr/1", "acme/set@0a1b2c"],
+)
+def test_hub_dataset_is_asked_for_by_name_config_and_revision(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked: list[object] = []
+
+    class Library:
+        @staticmethod
+        def load_dataset_builder(*words: object, **options: object) -> None:
+            asked.extend([*words, options["revision"]])
+            raise ValueError("enough")
+
+    monkeypatch.setitem(sys.modules, "datasets", Library)
+    with pytest.raises(PromptError, match=f"^{re.escape(name)}: .*enough"):
+        load_prompts(name)
+    rest, _, revision = name.partition("@")
+    dataset, _, config = rest.partition(":")
+    assert asked == [dataset, config or None, revision or None]
 
 
 def test_hub_dataset_is_sampled(hub: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -14,12 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import random_pair
 from command import run
-from hub_push_server import Fault, HubServer, person, serving
+from hub_push_server import Fault, HubServer, person, serving, use
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
@@ -57,14 +57,9 @@ def copy(merged: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The Hub as far as this process is concerned; nobody waits before trying again."""
+    """A Hub that takes uploads."""
     with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "tok")
-        monkeypatch.setattr(push, "WAITS", (0.0, 0.0))
-        monkeypatch.setattr(push_check, "AT_ONCE", (0.0, 0.0))
-        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        use(server, monkeypatch)
         yield server
 
 
@@ -368,6 +363,49 @@ def test_an_upload_that_fails_leaves_the_output_and_says_how_to_finish(
     assert run(*again[1].split()) == 0
     assert on_main(hub) == contents(out)
     assert not (out / PENDING).exists()
+
+
+@pytest.mark.parametrize("pattern", [PUT, "info/lfs/objects/batch", COMMIT])
+def test_an_upload_that_stalls_ends(
+    hub: HubServer, copy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """huggingface_hub alone waits for ever."""
+    monkeypatch.setattr(push, "STALL", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.faults = [Fault(pattern, "stall", 10**6, after=100)]
+    assert run("push", copy, REPO) == 2
+    line = assert_one_error(capsys, "uploading failed: the Hub took or sent nothing for too long")
+    assert f"the output is complete at {copy}" in line
+    assert on_main(hub) == {}
+    hub.faults = []
+    assert run("push", copy, REPO) == 0
+    assert on_main(hub) == contents(copy)
+
+
+def test_a_stall_that_passes_is_tried_again(
+    hub: HubServer, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "STALL", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.faults = [Fault(PUT, "stall")]
+    assert run("push", copy, REPO) == 0
+    assert on_main(hub) == contents(copy)
+
+
+def test_a_client_of_the_users_own_keeps_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import get_session, set_client_factory
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    try:
+        with push.quiet():
+            assert get_session().timeout.write == max(push.STALL, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        assert get_session().timeout.write is None
+        set_client_factory(lambda: library.Client(timeout=7))
+        with push.quiet():
+            assert get_session().timeout.write == 7
+    finally:
+        set_client_factory(before)
 
 
 def test_the_same_command_finishes_an_upload_too(

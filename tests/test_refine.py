@@ -247,8 +247,8 @@ def test_a_killed_second_stage_goes_on_where_it_was(
             return refine(session, prompts, result, split(2, 2)), session
 
     whole, session = run(lambda: live)
-    assert [timing.alpha for timing in session.timings] == [0.0, 0.2, 0.4]
     layered = [alpha for alpha in asked if isinstance(alpha, Alphas)]
+    assert [timing.alpha for timing in session.timings] == [0.0, 0.2, 0.4, *layered]
     assert len(layered) == len(set(layered)) == 2 * PASSES
 
     def unwanted() -> NoReturn:
@@ -283,7 +283,8 @@ def test_the_whole_job_writes_what_it_found(
     moved = {f"layers.{g['layers'][0]}": g["alpha"] for g in groups if g["moved"]}
     assert recipe["alpha"] == 0.2
     assert recipe.get("alphas", {}) == moved
-    assert "<h2>Layers</h2>" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "<h2>Layers</h2>" in page and ">by layer, 8 times<" in page
     layered = [
         line
         for line in map(json.loads, (out / ANSWERS).read_bytes().splitlines())

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lowmem_adamms import report
+from lowmem_adamms.alphas import Alphas
 from lowmem_adamms.answers import normalise
 from lowmem_adamms.errors import OutputError
 from lowmem_adamms.prompts import Prompt
@@ -442,6 +443,15 @@ def test_timings_are_shown_with_rates_ratios_and_totals() -> None:
     cells = [text for _, text in page.cells][-21:]
     assert cells[-14:-7] == ["0.25", "5.00", "1,000", "200.0", "2,000", "8,000", "0.25"]
     assert cells[-7:] == ["0.75", "25.0", "2,000", "80.0", "10,000", "16,000", "0.62"]
+
+
+def test_what_alphas_by_layer_took_is_one_line_and_counts_in_the_total() -> None:
+    layered = [Timing(Alphas(0.1, {"layers.0": a}), 1.0, 2.0, 10, 20, 40) for a in (0.2, 0.3)]
+    page = page_of(SOME, timings=[Timing(0.1, 0.5, 5.0, 100, 200, 800), *layered])
+    assert "by layer, 2 times" in page.text
+    cells = [text for _, text in page.cells][-14:]
+    assert cells[:7] == ["2.00", "4.00", "20", "5.0", "40", "80", "0.50"]
+    assert cells[7:] == ["2.50", "9.00", "120", "13.3", "240", "880", "0.27"]
 
 
 def test_timings_of_nothing_do_not_divide_by_it() -> None:

@@ -44,6 +44,8 @@ NOISE = 0.1  # of each tensor's RMS: cosine 0.995 with the ancestor, 0.99 with a
 PATCH, SIDE = 14, 28
 ODD_BYTES = slice(94, 256)  # ids of the bytes that are no printable ASCII
 REMOTE = Path(__file__).parent / "remote"
+INTERN_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+IDEFICS_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ LINE_OF = {
     "Qwen2VL": "qwen2",
     "Qwen2_5_VL": "qwen2",
     "Qwen3VL": "qwen3",
+    "InternVL": "qwen2",
+    "Idefics3": "llama",
+    "SmolVLM": "llama",
 }
 
 
@@ -223,6 +228,29 @@ def make_llava_onevision(folder: Path, *, ancestor: Tensors, **options: Unpack[O
     return _make_vision("LlavaOnevision", folder, ancestor, settings, extra)
 
 
+def make_internvl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """InternVL3 as OpenGVLab publishes it for transformers (-hf): Qwen2 with InternViT."""
+    tower = {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False}
+    extra = {
+        "vision_config": {**_siglip(), **tower, "model_type": "internvl_vision"},
+        "image_token_id": KINDS["qwen2"].tokens + INTERN_TOKENS.index("<IMG_CONTEXT>"),
+        "image_seq_length": _SHUFFLED,
+    }
+    return _make_vision("InternVL", folder, ancestor, options, extra)
+
+
+def make_idefics3(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """Idefics3: Llama with a SigLIP tower, four patches in a token."""
+    settings: Options = {"vocab": 384, **options}
+    return _make_vision("Idefics3", folder, ancestor, settings, _shuffling("idefics3_vision"))
+
+
+def make_smolvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
+    """SmolVLM: as Idefics3, of another class."""
+    settings: Options = {"vocab": 384, **options}
+    return _make_vision("SmolVLM", folder, ancestor, settings, _shuffling("smolvlm_vision"))
+
+
 def make_qwen2_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
     """Qwen2-VL."""
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN}
@@ -368,9 +396,17 @@ def add_tokenizer(folder: Path) -> Path:
         "qwen2_vl": BASE_TOKENS,
         "qwen2_5_vl": BASE_TOKENS,
         "qwen3_vl": BASE_TOKENS,
+        "internvl": INTERN_TOKENS,
+        "idefics3": IDEFICS_TOKENS,
+        "smolvlm": IDEFICS_TOKENS,
     }.get(family, ())
     with quiet():
         write_tokenizer(folder, added, size=KINDS[kind].tokens - len(SHARED_TOKENS))
+    if family == "internvl":
+        path = folder / "tokenizer_config.json"
+        named = zip(("start_image", "end_image", "context_image", "video"), added, strict=True)
+        own = {"extra_special_tokens": {f"{name}_token": token for name, token in named}}
+        _write_json(path, json.loads(path.read_text(encoding="utf-8")) | own)
     return folder
 
 
@@ -390,7 +426,8 @@ def add_processor(folder: Path) -> Path:
             (folder / name).write_text(content, encoding="utf-8")
         else:
             _write_json(folder / name, content)
-    last = KINDS["qwen2" if family.startswith("qwen") or "onevision" in family else "llama"].tokens
+    qwen = family.startswith("qwen") or "onevision" in family or family == "internvl"
+    last = KINDS["qwen2" if qwen else "llama"].tokens
     start = last - len(SHARED_TOKENS)
     ends = [last - 1, start] if "qwen" in family else last - 1
     ids = {"bos_token_id": start, "eos_token_id": ends, "pad_token_id": start}
@@ -555,7 +592,7 @@ def _make_vision(name: str, folder: Path, parent: Tensors, options: Options, ext
     settings = _settings(name, options)
     kind = LINE_OF[name]
     text_config = _text_config(kind, parent, settings)
-    if name.startswith("Llava"):
+    if not name.startswith("Qwen"):
         text_config["model_type"] = kind
     else:
         # The three shares of the rotary dimensions: time, height, width; together half a head
@@ -592,7 +629,8 @@ def _save_model(cls: Any, config: Any, text: Tensors, folder: Path, settings: Op
                 weight.data += 0.02 * drawn
         text = dict(text)
         head = text.pop("lm_head.weight")
-        getattr(model.model, "language_model", model.model).load_state_dict(text)
+        names = [name for name in ("language_model", "text_model") if hasattr(model.model, name)]
+        (getattr(model.model, names[0]) if names else model.model).load_state_dict(text)
         if not settings["tied"]:
             model.lm_head.load_state_dict({"weight": head})
         model.to(getattr(torch, settings["dtype"]))
@@ -610,6 +648,14 @@ def _clip() -> Config:
         "image_size": SIDE,
         "patch_size": PATCH,
     }
+
+
+def _siglip() -> Config:
+    return {**_clip(), "image_size": 2 * SIDE}
+
+
+def _shuffling(tower: str) -> Config:
+    return {"vision_config": {**_siglip(), "model_type": tower}, "image_token_id": ROWS}
 
 
 def _qwen_extra(vision: Config) -> Config:
@@ -673,6 +719,7 @@ def _write_json(path: Path, value: Config) -> None:
 
 _NARROW, _WIDE = 32, 64  # of every tower
 _PATCHES = (SIDE // PATCH) ** 2
+_SHUFFLED = (2 * SIDE // PATCH) ** 2 // 4  # tokens of an image, each made of four patches
 
 
 def _affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
@@ -816,6 +863,18 @@ _CLIP_TOKENS: Config = {
     "patch_size": PATCH,
     "vision_feature_select_strategy": "default",
 }
+
+
+def _idefics_files(name: str) -> dict[str, Any]:
+    images = {
+        "image_processor_type": f"{name}ImageProcessor",
+        "do_image_splitting": False,
+        "size": {"longest_edge": 2 * SIDE},
+        "max_image_size": {"longest_edge": 2 * SIDE},
+    }
+    return _llava_files(name, _VICUNA_CHAT, images, {"image_seq_len": _SHUFFLED})
+
+
 _PROCESSORS: dict[str, dict[str, Config | str]] = {
     "qwen2_vl": _qwen_files("Qwen2VLProcessor"),
     "qwen2_5_vl": _qwen_files("Qwen2_5_VLProcessor"),
@@ -846,6 +905,18 @@ _PROCESSORS: dict[str, dict[str, Config | str]] = {
             "vision_feature_select_strategy": "full",
         },
     ),
+    "internvl": _llava_files(
+        "InternVL",
+        _ONEVISION_CHAT.replace("<image>", "<IMG_CONTEXT>"),
+        {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": 2 * SIDE, "width": 2 * SIDE},
+            "crop_to_patches": False,
+        },
+        {"image_seq_length": _SHUFFLED},
+    ),
+    "idefics3": _idefics_files("Idefics3"),
+    "smolvlm": _idefics_files("SmolVLM"),
     "mplug_owl2": _llava_files(
         "MPLUGOwl2",
         _VICUNA_CHAT.replace("<image>\\n", "<|image|>"),

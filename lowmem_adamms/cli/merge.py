@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = _read_config(arguments)
     _check_weights(arguments)
     options = _options(arguments)
-    prompts = load_prompts(arguments) if arguments.prompts else ()
+    prompts = load_prompts(arguments) if arguments.prompts else None
     plan, out = make_plan(arguments), arguments.out
     alpha = _given_alpha(arguments, plan, recipe)
     print_notes(plan.notes)

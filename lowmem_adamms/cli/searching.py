@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..live import LiveModel
     from ..placement import Placement
     from ..plan import Plan
-    from ..prompts import Prompt
+    from ..prompts import Prompt, Prompts
     from ..refine import Refined
     from ..search import Result
     from ..session import Session
@@ -37,11 +37,12 @@ _MOST_ALPHAS = 1001
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A finished search, its second stage if there was one, and its report."""
+    """A finished search, its second stage if there was one, its report, and what was asked."""
 
     result: Result
     refined: Refined | None
     page: str
+    prompts: Prompts | None = None
 
     @property
     def alpha(self) -> Alpha:
@@ -51,12 +52,15 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """For adamms.json and `search --json`."""
         from ..alphas import to_json
+        from ..prompts import digest
 
-        layers = {"layers": self.refined.to_json()} if self.refined else {}
-        return self.result.to_json() | to_json(self.alpha) | layers
+        more: dict[str, Any] = {"layers": self.refined.to_json()} if self.refined else {}
+        if self.prompts is not None:
+            more["prompt_set"] = {"ref": self.prompts.ref, "sha256": digest(self.prompts)}
+        return self.result.to_json() | to_json(self.alpha) | more
 
 
-def load_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
+def load_prompts(arguments: argparse.Namespace) -> Prompts:
     """The sample of --prompts."""
     from .. import prompts
 
@@ -75,7 +79,7 @@ def load_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
 
 
 def search_for_alpha(
-    arguments: argparse.Namespace, plan: Plan, prompts: Sequence[Prompt], journal: Path | None
+    arguments: argparse.Namespace, plan: Plan, prompts: Prompts, journal: Path | None
 ) -> Found:
     """Search on the live model; the journal, if there is one, is resumed from."""
     from .. import refine, show
@@ -100,7 +104,7 @@ def search_for_alpha(
             seed = arguments.seed
             refined = refine.refine(session, prompts, result, groups, seed=seed) if groups else None
         print_notes(session.notes)
-        return Found(result, refined, _report(task, session, result, refined))
+        return Found(result, refined, _report(task, session, result, refined), prompts)
 
 
 def show_found(found: Found) -> None:
@@ -122,7 +126,7 @@ class _Task:
 
     arguments: argparse.Namespace
     plan: Plan
-    prompts: Sequence[Prompt]
+    prompts: Prompts
     placement: Placement
 
     def load(self) -> LiveModel:
@@ -234,7 +238,7 @@ def _report(task: _Task, session: Session, result: Result, refined: Refined | No
     recipe = {
         "base": f"{plan.base.ref} ({plan.base_layout.arch})",
         "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
-        "prompts": f"{arguments.prompts}, {len(task.prompts)} of them, seed {arguments.seed}",
+        "prompts": f"{task.prompts.ref}, {len(task.prompts)} of them, seed {arguments.seed}",
         "answers": f"greedy, {arguments.max_new_tokens} tokens at most",
         "batch": str(placement.batch),
         "embeddings": str(plan.options["embeddings"]),

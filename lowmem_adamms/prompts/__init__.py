@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import PromptError, RecipeError
-from .entry import Columns, Prompt, PromptSet
+from .entry import Columns, Prompt, Prompts, PromptSet
 from .files import folder_prompts, line_prompts
 from .images import check_images, open_image
-from .tables import hub_set, parquet_set
+from .tables import HUB, hub_set, parquet_set
 
-__all__ = ["Columns", "Prompt", "digest", "load_prompts", "open_image"]
+__all__ = ["Columns", "Prompt", "Prompts", "digest", "load_prompts", "open_image"]
 
 LINES = (".jsonl", ".ndjson")
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+)?")
 
 
 def load_prompts(
@@ -34,7 +32,7 @@ def load_prompts(
     seed: int = 0,
     split: str | None = None,
     columns: Columns | None = None,
-) -> tuple[Prompt, ...]:
+) -> Prompts:
     """Read and check a prompt set, or `sample` entries of it (None: all), in the set's order.
 
     - `.jsonl`, `.ndjson`: a line is {"prompt": str, "image": path} or {"prompt": str, "images":
@@ -44,7 +42,7 @@ def load_prompts(
       files and folders are left out.
     - `.parquet` (needs pyarrow): `columns` or the usual names; an image is a Hub struct of bytes
       and path, bare bytes or a path, or a list of those. Only the sample's rows are checked.
-    - `org/name` or `org/name:config`, where no such path exists: that Hub dataset (needs datasets),
+    - `org/name[:config][@revision]`, where no such path exists: that Hub dataset (needs datasets),
       its `split`, or its only one, or the first of SPLITS. The library's cache and HF_HUB_OFFLINE
       apply.
 
@@ -66,7 +64,9 @@ def load_prompts(
     for prompt in found.read(_pick(found.count, sample, seed)):
         check_images(prompt, str(found.place / prompt.id), checked)
         prompts.append(prompt)
-    return tuple(prompts)
+    taken = Prompts(prompts)
+    taken.ref = found.ref or str(source)
+    return taken
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -107,7 +107,7 @@ def _kind(source: str | Path) -> str:
             f"{source}: not a prompt set; expected .jsonl (a JSON object on each line), .parquet,"
             " a folder of images or a Hub dataset"
         )
-    if not named and _HUB.fullmatch(str(source)):
+    if not named and HUB.fullmatch(str(source)):
         return "hub"
     raise PromptError(f"{source}: no such file or folder, nor a Hub dataset's name (org/name)")
 

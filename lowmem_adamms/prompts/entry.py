@@ -26,6 +26,15 @@ class Prompt:
     id: str = ""
 
 
+class Prompts(tuple[Prompt, ...]):
+    """The prompts that were taken of a set.
+
+    ref: which set: the path that was given, or `org/name[:config]@commit split`.
+    """
+
+    ref: str
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Which columns of a table hold the text and the images; None: found by their usual names.
@@ -40,11 +49,15 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """How many entries a set has and how to read some; `place / prompt.id` names one in errors."""
+    """How many entries a set has and how to read some; `place / prompt.id` names one in errors.
+
+    ref: which set it is, if what was asked for does not say.
+    """
 
     count: int
     place: Path
     read: Callable[[Sequence[int]], Iterable[Prompt]]
+    ref: str | None = None
 
 
 def checked_text(value: object, name: str, where: str) -> str:

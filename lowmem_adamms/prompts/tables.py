@@ -27,6 +27,9 @@ TEXT_COLUMNS = ("prompt", "question", "query", "instruction", "text")
 SPLITS = ("test", "validation", "train")
 """Which split of a Hub dataset with several is taken; the first that is there."""
 
+HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.+-]+))?(?:@(\S+))?")
+"""A dataset's name, configuration and revision."""
+
 _IMAGE_COLUMN = re.compile(r"images?|image_(\d+)")
 _BATCH = 16  # rows of a Parquet file that are held at a time; each may hold several images
 
@@ -78,13 +81,21 @@ def _bad_parquet(path: Path, error: Exception) -> PromptError:
 
 
 def hub_set(source: str, split: str | None, columns: Columns) -> PromptSet:
-    """The rows of a Hub dataset; through Arrow, so that its Image columns stay encoded."""
+    """The rows of a Hub dataset; through Arrow, so that its Image columns stay encoded.
+
+    The builder knows the commit that it took, also of what it finds in its cache.
+    """
     datasets = library("datasets", "datasets")
-    name, _, config = source.partition(":")
+    known = HUB.fullmatch(source)
+    assert known is not None
+    name, config, revision = known.groups()
     try:
-        if split is None:
-            split = _default_split(source, datasets.get_dataset_split_names(name, config or None))
-        data = datasets.load_dataset(name, config or None, split=split)
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        if split is None and builder.info.splits:  # before anything is downloaded
+            split = _default_split(source, list(builder.info.splits))
+        builder.download_and_prepare()
+        split = split or _default_split(source, list(builder.info.splits))
+        data = builder.as_dataset(split=split)
     except PromptError:
         raise
     except Exception as error:  # the library's, huggingface_hub's, httpx's, fsspec's
@@ -100,7 +111,8 @@ def hub_set(source: str, split: str | None, columns: Columns) -> PromptSet:
             row = table[index].to_pylist()[0]
             yield _row_prompt(row, text, images, Path(), f"{source} {split}[{index}]")
 
-    return PromptSet(len(table), Path(), read)
+    ref = f"{source.partition('@')[0]}@{builder.hash} {split}"
+    return PromptSet(len(table), Path(), read, ref)
 
 
 def _default_split(source: str, names: Sequence[str]) -> str:
