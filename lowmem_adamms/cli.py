@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        if "/" not in words[0] and not Path(words[0]).exists():
+            known = ", ".join(COMMANDS)
+            return _fail(f"{words[0]}: no such folder or file, nor a command: {known}")
         words.insert(0, "merge")
     try:
         arguments = parser().parse_args(words)

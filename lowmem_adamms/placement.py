@@ -44,6 +44,7 @@ _PRECISIONS: tuple[Quantize | None, ...] = (None, "int8", "nf4")  # from the bes
 _LINEAR_KINDS = frozenset({"attention", "MLP", "vision tower", "connector"})
 _CACHED = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
 _SMI_SECONDS = 10.0
+_FEWEST = 10_000  # nobody means so few bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Placement:
 def parse_size(text: str, option: str, *, zero: bool = False) -> int:
     """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number; `zero` lets 0 pass.
 
-    RecipeError names `option` (such as `--vram`) where `text` is no size.
+    RecipeError names `option` (such as `--vram`) where `text` is no size, or a plain number that
+    must be short of its unit.
     """
     match = re.fullmatch(
         r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE
@@ -90,6 +92,8 @@ def parse_size(text: str, option: str, *, zero: bool = False) -> int:
     number = Fraction(match[1]) if match else Fraction(0)
     if match is None or not (number or zero):
         raise RecipeError(f"{option} {text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
+    if match[1] == text.strip() and 0 < number < _FEWEST:
+        raise RecipeError(f"{option} {text!r}: that many bytes? Give a unit, as in {match[1]}GB")
     base = 1024 if match[3] else 1000
     return int(number * base ** " KMGT".index((match[2] or " ").upper()))
 

@@ -107,6 +107,11 @@ def test_merge_may_be_left_out(pair: Pair, tmp_path: Path, capsys: Capture) -> N
     assert capsys.readouterr().err == ""
 
 
+def test_a_mistyped_command_is_not_taken_for_a_model(capsys: Capture) -> None:
+    assert run("verfy", "somewhere") == 2
+    assert_one_error(*capsys.readouterr(), "^error: verfy: no such folder or file, nor a command: ")
+
+
 def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
     words = ("--dtype", "fp32", "--embeddings", "keep", "--max-shard-size", "200kB")
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.5", *words) == 0
