@@ -255,9 +255,10 @@ def _lacks_weights(names: Sequence[str]) -> str:
             return f"{said}; found {name}, {_ADAPTER}"
         if name.endswith(".gguf"):
             return f"{said}; found {name}: take the safetensors files that the GGUF was made from"
-        folder, _, file = name.partition("/")
-        if file in (*SINGLES, *INDEXES):
-            return f"{said}; found weights in its folder {folder}: give that"
+    inside = {name.partition("/")[0] for name in names if name.endswith((*SINGLES, *INDEXES))}
+    if folders := sorted(inside):
+        more = ", …" if len(folders) > 3 else ""
+        return f"{said}; found weights one folder deeper: give {', '.join(folders[:3])}{more}"
     return f"{said}, nor other weights that can be read"
 
 
@@ -285,7 +286,8 @@ def _hub_shards(repo: hub.Repo, bins: bool) -> tuple[list[Path], dict[str, str]]
         return paths, weight_map
     if lone := _lone(repo.files):
         return [here / lone], {}
-    raise HubError(f"{repo.ref}: {_lacks_weights(sorted(repo.files))}")
+    there = [name for name in repo.files if "/" not in name]  # a Hub id names no folder in it
+    raise HubError(f"{repo.ref}: {_lacks_weights(sorted(there))}")
 
 
 def _weight_map(index: Path, listed: Container[str] | None = None) -> dict[str, str]:

@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, speech
 from .arch import BUFFER
 from .errors import MergeError, OutputError, PlacementError, PromptError, RecipeError
 from .journal import ANSWERS, NAME, WORK
-from .options import COMMANDS, NEED_A_MODEL, parser
+from .options import COMMANDS, NEED_A_MODEL, at_home, parser
 from .placement import Placement, Quantize, measure, parse_size, place, stored_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from .search import Result
     from .session import Session
 
-_NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+_NOT_THERE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 _MOST_ALPHAS = 1001
 _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
 _QUANTIZING_MB = 512  # of which torch, transformers and bitsandbytes take some 370
@@ -50,15 +53,18 @@ _QUANTIZING_MB = 512  # of which torch, transformers and bitsandbytes take some 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    speech.prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         if "/" not in words[0] and not Path(words[0]).exists():
-            known = ", ".join(COMMANDS)
-            return _fail(f"{words[0]}: no such folder or file, nor a command: {known}")
+            return _fail(
+                f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)});"
+                " see python -m lowmem_adamms --help"
+            )
         words.insert(0, "merge")
     try:
-        arguments = parser().parse_args(words)
+        arguments = at_home(parser().parse_args(words))
         code = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return code
@@ -135,7 +141,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         lines = (str(error),)
     if arguments.json:
         document = plan.to_json() | {"forecast": forecast, "search": list(lines)}
-        print(json.dumps(document, ensure_ascii=False))
+        print(speech.as_json(document))
         return 0
     console = _console()
     _show_plan(plan, console)
@@ -223,7 +229,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
         report_page.write(arguments.html, compare_page.html(found))
     if arguments.json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        print(speech.as_json(found.to_json()))
     else:
         console = _console()
         ascii_only = console.options.ascii_only
@@ -295,6 +301,7 @@ def _write(
             progress=progress,
             quantize=_quantize(arguments),
             trust_remote_code=code,
+            note=lambda line: _show_notes([line]),
             **options,
         )
     counts = plan.to_json()["counts"]
@@ -696,7 +703,7 @@ def _conclude(
 ) -> int:
     if arguments.json:
         document = found.to_json() | {"base": base, "donor": donor, "version": __version__}
-        print(json.dumps(document, ensure_ascii=False))
+        print(speech.as_json(document))
     else:
         _show_search(found.result, found.refined)
     return 0
@@ -753,7 +760,7 @@ def _archs(arguments: argparse.Namespace) -> int:
     one = declare.named(arguments.name, known) if arguments.name else None
     if arguments.json:
         document = declare.plain(one) if one else [declare.plain(arch) for arch in known]
-        print(json.dumps(document, ensure_ascii=False))
+        print(speech.as_json(document))
     else:
         print(declare.to_toml(one) if one else show.archs(known), end="" if one else "\n")
     return 0

@@ -39,7 +39,7 @@ It is made in WORK and moves with the rest."""
 
 
 class _Log(Closing):
-    """A locked file of JSON lines that belongs to one fingerprint."""
+    """A locked file of JSON lines that belongs to one fingerprint. resumed: it was there before."""
 
     def __init__(self, path: Path, kind: str, fingerprint: str, others: str) -> None:
         """others: what to say if the file belongs to another run than this one."""
@@ -49,6 +49,7 @@ class _Log(Closing):
             raise OutputError(f"{path} is no journal of a {kind}; choose another place")
         if found not in (None, fingerprint):
             raise OutputError(others)
+        self.resumed = found is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._lock()

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ def merge(
     progress: Callable[[int], None] | None = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
+    note: Callable[[str], object] | None = None,
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
@@ -57,7 +58,8 @@ def merge(
     fetch: how what lies on the Hub gets here. push: is given every shard as it is durable; the
     caller finishes it. progress: called with bytes of output done since the last call, before they
     are quantized. quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in
-    transformers what to quantize, for which trust_remote_code may be needed. Resumes a killed run
+    transformers what to quantize, for which trust_remote_code may be needed. note: called with each
+    sentence about the inputs that is no reason to stop. Resumes a killed run
     of the same merge, and leaves alone a complete one whose upload is not. Raises RecipeError,
     OutputError, FormatError, MappingError or PushError before anything is written; HubError, also
     later, where the Hub fails for good.
@@ -77,6 +79,8 @@ def merge(
     with reading(span for span in plan.spans if span.path not in elsewhere):
         kin = kinship.measure(plan) if force else kinship.check(plan)
         kernel, why = select(plan.dtypes)
+    for line in kin.notes if note else ():
+        note(line)
     plan.base.fetch_sidecars()
     if elsewhere and fetch.cached:
         download(plan, bars=fetch.bars)
@@ -84,6 +88,7 @@ def merge(
     if push:
         push.begin()
     with Journal(out, fingerprint) as journal:
+        _check_alone(out, journal)
         finished = push.shard if push else None
         with _sink(out, files, journal, how, evict=evict, finished=finished) as sink:
             _hand_over(push, out, fingerprint, journal)
@@ -196,6 +201,16 @@ def _check_place(plan: Plan, out: Path) -> None:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
 
 
+def _check_alone(out: Path, journal: Journal) -> None:
+    """OutputError if another run finished in `out` since it was looked at: its result stays."""
+    if journal.resumed or {path.name for path in out.iterdir()} == {WORK}:
+        return
+    journal.path.unlink()
+    with suppress(OSError):  # answers of a search may lie there
+        journal.path.parent.rmdir()
+    raise OutputError(f"{out}: another run has just put its result there; choose another -o")
+
+
 def _nearest(path: Path) -> Path:
     """The path itself if it exists, else the nearest folder above it that does."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -255,14 +270,16 @@ def _write_papers(
         config = how.config(config)
     if config != plan.base.config:
         _write_json(work / "config.json", config)
-    _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode())
+    _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode(errors="replace"))
     made = [journal.done[file.name] for file in files]
     outputs = [{key: line[key] for key in ("file", "size", "blake3")} for line in made]
     _write_json(work / "adamms.json", papers | {"outputs": outputs})
 
 
 def _write_json(path: Path, document: object) -> None:
-    _write_file(path, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
+    # A path that is not UTF-8 comes as lone surrogates, which JSON can hold and UTF-8 cannot
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    _write_file(path, text.encode(errors="backslashreplace") + b"\n")
 
 
 def _write_file(path: Path, content: bytes) -> None:

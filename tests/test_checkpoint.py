@@ -273,7 +273,7 @@ def test_several_files_without_an_index(tmp_path: Path) -> None:
         (["qwen-Q4_K_M.gguf"], r"found qwen-Q4_K_M\.gguf: take the safetensors files"),
         (["adapter_model.safetensors"], r"adapter_model\.safetensors, a LoRA adapter: merge it"),
         (["adapter_model.bin"], r"adapter_model\.bin, a LoRA adapter: merge it"),
-        (["qwen/model.safetensors.index.json"], "found weights in its folder qwen: give that"),
+        (["qwen/model.safetensors.index.json"], "one folder deeper: give qwen$"),
         (["a/README.md"], "nor other weights"),
     ],
 )
