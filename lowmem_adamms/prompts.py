@@ -230,6 +230,9 @@ def _line_prompts(path: Path) -> Iterator[Prompt]:
         if line.strip():
             where = f"{path}:{number}"
             entry = _entry(line, where)
+            if "prompt" not in entry:
+                keys = ", ".join(map(_line, entry)) or "nothing"
+                raise PromptError(f'{where}: no "prompt" in it, found {keys}; call the text so')
             images = _line_images(entry, path.parent, where)
             yield Prompt(
                 _text(entry.get("prompt"), "prompt", where), images, f"{path.name}:{number}"

@@ -29,6 +29,7 @@ LONGEST_ASKED = 300.0
 """Seconds of a server's Retry-After that are waited for at most."""
 _PIECE = 1 << 20
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+_AGAIN = "run the same command again to go on"
 
 _T = TypeVar("_T")
 
@@ -49,7 +50,7 @@ class Patience:
         what: str,
         stop: threading.Event | None = None,
         tries: int | None = None,
-        advice: str = "run the same command again to go on",
+        advice: str = _AGAIN,
     ) -> None:
         self._what, self._stop, self._advice = what, stop or threading.Event(), advice
         self._tried, self._tries = 0, tries or TRIES
@@ -67,12 +68,15 @@ class Patience:
         self._stop.wait(pause if failure.after is None else min(failure.after, LONGEST_ASKED))
 
 
-def patiently(what: str, ask: Callable[[], _T], tries: int | None = None, **options: str) -> _T:
+def patiently(
+    what: str, ask: Callable[[], _T], tries: int | None = None, advice: str = _AGAIN
+) -> _T:
     """What `ask` answers, asked again while the network or the server fails in passing.
 
-    HubError, one line that begins with `what`, where it fails for good. options: of `Patience`.
+    HubError, one line that begins with `what`, where it fails for good, and ends in `advice` where
+    only patience ran out.
     """
-    patience = Patience(what, tries=tries, **options)
+    patience = Patience(what, tries=tries, advice=advice)
     while True:
         try:
             with _sorted(what):
