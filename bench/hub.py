@@ -199,8 +199,10 @@ def main() -> None:
     print(f"anonymous after imports: {report['anon_after_imports_bytes'] / 2**20:.1f} MiB")
     (report["sha256_of_base_cpu_s"],) = numbers(DIGEST, str(pair / "base"))
     print(f"sha256 of the base: {report['sha256_of_base_cpu_s']:.2f} s of processor time")
-    heads = ("local s", "hub s", "ratio", "cpu s", "hub cpu s", "server cpu", "fetch s")
-    heads += ("fetch cpu", "anon MiB", "hub anon", "disk MB")
+    heads = (
+        *("local s", "hub s", "ratio", "cpu s", "hub cpu s", "server cpu", "fetch s"),
+        *("fetch cpu", "anon MiB", "hub anon", "disk MB"),
+    )
     print("".join(f"{head:>11}" for head in heads), flush=True)
     report["runs"] = []
     with served(pair) as (endpoint, pid):

@@ -16,7 +16,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
     *(".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite"),
 )
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
+_ADAPTER = "a LoRA adapter: merge it into its model first (peft's merge_and_unload) and save that"
 OURS = frozenset({"README.md", "adamms.json", "report.html", "answers.jsonl"})
 """Files of a checkpoint folder that describe that checkpoint only and are written anew."""
 
@@ -162,7 +164,9 @@ def _is_sidecar(relative: Path) -> bool:
     """Whether a file of a checkpoint folder is copied beside the merged weights."""
     hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
     weights = relative.suffix in WEIGHT_SUFFIXES or relative.name.endswith(".index.json")
-    return not (hidden or weights or str(relative) in OURS)
+    # With this beside the weights transformers would load the model that it names instead
+    adapter = relative.name == "adapter_config.json"
+    return not (hidden or weights or adapter or str(relative) in OURS)
 
 
 def open_checkpoint(
@@ -200,6 +204,8 @@ def open_checkpoint(
             raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
     if not tensors:
         raise FormatError(f"{path}: no tensors in it")
+    if all(name.startswith("base_model.model.") for name in tensors):  # as peft's save_pretrained
+        raise FormatError(f"{path}: holds {_ADAPTER}")
     if not quantized:
         _refuse_quantized_tensors(path, tensors)
     return Checkpoint(path, tuple(names), tensors, config, repo)
@@ -208,6 +214,10 @@ def open_checkpoint(
 def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a checkpoint in order, and the index's weight map if there is one."""
     if path.is_file():
+        if (shard := _SHARD.search(path.name)) and int(shard[1]) > 1:
+            raise FormatError(f"{path}: one of {int(shard[1])} shards; give the folder they are in")
+        if path.name.endswith(".json"):
+            raise FormatError(f"{path}: holds no weights; give the folder it is in")
         return [path], {}
     for index_name, single in zip(INDEXES, SINGLES, strict=True):
         if (path / index_name).is_file():
@@ -215,13 +225,41 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
             return [path / file for file in sorted(set(weight_map.values()))], weight_map
         if (path / single).is_file():
             return [path / single], {}
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found, {}
-    raise FormatError(
-        f"{path}: no {SINGLES[0]}, no {INDEXES[0]} and no pytorch_model.bin in it;"
-        f" found {len(found)} other .safetensors files"
-    )
+    names = sorted(file.relative_to(path).as_posix() for file in path.glob("*"))
+    if lone := _lone(names):
+        return [path / lone], {}
+    deeper = (file.relative_to(path).as_posix() for file in path.glob("*/*"))
+    raise FormatError(f"{path}: {_lacks_weights([*names, *sorted(deeper)])}")
+
+
+def _lone(names: Iterable[str]) -> str | None:
+    """The one file that must be the weights, by whatever name."""
+    found = [name for name in names if _is_plain(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_plain(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name and not name.startswith("adapter_")
+
+
+def _lacks_weights(names: Sequence[str]) -> str:
+    """What to say of a folder without weights that can be read, and of what lies there instead."""
+    said = f"no {SINGLES[0]}, no {INDEXES[0]} and no {SINGLES[1]} in it"
+    if several := sum(map(_is_plain, names)):
+        return (
+            f"{said}; found {several} other .safetensors files: get the index that tells which"
+            " tensor is in which, or name the one file that holds the whole model"
+        )
+    for name in names:
+        if name.startswith("adapter_model."):
+            return f"{said}; found {name}, {_ADAPTER}"
+        if name.endswith(".gguf"):
+            return f"{said}; found {name}: take the safetensors files that the GGUF was made from"
+    inside = {name.partition("/")[0] for name in names if name.endswith((*SINGLES, *INDEXES))}
+    if folders := sorted(inside):
+        more = ", …" if len(folders) > 3 else ""
+        return f"{said}; found weights one folder deeper: give {', '.join(folders[:3])}{more}"
+    return f"{said}, nor other weights that can be read"
 
 
 def _hub_shards(repo: hub.Repo, bins: bool) -> tuple[list[Path], dict[str, str]]:
@@ -246,13 +284,10 @@ def _hub_shards(repo: hub.Repo, bins: bool) -> tuple[list[Path], dict[str, str]]
                 )
             hub.download(repo, paths)
         return paths, weight_map
-    found = [name for name in repo.files if name.endswith(".safetensors") and "/" not in name]
-    if len(found) == 1:
-        return [here / found[0]], {}
-    raise HubError(
-        f"{repo.ref}: no {SINGLES[0]}, no {INDEXES[0]} and no pytorch_model.bin in it;"
-        f" found {len(found)} other .safetensors files"
-    )
+    if lone := _lone(repo.files):
+        return [here / lone], {}
+    there = [name for name in repo.files if "/" not in name]  # a Hub id names no folder in it
+    raise HubError(f"{repo.ref}: {_lacks_weights(sorted(there))}")
 
 
 def _weight_map(index: Path, listed: Container[str] | None = None) -> dict[str, str]:
@@ -287,6 +322,7 @@ def _bin_spans(shard: Path) -> Iterator[tuple[str, Span]]:
     On the meta device torch notes each storage's offset in the zip file (`_checkpoint_offset`),
     so nothing but the pickle of names is read. Needs the zip format of torch 1.6 and later.
     """
+    header.refuse_pointer(shard)
     import torch
 
     try:

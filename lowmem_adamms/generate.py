@@ -60,6 +60,7 @@ class Answerer:
         answers = dict(known or {})
         if self._layout is None or self._layout[0] != asked:
             self._layout = asked, self._encoder.batches(asked, self.settings.batch_size)
+            self._note_length(asked)
         with torch.inference_mode(), self._vision():
             for batch in self._layout[1]:
                 if all(place in answers for place in batch.places):
@@ -94,6 +95,18 @@ class Answerer:
         for place, prompt, found in zip(places, prompts, tokens, strict=True):
             self._drafts[prompt] = found
             yield place, self._encoder.decode(found), found
+
+    def _note_length(self, asked: Sequence[Prompt]) -> None:
+        """Positions beyond those of the training give answers all the same, of whatever worth."""
+        assert self._layout
+        config = self._live.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        longest = max(self._layout[1], key=lambda batch: batch.length, default=None)
+        if longest and most and (length := longest.length + self.settings.max_new_tokens) > most:
+            name = asked[longest.places[0]].id or "a prompt"
+            self.notes.append(
+                f"{name}: {length} tokens with the answer, and the base was made for {most}"
+            )
 
     def _count(self, spent: Spent) -> None:
         mine = self.spent

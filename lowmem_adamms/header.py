@@ -20,6 +20,7 @@ from .errors import FormatError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 MAX_SIZE = 1 << 64
+_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs/git-lfs, docs/spec.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,19 @@ class Header:
         return self.tensors[-1].stop if self.tensors else self.data_start
 
 
+def refuse_pointer(path: Path) -> None:
+    """FormatError if a clone without Git LFS left a few lines of text where `path` should be."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise FormatError(
+                f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+                " or download it"
+            )
+
+
 def read(path: Path) -> Header:
     """The header of `path`, read without touching its data. FormatError names what is wrong."""
+    refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)

@@ -92,6 +92,7 @@ def find(repo_id: str, revision: str | None, *, cache: bool = True) -> Repo:
             repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         ),
         tries=FIRST_TRIES,
+        advice="no folder or file of that name is here either: correct it, or run it again",
     )
     sha = str(info.sha)
     files = {file.name: file for file in _files(repo_id, sha, info.siblings or ())}

@@ -39,14 +39,17 @@ It is made in WORK and moves with the rest."""
 
 
 class _Log(Closing):
-    """A locked file of JSON lines that belongs to one fingerprint."""
+    """A locked file of JSON lines that belongs to one fingerprint. resumed: it was there before."""
 
     def __init__(self, path: Path, kind: str, fingerprint: str, others: str) -> None:
         """others: what to say if the file belongs to another run than this one."""
         self.path, self.fingerprint = path, fingerprint
         found = _fingerprint(path, kind)
+        if found == _STRANGE:
+            raise OutputError(f"{path} is no journal of a {kind}; choose another place")
         if found not in (None, fingerprint):
             raise OutputError(others)
+        self.resumed = found is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._lock()
@@ -153,15 +156,24 @@ class AnswerJournal(_Log):
             self.tokens.setdefault(alpha, {})[index] = line["tokens"]
 
 
+_STRANGE = "unreadable"
+
+
 def _fingerprint(path: Path, kind: str) -> str | None:
-    """Whose journal lies there; None if there is none or it was cut off before its first line."""
+    """Whose journal lies there; None if there is none or it was cut off in its first line.
+
+    _STRANGE for any other file: it may be somebody's only copy of something.
+    """
     try:
-        first = path.read_bytes().partition(b"\n")
-        return str(json.loads(first[0])[kind]) if first[1] else None
+        first, end, _ = path.read_bytes().partition(b"\n")
+        if end:
+            return str(json.loads(first)[kind])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        return "unreadable"
+        return _STRANGE
+    begun = f'{{"{kind}": "'.encode()
+    return None if first.startswith(begun) or begun.startswith(first) else _STRANGE
 
 
 def pending(out: Path) -> str | None:

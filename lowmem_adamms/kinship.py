@@ -34,19 +34,35 @@ _RWF_DONTCACHE = 0x80  # linux/fs.h, Linux 6.14; not in Python's os module
 
 @dataclass(frozen=True, slots=True)
 class Kinship:
-    """Cosine similarity of base and mapped donor for each layer (`layers.3`, `embed`, `head`)."""
+    """Cosine similarity of base and mapped donor for each layer (`layers.3`, `embed`, `head`).
+
+    blank: matrices, as file and role, that hold no finite number where they were sampled.
+    """
 
     cosines: dict[str, float]
+    blank: tuple[tuple[Path, str], ...] = ()
 
     @property
     def lowest(self) -> tuple[str, float]:
         """The least similar group and its cosine."""
         return min(self.cosines.items(), key=lambda item: item[1])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know that is no reason to refuse the pair."""
+        if not self.blank:
+            return ()
+        (path, role), *others = self.blank
+        more = f", and so are {len(others)} more" if others else ""
+        return (
+            f"{path}: {role} is NaN or infinite wherever it was sampled{more}: a damaged file?",
+        )
+
 
 def measure(plan: Plan) -> Kinship:
     """Sample every interpolated matrix of a plan; a second or less on cold 7B checkpoints."""
     sums: dict[str, list[float]] = {}
+    blank: list[tuple[Path, str]] = []
     parts = [
         part
         for step in plan.steps
@@ -58,11 +74,13 @@ def measure(plan: Plan) -> Kinship:
         # One after the other from a disk, many requests at once to the Hub
         pool = stack.enter_context(ThreadPoolExecutor(LANES if files.remote else 1))
         products = pool.map(lambda part: _products(part, files), parts)
-        for part, found in zip(parts, products, strict=True):
+        for part, (found, lost) in zip(parts, products, strict=True):
             total = sums.setdefault(group_of(part.role or ""), [0.0, 0.0, 0.0])
             for i, value in enumerate(found):
                 total[i] += value
-    return Kinship({group: cosine_of(*total) for group, total in sums.items()})
+            blank += [(path, part.role or "") for path in lost]
+    cosines = {group: cosine_of(*total) for group, total in sums.items()}
+    return Kinship(cosines, tuple(blank))
 
 
 def check(plan: Plan) -> Kinship:
@@ -93,17 +111,22 @@ def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _products(part: Part, files: Files) -> tuple[float, float, float]:
-    """Base . donor, base . base and donor . donor over the sampled elements that are finite."""
+def _products(part: Part, files: Files) -> tuple[tuple[float, float, float], list[Path]]:
+    """Base . donor, base . base and donor . donor over the sampled elements that are finite.
+
+    With it the files, of the two, whose sample has none.
+    """
     import numpy as np
 
     assert part.donor is not None
     count = part.base.nbytes // part.base.dtype.itemsize
     take = min(count, RUN_ELEMENTS)
     base, donor = (files.read(span, (count - take) // 2, take) for span in (part.base, part.donor))
-    finite = np.isfinite(base) & np.isfinite(donor)
-    base, donor = base[finite], donor[finite]
-    return float(base @ donor), float(base @ base), float(donor @ donor)
+    samples = ((part.base.path, np.isfinite(base)), (part.donor.path, np.isfinite(donor)))
+    lost = [path for path, finite in samples if take and not finite.any()]
+    both = samples[0][1] & samples[1][1]
+    base, donor = base[both], donor[both]
+    return (float(base @ donor), float(base @ base), float(donor @ donor)), lost
 
 
 class Files:

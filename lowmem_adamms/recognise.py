@@ -297,8 +297,8 @@ def _no_decoder(checkpoint: Checkpoint, places: Sequence[tuple[Arch, str]]) -> M
         )
     prefix, lost = _nearest(checkpoint, places)
     return MappingError(
-        f"{found}; what comes nearest, under {prefix!r}, has no {lost}; declare with --arch how it"
-        " is spelled"
+        f"{found}; what comes nearest, under {prefix!r}, has no {lost}; get the files that"
+        " lack, or declare with --arch how it is spelled"
     )
 
 

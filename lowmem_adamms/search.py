@@ -350,7 +350,7 @@ def _notes(
 def _notes_on_grid(election: Election) -> Iterator[str]:
     """What the alphas themselves bring with them: steps, ends, a lone interior."""
     study, inner = election.study, election.rounds[0]
-    if len(inner) == 1:
+    if len(inner) == 1 == len(election.rounds):
         yield f"Only alpha {inner[0].alpha} lies between two others, so no other can win."
     points = election.grid
     steps = [second - first for first, second in itertools.pairwise(points)]

@@ -14,11 +14,14 @@ import base64
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import FormatError
+from . import header
+from .errors import FormatError, first_line
 
 _SPACE = re.compile(r"[\s,:]*")
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
@@ -56,10 +59,10 @@ def vocabulary(folder: Path | None) -> array[int] | None:
     if folder is None:
         return None
     hashes = array("q")
-    try:
-        path = next((folder / name for name in FORMS if (folder / name).is_file()), None)
-        if path is None:
-            return None
+    path = next((folder / name for name in FORMS if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    with _reading(path):
         if path.name == "tokenizer.json":
             for tokens in _from_tokenizer_json(path.read_text("utf-8")):
                 _fill(hashes, tokens)
@@ -69,11 +72,28 @@ def vocabulary(folder: Path | None) -> array[int] | None:
             _fill_from_bytes(
                 hashes, path.read_bytes(), _QWEN_SPECIAL if "qwen" in path.name else ()
             )
-        for tokens in _added(folder):
-            _fill(hashes, tokens)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise FormatError(f"{folder}: its tokenizer files cannot be read ({error!r})") from None
+    for name, added in _ADDED.items():
+        if (path := folder / name).is_file():
+            with _reading(path):
+                _fill(hashes, added(json.loads(path.read_bytes())))
     return hashes
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with the content of a file becomes one FormatError that names it."""
+    header.refuse_pointer(path)
+    try:
+        yield
+    except UnicodeDecodeError as error:  # whose own words quote the whole file
+        reason = f"byte {error.start + 1} is not UTF-8"
+    except KeyError as error:
+        reason = f"no {error} in it"
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = first_line(error)
+    else:
+        return
+    raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again")
 
 
 def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[Run]:
@@ -169,13 +189,16 @@ def _from_tokenizer_json(text: str) -> Iterator[dict[str, int]]:
         yield {token["content"]: token["id"] for token in added}
 
 
-def _added(folder: Path) -> Iterator[dict[str, int]]:
-    """Tokens that only the slow tokenizer's files mention."""
-    if (path := folder / "added_tokens.json").is_file():
-        yield json.loads(path.read_bytes())
-    if (path := folder / "tokenizer_config.json").is_file():
-        added = json.loads(path.read_bytes()).get("added_tokens_decoder", {})
-        yield {token["content"]: int(i) for i, token in added.items()}
+def _from_tokenizer_config(document: dict[str, Any]) -> dict[str, int]:
+    added = document.get("added_tokens_decoder", {})
+    return {token["content"]: int(i) for i, token in added.items()}
+
+
+_ADDED: dict[str, Callable[[Any], dict[str, int]]] = {
+    "added_tokens.json": lambda document: document,
+    "tokenizer_config.json": _from_tokenizer_config,
+}
+"""Files of the slow tokenizer that may mention tokens which its vocabulary lacks."""
 
 
 def _find(text: str, start: int, *wanted: str) -> dict[str, int]:

@@ -29,6 +29,7 @@ LONGEST_ASKED = 300.0
 """Seconds of a server's Retry-After that are waited for at most."""
 _PIECE = 1 << 20
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+_AGAIN = "run the same command again to go on"
 
 _T = TypeVar("_T")
 
@@ -45,9 +46,13 @@ class Patience:
     """Waits between attempts, until they are used up; those that bring something start anew."""
 
     def __init__(
-        self, what: str, stop: threading.Event | None = None, tries: int | None = None
+        self,
+        what: str,
+        stop: threading.Event | None = None,
+        tries: int | None = None,
+        advice: str = _AGAIN,
     ) -> None:
-        self._what, self._stop = what, stop or threading.Event()
+        self._what, self._stop, self._advice = what, stop or threading.Event(), advice
         self._tried, self._tries = 0, tries or TRIES
 
     def progress(self) -> None:
@@ -58,19 +63,20 @@ class Patience:
         """Sleep before the next attempt; HubError if there is none."""
         self._tried += 1
         if self._tried >= self._tries or self._stop.is_set():
-            raise HubError(
-                f"{self._what}: {failure}; run the same command again to go on"
-            ) from None
+            raise HubError(f"{self._what}: {failure}; {self._advice}") from None
         pause = min(PAUSE * 2 ** (self._tried - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.25)
         self._stop.wait(pause if failure.after is None else min(failure.after, LONGEST_ASKED))
 
 
-def patiently(what: str, ask: Callable[[], _T], tries: int | None = None) -> _T:
+def patiently(
+    what: str, ask: Callable[[], _T], tries: int | None = None, advice: str = _AGAIN
+) -> _T:
     """What `ask` answers, asked again while the network or the server fails in passing.
 
-    HubError, one line that begins with `what`, where it fails for good.
+    HubError, one line that begins with `what`, where it fails for good, and ends in `advice` where
+    only patience ran out.
     """
-    patience = Patience(what, tries=tries)
+    patience = Patience(what, tries=tries, advice=advice)
     while True:
         try:
             with _sorted(what):
@@ -100,8 +106,8 @@ def _sorted(what: str) -> Iterator[None]:
         ) from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
         raise HubError(
-            f"{what}: not, or not whole, in the cache at {constants.HF_HUB_CACHE}, and the Hub"
-            " cannot be reached or HF_HUB_OFFLINE is set"
+            f"{what}: not, or not whole, in the cache at {constants.HF_HUB_CACHE}, nor a folder or"
+            " file here; and the Hub cannot be reached or HF_HUB_OFFLINE is set"
         ) from None
     except errors.EntryNotFoundError as error:
         raise HubError(f"{what}: {first_line(error)}") from None

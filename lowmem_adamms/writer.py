@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ class Options:
 
     These do not. force: merge also what looks unrelated. fetch: how what lies on the Hub gets here.
     push: is given every shard as it is durable; the caller finishes it. progress: called with bytes
-    of output done since the last call, before they are quantized.
+    of output done since the last call, before they are quantized. note: called with each sentence
+    about the inputs that is no reason to stop.
 
     These go beside the weights. search: how alpha was found, for adamms.json. beside: further
     files, such as a report.
@@ -60,6 +61,7 @@ class Options:
     fetch: Fetch = BY_CACHE
     push: Push | None = None
     progress: Callable[[int], None] | None = None
+    note: Callable[[str], object] | None = None
     search: Mapping[str, Any] | None = None
     beside: Mapping[str, bytes] | None = None
 
@@ -163,12 +165,16 @@ def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> 
     with reading(span for span in plan.spans if span.path not in elsewhere):
         kin = kinship.measure(plan) if options.force else kinship.check(plan)
         kernel, why = select(plan.dtypes)
+    if options.note:
+        for line in kin.notes:
+            options.note(line)
     plan.base.fetch_sidecars()
     if elsewhere and fetch.cached:
         download(plan, bars=fetch.bars)
     if options.push:
         options.push.begin()
     with Journal(output.folder, fingerprint) as journal:
+        _check_alone(output.folder, journal)
         unchecked = _write_weights(output, alpha, options, journal, kernel)
         for name, content in (options.beside or {}).items():
             _write_file(output.work / name, content)
@@ -252,6 +258,16 @@ def _check_place(plan: Plan, out: Path) -> None:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
 
 
+def _check_alone(out: Path, journal: Journal) -> None:
+    """OutputError if another run finished in `out` since it was looked at: its result stays."""
+    if journal.resumed or {path.name for path in out.iterdir()} == {WORK}:
+        return
+    journal.path.unlink()
+    with suppress(OSError):  # answers of a search may lie there
+        journal.path.parent.rmdir()
+    raise OutputError(f"{out}: another run has just put its result there; choose another -o")
+
+
 def _nearest(path: Path) -> Path:
     """The path itself if it exists, else the nearest folder above it that does."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -289,14 +305,16 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, papers: dict[s
         config = output.how.config(config)
     if config != plan.base.config:
         _write_json(work / "config.json", config)
-    _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode())
+    _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode(errors="replace"))
     made = [journal.done[file.name] for file in files]
     outputs = [{key: line[key] for key in ("file", "size", "blake3")} for line in made]
     _write_json(work / "adamms.json", papers | {"outputs": outputs})
 
 
 def _write_json(path: Path, document: object) -> None:
-    _write_file(path, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
+    # A path that is not UTF-8 comes as lone surrogates, which JSON can hold and UTF-8 cannot
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    _write_file(path, text.encode(errors="backslashreplace") + b"\n")
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -266,6 +266,58 @@ def test_several_files_without_an_index(tmp_path: Path) -> None:
     assert "found 2 other .safetensors" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], "nor other weights"),
+        (["qwen-Q4_K_M.gguf"], r"found qwen-Q4_K_M\.gguf: take the safetensors files"),
+        (["adapter_model.safetensors"], r"adapter_model\.safetensors, a LoRA adapter: merge it"),
+        (["adapter_model.bin"], r"adapter_model\.bin, a LoRA adapter: merge it"),
+        (["qwen/model.safetensors.index.json"], "one folder deeper: give qwen$"),
+        (["a/README.md"], "nor other weights"),
+    ],
+)
+def test_what_lies_there_instead_of_weights_is_told(
+    tmp_path: Path, files: list[str], words: str
+) -> None:
+    touch(tmp_path, *files)
+    message = refused(tmp_path)
+    assert "no model.safetensors, no model.safetensors.index.json" in message
+    assert re.search(words, message)
+
+
+def test_an_adapter_beside_the_one_file_of_weights_is_passed_over(tmp_path: Path) -> None:
+    put(tmp_path, {"consolidated.safetensors": {"a": A}})
+    put(tmp_path, {"adapter_model.safetensors": {"b": B}})
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
+
+
+def test_a_bare_adapter_is_no_checkpoint(tmp_path: Path) -> None:
+    put(tmp_path, {"lora.safetensors": {"base_model.model.model.layers.0.q.lora_A.weight": A}})
+    assert "a LoRA adapter: merge it" in refused(tmp_path / "lora.safetensors")
+
+
+def test_one_shard_of_several_asks_for_the_folder(tmp_path: Path) -> None:
+    put(tmp_path, {"model-00002-of-00003.safetensors": {"a": A}})
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    assert "one of 3 shards; give the folder" in refused(shard)
+    shard.rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert open_checkpoint(tmp_path / "model-00001-of-00001.safetensors").tensors
+
+
+def test_an_index_given_as_a_checkpoint_asks_for_the_folder(tmp_path: Path) -> None:
+    put(tmp_path, {"one.safetensors": {"a": A}, "two.safetensors": {"b": B}})
+    assert "give the folder" in refused(tmp_path / INDEX)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_clone_without_git_lfs_says_how_to_get_the_weights(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16000000000\n"
+    (tmp_path / name).write_text(pointer)
+    assert f"{name}: a Git LFS pointer" in (message := refused(tmp_path))
+    assert "git lfs pull" in message
+
+
 def test_a_file_without_tensors(tmp_path: Path) -> None:
     assert "no tensors" in refused(put(tmp_path, {"model.safetensors": {}}))
 
@@ -626,6 +678,7 @@ CARRIED = [
     "vocab.json",
 ]
 LEFT = [
+    "adapter_config.json",
     ".cache/huggingface/download/config.json.metadata",
     ".git/HEAD",
     ".gitattributes",

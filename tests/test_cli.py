@@ -107,6 +107,13 @@ def test_merge_may_be_left_out(pair: Pair, tmp_path: Path, capsys: Capture) -> N
     assert capsys.readouterr().err == ""
 
 
+def test_a_mistyped_command_is_not_taken_for_a_model(capsys: Capture) -> None:
+    assert run("verfy", "somewhere") == 2
+    assert_one_error(
+        *capsys.readouterr(), r"^error: verfy: no such folder or file, nor a command \("
+    )
+
+
 def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
     words = ("--dtype", "fp32", "--embeddings", "keep", "--max-shard-size", "200kB")
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.5", *words) == 0
@@ -498,6 +505,70 @@ def test_a_bad_place_is_one_line_and_nothing_written(
     assert run(*copies, "-o", tmp_path / where, "--alpha", "0.3") == 2
     assert_one_error(*capsys.readouterr(), re.escape(where))
     assert seen(tmp_path) == before
+
+
+def test_a_name_too_long_for_the_disk_is_one_line(
+    pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    for words in ((*pair, "-o", tmp_path / ("x" * 300)), (pair[0], tmp_path / ("y" * 300))):
+        assert run(*words, "--alpha", "0.3", *(() if "-o" in words else ("-o", tmp_path))) == 2
+        assert_one_error(*capsys.readouterr(), "xxx|yyy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_that_the_shell_left_alone_is_found(
+    copies: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """As in `--out=~/merged`, or in quotes."""
+    (here := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base, donor = (f"~/{side.name}" for side in copies)
+    assert run(base, donor, "--out=~/out", "--alpha", "0.3") == 0
+    assert (tmp_path / "out" / "adamms.json").is_file()
+    assert not list(here.iterdir())
+
+
+class Encoded(io.TextIOWrapper):
+    """A stdout of some encoding; `shown` tells what it got."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding)
+
+    def shown(self) -> str:
+        self.flush()
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_name_and_any_help_can_be_printed_to_any_terminal(
+    encoding: str, copies: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also JSON, which must stay JSON, and a name that is not UTF-8."""
+    base = copies[0].rename(copies[0].with_name("b\xe4se \u2192 \udcff"))
+    for words in (["--help"], ["plan", base, copies[1]], ["archs"], ["merge", "--help"]):
+        monkeypatch.setattr(sys, "stdout", stdout := Encoded(encoding))
+        assert run(*words) == 0
+        assert stdout.shown()
+    monkeypatch.setattr(sys, "stdout", stdout := Encoded(encoding))
+    assert run("plan", base, copies[1], "--json") == 0
+    assert json.loads(stdout.shown())["base"] == str(base)
+
+
+def test_a_closed_stdout_is_no_bug(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("plan", *pair) == 0
+
+
+def test_a_matrix_of_nan_is_a_note(copies: Pair, tmp_path: Path, capsys: Capture) -> None:
+    def spoil(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(tensor, torch.nan) if "1.mlp.up_proj" in name else tensor
+
+    cut(copies[1], spoil)
+    assert run(*copies, "-o", tmp_path / "out", "--alpha", "0.3") == 0
+    note = r"^note: .*layers\.1\.mlp\.up\.weight is NaN or infinite"
+    assert re.search(note, capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_small_disk_is_one_line(

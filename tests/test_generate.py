@@ -451,3 +451,19 @@ def test_a_batch_is_asked_again_only_if_an_answer_in_it_is_missing(
     with talk.counted(live.model) as passes:
         assert fresh(prompts, dict(enumerate(truth))) == truth
     assert passes == []
+
+
+def test_a_prompt_too_long_for_the_base_is_noted_once(
+    talker: Talkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = talker("llava")
+    monkeypatch.setattr(live.model.config.get_text_config(), "max_position_embeddings", 40)
+    prompts = [Prompt("red", (), "a.jsonl:1"), Prompt("red " * 40, (), "a.jsonl:2")]
+    answerer = Answerer(live, Settings(1, 1))
+    answerer(prompts[:1])
+    assert answerer.notes == []
+    for _ in range(2):
+        answerer(prompts)
+    (note,) = answerer.notes
+    assert note.startswith("a.jsonl:2: ")
+    assert note.endswith(" tokens with the answer, and the base was made for 40")

@@ -47,12 +47,18 @@ def test_a_journal_of_another_search_is_refused_and_stays_as_it_is(tmp_path: Pat
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("end", [b"\n", b""])
 @pytest.mark.parametrize(
-    "content", [b'{"merge": "mine"}\n', b"not json\n", b"[]\n", b'"x"\n', b"\xff\xfe\n"]
+    "content",
+    [b'{"merge": "mine"}', b"not json", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": "a"}', b" "],
 )
-def test_a_file_that_is_no_journal_of_answers_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_journal_of_answers_is_refused_and_not_touched(
+    tmp_path: Path, content: bytes, end: bytes
+) -> None:
+    """Also one line without an end, which a journal that was cut off looks like."""
+    content += end
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(OutputError, match="another search"):
+    with pytest.raises(OutputError, match="is no journal of a search; choose another place"):
         AnswerJournal(tmp_path / "a", "mine")
     assert (tmp_path / "a").read_bytes() == content
 

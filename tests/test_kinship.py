@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,7 +153,27 @@ def test_nothing_but_nan_is_no_reason_to_refuse(
     assert measure(nothing, nothing) == dict.fromkeys(
         ["embed", "head", "layers.0", "layers.1"], 1.0
     )
-    kinship.check(make_plan(tiny_models["llama"], nothing))
+    (note,) = kinship.check(make_plan(tiny_models["llama"], nothing)).notes
+    assert re.fullmatch(
+        rf"{nothing}/\S+: embed is NaN .* and so are \d+ more: a damaged file\?", note
+    )
+
+
+def test_a_matrix_of_nan_is_noted_and_one_nan_in_it_is_not(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    def spoil(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        if "layers.1.self_attn.k_proj" in name:
+            return torch.full_like(tensor, float("inf"))
+        spoilt = tensor.clone()
+        spoilt.view(-1)[tensor.numel() // 2] = float("nan")
+        return spoilt
+
+    base = altered(tiny_models["llama"], tmp_path / "inf", spoil)
+    (note,) = kinship.check(make_plan(base, tiny_models["llama"])).notes
+    assert re.fullmatch(rf"{base}/\S+: layers\.1\.attn\.k\.weight is NaN or infinite .*", note)
+    assert "more" not in note
+    assert kinship.check(make_plan(tiny_models["llama"], tiny_models["llama"])).notes == ()
 
 
 def test_zeros_on_both_sides_are_alike(tiny_models: dict[str, Path], tmp_path: Path) -> None:

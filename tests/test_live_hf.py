@@ -20,6 +20,7 @@ from lowmem_adamms import LiveModel, loading, make_plan, merge
 from lowmem_adamms.encode import load_processor
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.generate import Answerer
+from lowmem_adamms.prompts import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread", "speaking")
 
@@ -110,7 +111,7 @@ def test_images_matter(
             processor = load_processor(bases[family])
             logits = []
             for image in images[:2]:
-                prompt = talk.Prompt("Is the door open?", (image,))
+                prompt = Prompt("Is the door open?", (image,))
                 inputs = talk.inputs_of(live.model, processor, prompt)
                 with torch.inference_mode():
                     logits.append(live.model(**inputs).logits[0, -1])

@@ -694,6 +694,12 @@ def test_what_is_no_size_is_refused_by_the_options_name(text: str) -> None:
         parse_size(text, "--vram")
 
 
+@pytest.mark.parametrize("text", ["8", " 16", "7.5", "9999"])
+def test_a_number_without_its_unit_is_not_taken_for_bytes(text: str) -> None:
+    with pytest.raises(RecipeError, match=rf"--vram '{text}': .*unit, as in {text.strip()}GB"):
+        parse_size(text, "--vram", zero=True)
+
+
 def test_zero_passes_where_it_has_a_meaning() -> None:
     assert parse_size("0", "--vram", zero=True) == 0
     assert parse_size("0GB", "--vram", zero=True) == 0

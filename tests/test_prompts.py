@@ -131,7 +131,7 @@ def test_byte_order_mark_and_line_ends_do_not_matter(
         ('[{"prompt": "x"}]', ["a list", "object"]),
         ('"x"', ["a text", "object"]),
         ("{}", ['no "prompt"']),
-        ('{"Prompt": "x"}', ['no "prompt"']),
+        ('{"question": "x", "answer": "y"}', ['no "prompt"', "found question, answer"]),
         ('{"prompt": null}', ['no "prompt"']),
         ('{"prompt": " \\n"}', ['"prompt" is empty']),
         ('{"prompt": 3}', ["the number 3", "a text"]),

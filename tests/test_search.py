@@ -414,6 +414,15 @@ def test_few_prompts_are_noted() -> None:
     assert not noted(choose(with_changes(1, 2, 1, prompts=30)), "prompts: chance")
 
 
+def test_what_a_refined_search_may_choose_is_not_said_to_be_out_of_reach() -> None:
+    answers = {0.0: "a", 0.1: "b", 0.2: "c", 0.3: "c", 0.4: "c"}
+    result = search(
+        lambda alpha, prompts: [answers[alpha]] * len(prompts), range(40), (0, 0.2, 0.4), refine=1
+    )
+    assert result.alpha == 0.3
+    assert not noted(result, "no other can win")
+
+
 def test_uneven_grids_and_lone_candidates_are_noted() -> None:
     row = [f"{i}" for i in range(40)]
     uneven = choose({0.0: row, 0.1: row, 0.15: row, 0.3: row})

@@ -273,10 +273,35 @@ def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
         b"YQ== x",
     ],
 )
-def test_a_broken_tokenizer_model_names_the_folder(tmp_path: Path, data: bytes) -> None:
+def test_a_broken_tokenizer_model_names_the_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(data)
-    with pytest.raises(FormatError, match=str(tmp_path)):
+    with pytest.raises(FormatError, match=f"^{tmp_path / 'tokenizer.model'}: "):
         vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", b'{"_author": "M\xfcller", "model": {}}', "byte 15 is not UTF-8"),
+        ("tokenizer.json", b'{"model": {}}', "no 'vocab' in it"),
+        ("tokenizer.json", b'{"model": ', "not a tokenizer's file"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("vocab.json", b"[]", "not a tokenizer's file"),
+        ("added_tokens.json", b"\xff", "not a tokenizer's file"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"3": {}}}', "no 'content' in it"),
+    ],
+)
+def test_which_file_of_a_tokenizer_is_broken_and_how_is_one_short_line(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError, match=reason) as caught:
+        vocabulary(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ")
+    assert "\n" not in message
+    assert len(message) < len(str(tmp_path)) + 150
 
 
 @given(st.binary(max_size=60))

@@ -24,11 +24,14 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lowmem_adamms import __version__, header, make_plan, merge, sink, stream, writer
+from lowmem_adamms import __version__, header, kinship, make_plan, merge, sink, stream, writer
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.errors import MappingError, OutputError
 from lowmem_adamms.journal import ANSWERS, NAME, WORK
+from lowmem_adamms.kinship import Kinship
+from lowmem_adamms.plan import Plan
+from lowmem_adamms.verify import verify
 
 loop = importlib.import_module("lowmem_adamms.merge")  # the package's `merge` is the function
 ROOT = Path(__file__).parent.parent
@@ -487,6 +490,31 @@ def test_a_running_merge_is_left_alone(
         fcntl.flock(running, fcntl.LOCK_EX)
         assert_refused(pair, out, "another run is writing there now")
     assert seen(merge(make_plan(*pair), 0.3, out)) == whole
+
+
+def test_a_result_that_another_run_has_just_put_there_is_left_alone(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not there when the folder was looked at, and holds no lock any more."""
+    out, check = tmp_path / "out", kinship.check
+
+    def overtaken(plan: Plan) -> Kinship:
+        monkeypatch.setattr(kinship, "check", check)
+        merge(plan, 0.6, out)
+        return check(plan)
+
+    monkeypatch.setattr(kinship, "check", overtaken)
+    with pytest.raises(OutputError, match=f"{out}: another run has just put its result there"):
+        merge(make_plan(*pair), 0.3, out)
+    assert seen(out) == seen(merge(make_plan(*pair), 0.6, tmp_path / "other"))
+
+
+def test_paths_that_are_not_utf8_come_back_from_the_recipe(pair: Pair, tmp_path: Path) -> None:
+    base = shutil.copytree(pair[0], tmp_path / "b\udcffse")
+    out = merge(make_plan(base, pair[1]), 0.3, tmp_path / "o\udcfft")
+    assert json.loads((out / "adamms.json").read_text("utf-8"))["base"] == str(base)
+    assert (out / "README.md").read_text("utf-8")
+    assert verify(out, deep=True).rows
 
 
 def test_resuming_does_not_begin_again(

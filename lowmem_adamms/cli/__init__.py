@@ -12,10 +12,12 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from .. import speech
 from ..errors import MergeError
 from . import archs, compare, demo, merge, plan, push, search, verify
-from .options import COMMANDS, parser
+from .options import COMMANDS, at_home, parser
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": plan.run,
@@ -27,17 +29,26 @@ _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "archs": archs.run,
     "demo": demo.run,
 }
-_NOT_THERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+_NOT_THERE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    speech.prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        if "/" not in words[0] and not Path(words[0]).exists():
+            return _fail(
+                f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)});"
+                " see python -m lowmem_adamms --help"
+            )
         words.insert(0, "merge")
     try:
-        arguments = parser().parse_args(words)
+        arguments = at_home(parser().parse_args(words))
         code = _RUN[arguments.command](arguments)
         sys.stdout.flush()
         return code

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..inputs import Fetch
     from ..plan import Plan
 
+_FEWEST = 10_000  # nobody means so few bytes
+
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """From base to donor; the command `plan` itself opens no `.bin` and fetches no shard."""
@@ -76,7 +78,8 @@ def check_page(path: Path | None, option: str) -> None:
 def parse_size(text: str, option: str, *, zero: bool = False) -> int:
     """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number; `zero` lets 0 pass.
 
-    RecipeError names `option` (such as `--vram`) where `text` is no size.
+    RecipeError names `option` (such as `--vram`) where `text` is no size, or a plain number that
+    must be short of its unit.
     """
     from fractions import Fraction
 
@@ -86,5 +89,7 @@ def parse_size(text: str, option: str, *, zero: bool = False) -> int:
     number = Fraction(match[1]) if match else Fraction(0)
     if match is None or not (number or zero):
         raise RecipeError(f"{option} {text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
+    if match[1] == text.strip() and 0 < number < _FEWEST:
+        raise RecipeError(f"{option} {text!r}: that many bytes? Give a unit, as in {match[1]}GB")
     base = 1024 if match[3] else 1000
     return int(number * base ** " KMGT".index((match[2] or " ").upper()))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from .. import speech
 
 
 def draws() -> bool:
@@ -23,7 +24,7 @@ def screen() -> Any:
 
 def print_json(document: Any) -> None:
     """The one document of a command with --json."""
-    print(json.dumps(document, ensure_ascii=False))
+    print(speech.as_json(document))
 
 
 def print_notes(notes: Sequence[str]) -> None:

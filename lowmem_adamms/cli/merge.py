@@ -70,6 +70,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         trust_remote_code=arguments.trust_remote_code,
         force=arguments.force,
         fetch=fetch,
+        note=lambda line: print_notes([line]),
     )
 
 

@@ -22,6 +22,10 @@ NEED_A_MODEL = (
     *("vram", "ram", "batch_size", "journal", "force"),
 )
 """What `search` takes but recorded answers have no use for; each is falsy if not given."""
+_PLACES = (
+    *("base", "donor", "a", "b", "out", "prompts"),
+    *("config", "journal", "report", "html", "export"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +54,15 @@ def parser() -> argparse.ArgumentParser:
     for add in (_add_verify, _add_push, _add_archs, _add_demo):
         add(commands)
     return root
+
+
+def at_home(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The same with `~/` as the shell means it where it left it: in quotes, or in `--out=~/x`."""
+    for name in _PLACES:
+        value = getattr(arguments, name, None)
+        if value is not None and str(value).startswith("~/"):
+            setattr(arguments, name, type(value)(Path(value).expanduser()))
+    return arguments
 
 
 def _add_plan(commands: _Commands) -> None:

@@ -42,6 +42,9 @@ def line_prompts(path: Path) -> Iterator[Prompt]:
         if line.strip():
             where = f"{path}:{number}"
             entry = _entry(line, where)
+            if "prompt" not in entry:
+                keys = ", ".join(map(one_line, entry)) or "nothing"
+                raise PromptError(f'{where}: no "prompt" in it, found {keys}; call the text so')
             images = _line_images(entry, path.parent, where)
             yield Prompt(
                 checked_text(entry.get("prompt"), "prompt", where), images, f"{path.name}:{number}"
