@@ -39,9 +39,10 @@ def recognise(
     if named := _of_class(own, announced):
         return named
     _check_declared(checkpoint, declared, announced)
-    known = _fits(checkpoint, archs)
-    if named := _of_class(known, announced):
+    named_so = [arch for arch in archs if announced & set(arch.classes)]
+    if named := _of_class(_fits(checkpoint, named_so), announced):
         return named
+    known = _fits(checkpoint, archs)
     says = (
         f"config.json announces {', '.join(sorted(announced))}" if announced else "no config.json"
     )

@@ -64,7 +64,7 @@ def vocabulary(folder: Path | None) -> array[int] | None:
         return None
     with _reading(path):
         if path.name == "tokenizer.json":
-            for tokens in _from_tokenizer_json(path.read_text("utf-8")):
+            for tokens in _from_tokenizer_json(path.read_bytes().decode()):
                 _fill(hashes, tokens)
         elif path.name == "vocab.json":
             _fill(hashes, json.loads(path.read_bytes()))
@@ -98,20 +98,18 @@ def _reading(path: Path) -> Iterator[None]:
 
 def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[Run]:
     """Runs of base rows whose token the donor has too, in the order of the base's rows."""
-    where = {token: i for i, token in enumerate(donor[:donor_rows]) if token != _ABSENT}
+    where = {token: i for i, token in enumerate(donor[:donor_rows])}
+    where.pop(_ABSENT, None)
     runs: list[Run] = []
-    first, length, shift = 0, 0, 0
-    for i, token in enumerate(base[:base_rows]):
-        j = where.get(token)
-        if j is None:
-            continue
-        if length and i == first + length and j == i + shift:
-            length += 1
-            continue
-        if length:
-            runs.append(Run(first, first + shift, length))
-        first, length, shift = i, 1, j - i
-    return [*runs, Run(first, first + shift, length)] if length else runs
+    first, end, shift = 0, 0, 0
+    for i, j in enumerate(map(where.get, base[:base_rows])):
+        if i == end and j == i + shift:
+            end += 1
+        elif j is not None:
+            if end > first:
+                runs.append(Run(first, first + shift, end - first))
+            first, end, shift = i, i + 1, j - i
+    return [*runs, Run(first, first + shift, end - first)] if end > first else runs
 
 
 def _fill(hashes: array[int], tokens: Mapping[str, int]) -> None:
