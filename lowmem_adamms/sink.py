@@ -34,6 +34,8 @@ BUFFERS = 4
 """Windows of output in memory at once: one being blended, one being written, two between."""
 DURABLE = 1 << 30
 """Bytes after which what is written is made durable and noted, for a killed run to resume from."""
+PAGE = 4096
+"""What addresses, positions and lengths are multiples of where the page cache is passed by."""
 TRAIL = 64 << 20
 """How far behind the writer its pages must have reached the disk."""
 
@@ -75,7 +77,8 @@ class DiskSink:
             _forget_lost(out, file, journal)
         self._free: SimpleQueue[Bytes] = SimpleQueue()
         for _ in range(BUFFERS):
-            self._free.put(np.empty(WINDOW, np.uint8))
+            raw = np.empty(WINDOW + 2 * PAGE, np.uint8)
+            self._free.put(raw[-raw.__array_interface__["data"][0] % PAGE :])
         self._buffer: Bytes | None = None
         self._used = 0
         self._extents: list[tuple[_Shard, int, Bytes]] = []
@@ -135,7 +138,7 @@ class DiskSink:
         """The next stretch of the current buffer; waits for one to be free."""
         shard, at = self._place(step, offset)
         if self._buffer is None:
-            self._buffer, self._used = self._free.get(), 0
+            self._buffer, self._used = self._free.get(), at % PAGE
             self._check()
         view = self._buffer[self._used : self._used + nbytes]
         self._used += nbytes
@@ -207,9 +210,9 @@ class DiskSink:
 def _joined(
     extents: list[tuple[_Shard, int, Bytes]], buffer: Bytes
 ) -> Iterator[tuple[_Shard, int, Bytes]]:
-    """Extents that follow each other in shard and buffer, as one."""
+    """Extents that follow each other in shard and buffer, as one; the first lies as in its file."""
     shard, start, _ = extents[0]
-    length, used = 0, 0
+    length, used = 0, start % PAGE
     for home, at, view in extents:
         if home is not shard or at != start + length:
             yield shard, start, buffer[used - length : used]
@@ -233,6 +236,7 @@ class _Shard:
         fresh = resume <= len(file.header)
         flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
         self._fd = os.open(work / file.name, flags, 0o666)
+        self._direct = _open_direct(work / file.name) if evict else -1
         self._scratch = bytearray(1 << 20)
         self.since_durable = 0
         self._end = resume
@@ -251,10 +255,26 @@ class _Shard:
         """Write and hash one stretch."""
         data = memoryview(view)  # type: ignore[arg-type]  # a buffer from Python 3.12's view on
         hashing = self._hashing(self._digest.update, data)
-        _pwrite_all(self._fd, data, at)
+        self._put(at, data, view.__array_interface__["data"][0])
         self._written(at, view.size)
         if hashing:
             hashing.result()
+
+    def _put(self, at: int, data: memoryview, address: int) -> None:
+        """Write whole pages past the page cache if they may, what is left of them through it."""
+        head = -at % PAGE
+        stop = len(data) - (at + len(data)) % PAGE
+        if self._direct >= 0 and head < stop and (address + head) % PAGE == 0:
+            try:
+                _pwrite_all(self._direct, data[head:stop], at + head)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            else:
+                _pwrite_all(self._fd, data[:head], at)
+                _pwrite_all(self._fd, data[stop:], at + stop)
+                return
+        _pwrite_all(self._fd, data, at)
 
     def copy(self, at: int, span: Span) -> None:
         """Copy a span from its file, inside the kernel where it can, and hash it."""
@@ -306,9 +326,10 @@ class _Shard:
 
     def close(self) -> None:
         """Close the file; again is harmless."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
 
     def _hashing(self, work: Callable[..., object], *args: Any) -> Future[object] | None:
         """Digest in the other thread, if what is written comes in the file's order."""
@@ -347,6 +368,14 @@ class _Shard:
             wanted = view[: min(len(view), start + nbytes - at)]
             pread_all(fd, wanted, at)
             self._digest.update(wanted)
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor whose writes go past the page cache; -1 where the file system has none."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except (AttributeError, OSError):
+        return -1
 
 
 def _pwrite_all(fd: int, view: memoryview, at: int) -> None:
