@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,9 +163,13 @@ def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> 
 
     plan, fetch = output.plan, options.fetch
     elsewhere = remote(plan)
-    with reading(span for span in plan.spans if span.path not in elsewhere):
+    with (
+        reading(span for span in plan.spans if span.path not in elsewhere),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        selecting = pool.submit(select, plan.dtypes)  # loads, while kinship waits for the disk
         kin = kinship.measure(plan) if options.force else kinship.check(plan)
-        kernel, why = select(plan.dtypes)
+        kernel, why = selecting.result()
     if options.note:
         for line in kin.notes:
             options.note(line)

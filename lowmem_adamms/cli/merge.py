@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check_weights(arguments)
     options = _options(arguments)
     prompts = load_prompts(arguments) if arguments.prompts else None
+    if prompts is None:  # numpy's threads would spin as they start; a merge has no use for them
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     plan, out = make_plan(arguments), arguments.out
     alpha = _given_alpha(arguments, plan, recipe)
     print_notes(plan.notes)
