@@ -222,9 +222,10 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
     with quiet():
         try:
             return transformers.AutoProcessor.from_pretrained(folder, **options)
-        except ImportError as error:
-            return _without_video(transformers, folder, options, error)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
+            # Some families say with a ValueError that torchvision is missing
+            if isinstance(error, ImportError) or "torchvision" in str(error):
+                return _without_video(transformers, folder, options, error)
             reason = first_line(error)
             if any((folder / name).is_file() for name in _PROCESSOR_FILES):
                 raise FormatError(f"{folder}: its processor cannot be read ({reason})") from None
@@ -238,9 +239,9 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _without_video(
-    transformers: Any, folder: Path, options: dict[str, Any], missing: ImportError
+    transformers: Any, folder: Path, options: dict[str, Any], missing: Exception
 ) -> Any:
-    """The checkpoint's processor with None for its video processor, if that is what is missing."""
+    """The checkpoint's processor without its video part, if that is what is missing."""
     try:
         if "torchvision" in str(missing).lower():
             return _put_together(transformers, folder, options)
@@ -250,15 +251,23 @@ def _without_video(
     raise RecipeError(f"{folder}: its processor needs what is not installed: {reason}")
 
 
+class _NoVideos:
+    """Stands for a video processor: has no settings, and can do nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def _put_together(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The checkpoint's processor from its parts, the video processor left out."""
+    """The checkpoint's processor from its parts, `_NoVideos` for its video processor."""
     name = _processor_class(folder)
     if name is None:
         raise FormatError(f"{folder}: none of its files names its processor_class")
     family = getattr(transformers, name)
 
     def check(self: Any, attribute: str, argument: Any) -> Any:
-        if argument is None:
+        if isinstance(argument, _NoVideos):
             return None
         return family.check_argument_for_proper_class(self, attribute, argument)
 
@@ -268,7 +277,7 @@ def _put_together(transformers: Any, folder: Path, options: dict[str, Any]) -> A
         "tokenizer": transformers.AutoTokenizer,
     }
     arguments = [
-        parts[part].from_pretrained(folder, **options) if part in parts else None
+        parts[part].from_pretrained(folder, **options) if part in parts else _NoVideos()
         for part in family.get_attributes()
     ]
     settings, _ = family.get_processor_dict(folder)

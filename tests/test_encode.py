@@ -278,20 +278,23 @@ def test_an_image_marker_in_the_text_is_an_error_that_names_the_prompt(
 # Folders
 
 
+@pytest.mark.parametrize("kind", [ImportError, ValueError])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 def test_a_processor_needs_torchvision_for_videos_alone(
     talking: dict[str, Path],
     images: tuple[Path, ...],
     monkeypatch: pytest.MonkeyPatch,
     family: str,
+    kind: type[Exception],
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not")
+        words = {ImportError: "requires the Torchvision library but it was not"}
+        raise kind(words.get(kind, "requires `torchvision` to be installed. Please install"))
 
     auto = importlib.import_module("transformers").AutoProcessor
     monkeypatch.setattr(auto, "from_pretrained", refuse)
     encoder = Encoder(Stub(), talking[family])
-    assert encoder.processor.video_processor is None
+    assert encoder.processor.video_processor.fps is None
     inputs = encoder([Prompt("?", images[:1])])
     marker = encoder.processor.image_token_id
     assert int((inputs["input_ids"] == marker).sum()) > 0
