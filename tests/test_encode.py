@@ -288,8 +288,9 @@ def test_a_processor_needs_torchvision_for_videos_alone(
     kind: type[Exception],
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        words = {ImportError: "requires the Torchvision library but it was not"}
-        raise kind(words.get(kind, "requires `torchvision` to be installed. Please install"))
+        if kind is ImportError:
+            raise kind("requires the Torchvision library but it was not")
+        raise kind("requires `torchvision` to be installed. Please install")
 
     auto = importlib.import_module("transformers").AutoProcessor
     monkeypatch.setattr(auto, "from_pretrained", refuse)
