@@ -267,7 +267,7 @@ def _put_together(transformers: Any, folder: Path, options: dict[str, Any]) -> A
     family = getattr(transformers, name)
 
     def check(self: Any, attribute: str, argument: Any) -> Any:
-        if isinstance(argument, _NoVideos):
+        if argument is None:
             return None
         return family.check_argument_for_proper_class(self, attribute, argument)
 
@@ -277,11 +277,14 @@ def _put_together(transformers: Any, folder: Path, options: dict[str, Any]) -> A
         "tokenizer": transformers.AutoTokenizer,
     }
     arguments = [
-        parts[part].from_pretrained(folder, **options) if part in parts else _NoVideos()
+        parts[part].from_pretrained(folder, **options) if part in parts else None
         for part in family.get_attributes()
     ]
     settings, _ = family.get_processor_dict(folder)
-    return lenient.from_args_and_dict(arguments, settings)
+    made = lenient.from_args_and_dict(arguments, settings)
+    for part in set(family.get_attributes()) - set(parts):
+        setattr(made, part, _NoVideos())  # SmolVLM asks it for settings, whatever is shown
+    return made
 
 
 def _processor_class(folder: Path) -> str | None:
