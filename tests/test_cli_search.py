@@ -973,7 +973,7 @@ def test_a_text_only_base_is_asked_about_no_images(
         (("--report", "no/page.html"), "--report no/page.html: expected a file in a folder"),
         (("--report", "."), "--report .: expected a file in a folder"),
         (("--journal", "."), "Is a directory"),
-        (("--journal", "prompts.jsonl"), "answers of another search"),
+        (("--journal", "prompts.jsonl"), "no journal of a search"),
         (("--journal", "prompts.jsonl/below"), "Not a directory|File exists"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
