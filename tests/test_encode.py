@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lowmem_adamms import encode
 from lowmem_adamms.encode import Encoder, load_processor
-from lowmem_adamms.errors import FormatError, PromptError
+from lowmem_adamms.errors import FormatError, PromptError, RecipeError
 from lowmem_adamms.prompts import Prompt, open_image
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def test_another_library_that_is_missing_is_not_passed_over(
 
     auto = importlib.import_module("transformers").AutoProcessor
     monkeypatch.setattr(auto, "from_pretrained", refuse)
-    with pytest.raises(ImportError, match="sentencepiece"):
+    with pytest.raises(RecipeError, match="not installed: this processor needs sentencepiece"):
         load_processor(talking["llava"])
 
 
