@@ -609,6 +609,7 @@ def counted(call):
 for name in names:
     home = pathlib.Path if name == "replace" else os
     setattr(home, name, counted(getattr(home, name)))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 code = cli.main(sys.argv[2:])
 print("calls", count)
 sys.exit(code)
