@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .. import speech
 from ..errors import MergeError
-from . import archs, compare, demo, merge, plan, push, search, verify
+from . import archs, compare, demo, merge, plan, push, search, speech, verify
 from .options import COMMANDS, at_home, parser
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {

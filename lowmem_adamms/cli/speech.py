@@ -1,6 +1,6 @@
 """stdout and stderr that take any text, whatever the terminal's encoding, also when closed.
 
-Leaves to others: what is said (`cli.py`).
+Leaves to others: what is said.
 """
 
 from __future__ import annotations
