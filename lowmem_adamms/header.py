@@ -60,7 +60,6 @@ def refuse_pointer(path: Path) -> None:
 
 def read(path: Path) -> Header:
     """The header of `path`, read without touching its data. FormatError names what is wrong."""
-    refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -68,6 +67,7 @@ def read(path: Path) -> Header:
         if len(head) < 8:
             raise FormatError(f"{path}: {size} bytes is too short for a safetensors file")
         if length > MAX_HEADER_BYTES:
+            refuse_pointer(path)  # its first letters make a number as large
             raise FormatError(
                 f"{path}: header says it is {length} bytes long, at most {MAX_HEADER_BYTES} is"
                 " allowed; not a safetensors file?"

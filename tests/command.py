@@ -1,8 +1,35 @@
-"""Running a command of ours within the test's own process."""
+"""Running a command of ours: within the test's own process, or in one that is killed midway."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from lowmem_adamms.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+_KILLED = """
+import importlib, os, signal, sys
+from lowmem_adamms import cli, sink
+rooms, *words = sys.argv[1:]
+for room in rooms.split(","):
+    importlib.import_module(f"lowmem_adamms.{room}").WINDOW = 4096
+sink.DURABLE = 10_000
+pwrite, count = os.pwrite, 0
+def killing(*args):
+    global count
+    count += 1
+    if count == 60:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pwrite(*args)
+os.pwrite = killing
+cli.main(words)
+"""
 
 
 def run(*words: object) -> int:
@@ -12,3 +39,12 @@ def run(*words: object) -> int:
     except SystemExit as end:
         assert isinstance(end.code, int)
         return end.code
+
+
+def run_until_killed(
+    words: Sequence[object], *, rooms: Sequence[str], env: Mapping[str, str] | None = None
+) -> None:
+    """Run a command until SIGKILL at its sixtieth write; `rooms` are those with small windows."""
+    argv = [sys.executable, "-c", _KILLED, ",".join(rooms), *map(str, words)]
+    done = subprocess.run(argv, cwd=ROOT, env={**os.environ, **(env or {})}, check=False)
+    assert done.returncode == -signal.SIGKILL

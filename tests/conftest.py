@@ -69,10 +69,7 @@ def tiny_models(
     """A tiny real checkpoint of every family, all of a line from one ancestor. Read only."""
     import tiny
 
-    root = tmp_path_factory.mktemp("tiny")
-    for family, line in TINY_LINES.items():
-        getattr(tiny, f"make_{family}")(root / family, ancestor=ancestors[line])
-    return {family: root / family for family in TINY_LINES}
+    return tiny.make_all(tmp_path_factory.mktemp("tiny"), TINY_LINES, ancestors)
 
 
 class Talkers(Protocol):

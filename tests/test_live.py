@@ -203,7 +203,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             patched.setattr(tiny, "INNER", inner)
             line = LINES.get(family, family)
             tensors = ancestor(line, seed=parent, tied=tied, inner=inner)
-            getattr(tiny, f"make_{family}")(folder, ancestor=tensors, **options)
+            tiny.make(family, folder, ancestor=tensors, **options)
         for form in forms:
             folder = FORMS[form](folder)
         return folder

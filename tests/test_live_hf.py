@@ -43,11 +43,10 @@ def bases(
     tmp_path_factory: pytest.TempPathFactory, ancestors: dict[str, tiny.Tensors]
 ) -> dict[str, Path]:
     """Each family with tokenizer and processor, in bfloat16. Read only."""
-    root = tmp_path_factory.mktemp("bases")
-    for family, line in LINES.items():
-        getattr(tiny, f"make_{family}")(root / family, ancestor=ancestors[line])
-        tiny.add_processor(root / family)
-    return {family: root / family for family in LINES}
+    made = tiny.make_all(tmp_path_factory.mktemp("bases"), LINES, ancestors)
+    for folder in made.values():
+        tiny.add_processor(folder)
+    return made
 
 
 def contents(model: torch.nn.Module) -> Contents:

@@ -175,7 +175,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         folder = tmp_path_factory.mktemp(family)
         tied = tied_parent or options.get("tied", False)
         parent = ancestor(LINES.get(family, family[:5]), tied=tied)
-        getattr(tiny, f"make_{family}")(folder / "model", ancestor=parent, **options)
+        tiny.make(family, folder / "model", ancestor=parent, **options)
         if form == "bin":
             return tiny.to_bin(folder / "model", folder / "bin")
         return tiny.add_tokenizer(folder / "model") if form == "tokens" else folder / "model"

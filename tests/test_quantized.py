@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import pytest
 import tiny
 import torch
 from blake3 import blake3
+from command import run_until_killed
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -589,25 +589,6 @@ def test_another_method_is_another_merge(
             merge(plan, 0.3, tmp_path / "out", quantize=other)
 
 
-KILLED = """
-import os, signal, sys
-from lowmem_adamms import cli, quantized_sink, sink
-sink.WINDOW = quantized_sink.WINDOW = 4096
-import importlib
-importlib.import_module("lowmem_adamms.merge").WINDOW = 4096
-sink.DURABLE = 10_000
-pwrite, count = os.pwrite, 0
-def killing(*args):
-    global count
-    count += 1
-    if count == 60:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return pwrite(*args)
-os.pwrite = killing
-cli.main(sys.argv[1:])
-"""
-
-
 def test_killed_it_resumes_to_the_same_bytes(
     plain: Plain, outs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -615,8 +596,7 @@ def test_killed_it_resumes_to_the_same_bytes(
     out = tmp_path / "out"
     words = [str(plan.base.path), str(plan.donor.path), "-o", str(out), "--alpha", "0.3"]
     words += ["--quantize", "nf4"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
+    run_until_killed(words, rooms=("sink", "quantized_sink", "merge"))
     assert any((out / WORK).iterdir())
     assert main(words) == 0
     assert files(out) == files(outs["nf4"])

@@ -155,7 +155,7 @@ class Ready:
 
 
 def make(family: str, folder: Path, ancestors: dict[str, tiny.Tensors]) -> Path:
-    getattr(tiny, f"make_{family}")(folder, ancestor=ancestors[VISION.get(family, "llama")])
+    tiny.make(family, folder, ancestor=ancestors[VISION.get(family, "llama")])
     tiny.add_processor(folder)
     return tiny.add_remote_code(folder) if family in REMOTE else folder
 
@@ -260,7 +260,7 @@ def test_templating_and_processing_in_two_steps_gives_the_same_inputs(
 def test_a_text_only_model_gets_a_tokenizer_alone(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path, family: str
 ) -> None:
-    folder = getattr(tiny, f"make_{family}")(tmp_path / family, ancestor=ancestors[family])
+    folder = tiny.make(family, tmp_path / family, ancestor=ancestors[family])
     before = {path.name for path in folder.iterdir()}
     added = {path.name for path in tiny.add_processor(folder).iterdir()} - before
     assert added == {"tokenizer.json", "tokenizer_config.json"}

@@ -6,16 +6,12 @@ Each pair of them gives the bytes that they give one after the other, or from lo
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import hub_push_server
 import pytest
-from command import run
+from command import run, run_until_killed
 from hub_server import HubServer, use
 
 from lowmem_adamms import make_plan, merge, wire
@@ -24,7 +20,6 @@ from lowmem_adamms.journal import WORK
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
 
-ROOT = Path(__file__).parent.parent
 IDS = ("org/base", "org/donor")
 REPO = "lab/merged"
 ALPHAS = "0.1,0.5"
@@ -116,23 +111,6 @@ def test_what_comes_from_the_hub_is_quantized(
     assert server.sent(".safetensors") > 0
 
 
-KILLED = """
-import os, signal, sys
-from lowmem_adamms import cli, inputs, quantized_sink, ranges, sink
-sink.WINDOW = quantized_sink.WINDOW = ranges.WINDOW = inputs.WINDOW = 4096
-sink.DURABLE = 10_000
-pwrite, count = os.pwrite, 0
-def killing(*args):
-    global count
-    count += 1
-    if count == 60:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return pwrite(*args)
-os.pwrite = killing
-cli.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("way", ["no cache", "disk budget"])
 def test_killed_while_it_quantizes_from_the_hub_it_resumes(
     server: HubServer, quantized: dict[str, Path], tmp_path: Path, way: str
@@ -140,13 +118,8 @@ def test_killed_while_it_quantizes_from_the_hub_it_resumes(
     out = tmp_path / "out"
     words = [*IDS, "-o", str(out), "--alpha-layers", ALPHAS, "--quantize", "nf4", *WAYS[way]]
     places = {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *words],
-        cwd=ROOT,
-        env=os.environ | places | {"HF_HUB_OFFLINE": "0"},
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    rooms = ("sink", "quantized_sink", "ranges", "inputs")
+    run_until_killed(words, rooms=rooms, env=places | {"HF_HUB_OFFLINE": "0"})
     assert any((out / WORK).iterdir())
     server.seen.clear()
     assert run(*words) == 0

@@ -175,6 +175,22 @@ def descend(
 # Factories
 
 
+def make(family: str, folder: Path, *, ancestor: Tensors, **options: Any) -> Path:
+    """The checkpoint that `make_FAMILY` writes."""
+    made: Path = globals()[f"make_{family}"](folder, ancestor=ancestor, **options)
+    return made
+
+
+def make_all(
+    root: Path, lines: Mapping[str, str], ancestors: Mapping[str, Tensors]
+) -> dict[str, Path]:
+    """One checkpoint for each family in a folder of its name. lines: which ancestor each has."""
+    return {
+        family: make(family, root / family, ancestor=ancestors[line])
+        for family, line in lines.items()
+    }
+
+
 def make_llama(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
     """LlamaForCausalLM."""
     return _make_text("Llama", folder, ancestor, options)
