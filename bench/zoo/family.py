@@ -139,7 +139,7 @@ _SOUND = (
             "size": {"height": SIDE, "width": SIDE},
             "image_grid_pinpoints": [[SIDE, SIDE]],
         },
-        (5000, 1e-3),
+        (10000, 1e-3),
     ),
     Member(
         "qwen2.5-vl", "Qwen2_5_VL", "qwen2", _QWEN_TOKENS, "<|image_pad|>", _QWEN_SEEN, CHATML,
@@ -149,7 +149,7 @@ _SOUND = (
         "llava-1.5", "Llava", "llama", ("<image>",), "<image>", "<image>\n", VICUNA,
         _LOOKS, {**_LLAVA_IMAGES, "processor_class": "LlavaProcessor"},
     ),
-    Member("cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}, (5000, 1e-3), lead=1),
+    Member("cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}, (10000, 1e-3), lead=1),
 )  # fmt: skip
 MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
 
