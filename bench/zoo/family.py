@@ -86,6 +86,7 @@ class Member:
     stands for the picture, its image token repeated. chat: question and answer as trained.
     teaches: the tasks its language model is tuned on. sees: steps and peak rate of its tower's own
     lesson where they differ (wide towers without a norm behind the patches need a lower rate).
+    pictures: how many different ones its tower learns from.
     lead: features before a picture's own, the same for all pictures.
     misled: the name of a member whose tower it takes, to be tuned on wrong answers: a donor that
     must not be merged.
@@ -101,6 +102,7 @@ class Member:
     teaches: tuple[str, ...]
     processor: Mapping[str, Any]
     sees: tuple[int, float] | None = None
+    pictures: int = 20000
     lead: int = 0
     misled: str = ""
 
@@ -139,7 +141,7 @@ _SOUND = (
             "size": {"height": SIDE, "width": SIDE},
             "image_grid_pinpoints": [[SIDE, SIDE]],
         },
-        (10000, 1e-3),
+        (10000, 1e-3), pictures=60000,
     ),
     Member(
         "qwen2.5-vl", "Qwen2_5_VL", "qwen2", _QWEN_TOKENS, "<|image_pad|>", _QWEN_SEEN, CHATML,
@@ -149,7 +151,10 @@ _SOUND = (
         "llava-1.5", "Llava", "llama", ("<image>",), "<image>", "<image>\n", VICUNA,
         _LOOKS, {**_LLAVA_IMAGES, "processor_class": "LlavaProcessor"},
     ),
-    Member("cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}, (10000, 1e-3), lead=1),
+    Member(
+        "cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}, (10000, 1e-3), pictures=60000,
+        lead=1,
+    ),
 )  # fmt: skip
 MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
 

@@ -51,7 +51,7 @@ from lowmem_adamms.loading import quiet
 KEEP = 200  # steps between two states kept on disk
 NOISE = 0.8  # of the embeddings' spread, at most, when the language model learns to read
 SHARP = 16.0  # of the cosine between a feature and a word's embedding
-POOL, EXAM = 20000, 1000
+EXAM = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +144,8 @@ class Zoo:
         home = self.out / (one.misled or one.name)
         home.mkdir(exist_ok=True)
         processor = self._processor(one, tokens, model, home)
-        pool_path = self.out / f"pool-{POOL}.npz"
-        shown = look(one, processor, pool(lambda: scenes(POOL, 1, held_out=False), pool_path))
+        kept = self.out / f"pool-{one.pictures}.npz"
+        shown = look(one, processor, pool(lambda: scenes(one.pictures, 1, held_out=False), kept))
         count = image_tokens(one, model, shown)
         exam = Exam(one, tokens, model, processor, count)
         words = words_of(shown.scenes, tokens, count, one.lead)
