@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from . import archs, tokens
+from . import archs, settings, tokens
 from .arch import BUFFER, Arch, Block, Layout, span_of
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DType
 from .errors import FormatError, MappingError
 from .plan import Part, Plan, Step, count_rows
 from .recognise import recognise
+from .tying import is_tied
 
 _T = TypeVar("_T")
 Embeddings = Literal["merge", "keep"]
@@ -61,7 +62,11 @@ def make_plan(
         donor_layout,
         steps,
         join.leftover(),
-        (*join.notes, *_unused(declared, base_layout, donor_layout)),
+        (
+            *join.notes,
+            *settings.differences(base, donor),
+            *_unused(declared, base_layout, donor_layout),
+        ),
         {"embeddings": embeddings, "dtype": dtype.name if dtype else None},
         tuple(declared),
     )
@@ -104,7 +109,24 @@ class _Join:
             for side, layout in (("base", base_layout), ("donor", donor_layout))
             if layout.assumed or layout.declared
         ]
+        self.base_tied, self.donor_tied = (
+            self._tied(*side) for side in ((base, base_layout), (donor, donor_layout))
+        )
         self._runs: tuple[list[tokens.Run], str] | None = None
+
+    def _tied(self, checkpoint: Checkpoint, layout: Layout) -> bool | None:
+        tied = is_tied(checkpoint, layout)
+        if checkpoint.ties[:1] == [True] and not tied:
+            self.notes.append(
+                f"{checkpoint.path}: config.json ties the head to the embedding, but the two differ"
+                " on disk: taken for two, as transformers does"
+            )
+        if tied is False and "head" not in layout.roles():
+            self.notes.append(
+                f"{checkpoint.path}: holds no head; if its embedding is one, say"
+                " tie_word_embeddings: true in its config.json"
+            )
+        return tied
 
     def fitting(self, try_this: Callable[[], _T], instead: _T) -> _T:
         """A result; where the two do not fit, `instead`, if misfits are noted and not raised."""
@@ -148,7 +170,7 @@ class _Join:
             out = dtype if dtype and span.dtype.blendable and kind != BUFFER else span.dtype
             reason = "rotary buffer: never blended" if kind == BUFFER else f"base's {kind}"
             return Step(name, out, span.shape, kind, reason, (Part(_rows(span), None, span),))
-        if blocks[0].role == "head" and self.base.tied:
+        if blocks[0].role == "head" and self.base_tied:
             self.notes.append(f"{name} is left out: the base ties its head to the embedding")
             return None
         if not span.dtype.blendable:
@@ -235,7 +257,7 @@ class _Join:
             candidates.append((plain, f"{stream} copy takes the plain weight"))
         else:
             candidates.append((f"{plain}@text", "takes the donor's text copy"))
-        tied = self.donor.tied
+        tied = self.donor_tied
         if role == "head" and (tied or (tied is None and "head" not in self.donor_roles)):
             candidates = [("embed", "tied donor lends its embedding")]
         for candidate, reason in candidates:
