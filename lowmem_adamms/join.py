@@ -109,6 +109,10 @@ class _Join:
             for side, layout in (("base", base_layout), ("donor", donor_layout))
             if layout.assumed or layout.declared
         ]
+        # In a .bin two names may share bytes, as Phi-3-vision's second name of its embedding does
+        self._same_bytes = {
+            _place(base.tensors[name]): blocks for name, blocks in base_layout.blocks.items()
+        }
         self.base_tied, self.donor_tied = (
             self._tied(*side) for side in ((base, base_layout), (donor, donor_layout))
         )
@@ -164,7 +168,7 @@ class _Join:
         transformers refuses to tie a head that is on disk and differs from the embedding.
         """
         span = self.base.tensors[name]
-        blocks = self.base_layout.blocks.get(name)
+        blocks = self.base_layout.blocks.get(name, self._same_bytes.get(_place(span)))
         if blocks is None:
             kind = self.base_layout.kinds[name]
             out = dtype if dtype and span.dtype.blendable and kind != BUFFER else span.dtype
@@ -348,6 +352,11 @@ def _most_rows(layout: Layout) -> int:
     """Rows of the larger of embedding and head."""
     blocks = (blocks[0] for blocks in layout.blocks.values())
     return max(block.stop for block in blocks if block.role in ("embed", "head"))
+
+
+def _place(span: Span) -> tuple[object, ...]:
+    """Where a span's bytes lie and as what; of one without bytes it tells nothing."""
+    return (span.path, span.start, span.stop, span.shape, span.dtype.name)
 
 
 def _rows(span: Span) -> tuple[int, int]:

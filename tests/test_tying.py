@@ -99,3 +99,26 @@ def test_an_untied_head_that_is_missing_is_told(tmp_path: Path) -> None:
     assert donor_of(plan, "lm_head.weight") is None
     (note,) = (note for note in plan.notes if "tie_word_embeddings" in note)
     assert note.startswith(str(donor))
+
+
+# One tensor under two names
+
+
+def test_a_second_name_of_a_merged_tensor_is_merged_alike(tmp_path: Path) -> None:
+    """Phi-3-vision's `vision_embed_tokens.wte` is its embedding; a .bin of a fine-tune has both."""
+    import torch
+
+    text = ancestor("phi3", 1)
+    sides = []
+    for side in ("base", "donor"):
+        arrays = SPELLERS["phi3"]["Phi-3-vision"](descend(text, len(sides)), {}, 1)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors["model.vision_embed_tokens.wte.weight"] = tensors["model.embed_tokens.weight"]
+        sides.append(tmp_path / side)
+        sides[-1].mkdir()
+        torch.save(tensors, sides[-1] / "pytorch_model.bin")
+    merged = load_file(merge(make_plan(*sides), 0.5, tmp_path / "out") / "model.safetensors")
+    twice = [merged[f"model.{name}.weight"] for name in ("embed_tokens", "vision_embed_tokens.wte")]
+    assert np.array_equal(*twice)
+    own = torch.load(sides[0] / "pytorch_model.bin")["model.embed_tokens.weight"].numpy()
+    assert not np.array_equal(twice[0], own)
