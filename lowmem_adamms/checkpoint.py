@@ -166,8 +166,12 @@ class Checkpoint:
             hub.download(self.repo, self.shards, bars=bars)
 
 
+_LANGUAGE = ("text", "llm", "language", "thinker")
+"""What the part of a config about the language model may be called; language_config is Janus's."""
+
+
 def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    inner = (level.get(f"{name}_config") for name in ("text", "llm", "thinker"))
+    inner = (level.get(f"{name}_config") for name in _LANGUAGE)
     return [config for config in inner if isinstance(config, dict)]
 
 

@@ -163,6 +163,7 @@ def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, True),
         ({"tie_word_embeddings": False}, False),
         ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"language_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True),
         ({"tie_word_embeddings": "yes"}, None),

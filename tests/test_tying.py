@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hub_server import HubServer, use
 from safetensors.numpy import load_file
 from spelled import SPELLERS, Arrays, ancestor, descend
 
 from lowmem_adamms import make_plan, merge
+from lowmem_adamms.checkpoint import open_checkpoint
 from lowmem_adamms.plan import Plan
 
 _TEXT = ancestor("qwen2", 7)
@@ -99,6 +101,19 @@ def test_an_untied_head_that_is_missing_is_told(tmp_path: Path) -> None:
     assert donor_of(plan, "lm_head.weight") is None
     (note,) = (note for note in plan.notes if "tie_word_embeddings" in note)
     assert note.startswith(str(donor))
+
+
+def test_a_head_on_the_hub_is_looked_at_by_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = put(tmp_path / "base", "Qwen2-VL", descend(TEXT, 1), True, **TIED)
+    donor = put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), True, **UNTIED)
+    with HubServer() as server:
+        use(server, monkeypatch, tmp_path)
+        server.add("org/tied-in-word", folder)
+        plan = make_plan(open_checkpoint("org/tied-in-word", cache=False), donor)
+    assert plan.base.remote()
+    assert donor_of(plan, "lm_head.weight") == "lm_head.weight"
 
 
 # One tensor under two names
