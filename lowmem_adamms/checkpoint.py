@@ -30,7 +30,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
-    *(".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite"),
+    *(".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite", ".pkl", ".pdparams", ".distcp"),
 )
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 _ADAPTER = "a LoRA adapter: merge it into its model first (peft's merge_and_unload) and save that"
@@ -104,24 +104,35 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """`org/name` where the path or the config tells it, else the folder's or file's name."""
+        """`org/name` where path and config tell it, else the folder's or file's name.
+
+        The config's `_name_or_path` is what was loaded before it was saved: of a fine-tune, its
+        parent. It is believed only where the folder bears the same name.
+        """
         if self.repo:
             return self.repo.id
         for part in self.path.absolute().parts:
             if part.startswith("models--"):  # a repository in the Hub's cache
                 return part.removeprefix("models--").replace("--", "/", 1)
-        spoken = self.config.get("_name_or_path")
+        own, spoken = self.path.absolute().name, self.config.get("_name_or_path")
         if isinstance(spoken, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spoken):
-            return spoken
-        return self.path.absolute().name
+            return spoken if spoken.rpartition("/")[2] == own else own
+        return own
+
+    @property
+    def ties(self) -> list[bool]:
+        """What its config says of tying the head to the embedding, level by level."""
+        said = (level.get("tie_word_embeddings") for level in self.levels)
+        return [tied for tied in said if isinstance(tied, bool)]
 
     @property
     def tied(self) -> bool | None:
-        """Whether its config ties the head to the embedding; None if it does not say."""
-        for level in self.levels:
-            if isinstance(tied := level.get("tie_word_embeddings"), bool):
-                return tied
-        return None
+        """Whether its config ties the head to the embedding at any level; None if it does not say.
+
+        Of llava-hf/llava-onevision-qwen2-0.5b-ov-hf the outer config says no and the language
+        model's yes, and transformers ties.
+        """
+        return any(self.ties) if self.ties else None
 
     @property
     def levels(self) -> list[Mapping[str, Any]]:
@@ -155,15 +166,21 @@ class Checkpoint:
             hub.download(self.repo, self.shards, bars=bars)
 
 
+_LANGUAGE = ("text", "llm", "language", "thinker")
+"""What the part of a config about the language model may be called; language_config is Janus's."""
+
+
 def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    inner = (level.get(f"{name}_config") for name in ("text", "llm", "thinker"))
+    inner = (level.get(f"{name}_config") for name in _LANGUAGE)
     return [config for config in inner if isinstance(config, dict)]
 
 
 def _is_sidecar(relative: Path) -> bool:
     """Whether a file of a checkpoint folder is copied beside the merged weights."""
     hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-    weights = relative.suffix in WEIGHT_SUFFIXES or relative.name.endswith(".index.json")
+    # Of ONNX the weights may lie beside the graph, as model.onnx_data or model.onnx_data_1
+    weights = relative.suffix in WEIGHT_SUFFIXES or relative.suffix.startswith(".onnx")
+    weights = weights or relative.name.endswith(".index.json")
     # With this beside the weights transformers would load the model that it names instead
     adapter = relative.name == "adapter_config.json"
     return not (hidden or weights or adapter or str(relative) in OURS)

@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from . import archs, tokens
+from . import archs, settings, tokens
 from .arch import BUFFER, Arch, Block, Layout, span_of
 from .checkpoint import Checkpoint, Span, open_checkpoint
 from .dtypes import DType
 from .errors import FormatError, MappingError
 from .plan import Part, Plan, Step, count_rows
 from .recognise import recognise
+from .tying import is_tied
 
 _T = TypeVar("_T")
 Embeddings = Literal["merge", "keep"]
@@ -61,7 +62,11 @@ def make_plan(
         donor_layout,
         steps,
         join.leftover(),
-        (*join.notes, *_unused(declared, base_layout, donor_layout)),
+        (
+            *join.notes,
+            *settings.differences(base, donor),
+            *_unused(declared, base_layout, donor_layout),
+        ),
         {"embeddings": embeddings, "dtype": dtype.name if dtype else None},
         tuple(declared),
     )
@@ -104,7 +109,28 @@ class _Join:
             for side, layout in (("base", base_layout), ("donor", donor_layout))
             if layout.assumed or layout.declared
         ]
+        # In a .bin two names may share bytes, as Phi-3-vision's second name of its embedding does
+        self._same_bytes = {
+            _place(base.tensors[name]): blocks for name, blocks in base_layout.blocks.items()
+        }
+        self.base_tied, self.donor_tied = (
+            self._tied(*side) for side in ((base, base_layout), (donor, donor_layout))
+        )
         self._runs: tuple[list[tokens.Run], str] | None = None
+
+    def _tied(self, checkpoint: Checkpoint, layout: Layout) -> bool | None:
+        tied = is_tied(checkpoint, layout)
+        if checkpoint.ties[:1] == [True] and not tied:
+            self.notes.append(
+                f"{checkpoint.path}: config.json ties the head to the embedding, but the two differ"
+                " on disk: taken for two, as transformers does"
+            )
+        if tied is False and "head" not in layout.roles():
+            self.notes.append(
+                f"{checkpoint.path}: holds no head; if its embedding is one, say"
+                " tie_word_embeddings: true in its config.json"
+            )
+        return tied
 
     def fitting(self, try_this: Callable[[], _T], instead: _T) -> _T:
         """A result; where the two do not fit, `instead`, if misfits are noted and not raised."""
@@ -142,13 +168,13 @@ class _Join:
         transformers refuses to tie a head that is on disk and differs from the embedding.
         """
         span = self.base.tensors[name]
-        blocks = self.base_layout.blocks.get(name)
+        blocks = self.base_layout.blocks.get(name, self._same_bytes.get(_place(span)))
         if blocks is None:
             kind = self.base_layout.kinds[name]
             out = dtype if dtype and span.dtype.blendable and kind != BUFFER else span.dtype
             reason = "rotary buffer: never blended" if kind == BUFFER else f"base's {kind}"
             return Step(name, out, span.shape, kind, reason, (Part(_rows(span), None, span),))
-        if blocks[0].role == "head" and self.base.tied:
+        if blocks[0].role == "head" and self.base_tied:
             self.notes.append(f"{name} is left out: the base ties its head to the embedding")
             return None
         if not span.dtype.blendable:
@@ -235,7 +261,7 @@ class _Join:
             candidates.append((plain, f"{stream} copy takes the plain weight"))
         else:
             candidates.append((f"{plain}@text", "takes the donor's text copy"))
-        tied = self.donor.tied
+        tied = self.donor_tied
         if role == "head" and (tied or (tied is None and "head" not in self.donor_roles)):
             candidates = [("embed", "tied donor lends its embedding")]
         for candidate, reason in candidates:
@@ -326,6 +352,11 @@ def _most_rows(layout: Layout) -> int:
     """Rows of the larger of embedding and head."""
     blocks = (blocks[0] for blocks in layout.blocks.values())
     return max(block.stop for block in blocks if block.role in ("embed", "head"))
+
+
+def _place(span: Span) -> tuple[object, ...]:
+    """Where a span's bytes lie and as what; of one without bytes it tells nothing."""
+    return (span.path, span.start, span.stop, span.shape, span.dtype.name)
 
 
 def _rows(span: Span) -> tuple[int, int]:

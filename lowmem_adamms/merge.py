@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .alphas import Alpha, at, resolve
 from .checkpoint import Span
+from .errors import RecipeError
 from .plan import Part, Plan, Step
 from .stream import Files, read_ahead
 
@@ -30,6 +31,15 @@ WINDOW = 8 << 20
 _LARGEST_ITEM = 4  # bytes of an F32 element: a window with less room left takes no more
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
+_MAY_OVERFLOW = frozenset(
+    (base, donor, out)
+    for out, wider in (("F16", {"BF16", "F32"}), ("BF16", {"F32"}))
+    for base in ("F16", "BF16", "F32")
+    for donor in ("F16", "BF16", "F32")
+    if {base, donor} & wider
+)
+"""Triples of dtypes of which a finite blend may be too large for the output's."""
 
 
 class Source(Protocol):
@@ -167,14 +177,51 @@ def _spans(window: Window) -> Iterator[tuple[Span, ...]]:
 def _blend(window: list[Piece], sink: Sink, source: Source, kernel: Kernel) -> None:
     """One window: a slot for each piece, then one kernel call per triple of dtypes and alpha."""
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Bytes, Bytes, Bytes]]] = {}
+    narrowed: list[tuple[Piece, tuple[Bytes, Bytes, Bytes]]] = []
     for piece in window:
         base = source.view(piece.base)
         donor = source.view(piece.donor) if piece.donor else base
-        out = sink.slot(piece.step, piece.offset, piece.nbytes)
-        calls.setdefault((piece.dtypes, piece.alpha), []).append((base, donor, out))
+        part = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
+        calls.setdefault((piece.dtypes, piece.alpha), []).append(part)
+        if piece.dtypes in _MAY_OVERFLOW:
+            narrowed.append((piece, part))
     for (dtypes, alpha), parts in calls.items():
         kernel(parts, dtypes, alpha)
+    for piece, part in narrowed:
+        _check_range(piece, part)
     sink.commit()
+
+
+def _check_range(piece: Piece, part: tuple[Bytes, Bytes, Bytes]) -> None:
+    """RecipeError if finite values became infinite, which no later pass could tell from the rest.
+
+    On the host only: what a search tries on a device, a merge writes from the host.
+    """
+    import numpy as np
+
+    from .kernels import reference
+
+    dtypes = piece.dtypes
+    if not isinstance(part[2], np.ndarray):
+        return
+    base, donor, out = (
+        buffer.view(reference.STORAGE[dtype]) for buffer, dtype in zip(part, dtypes, strict=True)
+    )
+    infinity = _INFINITY[dtypes[2]]
+    # As signed and as unsigned numbers: two passes that need no memory, nearly always enough
+    if not out.size or (out.view(np.int16).max() < infinity and out.max() < infinity | 0x8000):
+        return
+    found = np.flatnonzero((out & 0x7FFF) == infinity)
+    sides = ((base, dtypes[0]), (donor, dtypes[1]))
+    finite = (np.isfinite(reference.widen(side[found], dtype)) for side, dtype in sides)
+    lost = int(np.logical_and(*finite).sum())
+    if lost:
+        largest, wider = {"F16": ("65504", "bf16 or fp32"), "BF16": ("3.39e38", "fp32")}[dtypes[2]]
+        raise RecipeError(
+            f"{piece.step.name}: {lost} or more values do not fit into {dtypes[2]}, whose largest"
+            f" is {largest}, and would be written as infinite; choose --dtype {wider} and another"
+            " -o"
+        )
 
 
 def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:

@@ -311,7 +311,7 @@ def _traits(plan: Plan) -> dict[str, str]:
             columns[role] = part.base.shape[-1] if part.base.shape else 1
             if role:
                 dtypes[part.base.dtype.name] += part.base.nbytes
-    tied = plan.base.tied or "head" not in rows
+    tied = "head" not in rows
     return {
         "decoder layers": str(plan.base_layout.layers),
         "width": str(columns["embed"]),

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,17 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[Run]:
-    """Runs of base rows whose token the donor has too, in the order of the base's rows."""
-    where = {token: i for i, token in enumerate(donor[:donor_rows])}
+    """Runs of base rows whose token the donor has too, in the order of the base's rows.
+
+    Of a token that the donor has at several ids, as some added ones are, the same id is taken.
+    """
+    base, donor = base[:base_rows], donor[:donor_rows]
+    where = {token: i for i, token in enumerate(donor)}
     where.pop(_ABSENT, None)
     runs: list[Run] = []
     first, end, shift = 0, 0, 0
-    for i, j in enumerate(map(where.get, base[:base_rows])):
+    for i, (token, same) in enumerate(zip(base, chain(donor, repeat(_ABSENT)), strict=False)):
+        j = i if token == same != _ABSENT else where.get(token)
         if i == end and j == i + shift:
             end += 1
         elif j is not None:

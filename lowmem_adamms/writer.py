@@ -302,7 +302,7 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, papers: dict[s
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(work / INDEX, index)
     for relative in plan.base.sidecars():
-        _write_file(work / relative, (plan.base.path / relative).read_bytes())
+        _copy_file(plan.base.path / relative, work / relative)
     config, dtype = plan.base.config, plan.options["dtype"]
     if dtype and config:
         config = card.config_in_dtype(config, dtype)
@@ -326,6 +326,15 @@ def _write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """In pieces: a repository may hold a film beside its weights."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as given, target.open("wb") as file:
+        shutil.copyfileobj(given, file)
         file.flush()
         os.fsync(file.fileno())
 

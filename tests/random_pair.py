@@ -161,6 +161,9 @@ def _text_config(tokens: Any, rows: int) -> dict[str, Any]:
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 512,
+        # Each class has its own defaults, but descendants of one model have its values
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         # Far above the usual 0.02, so that a decoder this narrow still reacts to its input
         "initializer_range": 0.125,
         "bos_token_id": end_of_text,

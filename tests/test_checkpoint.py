@@ -163,7 +163,8 @@ def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, True),
         ({"tie_word_embeddings": False}, False),
         ({"text_config": {"tie_word_embeddings": True}}, True),
-        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
+        ({"language_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True),
         ({"tie_word_embeddings": "yes"}, None),
         ({"text_config": None}, None),
@@ -205,7 +206,8 @@ def test_a_dangling_link_in_the_hub_cache_is_a_missing_file(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("spoken", "name"),
     [
-        ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("Qwen/folder", "Qwen/folder"),
+        ("Qwen/Qwen2.5-7B-Instruct", "folder"),  # of a fine-tune: what it was made from
         ("/home/me/models/qwen", "folder"),
         ("./out", "folder"),
         ("../up", "folder"),
@@ -691,6 +693,8 @@ LEFT = [
     "model.fp32.safetensors",
     "model.safetensors.index.json",
     "onnx/model.onnx",
+    "onnx/model.onnx_data",
+    "onnx/model.onnx_data_1",
     "original/consolidated.00.pth",
     "pytorch_model-00001-of-00002.bin",
     "pytorch_model.bin.index.json",

@@ -474,6 +474,12 @@ def test_clashing_added_tokens_stay_the_bases(tmp_path: Path) -> None:
     assert shared(base, donor) == [(0, 0, 3)]
 
 
+def test_of_a_token_at_two_ids_each_row_stays_where_it_is(tmp_path: Path) -> None:
+    """An added token may repeat a word of the vocabulary, at an id of its own."""
+    twice = put(tmp_path / "t", tokenizer=fast({"a": 0, "b": 1}, {"a": 2, "<image>": 3}))
+    assert shared(twice, twice) == [(0, 0, 4)]
+
+
 def test_moved_tokens_are_followed(tmp_path: Path) -> None:
     base = put(tmp_path / "b", vocab={"a": 0, "b": 1, "c": 2, "d": 3, "e": 4})
     donor = put(tmp_path / "d", vocab={"d": 0, "e": 1, "x": 2, "a": 3, "b": 4, "c": 6})
