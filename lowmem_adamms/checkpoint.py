@@ -54,6 +54,11 @@ class Span:
         return self.stop - self.start
 
     @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.nbytes * 8 // self.dtype.bits
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one index along dim 0 (of the whole, for a scalar or an empty tensor)."""
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
@@ -66,6 +71,11 @@ class Span:
         last = self.start + stop * self.row_bytes
         shape = (stop - start, *self.shape[1:])
         return replace(self, start=first, stop=last, shape=shape)
+
+    def stretch(self, first: int, count: int) -> Span:
+        """`count` elements of it from element `first`, flat."""
+        start = self.start + first * self.dtype.bits // 8
+        return replace(self, start=start, stop=start + self.dtype.nbytes(count), shape=(count,))
 
 
 @dataclass(frozen=True, slots=True)

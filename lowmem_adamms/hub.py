@@ -24,6 +24,7 @@ from typing import Any
 from . import header
 from .errors import DigestError, FormatError, HubError
 from .plain import hub_utils
+from .stream import file_digest
 from .wire import RemoteFile, patiently
 
 _REF = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
@@ -206,14 +207,11 @@ def _check_digest(path: Path, file: RemoteFile) -> None:
     """HubError, and the file is gone, if it is not what the Hub says."""
     if file.sha256 is None:
         return
-    digest = hashlib.sha256()
-    with path.open("rb") as data:
-        while block := data.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != file.sha256:
+    found = file_digest(path, hashlib.sha256())
+    if found != file.sha256:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        raise bad_digest(file, digest.hexdigest())
+        raise bad_digest(file, found)
 
 
 def bad_digest(file: RemoteFile, found: str) -> DigestError:

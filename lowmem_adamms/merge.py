@@ -198,7 +198,7 @@ def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window
                     yield Copy(step, offset, stretch)
                     offset += stretch.nbytes
                 continue
-            nbytes = step.dtype.nbytes(base.nbytes // base.dtype.itemsize)
+            nbytes = step.dtype.nbytes(base.elements)
             whole = Piece(step, offset, base, donor, nbytes, weight if donor else 0.0)
             for piece in _cut(whole, room, size):
                 window.append(piece)
@@ -228,17 +228,10 @@ def _cut(whole: Piece, room: int, window: int) -> Iterator[Piece]:
         yield Piece(
             step,
             whole.offset + done * size,
-            _slice(base, done, take),
-            _slice(donor, done, take) if donor else None,
+            base.stretch(done, take),
+            donor.stretch(done, take) if donor else None,
             take * size,
             whole.alpha,
         )
         done += take
         room = window
-
-
-def _slice(span: Span, first: int, count: int) -> Span:
-    """`count` elements of a span from element `first`, as a flat span."""
-    size = span.dtype.itemsize
-    start = span.start + first * size
-    return replace(span, start=start, stop=start + count * size, shape=(count,))

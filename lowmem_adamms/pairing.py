@@ -55,7 +55,7 @@ class Pair:
     @property
     def elements(self) -> int:
         """Elements on either side."""
-        return sum(elements(piece.spans[0]) for piece in self.pieces)
+        return sum(piece.spans[0].elements for piece in self.pieces)
 
     @property
     def tells(self) -> bool:
@@ -146,11 +146,6 @@ def pair_up(forth: Plan, back: Plan, misfits: Iterable[str] = ()) -> Pairing:
     return Pairing(a, b, pairs, tuple(obstacles), forth.notes, remote)
 
 
-def elements(span: Span) -> int:
-    """Number of elements of a span."""
-    return span.nbytes * 8 // span.dtype.bits
-
-
 def kind_of(role: str) -> str:
     """The kind of a role, as in KINDS, with its stream unless that is the text's."""
     plain, _, stream = role.partition("@")
@@ -230,7 +225,8 @@ def _side(plan: Plan, other: Plan, pairs: Iterable[Pair], i: int) -> Side:
 
 def _share(held: Mapping[str, Iterable[Span]]) -> Share:
     spans = [span for group in held.values() for span in group]
-    return Share(len(held), sum(map(elements, spans)), sum(span.nbytes for span in spans))
+    elements = sum(span.elements for span in spans)
+    return Share(len(held), elements, sum(span.nbytes for span in spans))
 
 
 def _only(

@@ -52,7 +52,7 @@ class Step:
     @property
     def elements(self) -> int:
         """Number of elements of the output tensor."""
-        return sum(part.base.nbytes * 8 // part.base.dtype.bits for part in self.parts)
+        return sum(part.base.elements for part in self.parts)
 
     @property
     def nbytes(self) -> int:

@@ -36,22 +36,6 @@ GAP = 64 << 10
 _ALIGNED = 64
 
 
-class Reader:
-    """Small reads at any place of any file, here or on the Hub. Threads may share it."""
-
-    def __init__(self, remote: Mapping[Path, RemoteFile]) -> None:
-        self._remote = remote
-        self.lanes = LANES if remote else 1
-
-    def read(self, path: Path, start: int, nbytes: int) -> bytes:
-        """`nbytes` bytes from `start` on."""
-        if path in self._remote:
-            return self._remote[path].read(start, start + nbytes)
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(nbytes)
-
-
 class _Unit:
     """One request: a stretch of a file that consecutive spans of it lie in."""
 

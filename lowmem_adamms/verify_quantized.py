@@ -20,6 +20,7 @@ from .errors import FormatError
 from .outfiles import Entry
 from .plan import Plan, Step
 from .quantized import BLOCK, NESTED, STATE, Quantized
+from .reads import Reads
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,9 @@ class Check:
     """
 
     def __init__(
-        self, out: Path, checkpoint: Checkpoint, plan: Plan, paper: dict[str, Any]
+        self, out: Path, checkpoint: Checkpoint, plan: Plan, paper: dict[str, Any], reads: Reads
     ) -> None:
-        self._out, self._tensors, self._paper = out, checkpoint.tensors, paper
+        self._tensors, self._paper, self._reads = checkpoint.tensors, paper, reads
         names = {
             step.name
             for step in plan.steps
@@ -153,7 +154,7 @@ class Check:
         """The mean of the scales, as the output states it."""
         span = self._tensors[state.name]
         try:
-            return float(json.loads(_read(span, 0, span.nbytes))["nested_offset"])
+            return float(json.loads(self._reads.raw(span))["nested_offset"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise FormatError(
                 f"{span.path}: {state.name} is not a quant state of bitsandbytes"
@@ -165,8 +166,7 @@ class Check:
 
         span = self._tensors[entry.name]
         wanted = expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        start = first * entry.dtype.itemsize
-        if _read(span, start, len(wanted)) != wanted:
+        if self._reads.raw(span.stretch(first, expected.numel())) != wanted:
             now, then = version("bitsandbytes"), self._paper["bitsandbytes"]
             other = f" (made with bitsandbytes {then}, this is {now})" if now != then else ""
             raise FormatError(f"{span.path}: {entry.name} differs from its recipe{other}")
@@ -188,9 +188,3 @@ def _torch_dtype(name: str) -> torch.dtype:
     from .device import torch_dtype
 
     return torch_dtype(DTYPES[name])
-
-
-def _read(span: Any, start: int, nbytes: int) -> bytes:
-    with span.path.open("rb") as file:
-        file.seek(span.start + start)
-        return bytes(file.read(nbytes))
