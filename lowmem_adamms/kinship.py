@@ -52,10 +52,7 @@ def measure(plan: Plan) -> Kinship:
     sums: dict[str, list[float]] = {}
     blank: list[tuple[Path, str]] = []
     parts = [
-        part
-        for step in plan.steps
-        for part in step.parts
-        if part.donor and part.role and len(part.base.shape) > 1
+        part for _, part in plan.parts if part.donor and part.role and len(part.base.shape) > 1
     ]
     with Reads(plan.base.remote() | plan.donor.remote()) as reads:
         products = reads.map(lambda part: _products(part, reads), parts)
