@@ -143,10 +143,6 @@ class RangeSource(Closing):
             if path in self._used and not (path in self._digests and self._digests[path].complete)
         ]
 
-    def is_remote(self, span: Span) -> bool:
-        """Whether a span has no file on this disk."""
-        return span.path in self._remote
-
     def view(self, span: Span) -> Bytes:
         """The span's bytes; waits for them. Valid until `behind`."""
         if span.path not in self._remote:
