@@ -124,7 +124,7 @@ def fetch(repo: Repo, names: Iterable[str], *, bars: bool = False, workers: int 
     patterns = [glob.escape(name) for name in missing]
     options: dict[str, Any] = {"allow_patterns": patterns, "max_workers": workers}
     cache = repo.folder.parents[2]
-    with contextlib.nullcontext() if bars else _without_bars():
+    with contextlib.nullcontext() if bars else without_bars():
         # By the name that was asked for, so that the cache can tell it when offline
         at = patiently(
             repo.ref, lambda: _snapshot(repo.id, repo.asked, cache, known=repo, **options)
@@ -147,9 +147,12 @@ def _snapshot(
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    utils = hub_utils()
-    if utils.are_progress_bars_disabled():
+def without_bars() -> Iterator[None]:
+    """huggingface_hub shows no progress inside the block, unless its user insists."""
+    from huggingface_hub import constants
+
+    utils, told = hub_utils(), constants.HF_HUB_DISABLE_PROGRESS_BARS
+    if told is not None or utils.are_progress_bars_disabled():
         yield
         return
     utils.disable_progress_bars()
