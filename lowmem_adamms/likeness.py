@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import ranges
 from .checkpoint import Span
 from .kinship import RUN_ELEMENTS, cosine_of
+from .merge import AHEAD, LARGEST_ITEM, Source
 from .pairing import Pair, Piece
 from .reads import Reads, Remote
 from .stream import Files, read_ahead
@@ -25,14 +26,10 @@ from .stream import Files, read_ahead
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .merge import Source
-
 SAMPLE = 4096
 """Elements of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
 WINDOW = 4 << 20
 """Elements read at a time where all are read."""
-_LARGEST_ITEM = 4  # bytes of an F32 element
-_AHEAD = 3  # windows whose pages are brought in before they are needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,7 @@ def streamed(
 
     relate = select.relation()
     sums = [[0.0] * len(reference.SUMS) for _ in pairs]
-    window = ranges.WINDOW // _LARGEST_ITEM if remote else WINDOW
+    window = ranges.WINDOW // LARGEST_ITEM if remote else WINDOW
     with ExitStack() as stack:
         far: ranges.RangeSource | None = None
         if remote:
@@ -136,7 +133,7 @@ def streamed(
         # One reader a side: the kernel reads ahead well only where a file is read in order
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
         windows = _windows(pairs, window)
-        for i, a, b in read_ahead(windows, _spans, files.ahead, readers, _AHEAD):
+        for i, a, b in read_ahead(windows, _spans, files.ahead, readers, AHEAD):
             found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
             sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
             for span in (a, b):

@@ -9,7 +9,6 @@ card (`device.py`), answers (`generate.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -232,10 +231,9 @@ def _same(param: torch.Tensor, span: Span, files: Files) -> bool:
 
 
 def _chunks(span: Span) -> Iterator[Span]:
-    size = span.dtype.itemsize
-    for start in range(span.start, span.stop, CHUNK):
-        stop = min(start + CHUNK, span.stop)
-        yield replace(span, start=start, stop=stop, shape=((stop - start) // size,))
+    count = CHUNK // span.dtype.itemsize
+    for first in range(0, span.elements, count):
+        yield span.stretch(first, min(count, span.elements - first))
 
 
 def _tensor(span: Span, files: Files) -> torch.Tensor:

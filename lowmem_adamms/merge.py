@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 WINDOW = 8 << 20
 """Bytes of output per window."""
-_LARGEST_ITEM = 4  # bytes of an F32 element: a window with less room left takes no more
+LARGEST_ITEM = 4
+"""Bytes of an F32 element: a window with less room left takes no more."""
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
 
@@ -204,7 +205,7 @@ def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window
                 window.append(piece)
                 room -= piece.nbytes
                 offset += piece.nbytes
-                if room < _LARGEST_ITEM:
+                if room < LARGEST_ITEM:
                     yield window
                     window, room = [], size
     if window:
