@@ -241,8 +241,7 @@ def _layers(comparison: Comparison) -> Iterator[str]:
     kinds = comparison.kinds
     if not kinds:
         return
-    cells = comparison.cells
-    groups = comparison.by(lambda pair: pair.group)
+    cells, groups = comparison.cells, comparison.groups
     rows = []
     for layer in comparison.layers:
         group = f"layers.{layer}"

@@ -172,8 +172,7 @@ def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False)
         far, near, equal = numbers(total)
         table.add_row(kind, _strip(row, per, signs), far, near, _furthest(row, layers), equal)
     table.add_section()
-    groups = comparison.by(lambda pair: pair.group)
-    singles = {group: groups[group] for group in comparison.singles}
+    singles = {group: comparison.groups[group] for group in comparison.singles}
     for name, measure in {**singles, **comparison.by_name}.items():
         far, near, equal = numbers(measure)
         table.add_row(escape(name), _strip([measure], 1, signs), far, near, "", equal)
