@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import random_pair
 import tiny
 import torch
 from command import run
@@ -28,11 +27,6 @@ ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
 Pair = tuple[Path, Path]
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture
