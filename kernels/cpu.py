@@ -28,6 +28,8 @@ from llvmlite import ir
 from numba import get_num_threads, njit, prange, types
 from numba.extending import intrinsic, overload
 
+from .reference import SUMS, without_ends
+
 BLOCK = 1 << 15
 """Elements a thread takes at a time: large enough to stream, small enough to share out."""
 
@@ -66,11 +68,7 @@ def blend(
     and [2] ("BF16", "F16" or "F32"); out is overwritten. Buffers should be aligned to their
     elements (x86-64 and 64-bit Arm do without).
     """
-    if alpha in (0, 1):
-        # Half of one side and half of the same is that side exactly: the ends need no other loop.
-        side = int(alpha)
-        parts = [(part[side], part[side], part[2]) for part in parts]
-        dtypes, alpha = (dtypes[side], dtypes[side], dtypes[2]), 0.5
+    parts, dtypes, alpha = without_ends(parts, dtypes, alpha)
     itemsize = _TAGS[dtypes[2]].itemsize
     counts = np.array([out.size // itemsize for _, _, out in parts], np.int64)
     blocks = -(-counts // BLOCK)
@@ -88,7 +86,7 @@ def relate(a: Bytes, b: Bytes, dtypes: tuple[str, str]) -> npt.NDArray[np.float6
     Sums are formed block by block and the blocks added in order, however many threads there are.
     """
     count = a.size // _TAGS[dtypes[0]].itemsize
-    sums = np.zeros((-(-count // BLOCK), 9))
+    sums = np.zeros((-(-count // BLOCK), len(SUMS)))
     with _one_caller:
         _relate(_address(a), _address(b), count, sums, *(_TAGS[dtype] for dtype in dtypes))
     total: npt.NDArray[np.float64] = sums.sum(axis=0)

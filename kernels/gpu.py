@@ -41,7 +41,6 @@ MIN_CAPABILITY = (8, 0)
 _FLOAT = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _WORD = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
 _FORMAT = {"BF16": (7, 8), "F16": (10, 5), "F32": (23, 8)}  # bits of fraction and exponent
-_QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
 
 _OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would leave out one rounding
 
@@ -135,7 +134,7 @@ def blend_torch(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
     of dtypes[0], [1] and [2] ("BF16", "F16" or "F32") and aligned to these; out is overwritten.
     Temporaries stay under 32 MiB. The device must know float64.
     """
-    parts, dtypes, alpha = _without_ends(parts, dtypes, alpha)
+    parts, dtypes, alpha = reference.without_ends(parts, dtypes, alpha)
     for part in parts:
         base, donor, out = _words(part, dtypes)
         for start in range(0, out.numel(), CHUNK):
@@ -153,7 +152,7 @@ def _blend_piece(
         bits |= (bits & _LOW).add_(_LOW)  # reaches bit 40 unless all low ones are 0
         bits &= ~_LOW
     words = mixed.to(torch.float32).to(_FLOAT[dtypes[2]]).view(out.dtype)
-    words.masked_fill_(mixed.isnan(), _QUIET_NAN[dtypes[2]])
+    words.masked_fill_(mixed.isnan(), reference.QUIET_NAN[dtypes[2]])
     if dtypes[0] == dtypes[1] == dtypes[2]:
         words = torch.where(base == donor, base, words)
     out.copy_(words)
@@ -167,7 +166,7 @@ def blend_triton(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
     """
     if _no_triton:
         raise ImportError(_no_triton)
-    parts, dtypes, alpha = _without_ends(parts, dtypes, alpha)
+    parts, dtypes, alpha = reference.without_ends(parts, dtypes, alpha)
     bits = _scaled_bits(1.0 - alpha, dtypes[0]), _scaled_bits(alpha, dtypes[1])
     constants = _constants(dtypes)
     for part in parts:
@@ -188,20 +187,9 @@ def _constants(dtypes: Triple) -> dict[str, int]:
         "donor_fraction": donor,
         "donor_exponent": donor_exponent,
         "out_fraction": out,
-        "quiet": _QUIET_NAN[dtypes[2]],
+        "quiet": reference.QUIET_NAN[dtypes[2]],
         "block": BLOCK,
     }
-
-
-def _without_ends(
-    parts: Sequence[Part], dtypes: Triple, alpha: float
-) -> tuple[Sequence[Part], Triple, float]:
-    """Alpha 0 and 1 as a half: half of one side and half of the same is that side exactly."""
-    if alpha not in (0, 1):
-        return parts, dtypes, alpha
-    side = int(alpha)
-    parts = [(part[side], part[side], part[2]) for part in parts]
-    return parts, (dtypes[side], dtypes[side], dtypes[2]), 0.5
 
 
 def _words(part: Part, dtypes: Triple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,11 +16,13 @@ Leaves to others: speed (`cpu.py`) and which kernel runs (`select.py`).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+T = TypeVar("T")
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 Floats = npt.NDArray[np.float64]
 
@@ -31,7 +33,7 @@ STORAGE: dict[str, type[np.unsignedinteger[Any]]] = {
 }
 SUMS = ("read", "finite", "equal", "odd_a", "odd_b", "ab", "aa", "bb", "dd")
 """What `relate` gives: counts of elements (odd: not finite), then sums of products; d is a - b."""
-_QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
 
 
 def blend(base: Bits, donor: Bits, dtypes: tuple[str, str, str], alpha: float) -> Bits:
@@ -47,6 +49,20 @@ def blend(base: Bits, donor: Bits, dtypes: tuple[str, str, str], alpha: float) -
     if base_dtype == donor_dtype == out_dtype:
         return np.where(base == donor, base, out)
     return out
+
+
+def without_ends(
+    parts: Sequence[tuple[T, T, T]], dtypes: tuple[str, str, str], alpha: float
+) -> tuple[Sequence[tuple[T, T, T]], tuple[str, str, str], float]:
+    """Alpha 0 and 1 as a half: half of one side and half of the same is that side exactly.
+
+    parts: base, donor and output; a kernel that is given them so needs no other loop for the ends.
+    """
+    if alpha not in (0, 1):
+        return parts, dtypes, alpha
+    side = int(alpha)
+    parts = [(part[side], part[side], part[2]) for part in parts]
+    return parts, (dtypes[side], dtypes[side], dtypes[2]), 0.5
 
 
 def cast(bits: Bits, dtype: str, out_dtype: str) -> Bits:
@@ -86,7 +102,7 @@ def narrow(values: Floats, dtype: str) -> Bits:
             bits = values.astype(np.float16).view(np.uint16)
         else:
             bits = values.astype(np.float32).view(np.uint32)
-    quiet = STORAGE[dtype](_QUIET_NAN[dtype])
+    quiet = STORAGE[dtype](QUIET_NAN[dtype])
     return np.where(np.isnan(values), quiet, bits)
 
 

@@ -87,7 +87,7 @@ def resolve(alpha: Alpha, plan: Plan) -> Alpha:
     """
     if not isinstance(alpha, Alphas):
         return check_alpha(alpha)
-    roles = {part.role for step in plan.steps for part in step.parts if part.role}
+    roles = {part.role for _, part in plan.parts if part.role}
     # A tied base has no head of its own, which is no reason to refuse one that is named
     names = {name for role in (*roles, *OUTSIDE) for name in _names(role)}
     for name in alpha.values:
@@ -105,8 +105,7 @@ def blended_roles(plan: Plan) -> dict[str, tuple[str, str]]:
     """The roles that alpha is for, with the names of the base's and the donor's tensor."""
     return {
         part.role: (step.name, part.donor_name or "")
-        for step in plan.steps
-        for part in step.parts
+        for step, part in plan.parts
         if part.role and part.donor
     }
 

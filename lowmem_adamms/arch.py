@@ -96,8 +96,7 @@ class Layout:
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
-        indices = {block.role.split(".")[1] for block in self._all() if block.role[:7] == "layers."}
-        return len(indices)
+        return len({role.split(".")[1] for role in self.pieces() if role.startswith("layers.")})
 
     def roles(self) -> dict[str, tuple[str, Block]]:
         """Each role's tensor and its (in nearly all layouts only) block there, the first."""
@@ -110,9 +109,6 @@ class Layout:
             for block in blocks:
                 found.setdefault(block.role, []).append((name, block))
         return found
-
-    def _all(self) -> Iterable[Block]:
-        return (block for blocks in self.blocks.values() for block in blocks)
 
 
 def embed_name(arch: Arch) -> str:

@@ -16,7 +16,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ class Span:
         return self.stop - self.start
 
     @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.nbytes * 8 // self.dtype.bits
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one index along dim 0 (of the whole, for a scalar or an empty tensor)."""
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
@@ -66,6 +71,11 @@ class Span:
         last = self.start + stop * self.row_bytes
         shape = (stop - start, *self.shape[1:])
         return replace(self, start=first, stop=last, shape=shape)
+
+    def stretch(self, first: int, count: int) -> Span:
+        """`count` elements of it from element `first`, flat."""
+        start = self.start + first * self.dtype.bits // 8
+        return replace(self, start=start, stop=start + self.dtype.nbytes(count), shape=(count,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,23 +246,24 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
         if path.name.endswith(".json"):
             raise FormatError(f"{path}: holds no weights; give the folder it is in")
         return [path], {}
-    for index_name, single in zip(INDEXES, SINGLES, strict=True):
-        if (path / index_name).is_file():
-            weight_map = _weight_map(path / index_name)
-            return [path / file for file in sorted(set(weight_map.values()))], weight_map
-        if (path / single).is_file():
-            return [path / single], {}
-    names = sorted(file.relative_to(path).as_posix() for file in path.glob("*"))
-    if lone := _lone(names):
-        return [path / lone], {}
-    deeper = (file.relative_to(path).as_posix() for file in path.glob("*/*"))
-    raise FormatError(f"{path}: {_lacks_weights([*names, *sorted(deeper)])}")
+    if found := _chosen(path, {file.name for file in path.glob("*") if file.is_file()}):
+        return found
+    names: list[str] = []
+    for depth in ("*", "*/*"):
+        names += sorted(file.relative_to(path).as_posix() for file in path.glob(depth))
+    raise FormatError(f"{path}: {_lacks_weights(names)}")
 
 
-def _lone(names: Iterable[str]) -> str | None:
-    """The one file that must be the weights, by whatever name."""
-    found = [name for name in names if _is_plain(name)]
-    return found[0] if len(found) == 1 else None
+def _chosen(folder: Path, listed: Collection[str]) -> tuple[list[Path], dict[str, str]] | None:
+    """Of the files there are, those of the weights and the index's map; None if there are none."""
+    for index, single in zip(INDEXES, SINGLES, strict=True):
+        if index in listed:
+            weight_map = _weight_map(folder / index, listed)
+            return [folder / name for name in sorted(set(weight_map.values()))], weight_map
+        if single in listed:
+            return [folder / single], {}
+    lone = [name for name in listed if _is_plain(name)]  # whatever it is called
+    return ([folder / lone[0]], {}) if len(lone) == 1 else None
 
 
 def _is_plain(name: str) -> bool:
@@ -281,45 +292,30 @@ def _lacks_weights(names: Sequence[str]) -> str:
 
 def _hub_shards(repo: hub.Repo, bins: bool) -> tuple[list[Path], dict[str, str]]:
     """The same of a repository, by the names it lists."""
-    here = repo.folder
-    for index_name, single in zip(INDEXES, SINGLES, strict=True):
-        names: list[str] = []
-        weight_map: dict[str, str] = {}
-        if index_name in repo.files:
-            weight_map = _weight_map(here / index_name, repo.files)
-            names = sorted(set(weight_map.values()))
-        elif single in repo.files:
-            names = [single]
-        if not names:
-            continue
-        paths = [here / name for name in names]
-        if not single.endswith(".safetensors") and repo.missing(paths):
-            if not bins:
-                raise HubError(
-                    f"{repo.ref}: holds .bin files only, which cannot be read by ranges: merge them"
-                    f" by way of the cache, or first: hf download {repo.id} --revision {repo.sha}"
-                )
-            hub.download(repo, paths)
-        return paths, weight_map
-    if lone := _lone(repo.files):
-        return [here / lone], {}
-    there = [name for name in repo.files if "/" not in name]  # a Hub id names no folder in it
-    raise HubError(f"{repo.ref}: {_lacks_weights(sorted(there))}")
+    found = _chosen(repo.folder, repo.files)
+    if found is None:
+        there = [name for name in repo.files if "/" not in name]  # a Hub id names no folder in it
+        raise HubError(f"{repo.ref}: {_lacks_weights(sorted(there))}")
+    paths, _ = found
+    if any(path.suffix != ".safetensors" for path in paths) and repo.missing(paths):
+        if not bins:
+            raise HubError(
+                f"{repo.ref}: holds .bin files only, which cannot be read by ranges: merge them"
+                f" by way of the cache, or first: hf download {repo.id} --revision {repo.sha}"
+            )
+        hub.download(repo, paths)
+    return found
 
 
-def _weight_map(index: Path, listed: Container[str] | None = None) -> dict[str, str]:
-    """The index's map of tensor to file, every file a plain name that exists beside it.
-
-    listed: the files there are, where they are not on this disk.
-    """
+def _weight_map(index: Path, listed: Collection[str]) -> dict[str, str]:
+    """The index's map of tensor to file, every file a plain name of those that are listed."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: no weight_map in it")
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
             raise FormatError(f"{index}: {name} is said to be in {file!r}, outside the folder")
-        here = len(file) <= 255 and listed is None and (index.parent / file).is_file()
-        if not (here or (listed is not None and file in listed)):
+        if file not in listed:
             raise FormatError(f"{index}: {file} is missing beside it (it holds {name})")
     return weight_map
 

@@ -93,9 +93,14 @@ class Comparison:
         return self.by(lambda pair: (pair.group, pair.kind))
 
     @property
+    def groups(self) -> dict[str, Measure]:
+        """By group, of the decoder."""
+        return self.by(lambda pair: pair.group)
+
+    @property
     def by_name(self) -> dict[str, Measure]:
         """By kind, of what was joined by name."""
-        return self.by(_group, by_name=True)
+        return self.by(lambda pair: pair.kind, by_name=True)
 
     @property
     def layers(self) -> list[int]:
@@ -115,7 +120,7 @@ class Comparison:
     def singles(self) -> list[str]:
         """The groups of the decoder that are no layers: `embed`, `norm`, `head`."""
         order = {"embed": 0, "norm": 1, "head": 2}
-        found = [group for group in self.by(_group) if not group.startswith("layers.")]
+        found = [group for group in self.groups if not group.startswith("layers.")]
         return sorted(found, key=lambda group: (order.get(group, len(order)), group))
 
     @property
@@ -141,7 +146,7 @@ class Comparison:
             "groups": {
                 group: measure.to_json()
                 | {"kinds": {kind: m.to_json() for (g, kind), m in cells.items() if g == group}}
-                for group, measure in self.by(_group).items()
+                for group, measure in self.groups.items()
             },
             "by_name": {kind: m.to_json() for kind, m in self.by_name.items()},
             "tensors": [_pair_json(pair) | measure.to_json() for pair, measure in self.items],
@@ -170,10 +175,6 @@ def bytes_read(pairing: Pairing) -> int:
     """Bytes of both sides that a comparison in full reads."""
     spans = (span for pair in pairing.pairs for piece in pair.pieces for span in piece.spans)
     return sum(span.nbytes for span in spans)
-
-
-def _group(pair: Pair) -> str:
-    return pair.group
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -7,7 +7,7 @@ and common style (`report_page.py`), the words and steps it shares with the term
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from . import report_page
@@ -20,12 +20,13 @@ from .compare_table import (
     counted,
     level,
     not_finite,
+    numbers,
     percent,
     shares,
 )
 from .kinship import THRESHOLD
 from .likeness import Measure
-from .markup import css, marked, plain, table
+from .markup import cell, marked, plain, row, table
 from .show import size
 
 if TYPE_CHECKING:
@@ -200,30 +201,22 @@ def _kinds(comparison: Comparison) -> Iterator[str]:
 
 
 def _kind(name: str, measure: Measure) -> str:
-    equal = percent(measure.equal / measure.read) if measure.read else ""
-    return _row(
-        f'<span class="key swatch {_class(measure)}"></span>{plain(name)}',
-        [percent(measure.distance), cosine(measure.cosine), equal],
-        [f"{measure.read:,}", f"{measure.total:,}"],
-    )
-
-
-def _row(head: str, *cells: Iterable[str]) -> str:
-    held = "".join(f"<td>{cell}</td>" for group in cells for cell in group)
-    return f'<tr><th scope="row">{head}</th>{held}</tr>'
+    cells = (*numbers(measure), f"{measure.read:,}", f"{measure.total:,}")
+    swatch = f'<span class="key swatch {_class(measure)}"></span>'
+    return row(swatch + plain(name), map(cell, cells))
 
 
 def _sides(comparison: Comparison) -> Iterator[str]:
     a, b = comparison.a, comparison.b
     yield '<section><div class="sides"><div><h2>The two sides</h2>'
-    traits = [
-        f'<tr><th scope="row">{plain(name)}</th>'
-        f"<td>{plain(said)}</td><td{css(said != b.traits[name], 'differs')}>"
-        f"{plain(b.traits[name])}</td></tr>"
-        for name, said in a.traits.items()
-    ]
+    traits = []
+    for name, ours in a.traits.items():
+        theirs = b.traits[name]
+        differs = "differs" if ours != theirs else ""
+        traits.append(row(plain(name), [cell(plain(ours)), cell(plain(theirs), differs)]))
     heads = ["tensors mapped", "mapped", "same name", "alone", "bytes mapped"]
-    mapped = [_row(head, pair) for head, *pair in zip(heads, shares(a), shares(b), strict=True)]
+    both = zip(heads, shares(a), shares(b), strict=True)
+    mapped = [row(head, map(cell, pair)) for head, *pair in both]
     yield from table(["", "A", "B"], [*traits, *mapped], label="Shares are of the parameters")
     yield "</div><div>"
     for letter, side in (("A", a), ("B", b)):
@@ -236,13 +229,10 @@ def _only(side: Side) -> Iterator[str]:
     if not side.only:
         yield '<p class="none">nothing</p>'
         return
-    rows = [
-        _row(
-            plain(only.what),
-            [f"{only.share.tensors:,}", size(only.share.nbytes), plain(only.why)],
-        )
-        for only in side.only
-    ]
+    rows = []
+    for only in side.only:
+        cells = (f"{only.share.tensors:,}", size(only.share.nbytes), plain(only.why))
+        rows.append(row(plain(only.what), map(cell, cells)))
     yield from table(["what", "tensors", "size", "why"], rows, label="No counterpart")
 
 
@@ -251,15 +241,14 @@ def _layers(comparison: Comparison) -> Iterator[str]:
     kinds = comparison.kinds
     if not kinds:
         return
-    cells = comparison.cells
-    groups = comparison.by(lambda pair: pair.group)
+    cells, groups = comparison.cells, comparison.groups
     rows = []
     for layer in comparison.layers:
         group = f"layers.{layer}"
         if group in groups:
             held = [_number(cells.get((group, kind))) for kind in kinds]
-            held.append(f"<td>{cosine(groups[group].cosine)}</td>")
-            rows.append(f'<tr><th scope="row">{layer}</th>{"".join(held)}</tr>')
+            held.append(cell(cosine(groups[group].cosine)))
+            rows.append(row(str(layer), held))
     yield "<section><details><summary>Every layer</summary>"
     heads = ["layer", *map(plain, kinds), "cosine of all"]
     yield from table(heads, rows, label="Distance ||A - B|| / ||A||")
@@ -287,9 +276,5 @@ def _pair(pair: Pair, measure: Measure) -> str:
     a, b = (
         ", ".join(dict.fromkeys(marked(piece.names[i]) for piece in pair.pieces)) for i in (0, 1)
     )
-    equal = percent(measure.equal / measure.read) if measure.read else ""
-    return (
-        f'<tr><th scope="row">{marked(pair.role)}</th><td class="name">{a}</td>'
-        f'<td class="name">{b}</td><td>{percent(measure.distance)}</td>'
-        f"<td>{cosine(measure.cosine)}</td><td>{equal}</td></tr>"
-    )
+    names = (cell(a, "name"), cell(b, "name"))
+    return row(marked(pair.role), [*names, *map(cell, numbers(measure))])

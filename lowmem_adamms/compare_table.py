@@ -169,12 +169,13 @@ def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False)
     for kind in comparison.kinds:
         row = [cells.get((f"layers.{layer}", kind)) for layer in layers]
         total = sum((measure for measure in row if measure), Measure())
-        table.add_row(kind, _strip(row, per, signs), *_numbers(total, _furthest(row, layers)))
+        far, near, equal = numbers(total)
+        table.add_row(kind, _strip(row, per, signs), far, near, _furthest(row, layers), equal)
     table.add_section()
-    groups = comparison.by(lambda pair: pair.group)
-    singles = {group: groups[group] for group in comparison.singles}
+    singles = {group: comparison.groups[group] for group in comparison.singles}
     for name, measure in {**singles, **comparison.by_name}.items():
-        table.add_row(escape(name), _strip([measure], 1, signs), *_numbers(measure, ""))
+        far, near, equal = numbers(measure)
+        table.add_row(escape(name), _strip([measure], 1, signs), far, near, "", equal)
     return table
 
 
@@ -188,9 +189,10 @@ def legend(*, ascii_only: bool = False) -> str:
     )
 
 
-def _numbers(measure: Measure, furthest: str) -> tuple[str, str, str, str]:
+def numbers(measure: Measure) -> tuple[str, str, str]:
+    """Distance, cosine, and the share of elements that are equal."""
     equal = percent(measure.equal / measure.read) if measure.read else ""
-    return percent(measure.distance), cosine(measure.cosine), furthest, equal
+    return percent(measure.distance), cosine(measure.cosine), equal
 
 
 def _furthest(row: Sequence[Measure | None], layers: Sequence[int]) -> str:

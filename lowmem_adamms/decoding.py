@@ -59,16 +59,18 @@ class CannotResumeError(Exception):
 class Decoding:
     """One batch, from its prompts to its answers, verifying drafts first.
 
-    drafts: per row, tokens that the answer is expected to begin with (may be empty).
+    drafts: per row, tokens that the answer is expected to begin with (may be empty). spent: what
+    it takes is added there.
     """
 
-    def __init__(self, model: Any, drafts: Sequence[Tokens], settings: Settings) -> None:
-        self._model, self._settings = model, settings
+    def __init__(
+        self, model: Any, drafts: Sequence[Tokens], settings: Settings, spent: Spent
+    ) -> None:
+        self._model, self._settings, self._spent = model, settings, spent
         self._drafts = [_usable(draft, model, settings) for draft in drafts]
         self._longest = max(map(len, self._drafts))
         self._ends: frozenset[int] = frozenset()
         self._answers: list[Tokens] = [[] for _ in drafts]
-        self.spent = Spent()
 
     def run(self, inputs: Inputs, tokenizer: Any) -> list[Tokens]:
         """The answers' tokens, the end token included."""
@@ -91,8 +93,8 @@ class Decoding:
         finally:
             self._model.generation_config = own
         width = inputs["input_ids"].shape[1] + max(map(len, self._answers)) - 1
-        self.spent.plain_tokens = len(self._answers) * width
-        self.spent.answer_tokens = sum(map(len, self._answers))
+        self._spent.plain_tokens += len(self._answers) * width
+        self._spent.answer_tokens += sum(map(len, self._answers))
         return self._answers
 
     def _extended(self, inputs: Inputs, pad: int) -> Inputs:
@@ -195,8 +197,8 @@ class Decoding:
         )
 
     def _spend(self, computed: torch.Tensor) -> None:
-        self.spent.forward_tokens += computed.numel()
-        self.spent.passes += 1
+        self._spent.forward_tokens += computed.numel()
+        self._spent.passes += 1
 
 
 def _usable(draft: Tokens, model: Any, settings: Settings) -> Tokens:

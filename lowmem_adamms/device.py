@@ -8,8 +8,9 @@ others: how much goes where (`placement.py`).
 from __future__ import annotations
 
 import ctypes
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,7 @@ class DeviceSource:
 
     def __init__(self, plan: Plan, files: Files, placement: Placement, device: str) -> None:
         self._files, self._device = files, torch.device(device)
-        self._starts: dict[Path, list[int]] = {}
-        self._held: dict[Path, list[torch.Tensor]] = {}
+        self._held: dict[Path, list[tuple[int, torch.Tensor]]] = {}  # by where they start
         for _, part, home in homes(plan, placement):
             for span in (part.base, part.donor):
                 if home == "cache" or span is None or self._find(span) is not None:
@@ -74,21 +74,16 @@ class DeviceSource:
         return held.copy_(as_tensor(self._files.view(span)))
 
     def _hold(self, span: Span, held: torch.Tensor) -> None:
-        starts, tensors = (
-            self._starts.setdefault(span.path, []),
-            self._held.setdefault(span.path, []),
-        )
-        at = bisect_right(starts, span.start)
-        starts.insert(at, span.start)
-        tensors.insert(at, held)
+        insort(self._held.setdefault(span.path, []), (span.start, held), key=itemgetter(0))
 
     def _find(self, span: Span) -> torch.Tensor | None:
         """The stretch of a held span that a piece of it covers."""
-        at = bisect_right(self._starts.get(span.path, []), span.start) - 1
+        there = self._held.get(span.path, [])
+        at = bisect_right(there, span.start, key=itemgetter(0)) - 1
         if at < 0:
             return None
-        offset = span.start - self._starts[span.path][at]
-        held = self._held[span.path][at]
+        start, held = there[at]
+        offset = span.start - start
         return held[offset : offset + span.nbytes] if offset + span.nbytes <= len(held) else None
 
 

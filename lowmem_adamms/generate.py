@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .decoding import CannotResumeError, Decoding, Settings, Spent, Tokens
+from .encode import Inputs
 from .features import FeatureCache
 from .loading import check_can_run
 from .prompts import Prompt
@@ -83,18 +84,18 @@ class Answerer:
         drafts = [self._drafts.get(prompt, []) if self._drafting else [] for prompt in prompts]
         inputs = self._encoder(prompts)
         try:
-            decoding = Decoding(self._live.model, drafts, self.settings)
-            tokens = decoding.run(inputs, self._encoder.tokenizer)
+            tokens = self._decode(inputs, drafts)
         except CannotResumeError as error:
             self._drafting = False
             self.notes.append(str(error))
-            self._count(decoding.spent)
-            decoding = Decoding(self._live.model, [[] for _ in prompts], self.settings)
-            tokens = decoding.run(inputs, self._encoder.tokenizer)
-        self._count(decoding.spent)
+            tokens = self._decode(inputs, [[] for _ in prompts])
         for place, prompt, found in zip(places, prompts, tokens, strict=True):
             self._drafts[prompt] = found
             yield place, self._encoder.decode(found), found
+
+    def _decode(self, inputs: Inputs, drafts: Sequence[Tokens]) -> list[Tokens]:
+        decoding = Decoding(self._live.model, drafts, self.settings, self.spent)
+        return decoding.run(inputs, self._encoder.tokenizer)
 
     def _note_length(self, asked: Sequence[Prompt]) -> None:
         """Positions beyond those of the training give answers all the same, of whatever worth."""
@@ -107,13 +108,6 @@ class Answerer:
             self.notes.append(
                 f"{name}: {length} tokens with the answer, and the base was made for {most}"
             )
-
-    def _count(self, spent: Spent) -> None:
-        mine = self.spent
-        mine.forward_tokens += spent.forward_tokens
-        mine.plain_tokens += spent.plain_tokens
-        mine.answer_tokens += spent.answer_tokens
-        mine.passes += spent.passes
 
     @contextmanager
     def _vision(self) -> Iterator[None]:

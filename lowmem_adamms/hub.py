@@ -24,6 +24,7 @@ from typing import Any
 from . import header
 from .errors import DigestError, FormatError, HubError
 from .plain import hub_utils
+from .stream import file_digest
 from .wire import RemoteFile, patiently
 
 _REF = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
@@ -123,7 +124,7 @@ def fetch(repo: Repo, names: Iterable[str], *, bars: bool = False, workers: int 
     patterns = [glob.escape(name) for name in missing]
     options: dict[str, Any] = {"allow_patterns": patterns, "max_workers": workers}
     cache = repo.folder.parents[2]
-    with contextlib.nullcontext() if bars else _without_bars():
+    with contextlib.nullcontext() if bars else without_bars():
         # By the name that was asked for, so that the cache can tell it when offline
         at = patiently(
             repo.ref, lambda: _snapshot(repo.id, repo.asked, cache, known=repo, **options)
@@ -146,9 +147,12 @@ def _snapshot(
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    utils = hub_utils()
-    if utils.are_progress_bars_disabled():
+def without_bars() -> Iterator[None]:
+    """huggingface_hub shows no progress inside the block, unless its user insists."""
+    from huggingface_hub import constants
+
+    utils, told = hub_utils(), constants.HF_HUB_DISABLE_PROGRESS_BARS
+    if told is not None or utils.are_progress_bars_disabled():
         yield
         return
     utils.disable_progress_bars()
@@ -206,14 +210,11 @@ def _check_digest(path: Path, file: RemoteFile) -> None:
     """HubError, and the file is gone, if it is not what the Hub says."""
     if file.sha256 is None:
         return
-    digest = hashlib.sha256()
-    with path.open("rb") as data:
-        while block := data.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != file.sha256:
+    found = file_digest(path, hashlib.sha256())
+    if found != file.sha256:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        raise bad_digest(file, digest.hexdigest())
+        raise bad_digest(file, found)
 
 
 def bad_digest(file: RemoteFile, found: str) -> DigestError:

@@ -6,7 +6,7 @@ Leaves to others: each of these ways (`hub.py`, `ranges.py`, `shards.py`) and th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .alphas import Alpha
 from .checkpoint import Span
 from .errors import DigestError, RecipeError
 from .journal import NAME
-from .merge import WINDOW, Sink, run, spans_in_order
+from .merge import WINDOW, Sink, Source, run, spans_in_order
 from .plan import Plan, Step
 from .wire import RemoteFile
 
@@ -68,18 +68,24 @@ def carry_out(
     work: OUT/.partial. Returns the remote files whose bytes were not held against the digests of
     the Hub.
     """
-    files = remote(plan)
+    files, budget = remote(plan), fetch.disk_budget
     unchecked: list[str] = []
     if not files:
         run(plan, alpha, sink, **options)
     else:
+        size = ranges.WINDOW if budget is None else WINDOW
+        windows = spans_in_order(plan, alpha, sink, size)
         try:
-            with _source(files, plan, alpha, sink, work, fetch) as source:
-                size = ranges.WINDOW if isinstance(source, ranges.RangeSource) else WINDOW
-                run(plan, alpha, _Through(sink, source), source=source, window=size, **options)
+            with (
+                ranges.RangeSource(files, windows)
+                if budget is None
+                else shards.ShardSource(files, windows, work / shards.FOLDER, budget)
+            ) as source:
+                through = _Through(sink, source, files)
+                run(plan, alpha, through, source=source, window=size, **options)
                 unchecked = source.finish()
         except DigestError:
-            if fetch.disk_budget is None:  # a shard is checked before it is used
+            if budget is None:  # a shard is checked before it is used
                 _start_over(work)
             raise
     shutil.rmtree(work / shards.FOLDER, ignore_errors=True)  # also of a run begun another way
@@ -94,32 +100,17 @@ def _start_over(work: Path) -> None:
     shutil.rmtree(work / shards.FOLDER, ignore_errors=True)
 
 
-def _source(
-    files: Mapping[Path, RemoteFile],
-    plan: Plan,
-    alpha: Alpha,
-    sink: Sink,
-    work: Path,
-    fetch: Fetch,
-) -> ranges.RangeSource | shards.ShardSource:
-    if fetch.disk_budget is None:
-        windows = spans_in_order(plan, alpha, sink, ranges.WINDOW)
-        return ranges.RangeSource(files, windows)
-    windows = spans_in_order(plan, alpha, sink, WINDOW)
-    return shards.ShardSource(files, windows, work / shards.FOLDER, fetch.disk_budget)
-
-
 class _Through:
     """A sink that takes copies of what is no file of this disk from the source."""
 
-    def __init__(self, sink: Sink, source: ranges.RangeSource | shards.ShardSource) -> None:
-        self._sink, self._source = sink, source
+    def __init__(self, sink: Sink, source: Source, files: Container[Path]) -> None:
+        self._sink, self._source, self._files = sink, source, files
 
     def wants(self, step: Step) -> bool:
         return self._sink.wants(step)
 
     def copy(self, step: Step, offset: int, span: Span) -> None:
-        if not self._source.is_remote(span):
+        if span.path not in self._files:
             self._sink.copy(step, offset, span)
             return
         slot = self._sink.slot(step, offset, span.nbytes)

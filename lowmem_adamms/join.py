@@ -26,6 +26,7 @@ from .tying import is_tied
 _T = TypeVar("_T")
 Embeddings = Literal["merge", "keep"]
 _Pieces = list[tuple[str, Block]]
+_Rows = tuple[int, int]
 
 
 def make_plan(
@@ -184,9 +185,9 @@ class _Join:
         parts: list[Part] = []
         reasons: list[str] = []
         for block in blocks:
-            alone = Part((block.start, block.stop), block.role, span_of(self.base, name, block))
+            alone = [self._part(name, block.role, (block.start, block.stop))]
             found, reason = self.fitting(
-                partial(self._parts, name, block), ([alone], "another shape in the donor")
+                partial(self._parts, name, block, alone), (alone, "another shape in the donor")
             )
             parts += found
             if reason not in reasons:
@@ -203,10 +204,24 @@ class _Join:
             if name not in self.used
         }
 
-    def _parts(self, name: str, block: Block) -> tuple[list[Part], str]:
-        """The parts of one block of a base tensor, and why they are what they are."""
-        span = span_of(self.base, name, block)
-        alone = [Part((block.start, block.stop), block.role, span)]
+    def _part(
+        self,
+        name: str,
+        role: str,
+        rows: _Rows,
+        donor: str | None = None,
+        theirs: _Rows | None = None,
+    ) -> Part:
+        """Rows of a base tensor, and those of the donor's to blend into them, if any."""
+        base = self.base.tensors[name].rows(*rows)
+        lent = self.donor.tensors[donor].rows(*theirs) if donor and theirs else None
+        return Part(rows, role, base, lent, donor, theirs)
+
+    def _parts(self, name: str, block: Block, alone: list[Part]) -> tuple[list[Part], str]:
+        """The parts of one block of a base tensor, and why they are what they are.
+
+        alone: what they are if nothing is blended in.
+        """
         if block.role in ("embed", "head") and self.embeddings == "keep":
             return alone, "--embeddings keep"
         found = self._counterpart(block.role)
@@ -244,14 +259,7 @@ class _Join:
                 shift, donor_shift = block.start - block.first, theirs.start - theirs.first
                 rows = (first + shift, last + shift)
                 donor_rows = (first + donor_shift, last + donor_shift)
-                yield Part(
-                    rows,
-                    block.role,
-                    self.base.tensors[name].rows(*rows),
-                    self.donor.tensors[donor_name].rows(*donor_rows),
-                    donor_name,
-                    donor_rows,
-                )
+                yield self._part(name, block.role, rows, donor_name, donor_rows)
 
     def _counterpart(self, role: str) -> tuple[_Pieces, str] | None:
         """The donor's tensors and blocks for a base role, by the design's joining rules."""
@@ -284,23 +292,12 @@ class _Join:
         position = 0
         for run in runs:
             if run.base > position:
-                gap = (position, run.base)
-                parts.append(Part(gap, block.role, base_span.rows(*gap)))
+                parts.append(self._part(name, block.role, (position, run.base)))
             position = run.base + run.length
             rows, partner = (run.base, position), (run.donor, run.donor + run.length)
-            parts.append(
-                Part(
-                    rows,
-                    block.role,
-                    base_span.rows(*rows),
-                    donor_span.rows(*partner),
-                    donor_name,
-                    partner,
-                )
-            )
+            parts.append(self._part(name, block.role, rows, donor_name, partner))
         if position < block.stop:
-            gap = (position, block.stop)
-            parts.append(Part(gap, block.role, base_span.rows(*gap)))
+            parts.append(self._part(name, block.role, (position, block.stop)))
         count = count_rows(parts)
         how = (
             f"rows by {by}: {count['shared']} shared, {count['moved']} of them moved,"

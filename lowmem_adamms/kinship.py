@@ -6,30 +6,18 @@ cosine 1, strangers near 0. Only matrices count: norm weights are all near one i
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
-from .checkpoint import Span
 from .errors import MappingError
-from .hub import LANES
 from .plan import Part, Plan
-from .wire import RemoteFile
+from .reads import Reads
 
-if TYPE_CHECKING:
-    from .kernels.reference import Bits, Floats
-
-Remote = Mapping[Path, RemoteFile]
 THRESHOLD = 0.5
 """Below this in any layer the two are taken for strangers."""
 RUN_ELEMENTS = 512
 """Each mapped matrix is sampled in its middle: some 3600 elements a layer."""
-_RWF_DONTCACHE = 0x80  # linux/fs.h, Linux 6.14; not in Python's os module
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +52,10 @@ def measure(plan: Plan) -> Kinship:
     sums: dict[str, list[float]] = {}
     blank: list[tuple[Path, str]] = []
     parts = [
-        part
-        for step in plan.steps
-        for part in step.parts
-        if part.donor and part.role and len(part.base.shape) > 1
+        part for _, part in plan.parts if part.donor and part.role and len(part.base.shape) > 1
     ]
-    with ExitStack() as stack:
-        files = Files(stack, plan.base.remote() | plan.donor.remote())
-        # One after the other from a disk, many requests at once to the Hub
-        pool = stack.enter_context(ThreadPoolExecutor(LANES if files.remote else 1))
-        products = pool.map(lambda part: _products(part, files), parts)
+    with Reads(plan.base.remote() | plan.donor.remote()) as reads:
+        products = reads.map(lambda part: _products(part, reads), parts)
         for part, (found, lost) in zip(parts, products, strict=True):
             total = sums.setdefault(group_of(part.role or ""), [0.0, 0.0, 0.0])
             for i, value in enumerate(found):
@@ -111,7 +93,7 @@ def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _products(part: Part, files: Files) -> tuple[tuple[float, float, float], list[Path]]:
+def _products(part: Part, reads: Reads) -> tuple[tuple[float, float, float], list[Path]]:
     """Base . donor, base . base and donor . donor over the sampled elements that are finite.
 
     With it the files, of the two, whose sample has none.
@@ -119,58 +101,12 @@ def _products(part: Part, files: Files) -> tuple[tuple[float, float, float], lis
     import numpy as np
 
     assert part.donor is not None
-    count = part.base.nbytes // part.base.dtype.itemsize
+    count = part.base.elements
     take = min(count, RUN_ELEMENTS)
-    base, donor = (files.read(span, (count - take) // 2, take) for span in (part.base, part.donor))
+    middles = (span.stretch((count - take) // 2, take) for span in (part.base, part.donor))
+    base, donor = map(reads.floats, middles)
     samples = ((part.base.path, np.isfinite(base)), (part.donor.path, np.isfinite(donor)))
     lost = [path for path, finite in samples if take and not finite.any()]
     both = samples[0][1] & samples[1][1]
     base, donor = base[both], donor[both]
     return (float(base @ donor), float(base @ base), float(donor @ donor)), lost
-
-
-class Files:
-    """Files opened for a few small reads each."""
-
-    def __init__(self, stack: ExitStack, remote: Remote | None = None) -> None:
-        self._stack, self.remote = stack, remote or {}
-        self._open: dict[Path, BinaryIO] = {}
-
-    def read(self, span: Span, first: int, count: int) -> Floats:
-        """`count` elements of a span from element `first`, as float64."""
-        from .kernels import reference
-
-        return reference.widen(self.bits(span, first, count), span.dtype.name)
-
-    def bits(self, span: Span, first: int, count: int) -> Bits:
-        """`count` elements of a span from element `first`, as a storage array."""
-        import numpy as np
-
-        from .kernels import reference
-
-        start, nbytes = span.start + first * span.dtype.itemsize, count * span.dtype.itemsize
-        raw = self._read(span.path, start, nbytes)
-        return np.frombuffer(raw, reference.STORAGE[span.dtype.name])
-
-    def _read(self, path: Path, start: int, nbytes: int) -> bytes | bytearray:
-        if path in self.remote:
-            return self.remote[path].read(start, start + nbytes)
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(path.open("rb", buffering=0))
-        return _read_uncached(self._open[path], start, nbytes)
-
-
-def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:
-    """Bytes of a file, not left in the page cache where the system can: a lone page there splits
-    the large request that reads around it later.
-    """
-    raw = bytearray(nbytes)
-    for flags in (_RWF_DONTCACHE, 0):  # neither moves the file's position, which threads share
-        try:
-            if os.preadv(file.fileno(), [raw], start, flags) == nbytes:
-                return raw
-        except (OSError, AttributeError, NotImplementedError):
-            pass
-    file.seek(start)
-    file.readinto(raw)  # type: ignore[attr-defined]
-    return raw

@@ -12,32 +12,24 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from . import ranges
 from .checkpoint import Span
-from .hub import LANES
-from .kinship import RUN_ELEMENTS, Files, cosine_of
-from .pairing import Pair, Piece, elements
-from .stream import Files as MappedFiles
-from .stream import read_ahead
+from .kinship import RUN_ELEMENTS, cosine_of
+from .merge import AHEAD, LARGEST_ITEM, Source
+from .pairing import Pair, Piece
+from .reads import Reads, Remote
+from .stream import Files, read_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
-    from .merge import Source
-    from .wire import RemoteFile
-
-    Remote = Mapping[Path, RemoteFile]
+    from collections.abc import Iterable
 
 SAMPLE = 4096
 """Elements of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
 WINDOW = 4 << 20
 """Elements read at a time where all are read."""
-_LARGEST_ITEM = 4  # bytes of an F32 element
-_AHEAD = 3  # windows whose pages are brought in before they are needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +103,13 @@ def sampled(
 
     def measured(pair: Pair) -> Measure:
         sums = [0.0] * len(reference.SUMS)
-        for a, b, first, count in _sample(pair.pieces, sample, longest):
-            dtypes = a.dtype.name, b.dtype.name
-            bits = files.bits(a, first, count), files.bits(b, first, count)
-            sums = [x + y for x, y in zip(sums, reference.relate(*bits, dtypes), strict=True)]
+        for a, b in _sample(pair.pieces, sample, longest):
+            found = reference.relate(reads.bits(a), reads.bits(b), (a.dtype.name, b.dtype.name))
+            sums = [x + y for x, y in zip(sums, found, strict=True)]
         return _measure(pair, sums)
 
-    with ExitStack() as stack:
-        files = Files(stack, remote)
-        pool = stack.enter_context(ThreadPoolExecutor(LANES if remote else 1))
-        return tuple(pool.map(measured, pairs))
+    with Reads(remote) as reads:
+        return tuple(reads.map(measured, pairs))
 
 
 def streamed(
@@ -134,17 +123,17 @@ def streamed(
 
     relate = select.relation()
     sums = [[0.0] * len(reference.SUMS) for _ in pairs]
-    window = ranges.WINDOW // _LARGEST_ITEM if remote else WINDOW
+    window = ranges.WINDOW // LARGEST_ITEM if remote else WINDOW
     with ExitStack() as stack:
         far: ranges.RangeSource | None = None
         if remote:
             spans = (spans for _, *spans in _windows(pairs, window))
             far = stack.enter_context(ranges.RangeSource(remote, spans))
-        files: Source = far or stack.enter_context(MappedFiles())
+        files: Source = far or stack.enter_context(Files())
         # One reader a side: the kernel reads ahead well only where a file is read in order
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
         windows = _windows(pairs, window)
-        for i, a, b in read_ahead(windows, _spans, files.ahead, readers, _AHEAD):
+        for i, a, b in read_ahead(windows, _spans, files.ahead, readers, AHEAD):
             found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
             sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
             for span in (a, b):
@@ -162,32 +151,25 @@ def middles(held: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> 
     import numpy as np
 
     def middle(spans: Sequence[Span]) -> Any:
-        found = _sample(_alone(spans), RUN_ELEMENTS, RUN_ELEMENTS)
-        return np.concatenate([files.read(a, first, n) for a, _, first, n in found])
+        alone = [Piece((span, span), ("", "")) for span in spans]
+        found = _sample(alone, RUN_ELEMENTS, RUN_ELEMENTS)
+        return np.concatenate([reads.floats(span) for span, _ in found])
 
-    with ExitStack() as stack:
-        files = Files(stack, remote)
-        pool = stack.enter_context(ThreadPoolExecutor(LANES if remote else 1))
-        return list(pool.map(middle, held))
-
-
-def _alone(spans: Sequence[Span]) -> list[Piece]:
-    return [Piece((span, span), ("", "")) for span in spans]
+    with Reads(remote) as reads:
+        return list(reads.map(middle, held))
 
 
 def _measure(pair: Pair, sums: Sequence[float]) -> Measure:
     return Measure(pair.elements, *map(int, sums[:5]), *map(float, sums[5:]))
 
 
-def _sample(
-    pieces: Sequence[Piece], sample: int, longest: int
-) -> Iterator[tuple[Span, Span, int, int]]:
-    """Spans of both sides with the first element and count of each stretch to read.
+def _sample(pieces: Sequence[Piece], sample: int, longest: int) -> Iterator[tuple[Span, Span]]:
+    """Each stretch to read, of both sides.
 
     The pieces count as one long row. Runs of `longest` are spread from its start to its end; a
     single one lies in the middle, where kinship looks.
     """
-    total = sum(elements(piece.spans[0]) for piece in pieces)
+    total = sum(piece.spans[0].elements for piece in pieces)
     take = min(total, sample)
     runs = -(-take // longest)
     if take == total or runs < 2:
@@ -198,17 +180,15 @@ def _sample(
         yield from _stretches(pieces, (total - longest) * i // (runs - 1), size)
 
 
-def _stretches(
-    pieces: Sequence[Piece], first: int, count: int
-) -> Iterator[tuple[Span, Span, int, int]]:
+def _stretches(pieces: Sequence[Piece], first: int, count: int) -> Iterator[tuple[Span, Span]]:
     """Elements `first` to `first + count` of the row, cut where a piece ends."""
     start = 0
     for piece in pieces:
         a, b = piece.spans
-        stop = start + elements(a)
+        stop = start + a.elements
         low, high = max(first, start), min(first + count, stop)
         if low < high:
-            yield a, b, low - start, high - low
+            yield a.stretch(low - start, high - low), b.stretch(low - start, high - low)
         start = stop
 
 
@@ -219,16 +199,9 @@ def _windows(pairs: Sequence[Pair], size: int) -> Iterator[_Window]:
     """All pieces of all pairs in the order of a's bytes, a window at a time."""
     todo = [(i, *piece.spans) for i, pair in enumerate(pairs) for piece in pair.pieces]
     for i, a, b in sorted(todo, key=lambda item: (str(item[1].path), item[1].start)):
-        for first in range(0, elements(a), size):
-            count = min(size, elements(a) - first)
-            yield i, _slice(a, first, count), _slice(b, first, count)
-
-
-def _slice(span: Span, first: int, count: int) -> Span:
-    """`count` elements of a span from element `first`, as a flat span."""
-    start = span.start + first * span.dtype.itemsize
-    stop = start + count * span.dtype.itemsize
-    return replace(span, start=start, stop=stop, shape=(count,))
+        for first in range(0, a.elements, size):
+            count = min(size, a.elements - first)
+            yield i, a.stretch(first, count), b.stretch(first, count)
 
 
 def _spans(window: _Window) -> tuple[tuple[Span, Span]]:

@@ -9,7 +9,6 @@ card (`device.py`), answers (`generate.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +75,7 @@ class LiveModel(Closing):
         self.model = self._load(spoken)
         self._files = Files(keep=self.placement.sources_stay)
         try:
-            self._source, self._kernel, self._window = self._backend()
+            self._source, self._kernel = self._backend()
             self._sink, self.vision = self._join()
         except BaseException:
             self._files.close()
@@ -120,7 +119,7 @@ class LiveModel(Closing):
             self._sink,
             kernel=self._kernel,
             source=self._source,
-            window=self._window,
+            window=device.WINDOW,
             progress=progress,
         )
         if self.placement.device == "cuda":
@@ -158,17 +157,17 @@ class LiveModel(Closing):
         self._files.close()
         self.model = self._encoder = self._answerer = None
 
-    def _backend(self) -> tuple[Source, Any, int]:
-        """Source, kernel and window for where the model lies."""
+    def _backend(self) -> tuple[Source, Any]:
+        """Source and kernel for where the model lies."""
         if self.placement.device == "cpu":
             from .kernels.select import select
 
-            return self._files, select(self.plan.dtypes)[0], device.WINDOW
+            return self._files, select(self.plan.dtypes)[0]
         from .kernels import gpu
 
         where = self.placement.device
         source = device.DeviceSource(self.plan, self._files, self.placement, where)
-        return source, gpu.kernel(where, self.plan.dtypes)[0], device.WINDOW
+        return source, gpu.kernel(where, self.plan.dtypes)[0]
 
 
 def check_loaded(model: Any, plan: Plan, groups: Sequence[loading.Group], files: Files) -> None:
@@ -232,10 +231,9 @@ def _same(param: torch.Tensor, span: Span, files: Files) -> bool:
 
 
 def _chunks(span: Span) -> Iterator[Span]:
-    size = span.dtype.itemsize
-    for start in range(span.start, span.stop, CHUNK):
-        stop = min(start + CHUNK, span.stop)
-        yield replace(span, start=start, stop=stop, shape=((stop - start) // size,))
+    count = CHUNK // span.dtype.itemsize
+    for first in range(0, span.elements, count):
+        yield span.stretch(first, min(count, span.elements - first))
 
 
 def _tensor(span: Span, files: Files) -> torch.Tensor:

@@ -97,6 +97,16 @@ def css(on: bool, name: str) -> str:
     return f' class="{name}"' if on else ""
 
 
+def cell(text: str, kind: str = "") -> str:
+    """A cell of a table; kind: its class."""
+    return f"<td{css(bool(kind), kind)}>{text}</td>"
+
+
+def row(head: str, cells: Iterable[str], kind: str = "") -> str:
+    """A row of a table: its head and its finished cells."""
+    return f'<tr{css(bool(kind), kind)}><th scope="row">{head}</th>{"".join(cells)}</tr>'
+
+
 def table(head: Iterable[str], rows: Iterable[str], *, label: str, cls: str = "") -> list[str]:
     """A table of numbers: `head` holds texts of our own, `rows` holds finished <tr> elements."""
     cells = "".join(f'<th scope="col">{name}</th>' for name in head)

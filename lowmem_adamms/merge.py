@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 WINDOW = 8 << 20
 """Bytes of output per window."""
-_LARGEST_ITEM = 4  # bytes of an F32 element: a window with less room left takes no more
+LARGEST_ITEM = 4
+"""Bytes of an F32 element: a window with less room left takes no more."""
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
@@ -245,13 +246,13 @@ def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window
                     yield Copy(step, offset, stretch)
                     offset += stretch.nbytes
                 continue
-            nbytes = step.dtype.nbytes(base.nbytes // base.dtype.itemsize)
+            nbytes = step.dtype.nbytes(base.elements)
             whole = Piece(step, offset, base, donor, nbytes, weight if donor else 0.0)
             for piece in _cut(whole, room, size):
                 window.append(piece)
                 room -= piece.nbytes
                 offset += piece.nbytes
-                if room < _LARGEST_ITEM:
+                if room < LARGEST_ITEM:
                     yield window
                     window, room = [], size
     if window:
@@ -275,17 +276,10 @@ def _cut(whole: Piece, room: int, window: int) -> Iterator[Piece]:
         yield Piece(
             step,
             whole.offset + done * size,
-            _slice(base, done, take),
-            _slice(donor, done, take) if donor else None,
+            base.stretch(done, take),
+            donor.stretch(done, take) if donor else None,
             take * size,
             whole.alpha,
         )
         done += take
         room = window
-
-
-def _slice(span: Span, first: int, count: int) -> Span:
-    """`count` elements of a span from element `first`, as a flat span."""
-    size = span.dtype.itemsize
-    start = span.start + first * size
-    return replace(span, start=start, stop=start + count * size, shape=(count,))

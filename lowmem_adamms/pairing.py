@@ -55,7 +55,7 @@ class Pair:
     @property
     def elements(self) -> int:
         """Elements on either side."""
-        return sum(elements(piece.spans[0]) for piece in self.pieces)
+        return sum(piece.spans[0].elements for piece in self.pieces)
 
     @property
     def tells(self) -> bool:
@@ -146,11 +146,6 @@ def pair_up(forth: Plan, back: Plan, misfits: Iterable[str] = ()) -> Pairing:
     return Pairing(a, b, pairs, tuple(obstacles), forth.notes, remote)
 
 
-def elements(span: Span) -> int:
-    """Number of elements of a span."""
-    return span.nbytes * 8 // span.dtype.bits
-
-
 def kind_of(role: str) -> str:
     """The kind of a role, as in KINDS, with its stream unless that is the text's."""
     plain, _, stream = role.partition("@")
@@ -187,10 +182,9 @@ def _by_role(forth: Plan, back: Plan) -> Iterator[Pair]:
 
 def _blended(plan: Plan) -> Iterator[tuple[Step, Part, str]]:
     """The parts of a plan that have a donor, with their role; the text's stream is the plain."""
-    for step in plan.steps:
-        for part in step.parts:
-            if part.donor is not None and part.role is not None and part.base.nbytes:
-                yield step, part, part.role.removesuffix("@text")
+    for step, part in plan.parts:
+        if part.donor is not None and part.role is not None and part.base.nbytes:
+            yield step, part, part.role.removesuffix("@text")
 
 
 def _by_name(plan: Plan) -> Iterator[Pair]:
@@ -230,7 +224,8 @@ def _side(plan: Plan, other: Plan, pairs: Iterable[Pair], i: int) -> Side:
 
 def _share(held: Mapping[str, Iterable[Span]]) -> Share:
     spans = [span for group in held.values() for span in group]
-    return Share(len(held), sum(map(elements, spans)), sum(span.nbytes for span in spans))
+    elements = sum(span.elements for span in spans)
+    return Share(len(held), elements, sum(span.nbytes for span in spans))
 
 
 def _only(
@@ -304,13 +299,12 @@ def _traits(plan: Plan) -> dict[str, str]:
     rows: Counter[str] = Counter()
     columns: dict[str, int] = {}
     dtypes: Counter[str] = Counter()
-    for step in plan.steps:
-        for part in step.parts:
-            role = (part.role or "").removesuffix("@text")
-            rows[role] += part.rows[1] - part.rows[0]
-            columns[role] = part.base.shape[-1] if part.base.shape else 1
-            if role:
-                dtypes[part.base.dtype.name] += part.base.nbytes
+    for _, part in plan.parts:
+        role = (part.role or "").removesuffix("@text")
+        rows[role] += part.rows[1] - part.rows[0]
+        columns[role] = part.base.shape[-1] if part.base.shape else 1
+        if role:
+            dtypes[part.base.dtype.name] += part.base.nbytes
     tied = "head" not in rows
     return {
         "decoder layers": str(plan.base_layout.layers),
@@ -332,10 +326,9 @@ def _layers(plan: Plan) -> dict[int, dict[str, tuple[Span, ...]]]:
     Needed to look for a layer elsewhere than at its own number.
     """
     found: dict[int, dict[str, tuple[Span, ...]]] = {}
-    for step in plan.steps:
-        for part in step.parts:
-            layer = _LAYER.fullmatch((part.role or "").removesuffix("@text"))
-            if layer and "@" not in layer[2] and len(part.base.shape) > 1:
-                held = found.setdefault(int(layer[1]), {})
-                held[layer[2]] = (*held.get(layer[2], ()), part.base)
+    for _, part in plan.parts:
+        layer = _LAYER.fullmatch((part.role or "").removesuffix("@text"))
+        if layer and "@" not in layer[2] and len(part.base.shape) > 1:
+            held = found.setdefault(int(layer[1]), {})
+            held[layer[2]] = (*held.get(layer[2], ()), part.base)
     return found

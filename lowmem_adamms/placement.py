@@ -174,7 +174,7 @@ def _kv_bytes(plan: Plan, live: DType, tokens: int) -> int:
     Streams of one layer (CogVLM's experts) share its cache: each token goes through one of them.
     """
     rows: dict[str, int] = {}
-    for part in (part for step in plan.steps for part in step.parts):
+    for _, part in plan.parts:
         if part.role and _CACHED.fullmatch(part.role.partition("@")[0]):
             rows[part.role] = rows.get(part.role, 0) + part.rows[1] - part.rows[0]
     widest: dict[str, int] = {}
@@ -276,7 +276,7 @@ def homes(plan: Plan, placement: Placement) -> Iterator[tuple[Step, Part, Home]]
 
 
 def _blended(plan: Plan) -> Iterator[tuple[Step, Part]]:
-    return ((step, part) for step in plan.steps for part in step.parts if part.donor)
+    return ((step, part) for step, part in plan.parts if part.donor)
 
 
 def _source_bytes(part: Part) -> int:

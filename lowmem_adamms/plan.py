@@ -52,7 +52,7 @@ class Step:
     @property
     def elements(self) -> int:
         """Number of elements of the output tensor."""
-        return sum(part.base.nbytes * 8 // part.base.dtype.bits for part in self.parts)
+        return sum(part.base.elements for part in self.parts)
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +75,14 @@ class Plan:
     declared: tuple[Arch, ...] = ()
 
     @property
+    def parts(self) -> Iterator[tuple[Step, Part]]:
+        """Every part of every step."""
+        return ((step, part) for step in self.steps for part in step.parts)
+
+    @property
     def spans(self) -> Iterator[Span]:
         """All input bytes that a merge reads, in the order it reads them."""
-        for part in (part for step in self.steps for part in step.parts):
+        for _, part in self.parts:
             yield part.base
             if part.donor:
                 yield part.donor
@@ -87,8 +92,7 @@ class Plan:
         """The triples of dtypes, of base, donor and output, that are blended."""
         return {
             (part.base.dtype.name, part.donor.dtype.name, step.dtype.name)
-            for step in self.steps
-            for part in step.parts
+            for step, part in self.parts
             if part.donor
         }
 
@@ -112,7 +116,7 @@ class Plan:
         shards = [side.identity() for side in (self.base, self.donor)]
         declared = [declare.plain(arch) for arch in self.declared]
         rows = hashlib.sha256()  # the document of a step only counts the rows that are many
-        for part in (part for step in self.steps for part in step.parts):
+        for _, part in self.parts:
             donor = part.donor and (part.donor.start, part.donor.stop)
             rows.update(repr((part.base.start, part.base.stop, donor)).encode())
         return [shards, [_step_json(step) for step in self.steps], rows.hexdigest(), declared]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from .closing import Closing
 from .errors import PushError
+from .hub import without_bars
 from .journal import PENDING, WORK
 from .plain import impatient
 from .push_check import Target, api, is_same, listing, patiently, pushed_files, status
@@ -274,21 +275,11 @@ def quiet() -> Iterator[None]:
     """
     from huggingface_hub import constants
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
-    free = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     before = get_verbosity()
     set_verbosity(logging.ERROR)
-    if free:
-        disable_progress_bars()
     try:
-        with impatient(max(STALL, constants.HF_HUB_DOWNLOAD_TIMEOUT)):
+        with without_bars(), impatient(max(STALL, constants.HF_HUB_DOWNLOAD_TIMEOUT)):
             yield
     finally:
         set_verbosity(before)
-        if free:
-            enable_progress_bars()

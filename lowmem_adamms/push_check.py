@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import PushError, first_line
 from .journal import ANSWERS
+from .stream import file_digest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard
@@ -117,10 +118,7 @@ def is_same(there: RepoFile, here: Path | None) -> bool:
     if here is None or there.size != here.stat().st_size:
         return False
     digest = hashlib.sha256() if there.lfs else hashlib.sha1(b"blob %d\0" % there.size)
-    with here.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() == (there.lfs.sha256 if there.lfs else there.blob_id)
+    return file_digest(here, digest) == (there.lfs.sha256 if there.lfs else there.blob_id)
 
 
 def patiently(

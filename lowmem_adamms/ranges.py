@@ -36,22 +36,6 @@ GAP = 64 << 10
 _ALIGNED = 64
 
 
-class Reader:
-    """Small reads at any place of any file, here or on the Hub. Threads may share it."""
-
-    def __init__(self, remote: Mapping[Path, RemoteFile]) -> None:
-        self._remote = remote
-        self.lanes = LANES if remote else 1
-
-    def read(self, path: Path, start: int, nbytes: int) -> bytes:
-        """`nbytes` bytes from `start` on."""
-        if path in self._remote:
-            return self._remote[path].read(start, start + nbytes)
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(nbytes)
-
-
 class _Unit:
     """One request: a stretch of a file that consecutive spans of it lie in."""
 
@@ -158,10 +142,6 @@ class RangeSource(Closing):
             for path, file in self._remote.items()
             if path in self._used and not (path in self._digests and self._digests[path].complete)
         ]
-
-    def is_remote(self, span: Span) -> bool:
-        """Whether a span has no file on this disk."""
-        return span.path in self._remote
 
     def view(self, span: Span) -> Bytes:
         """The span's bytes; waits for them. Valid until `behind`."""

@@ -9,7 +9,7 @@ to others: reading the names with one declaration (`arch.py`), the declarations 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count, takewhile
 from math import prod
@@ -122,9 +122,10 @@ class _Candidate:
 
 def _structures(archs: Iterable[Arch]) -> list[_Structure]:
     """Every distinct decoder among the declarations, named after the first that has it."""
+    names = [field.name for field in fields(Arch) if field.name not in _NOT_STRUCTURE]
     found: list[tuple[list[object], Arch, set[str]]] = []
     for arch in archs:
-        key = [getattr(arch, field.name) for field in fields(arch) if _is_structure(field.name)]
+        key = [getattr(arch, name) for name in names]
         heads = {".".join(head.split(".")[-2:]) for _, head in arch.spellings if head}
         for other, _, others_heads in found:
             if other == key:
@@ -141,10 +142,6 @@ def _structures(archs: Iterable[Arch]) -> list[_Structure]:
             )
             found.append((key, bare, {"lm_head.weight"} | heads))
     return [_Structure(arch, frozenset(heads)) for _, arch, heads in found]
-
-
-def _is_structure(name: str) -> bool:
-    return name not in _NOT_STRUCTURE
 
 
 def _by_structure(checkpoint: Checkpoint, structures: Sequence[_Structure]) -> Layout:
@@ -186,9 +183,13 @@ def _under(
     misfit: MappingError | None = None
     for structure in structures:
         try:
-            found += _found(checkpoint, prefix, structure)
+            layout = read(checkpoint, structure.arch, prefix, "")
         except MappingError as error:
             misfit = misfit or error
+            continue
+        if layout:
+            shapes = (checkpoint.tensors[name].shape for name in layout.blocks)
+            found.append(_Candidate(structure, layout, sum(map(prod, shapes))))
     if not found:
         if misfit:
             raise misfit
@@ -198,13 +199,6 @@ def _under(
         if _unexplained(other.layout) == _unexplained(best.layout):
             _check_same(checkpoint, best.layout, other.layout)
     return best
-
-
-def _found(checkpoint: Checkpoint, prefix: str, structure: _Structure) -> Iterator[_Candidate]:
-    """The structure's decoder under a prefix, if it is all there."""
-    if layout := read(checkpoint, structure.arch, prefix, ""):
-        shapes = (checkpoint.tensors[name].shape for name in layout.blocks)
-        yield _Candidate(structure, layout, sum(map(prod, shapes)))
 
 
 def _with_heads(checkpoint: Checkpoint, candidates: Sequence[_Candidate]) -> list[_Candidate]:

@@ -13,27 +13,15 @@ from dataclasses import dataclass
 
 from . import report_page
 from .alphas import Alpha, Alphas
-from .markup import DASH, as_percent, counted, css, marked, plain, table
+from .markup import DASH, as_percent, cell, counted, marked, plain, row, table
 from .prompts import Prompt
-from .report_answers import SHOWN_CHANGING, answers
-from .report_curve import CROSS, curve
+from .report_answers import answers
+from .report_curve import curve
 from .report_page import write
-from .report_view import MEANING, Run, View, runs, view_of
+from .report_view import MEANING, View, view_of
 from .search import Candidate, Result
 
-__all__ = [
-    "CROSS",
-    "DASH",
-    "SHOWN_CHANGING",
-    "Run",
-    "Timing",
-    "html",
-    "marked",
-    "plain",
-    "runs",
-    "spark",
-    "write",
-]
+__all__ = ["Timing", "html", "write"]
 
 SIDE_BY_SIDE = 9  # more alphas than this do not fit as columns: answers go below each other
 
@@ -82,19 +70,6 @@ def html(
         body,
         style=f"@media {stacked} {{{report_page.STACKED}}}\n",
         script=report_page.SCRIPT,
-    )
-
-
-def spark(result: Result) -> str:
-    """The curve in one line of block characters; a middle dot where there is no score."""
-    scores = [c.score for c in result.candidates if c.score is not None]
-    low, high = min(scores, default=0.0), max(scores, default=0.0)
-    blocks = "▁▂▃▄▅▆▇█"
-    return "".join(
-        "\N{MIDDLE DOT}"
-        if c.score is None
-        else blocks[round((c.score - low) / ((high - low) or 1.0) * (len(blocks) - 1))]
-        for c in result.candidates
     )
 
 
@@ -197,12 +172,12 @@ def _timings(view: View, timings: Sequence[Timing]) -> list[str]:
     rows = []
     for timing in timings:
         if not isinstance(timing.alpha, Alphas):
-            chosen = css(timing.alpha == view.result.alpha, "chosen")
-            rows.append(_timing(view.name(timing.alpha), timing, chosen))
+            kind = "chosen" if timing.alpha == view.result.alpha else ""
+            rows.append(_timing(view.name(timing.alpha), timing, kind))
     by_layer = [timing for timing in timings if isinstance(timing.alpha, Alphas)]
     if by_layer:
         rows.append(_timing(f"by layer, {counted(len(by_layer), 'time')}", _sum(by_layer)))
-    rows.append(_timing("total", total, css(True, "total")))
+    rows.append(_timing("total", total, "total"))
     said = ""
     if total.plain_tokens:
         share = as_percent(total.forward_tokens, total.plain_tokens)
@@ -238,7 +213,7 @@ def _timing(name: str, t: Timing, kind: str = "") -> str:
         f"{t.plain_tokens:,}",
         ratio,
     ]
-    return f'<tr{kind}><th scope="row">{name}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
+    return row(name, map(cell, cells), kind)
 
 
 def _facts(facts: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .answers import normalise
-from .markup import counted, css, marked, plain, prose
+from .markup import cell, counted, css, marked, plain, prose, row
 from .prompts import Prompt
 from .report_view import Run, View, runs
 
@@ -156,11 +156,7 @@ def _steady(items: Sequence[_Item]) -> list[str]:
         ' at every alpha</summary><table class="steady"><caption>Answers that never change'
         '</caption><thead><tr><th scope="col">prompt</th><th scope="col">answer</th></tr></thead>'
         "<tbody>",
-        *(
-            f'<tr><th scope="row">{_asked(i, p)}</th>'
-            f"<td>{prose(found[0].answer, SHORT_ANSWER)}</td></tr>"
-            for i, p, found in shown
-        ),
+        *(row(_asked(i, p), [cell(prose(found[0].answer, SHORT_ANSWER))]) for i, p, found in shown),
         "</tbody></table>",
         f'<p class="muted">{left:,} more are left out here.</p>' if left else "",
         "</details>",

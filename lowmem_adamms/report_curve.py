@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .markup import DASH, as_percent, css, table
+from .markup import DASH, as_percent, cell, row, table
 from .report_view import MEANING, View, decimals_of
 from .search import Candidate
 
@@ -275,8 +275,5 @@ def _candidate(view: View, c: Candidate) -> str:
         meter = "" if share is None else f'<span class="meter" style="--share:{share:.3f}"></span>'
         cells.append(DASH if share is None else f"{as_percent(share)} {meter}")
     name = view.name(c.alpha) + "".join(f' <span class="tag">{tag}</span>' for tag in tags)
-    return (
-        f'<tr{css(chosen, "chosen")}><th scope="row">{name}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + f"<td{css(view.collapsed(c), 'warn')}>{c.degenerate:,}</td></tr>"
-    )
+    degenerate = cell(f"{c.degenerate:,}", "warn" if view.collapsed(c) else "")
+    return row(name, [*map(cell, cells), degenerate], "chosen" if chosen else "")

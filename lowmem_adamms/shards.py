@@ -112,10 +112,6 @@ class ShardSource(Closing):
         shutil.rmtree(self._work)
         return []
 
-    def is_remote(self, span: Span) -> bool:
-        """Whether a span comes from the Hub."""
-        return span.path in self._homes
-
     def here(self, span: Span) -> Span:
         """The same bytes in a file of this disk; waits until they are there."""
         if span.path not in self._homes:

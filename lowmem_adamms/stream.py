@@ -190,6 +190,14 @@ def write_out(fd: int, start: int, stop: int, *, wait: bool = False) -> None:
         _libc_sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), length, ctypes.c_uint(flags))
 
 
+def file_digest(path: Path, digest: Any) -> str:
+    """In hex, what a digest such as `hashlib.sha256()` makes of a whole file."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
 def read_ahead(
     windows: Iterable[W],
     spans: Callable[[W], Iterable[Sequence[Span]]],

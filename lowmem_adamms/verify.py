@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blake3 import blake3
 
@@ -27,11 +26,9 @@ from .join import make_plan
 from .journal import NAME, WORK
 from .plan import Part, Plan, Step
 from .quantized import METHODS
-from .ranges import Reader
+from .reads import Reads
+from .stream import file_digest
 from .writer import INDEX
-
-if TYPE_CHECKING:
-    from .kernels.reference import Bits
 
 SAMPLED_ROWS = 4
 SAMPLED_ELEMENTS = 4096
@@ -142,28 +139,26 @@ def _check_bytes(
 ) -> tuple[int, tuple[str, ...]]:
     """Digests of the outputs, then sampled rows against the inputs: how many, and notes."""
     _check_digests(out, recipe["outputs"], progress)
-    plan = _plan_again(recipe)
-    alpha = from_json(recipe)
-    quantized = None
-    if "quantized" in recipe:
-        from .verify_quantized import Check
+    plan, alpha = _plan_again(recipe), from_json(recipe)
+    with Reads(remote(plan)) as reads:
+        quantized = None
+        if "quantized" in recipe:
+            from .verify_quantized import Check
 
-        quantized = Check(out, checkpoint, plan, recipe["quantized"])
-    entries = quantized.how.entries if quantized else lambda step: (step,)
-    wanted = {entry.name for step in plan.steps for entry in entries(step)}
-    if wanted != set(checkpoint.tensors):
-        odd = sorted(wanted ^ set(checkpoint.tensors))[0]
-        raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
-    reader = Reader(remote(plan))
+            quantized = Check(out, checkpoint, plan, recipe["quantized"], reads)
+        entries = quantized.how.entries if quantized else lambda step: (step,)
+        wanted = {entry.name for step in plan.steps for entry in entries(step)}
+        if wanted != set(checkpoint.tensors):
+            odd = sorted(wanted ^ set(checkpoint.tensors))[0]
+            raise FormatError(f"{out}: {odd} is in only one of the output and its plan")
 
-    def check(step: Step) -> int:
-        if quantized and quantized.handles(step):
-            return quantized.rows(step, partial(_stretch, reader, step, alpha))
-        return _check_step(step, checkpoint.tensors[step.name], alpha, reader)
+        def check(step: Step) -> int:
+            if quantized and quantized.handles(step):
+                return quantized.rows(step, partial(_stretch, reads, step, alpha))
+            return _check_step(step, checkpoint.tensors[step.name], alpha, reads)
 
-    rows = 0
-    with ThreadPoolExecutor(reader.lanes) as pool:
-        for step, count in zip(plan.steps, pool.map(check, plan.steps), strict=True):
+        rows = 0
+        for step, count in zip(plan.steps, reads.map(check, plan.steps), strict=True):
             if progress:
                 progress(f"rows of {step.name}")
             rows += count
@@ -176,8 +171,7 @@ def _check_digests(
     for output in outputs:
         if progress:
             progress(f"BLAKE3 of {output['file']}")
-        with (out / output["file"]).open("rb") as file:
-            found = _digest(file)
+        found = file_digest(out / output["file"], blake3())
         if found != output["blake3"]:
             raise FormatError(
                 f"{out / output['file']}: BLAKE3 is {found}, adamms.json says {output['blake3']}"
@@ -210,7 +204,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: Alpha, reader: Reader) -> int:
+def _check_step(step: Step, out: Span, alpha: Alpha, reads: Reads) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -219,14 +213,13 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reader: Reader) -> int:
         )
     done, position = 0, 0
     for part in step.parts:
-        count = part.base.nbytes * 8 // part.base.dtype.bits
+        count = part.base.elements
         take = min(count, SAMPLED_ELEMENTS)
         for first in sorted(
             {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
         ):
-            weight = at(alpha, part.role)
-            found = _read(reader, out, position + first, take)
-            if found != _expected(reader, step, part, first, take, weight):
+            found = reads.raw(out.stretch(position + first, take))
+            if found != _expected(reads, step, part, first, take, alpha):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
                     f" {position + first} to {position + first + take}"
@@ -236,50 +229,27 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reader: Reader) -> int:
     return done
 
 
-def _stretch(reader: Reader, step: Step, alpha: Alpha, first: int, count: int) -> bytes:
+def _stretch(reads: Reads, step: Step, alpha: Alpha, first: int, count: int) -> bytes:
     """What the reference makes of `count` elements of a tensor from element `first`."""
     made, position = b"", 0
     for part in step.parts:
-        size = part.base.nbytes * 8 // part.base.dtype.bits
+        size = part.base.elements
         start, stop = max(first - position, 0), min(first + count - position, size)
         if start < stop:
-            made += _expected(reader, step, part, start, stop - start, at(alpha, part.role))
+            made += _expected(reads, step, part, start, stop - start, alpha)
         position += size
     return made
 
 
 def _expected(
-    reader: Reader, step: Step, part: Part, first: int, count: int, alpha: float
-) -> bytes:
+    reads: Reads, step: Step, part: Part, first: int, count: int, alpha: Alpha
+) -> bytes | bytearray:
     """What the reference makes of `count` elements of a part from element `first`."""
     from .kernels import reference
 
-    base = _read(reader, part.base, first, count)
     if part.donor is None and part.base.dtype == step.dtype:
-        return base
-    donor_span = part.donor or part.base
-    weight = alpha if part.donor else 0.0
-    dtypes = (part.base.dtype.name, donor_span.dtype.name, step.dtype.name)
-    donor = _read(reader, donor_span, first, count)
-    mixed = reference.blend(_bits(base, dtypes[0]), _bits(donor, dtypes[1]), dtypes, weight)
-    return bytes(mixed.tobytes())
-
-
-def _bits(raw: bytes, dtype: str) -> Bits:
-    import numpy as np
-
-    from .kernels import reference
-
-    return np.frombuffer(raw, reference.STORAGE[dtype])
-
-
-def _read(reader: Reader, span: Span, first: int, count: int) -> bytes:
-    start = span.start + first * span.dtype.bits // 8
-    return reader.read(span.path, start, span.dtype.nbytes(count))
-
-
-def _digest(file: Any) -> str:
-    digest = blake3()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return reads.raw(part.base.stretch(first, count))
+    donor, weight = (part.donor, at(alpha, part.role)) if part.donor else (part.base, 0.0)
+    dtypes = (part.base.dtype.name, donor.dtype.name, step.dtype.name)
+    sides = (reads.bits(span.stretch(first, count)) for span in (part.base, donor))
+    return bytes(reference.blend(*sides, dtypes, weight).tobytes())

@@ -12,17 +12,19 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from .checkpoint import Checkpoint
+from .device import torch_dtype
 from .dtypes import DTYPES
 from .errors import FormatError
 from .outfiles import Entry
 from .plan import Plan, Step
 from .quantized import BLOCK, NESTED, STATE, Quantized
-
-if TYPE_CHECKING:
-    import torch
+from .quantized_sink import double_quantized, int8, nf4, stored_state
+from .reads import Reads
 
 SAMPLES = 4
 """Places of each tensor that are quantized again: the first, the last, and some between."""
@@ -41,9 +43,9 @@ class Check:
     """
 
     def __init__(
-        self, out: Path, checkpoint: Checkpoint, plan: Plan, paper: dict[str, Any]
+        self, out: Path, checkpoint: Checkpoint, plan: Plan, paper: dict[str, Any], reads: Reads
     ) -> None:
-        self._out, self._tensors, self._paper = out, checkpoint.tensors, paper
+        self._tensors, self._paper, self._reads = checkpoint.tensors, paper, reads
         names = {
             step.name
             for step in plan.steps
@@ -99,14 +101,10 @@ class Check:
         places = _places(step.elements, STRETCH)
         for first, count in places:
             values = self._values(step, blend, first, count)
-            self._same(entry, first, values.to(_torch_dtype(entry.dtype.name)))
+            self._same(entry, first, values.to(torch_dtype(entry.dtype)))
         return len(places)
 
     def _nf4(self, step: Step, blend: Blend) -> int:
-        import torch
-
-        from .quantized_sink import double_quantized, nf4, stored_state
-
         weight, absmax, nested_absmax, nested_map, quant_map, state = self.how.entries(step)
         offset = torch.tensor(self._offset(state), dtype=torch.float32)
         places = _places(step.elements, BLOCK * NESTED)
@@ -116,7 +114,7 @@ class Check:
             self._same(weight, first // 2, packed)
             self._same(absmax, first // BLOCK, codes)
             self._same(nested_absmax, first // BLOCK // NESTED, nested.absmax)
-        dtype = _torch_dtype(self.how.dtype.name)
+        dtype = torch_dtype(self.how.dtype)
         stored = stored_state(step.shape, dtype, code, offset, nested)
         self._same(nested_map, 0, stored["nested_quant_map"])
         self._same(quant_map, 0, stored["quant_map"])
@@ -124,10 +122,6 @@ class Check:
         return len(places)
 
     def _int8(self, step: Step, blend: Blend) -> int:
-        import torch
-
-        from .quantized_sink import int8
-
         weight, scales, layout = self.how.entries(step)
         width = step.shape[1]
         places = _places(step.elements, width)
@@ -140,20 +134,15 @@ class Check:
 
     def _values(self, step: Step, blend: Blend, first: int, count: int) -> torch.Tensor:
         """Blended elements in the dtype from which they were quantized."""
-        import torch
-
-        values = torch.frombuffer(
-            bytearray(blend(first, count)), dtype=_torch_dtype(step.dtype.name)
-        )
-        return (
-            values if step.name in self.how.casts else values.to(_torch_dtype(self.how.dtype.name))
-        )
+        raw = bytearray(blend(first, count))
+        values = torch.frombuffer(raw, dtype=torch_dtype(step.dtype))
+        return values if step.name in self.how.casts else values.to(torch_dtype(self.how.dtype))
 
     def _offset(self, state: Entry) -> float:
         """The mean of the scales, as the output states it."""
         span = self._tensors[state.name]
         try:
-            return float(json.loads(_read(span, 0, span.nbytes))["nested_offset"])
+            return float(json.loads(self._reads.raw(span))["nested_offset"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise FormatError(
                 f"{span.path}: {state.name} is not a quant state of bitsandbytes"
@@ -161,12 +150,9 @@ class Check:
 
     def _same(self, entry: Entry, first: int, expected: torch.Tensor) -> None:
         """Compare elements from `first` on, bit for bit."""
-        import torch
-
         span = self._tensors[entry.name]
         wanted = expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        start = first * entry.dtype.itemsize
-        if _read(span, start, len(wanted)) != wanted:
+        if self._reads.raw(span.stretch(first, expected.numel())) != wanted:
             now, then = version("bitsandbytes"), self._paper["bitsandbytes"]
             other = f" (made with bitsandbytes {then}, this is {now})" if now != then else ""
             raise FormatError(f"{span.path}: {entry.name} differs from its recipe{other}")
@@ -182,15 +168,3 @@ def _places(elements: int, unit: int) -> list[tuple[int, int]]:
     units = -(-elements // unit)
     chosen = sorted({(units - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)})
     return [(unit * i, min(unit, elements - unit * i)) for i in chosen]
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    from .device import torch_dtype
-
-    return torch_dtype(DTYPES[name])
-
-
-def _read(span: Any, start: int, nbytes: int) -> bytes:
-    with span.path.open("rb") as file:
-        file.seek(span.start + start)
-        return bytes(file.read(nbytes))

@@ -63,6 +63,14 @@ def ancestors() -> dict[str, tiny.Tensors]:
 
 
 @pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random Qwen2-VL and a random LLaVA-OneVision, in several shards. Read only."""
+    import random_pair
+
+    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
 def tiny_models(
     tmp_path_factory: pytest.TempPathFactory, ancestors: dict[str, tiny.Tensors]
 ) -> dict[str, Path]:

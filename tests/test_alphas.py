@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lowmem_adamms.kernels import cpu, reference
+from tiny import raw, seen
 
 from lowmem_adamms import Alphas, LiveModel, make_plan, merge
 from lowmem_adamms.alphas import (
@@ -79,14 +80,6 @@ def storage(tensor: torch.Tensor) -> Any:
 def blended(base: torch.Tensor, donor: torch.Tensor, alpha: float) -> bytes:
     kinds = NAMES[base.dtype], NAMES[donor.dtype], NAMES[base.dtype]
     return bytes(reference.blend(storage(base), storage(donor), kinds, alpha).tobytes())
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def seen(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import random_pair
 import tiny
 import torch
 from command import run
 from safetensors.torch import load_file, save_file
+from tiny import seen
 
 from lowmem_adamms import __version__
 from lowmem_adamms.cli.options import COMMANDS
@@ -29,23 +29,11 @@ Pair = tuple[Path, Path]
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
-
-
 @pytest.fixture
 def copies(pair: Pair, tmp_path: Path) -> Pair:
     """The pair again, to be spoilt."""
     base, donor = (shutil.copytree(side, tmp_path / side.name) for side in pair)
     return base, donor
-
-
-def seen(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"(folder)"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def shell(*words: object) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,7 @@ import talk
 import tiny
 import torch
 from command import run
+from tiny import seen
 
 from lowmem_adamms import LiveModel, __version__, loading, make_plan, merge, search
 from lowmem_adamms.encode import load_processor
@@ -98,13 +99,6 @@ def finished(
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
-
-
-def seen(folder: Path) -> Files:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"(folder)"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def document(path: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import random_pair
 import tiny
 import torch
 from command import run
@@ -397,11 +396,6 @@ def oddly(name: str) -> str:
         return f"rest.{name}"
     name = name.replace("model.language_model.", "brain.")
     return name.replace("self_attn.", "focus.").replace("mlp.", "think.")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

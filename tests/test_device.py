@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lowmem_adamms.device import DeviceSource, as_tensor
 from lowmem_adamms.dtypes import DTYPES
 from lowmem_adamms.memory import Memory
 from lowmem_adamms.placement import Placement, homes, place
-from lowmem_adamms.plan import Part, Plan, Step
+from lowmem_adamms.plan import Part, Plan
 from lowmem_adamms.stream import Files
 
 
@@ -131,25 +132,9 @@ def span_of(path: Path, start: int, stop: int) -> Span:
 
 
 def plan_of(*pairs: tuple[Span, Span]) -> Any:
-    """What a plan is to the source: steps of one blended part each."""
-    steps = tuple(
-        Step(
-            f"tensor.{place}",
-            DTYPES["BF16"],
-            base.shape,
-            "MLP",
-            "",
-            (Part((0, base.shape[0]), "role", base, donor),),
-        )
-        for place, (base, donor) in enumerate(pairs)
-    )
-
-    class Steps:
-        """Stands for a plan."""
-
-    made: Any = Steps()
-    made.steps = steps
-    return made
+    """What a plan is to the source: blended parts, whatever their steps."""
+    parts = [Part((0, base.shape[0]), "role", base, donor) for base, donor in pairs]
+    return SimpleNamespace(parts=[(None, part) for part in parts])
 
 
 def held(total: int) -> Any:

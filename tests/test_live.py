@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem_adamms.kernels import gpu
+from tiny import raw
 
 from lowmem_adamms import LiveModel, live, loading, make_plan, merge
 from lowmem_adamms.checkpoint import Span, open_checkpoint
@@ -55,10 +56,6 @@ def load(folder: Path, dtype: str = "auto", **options: Any) -> Any:
     with loading.quiet():
         model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=remote, **options)
     return model.eval()
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def contents(model: Any) -> Contents:

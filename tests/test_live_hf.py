@@ -15,6 +15,7 @@ import talk
 import tiny
 import torch
 from test_generate import VARIANTS, patched, tokens_of
+from tiny import raw
 
 from lowmem_adamms import LiveModel, loading, make_plan, merge
 from lowmem_adamms.encode import load_processor
@@ -52,10 +53,7 @@ def bases(
 def contents(model: torch.nn.Module) -> Contents:
     """Every parameter and buffer."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: (t.dtype, t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, t in tensors.items()
-    }
+    return {name: (tensor.dtype, raw(tensor)) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("family", DONORS)

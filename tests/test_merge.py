@@ -27,7 +27,7 @@ import tiny
 import torch
 from lowmem_adamms.kernels import reference
 from safetensors.torch import save_file
-from tiny import Tensors
+from tiny import Tensors, raw
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.alphas import check_alpha
@@ -54,11 +54,6 @@ def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
     kind = NAMES[tensor.dtype]
     words: npt.NDArray[Any] = tensor.contiguous().view(WORDS[tensor.dtype]).numpy()
     return words.view(reference.STORAGE[kind])
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes."""
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def blended(base: torch.Tensor, donor: torch.Tensor | None, alpha: float, out: str | None) -> bytes:

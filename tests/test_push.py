@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import random_pair
 from command import run
 from hub_push_server import Fault, HubServer, person, serving, use
 from huggingface_hub import ModelCard, constants
@@ -37,11 +36,6 @@ COMMIT = r"POST .*/commit/main"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 Pair = tuple[Path, Path]
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return random_pair.make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from blake3 import blake3
 from command import run_until_killed
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from tiny import raw, seen
 
 from lowmem_adamms import LiveModel, header, loading, make_plan, merge, sink
 from lowmem_adamms.checkpoint import Span, open_checkpoint
@@ -60,10 +61,6 @@ Contents = dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]
 Capture = pytest.CaptureFixture[str]
 
 
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-
-
 def contents(tensors: dict[str, torch.Tensor]) -> Contents:
     return {name: (t.dtype, tuple(t.shape), raw(t)) for name, t in tensors.items()}
 
@@ -75,13 +72,9 @@ def loaded(folder: Path, quantize: str | None = None) -> Any:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file; none is left of the work."""
+    """What is seen there; nothing is left of the work."""
     assert not (folder / WORK).exists()
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return seen(folder)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,12 @@ from lowmem_adamms import report
 from lowmem_adamms.alphas import Alphas
 from lowmem_adamms.answers import normalise
 from lowmem_adamms.errors import OutputError
+from lowmem_adamms.markup import DASH, marked, plain
 from lowmem_adamms.prompts import Prompt
-from lowmem_adamms.report import Run, Timing
+from lowmem_adamms.report import Timing
+from lowmem_adamms.report_answers import SHOWN_CHANGING
+from lowmem_adamms.report_curve import CROSS
+from lowmem_adamms.report_view import Run, runs
 from lowmem_adamms.search import Candidate, Result, choose
 from lowmem_adamms.search import search as run_search
 
@@ -145,29 +149,29 @@ def test_any_text_leaves_the_page_whole(texts: list[str]) -> None:
     page.encode("utf-8")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
     tags = {tag for tag, _ in Page(page).tags}
-    plain = {
+    allowed = {
         tag for tag, _ in Page(report.html(SOME, [Prompt("x" * 999)], facts={"a": {"b": "c"}})).tags
     }
-    assert tags <= plain
+    assert tags <= allowed
     assert page.count("<script") == 1
 
 
 @given(st.text(st.characters(categories=None), max_size=60))
 def test_text_without_hidden_characters_reads_back_as_it_was(text: str) -> None:
-    visible = "".join(c for c in text if report.marked(c) and "code" not in report.marked(c))
-    parsed = Page(f"<p>{report.marked(visible)}</p>")
+    visible = "".join(c for c in text if marked(c) and "code" not in marked(c))
+    parsed = Page(f"<p>{marked(visible)}</p>")
     assert "".join(parsed.texts) == visible
-    attribute = Page(f'<p title="{report.plain(visible)}"></p>')
+    attribute = Page(f'<p title="{plain(visible)}"></p>')
     assert attribute.tags[0][1]["title"] == visible
 
 
 def test_characters_that_hide_are_shown_by_their_code_point() -> None:
-    text = Page(f"<p>{report.marked(HOSTILE)}</p>").text
+    text = Page(f"<p>{marked(HOSTILE)}</p>").text
     for shown in ("U+0000", "U+001B", "U+202E", "U+2066", "U+D800", "<script>"):
         assert shown in text
-    assert report.plain("a\u202eb") == "a[U+202E]b"
+    assert plain("a\u202eb") == "a[U+202E]b"
     joined = "\U0001f469\u200d\U0001f467 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
-    assert report.marked(joined) == joined
+    assert marked(joined) == joined
 
 
 def test_the_page_allows_no_script_but_its_own() -> None:
@@ -226,7 +230,7 @@ def test_a_lower_score_of_degenerate_answers_is_explained() -> None:
     assert "Alpha 0.4 scores 0, but 20 of 20 answers there are degenerate." in page.text
     assert len(page.of_class("circle", "degenerate")) == 2
     assert len(page.of_class("td", "warn")) == 3
-    assert f"{report.CROSS} 20" in page.text
+    assert f"{CROSS} 20" in page.text
 
 
 def test_an_alpha_without_a_score_is_said_to_have_none() -> None:
@@ -321,12 +325,12 @@ def test_a_fine_grid_names_only_alphas_that_do_not_collide() -> None:
 def test_neighbours_with_one_answer_form_a_run(
     answers: list[str], prefer: int | None, expected: list[Run]
 ) -> None:
-    assert report.runs(answers, prefer) == tuple(expected)
+    assert runs(answers, prefer) == tuple(expected)
 
 
 @given(st.lists(st.sampled_from(["a", "A.", "b", " b ", "", "c"]), min_size=1, max_size=12))
 def test_runs_cover_the_grid_once_and_differ_from_their_neighbours(answers: list[str]) -> None:
-    found = report.runs(answers)
+    found = runs(answers)
     covered = [i for run in found for i in range(run.first, run.last + 1)]
     assert covered == list(range(len(answers)))
     for run in found:
@@ -343,8 +347,8 @@ def test_equal_answers_share_a_cell_and_the_chosen_alphas_is_marked() -> None:
     assert cells == [
         ("1", None, "0.01"),
         ("1", "chosen", "0.12"),
-        ("2", None, f"0.2{report.DASH}0.33"),
-        ("3", "chosen", f"0.0{report.DASH}0.2A cat."),
+        ("2", None, f"0.2{DASH}0.33"),
+        ("3", "chosen", f"0.0{DASH}0.2A cat."),
         ("1", None, "0.3a dog"),
     ]
     assert "2 prompts of 3" in page.text
@@ -428,7 +432,7 @@ def test_the_page_stays_bounded_and_says_what_it_left_out() -> None:
     page = report.html(replace(SOME, prompts=len(rows), answers=answers), prompts)
     parsed = Page(page)
     assert len(page) < 12_000_000
-    assert len([a for a, _ in parsed.cells if a.get("colspan")]) == 4 * report.SHOWN_CHANGING
+    assert len([a for a, _ in parsed.cells if a.get("colspan")]) == 4 * SHOWN_CHANGING
     assert "300 prompts of 1,200" in parsed.text and "The 100 that change least" in parsed.text
     assert "900 prompts keep" in parsed.text and "400 more are left out" in parsed.text
     assert "and 5 more" in parsed.text and "more characters" in parsed.text
@@ -457,7 +461,7 @@ def test_what_alphas_by_layer_took_is_one_line_and_counts_in_the_total() -> None
 def test_timings_of_nothing_do_not_divide_by_it() -> None:
     page = page_of(SOME, timings=[Timing(0.0, 0.0, 0.0, 0, 0, 0)])
     cells = [text for _, text in page.cells][-7:]
-    assert cells == ["0.00", "0.00", "0", report.DASH, "0", "0", report.DASH]
+    assert cells == ["0.00", "0.00", "0", DASH, "0", "0", DASH]
 
 
 def test_without_timings_and_facts_their_sections_are_absent() -> None:
@@ -477,13 +481,7 @@ def test_distances_are_not_written_as_counts() -> None:
     assert "score D (summed distance)" in page.text
 
 
-# spark, write
-
-
-def test_the_spark_line_rises_with_the_score_and_dots_the_ends() -> None:
-    scores = (None, 2.0, 0.0, 7.0, None)
-    candidates = tuple(Candidate(i / 10, 1, 1, s, 0) for i, s in enumerate(scores))
-    assert report.spark(Result(0.2, "pairwise", 9, candidates, {})) == "·▃▁█·"
+# write
 
 
 def test_writing_replaces_the_file_whole(tmp_path: Path) -> None:

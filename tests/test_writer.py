@@ -23,6 +23,7 @@ from blake3 import blake3
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import seen
 
 from lowmem_adamms import __version__, header, kinship, make_plan, merge, sink, stream, writer
 from lowmem_adamms.cli import main
@@ -58,14 +59,6 @@ NOT_CARRIED = {
     "adamms.json": "{}",
     "pytorch_model.bin.index.json": "{}",
 }
-
-
-def seen(folder: Path) -> Files:
-    """Every file of a folder, and every folder as such."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"(folder)"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,19 @@ class Options(HandOptions, total=False):
     vocab: int  # rows of embed and head
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes."""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def seen(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, and every folder as such."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"(folder)"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
 def ancestor(kind: str, seed: int = 0, *, layers: int = LAYERS, tied: bool = False) -> Tensors:
     """A random language model in float32, named as transformers names a text model's modules."""
     random = torch.Generator().manual_seed(seed)

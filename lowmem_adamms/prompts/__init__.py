@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import PromptError, RecipeError
+from ..stream import file_digest
 from .entry import Columns, Prompt, Prompts, PromptSet
 from .files import folder_prompts, line_prompts
 from .images import check_images, open_image
@@ -83,14 +84,10 @@ def digest(prompts: Iterable[Prompt]) -> str:
 def _content_hash(image: Path | bytes) -> bytes:
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
-    content = hashlib.sha256()
     try:
-        with image.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
+        return bytes.fromhex(file_digest(image, hashlib.sha256()))
     except OSError as error:
         raise PromptError(f"image {image}: {error.strerror}; put it back") from None
-    return content.digest()
 
 
 def _kind(source: str | Path) -> str:
