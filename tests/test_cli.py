@@ -622,7 +622,7 @@ def test_a_bug_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lowmem_adamms.writer.merge", broken)
+    monkeypatch.setattr("lowmem_adamms.writer.write", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
 
@@ -633,7 +633,7 @@ def test_an_os_error_that_is_no_ones_fault_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lowmem_adamms.writer.merge", broken)
+    monkeypatch.setattr("lowmem_adamms.writer.write", broken)
     with pytest.raises(OSError, match="Input/output"):
         run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
 
@@ -644,7 +644,7 @@ def test_interrupted_is_130(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem_adamms.writer.merge", interrupted)
+    monkeypatch.setattr("lowmem_adamms.writer.write", interrupted)
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3") == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to resume\n"
 
