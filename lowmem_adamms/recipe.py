@@ -23,6 +23,7 @@ from .alphas import DECIMALS, Alpha, at_depth, blended_roles, depth_of, from_rol
 from .arch import BUFFER
 from .dtypes import DType, from_user
 from .errors import ConfigError, RecipeError, first_line
+from .home import at_home
 from .plan import Plan
 
 METHOD = "linear"
@@ -266,9 +267,10 @@ class _Reader:
         if not isinstance(value, str) or not value.strip():
             self.wrong(where, f"found {_short(value)}, expected a folder or a Hub id")
             return ""
-        if "+" in value and not Path(value).exists():
-            self.wrong(where, f"{value!r}: a LoRA is not taken; merge it into its model before")
-        return value
+        ref = at_home(value)
+        if "+" in ref and not Path(ref).exists():
+            self.wrong(where, f"{ref!r}: a LoRA is not taken; merge it into its model before")
+        return ref
 
     def parameters(self, value: Any, where: str, taken: Sequence[str]) -> Parameters:
         """`weight` and, where it can stand, `normalize`."""
@@ -428,5 +430,7 @@ def _check_tokenizer(given: Mapping[str, Any], base: str, reader: _Reader) -> No
         where = "tokenizer.source"
         inner = reader.mapping(given["tokenizer"], "tokenizer", ("source",))
         source = inner.get("source", "union")  # mergekit's default there
+    if isinstance(source, str):
+        source = at_home(source)
     if source not in (None, "base", base):
         reader.wrong(where, f"{_short(source)} is not taken; the output has the base's: say base")

@@ -60,12 +60,13 @@ def _legend(view: View) -> str:
         keys.append(f'<span class="key cross">{CROSS}</span>degenerate: empty, repeating, constant')
     if view.rounds:
         keys.append("scores compare only where a line joins them: one round of refinement")
+        keys.append('<span class="key point earlier"></span>before a refinement scored it anew')
     return "".join(f"<span>{key}</span> " for key in keys)
 
 
 def _scale(view: View) -> _Scale:
     heights = [0.01 if view.distances else 1.0]
-    for c in view.result.candidates:
+    for c in view.result.rounds:
         heights += [c.score or 0.0, c.diff_next or 0.0, *(c.interval or ())]
     peak = max(height for height in heights if math.isfinite(height))
     raw = peak / 5
@@ -79,7 +80,7 @@ def _scale(view: View) -> _Scale:
 def _chart(view: View) -> list[str]:
     scale = _scale(view)
     unit = "summed distance" if view.distances else "answers"
-    scored = [c for c in view.result.candidates if c.score is not None]
+    scored = [c for c in view.result.rounds if c.score is not None]
     links = _links(view)
     return [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="chart-title">',
@@ -139,9 +140,10 @@ _Links = Mapping[tuple[float, float], float]
 def _links(view: View) -> _Links:
     """The difference between each pair of alphas that was compared, wide pairs first."""
     found: dict[tuple[float, float], float] = {}
-    around = [None, *view.alphas, None]
-    for i, c in enumerate(view.result.candidates):
-        before, after = c.neighbours if any(c.neighbours) else (around[i], around[i + 2])
+    row = [None, *view.alphas, None]
+    around = {alpha: (row[i], row[i + 2]) for i, alpha in enumerate(view.alphas)}
+    for c in view.result.rounds:
+        before, after = c.neighbours if any(c.neighbours) else around[c.alpha]
         if before is not None and c.diff_previous is not None:
             found[before, c.alpha] = c.diff_previous
         if after is not None and c.diff_next is not None:
@@ -214,12 +216,14 @@ def _end(view: View, scale: _Scale, c: Candidate) -> list[str]:
 def _point(view: View, scale: _Scale, c: Candidate) -> list[str]:
     """A score with its whisker, and a cross where answers are degenerate."""
     x, y = scale.x(c.alpha), scale.y(c.score or 0.0)
-    kinds = ["point"]
-    kinds += ["chosen"] if c.alpha == view.result.alpha else []
-    kinds += ["tie"] if c.alpha in view.result.ties else []
+    last = c not in view.result.earlier
+    chosen = last and c.alpha == view.result.alpha
+    kinds = ["point"] if last else ["point", "earlier"]
+    kinds += ["chosen"] if chosen else []
+    kinds += ["tie"] if last and c.alpha in view.result.ties else []
     kinds += ["degenerate"] if view.collapsed(c) else []
     drawn = []
-    if c.interval is not None:
+    if last and c.interval is not None:  # two at one alpha would lie on each other
         low, high = scale.y(c.interval[0]), scale.y(c.interval[1])
         drawn.append(
             f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}'
@@ -227,12 +231,12 @@ def _point(view: View, scale: _Scale, c: Candidate) -> list[str]:
         )
     said = f"alpha {view.name(c.alpha)}: score {view.number(c.score)}"
     said += f", interval {view.interval(c)}" if c.interval else ""
-    radius = 7.5 if c.alpha == view.result.alpha else 5.5
+    radius = 7.5 if chosen else 5.5
     drawn.append(
         f'<circle class="{" ".join(kinds)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
         f"<title>{said}</title></circle>"
     )
-    return [*drawn, *_below(view, scale, c)]
+    return [*drawn, *(_below(view, scale, c) if last else ())]
 
 
 def _below(view: View, scale: _Scale, c: Candidate) -> list[str]:
@@ -256,14 +260,15 @@ def _candidates(view: View) -> list[str]:
     head += ["round", "neighbours"] if view.rounds else []
     head += ["from previous", "to next", "score D", "95 % interval"]
     head += ["wins in resamples"] if view.result.wins else []
-    rows = [_candidate(view, c) for c in view.result.candidates]
+    rows = [_candidate(view, c) for c in view.result.rounds]
     return table([*head, "degenerate"], rows, label="Candidates")
 
 
 def _candidate(view: View, c: Candidate) -> str:
-    chosen, wins = c.alpha == view.result.alpha, view.result.wins
+    last, wins = c not in view.result.earlier, view.result.wins
+    chosen = last and c.alpha == view.result.alpha
     tags = ["chosen"] if chosen else []
-    tags += ["tie"] if c.alpha in view.result.ties else []
+    tags += ["tie"] if last and c.alpha in view.result.ties else []
     cells = []
     if view.rounds:
         sides = (DASH if side is None else view.name(side) for side in c.neighbours)
@@ -271,7 +276,7 @@ def _candidate(view: View, c: Candidate) -> str:
     cells += [view.number(v) for v in (c.diff_previous, c.diff_next, c.score)]
     cells.append(view.interval(c))
     if wins:
-        share = wins.get(c.alpha)
+        share = wins.get(c.alpha) if last else None
         meter = "" if share is None else f'<span class="meter" style="--share:{share:.3f}"></span>'
         cells.append(DASH if share is None else f"{as_percent(share)} {meter}")
     name = view.name(c.alpha) + "".join(f' <span class="tag">{tag}</span>' for tag in tags)

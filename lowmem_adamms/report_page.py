@@ -108,11 +108,13 @@ svg .whisker { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 svg .point { fill: var(--ink); stroke: var(--page); stroke-width: 1.5; }
 svg .point.chosen { fill: var(--accent); }
 svg .point.tie { stroke: var(--accent); stroke-width: 2.5; }
+svg .point.earlier { fill: var(--page); stroke: var(--ink); }
 svg .point.degenerate { fill: var(--page); stroke: var(--warn); stroke-width: 2.5; }
 figcaption { font-size: 0.8rem; color: var(--muted); margin-top: 0.4rem; display: flex;
   flex-wrap: wrap; gap: 0.1rem 1.2rem; }
 .key { display: inline-block; vertical-align: middle; margin: 0 0.4em 0.15em 0; }
 .key.point { width: 9px; height: 9px; border-radius: 50%; background: var(--ink); }
+.key.earlier { box-sizing: border-box; background: none; border: 1.5px solid var(--ink); }
 .key.whisker { width: 2px; height: 13px; background: var(--ink); }
 .key.bar { width: 14px; height: 10px; background: var(--bar); }
 .key.cross { color: var(--warn); font-weight: 700; }

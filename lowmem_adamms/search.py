@@ -52,6 +52,19 @@ class Candidate:
     neighbours: tuple[float | None, float | None] = (None, None)
     round: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """Its row in the document of `search --json`."""
+        return {
+            "alpha": self.alpha,
+            "diff_previous": self.diff_previous,
+            "diff_next": self.diff_next,
+            "score": self.score,
+            "degenerate": self.degenerate,
+            "interval": self.interval and list(self.interval),
+            "neighbours": list(self.neighbours),
+            "round": self.round,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -61,6 +74,9 @@ class Result:
     between two runs at the same alpha, or None if not measured. notes: warnings in words.
     answers: by alpha, in the order of the prompts. wins: how often (0..1) each alpha that stood
     for election in the last round wins when prompts are resampled.
+
+    candidates: one for each alpha, as of the last round in which it was scored. earlier: what those
+    that a refinement scored anew had been in the rounds before; the two together are all rounds.
     """
 
     alpha: float
@@ -72,6 +88,12 @@ class Result:
     noise: float | None = None
     notes: tuple[str, ...] = ()
     wins: Mapping[float, float] = field(default_factory=dict)
+    earlier: tuple[Candidate, ...] = ()
+
+    @property
+    def rounds(self) -> tuple[Candidate, ...]:
+        """All candidates of all rounds, round by round, by ascending alpha."""
+        return tuple(sorted((*self.earlier, *self.candidates), key=lambda c: (c.round, c.alpha)))
 
     def to_json(self) -> dict[str, Any]:
         """The document of `search --json`, without base, donor and version."""
@@ -79,19 +101,8 @@ class Result:
             "alpha": self.alpha,
             "measure": self.measure,
             "prompts": self.prompts,
-            "candidates": [
-                {
-                    "alpha": candidate.alpha,
-                    "diff_previous": candidate.diff_previous,
-                    "diff_next": candidate.diff_next,
-                    "score": candidate.score,
-                    "degenerate": candidate.degenerate,
-                    "interval": candidate.interval and list(candidate.interval),
-                    "neighbours": list(candidate.neighbours),
-                    "round": candidate.round,
-                }
-                for candidate in self.candidates
-            ],
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "earlier": [candidate.to_json() for candidate in self.earlier],
             "wins": {str(alpha): share for alpha, share in self.wins.items()},
             "ties": list(self.ties),
             "noise": self.noise,
@@ -144,7 +155,7 @@ def _opened(
     distance: Distance | None,
 ) -> Election:
     """Everything checked that can be before the first answer."""
-    grid = _checked_grid(alphas)
+    grid = checked_grid(alphas)
     if refine < 0:
         raise RecipeError(f"refine is {refine}, expected a number of rounds, 0 or more")
     if len(prompts) == 0:
@@ -164,7 +175,7 @@ def choose(
 
     Errors as in `search`; ValueError when the alphas have different numbers of answers.
     """
-    grid = _checked_grid(sorted(answers))
+    grid = checked_grid(sorted(answers))
     given = {round(alpha, 6): texts for alpha, texts in answers.items()}
     count = len(given[grid[0]])
     if not count:
@@ -180,7 +191,8 @@ def choose(
 # Checks
 
 
-def _checked_grid(alphas: Sequence[float]) -> tuple[float, ...]:
+def checked_grid(alphas: Sequence[float]) -> tuple[float, ...]:
+    """The alphas to 6 decimals; RecipeError unless they are three or more, ascending, in 0..1."""
     for alpha in alphas:
         if not (math.isfinite(alpha) and 0 <= alpha <= 1):
             raise RecipeError(f"alphas: found {alpha}, expected numbers in 0..1")
@@ -233,7 +245,7 @@ def _first_of_each(prompts: Sequence[P]) -> list[int]:
 
 def _candidates(election: Election) -> tuple[Candidate, ...]:
     """What is known so far, by ascending alpha, without intervals."""
-    return tuple(_candidate(election.study, seat) for _, seat in sorted(election.seats.items()))
+    return tuple(_candidate(election.study, seat) for seat in _seats(election))
 
 
 def _candidate(study: Study, seat: Seat) -> Candidate:
@@ -258,9 +270,9 @@ def _conclude(
 ) -> Result:
     study = election.study
     intervals, wins = _bootstrap(election, seed)
-    candidates = tuple(
-        replace(candidate, interval=intervals.get(candidate.alpha))
-        for candidate in _candidates(election)
+    candidates, earlier = (
+        tuple(replace(_candidate(study, seat), interval=intervals.get(seat)) for seat in seats)
+        for seats in (_seats(election), _earlier(election))
     )
     noise = None if again is None else study.noise(election.chosen, again)
     return Result(
@@ -273,18 +285,29 @@ def _conclude(
         noise and noise[0],
         tuple(_notes(election, wins, noise)),
         wins,
+        earlier,
     )
+
+
+def _seats(election: Election) -> list[Seat]:
+    """Each alpha's last, by ascending alpha."""
+    return [seat for _, seat in sorted(election.seats.items())]
+
+
+def _earlier(election: Election) -> list[Seat]:
+    """Those that a later round took the place of, round by round."""
+    return [s for inner in election.rounds for s in inner if election.seats[s.alpha] != s]
 
 
 def _bootstrap(
     election: Election, seed: int
-) -> tuple[dict[float, tuple[float, float]], dict[float, float]]:
+) -> tuple[dict[Seat, tuple[float, float]], dict[float, float]]:
     """95 % interval of each score, and how often each alpha of the last round wins."""
     import numpy as np
 
     study = election.study
-    by_alpha = {alpha: study.scores(seat) for alpha, seat in sorted(election.seats.items())}
-    inner = {alpha: scores for alpha, scores in by_alpha.items() if scores is not None}
+    by_seat = {seat: study.scores(seat) for seat in (*_seats(election), *_earlier(election))}
+    inner = {seat: scores for seat, scores in by_seat.items() if scores is not None}
     values = np.array(list(inner.values()), np.float64).T  # prompts x alphas
     rng = np.random.default_rng(seed)
     even = np.full(study.prompts, 1 / study.prompts)
@@ -296,15 +319,15 @@ def _bootstrap(
         ]
     ).round(9)  # so that equal sums of distances are equal, in whatever order they were added
     low, high = np.percentile(totals, (2.5, 97.5), axis=0)
-    alphas = list(inner)
-    intervals = {a: (float(low[i]), float(high[i])) for i, a in enumerate(alphas)}
-    running = [seat.alpha for seat in election.rounds[-1]]
-    wins = dict.fromkeys(running, 0.0)
-    eligible = [alpha for alpha in running if study.eligible(alpha)]
+    seats = list(inner)
+    intervals = {seat: (float(low[i]), float(high[i])) for i, seat in enumerate(seats)}
+    running = election.rounds[-1]
+    wins = {seat.alpha: 0.0 for seat in running}
+    eligible = [seat for seat in running if study.eligible(seat.alpha)]
     if eligible:
-        winners = totals[:, [alphas.index(alpha) for alpha in eligible]].argmin(axis=1)
-        for alpha, won in zip(eligible, np.bincount(winners, minlength=len(eligible)), strict=True):
-            wins[alpha] = int(won) / RESAMPLES
+        winners = totals[:, [seats.index(seat) for seat in eligible]].argmin(axis=1)
+        for seat, won in zip(eligible, np.bincount(winners, minlength=len(eligible)), strict=True):
+            wins[seat.alpha] = int(won) / RESAMPLES
     return intervals, wins
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -72,21 +73,40 @@ def archs(known: Sequence[Arch]) -> str:
 
 
 def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -> Table:
-    """One row per alpha; differences and scores as far as they are known."""
+    """One row per alpha; differences and scores as far as they are known.
+
+    Of a refined grid one section per round, with the alphas that each was compared with.
+    """
+    last = max((candidate.round for candidate in candidates), default=0)
     table = Table()
-    for heading in ("alpha", "differs from previous", "from next", "D", "95 %", "degenerate"):
-        table.add_column(heading, justify="right")
+    of_round = ("round", "alpha", "between") if last else ("alpha",)
+    for heading in (*of_round, "differs from previous", "from next", "D", "95 %", "degenerate"):
+        table.add_column(heading, justify="right", no_wrap=heading == "between")
     table.add_column("")
-    for candidate in sorted(candidates, key=lambda candidate: candidate.alpha):
-        interval = candidate.interval
-        table.add_row(
-            f"{candidate.alpha:g}",
-            *map(_number, (candidate.diff_previous, candidate.diff_next, candidate.score)),
-            f"{interval[0]:g} to {interval[1]:g}" if interval else "",
-            str(candidate.degenerate or ""),
-            "<- chosen" if candidate.alpha == chosen else "",
-        )
+    for number, group in groupby(sorted(candidates, key=_in_rounds), key=lambda c: c.round):
+        table.add_section()
+        for candidate in group:
+            won = candidate.alpha == chosen and number == last
+            table.add_row(*_row(candidate, rounds=last > 0), "<- chosen" if won else "")
     return table
+
+
+def _in_rounds(candidate: Candidate) -> tuple[int, float]:
+    return candidate.round, candidate.alpha
+
+
+def _row(c: Candidate, *, rounds: bool) -> Iterator[str]:
+    """The cells of a candidate."""
+    if rounds:
+        yield str(c.round) if c.round else "grid"
+    yield f"{c.alpha:g}"
+    if rounds:
+        previous, following = c.neighbours
+        both = previous is not None and following is not None
+        yield f"{previous:g} and {following:g}" if both else ""
+    yield from map(_number, (c.diff_previous, c.diff_next, c.score))
+    yield f"{c.interval[0]:g} to {c.interval[1]:g}" if c.interval else ""
+    yield str(c.degenerate or "")
 
 
 def marks_table(models: Mapping[str, Mapping[str, float]]) -> Table:
@@ -115,6 +135,8 @@ def verdict(result: Result) -> str:
     """The chosen alpha in one sentence."""
     found = next((c for c in result.candidates if c.alpha == result.alpha), None)
     score = f", D = {found.score:g}" if found and found.score is not None else ""
+    if score and found and found.round:
+        score += f" in round {found.round}"
     noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
     return f"alpha {result.alpha:g}{score} over {result.prompts} prompts ({result.measure}){noise}"
 

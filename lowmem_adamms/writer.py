@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import card, kinship
 from .alphas import Alpha, Alphas, resolve, to_json
@@ -31,9 +31,11 @@ from .sink import DiskSink
 from .stream import reading
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .kernels.select import Kernel
     from .push import Push
-    from .quantized import Quantized
+    from .quantized import Method, Quantized
 
 INDEX = "model.safetensors.index.json"
 
@@ -56,7 +58,7 @@ class Options:
     """
 
     max_shard_size: int | None = None
-    quantize: str | None = None
+    quantize: Method | None = None
     trust_remote_code: bool = False
     force: bool = False
     fetch: Fetch = BY_CACHE
@@ -70,9 +72,27 @@ class Options:
 _PLAIN = Options()
 
 
+class Keywords(TypedDict, total=False):
+    """The fields of `Options` as keywords of `merge`, so that type checkers and editors know them.
+
+    A test holds the two together.
+    """
+
+    max_shard_size: int | None
+    quantize: Method | None
+    trust_remote_code: bool
+    force: bool
+    fetch: Fetch
+    push: Push | None
+    progress: Callable[[int], None] | None
+    note: Callable[[str], object] | None
+    search: Mapping[str, Any] | None
+    beside: Mapping[str, bytes] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A folder that can take a merge of the plan, and the shards it will hold."""
+    """What a merge of the plan makes: a folder, the shards in it, how they are quantized."""
 
     plan: Plan
     folder: Path
@@ -83,6 +103,16 @@ class Output:
     def work(self) -> Path:
         """Where all is made until it is complete."""
         return self.folder / WORK
+
+    def check(self, *, room: int = 0, push: bool = False) -> None:
+        """OutputError if the folder cannot take it.
+
+        room: bytes that must be free beside it. push: the folder may be a complete merge whose
+        upload is not finished.
+        """
+        if not (push and pending(self.folder)):
+            _check_place(self.plan, self.folder)
+            _check_space(self.files, self.folder, room)
 
     def fingerprint(self, alpha: Alpha) -> str:
         """A digest of everything that decides the output's bytes."""
@@ -97,7 +127,11 @@ class Output:
 
 
 def merge(
-    plan: Plan, alpha: Alpha, out: str | Path, options: Options | None = None, **more: Any
+    plan: Plan,
+    alpha: Alpha,
+    out: str | Path,
+    options: Options | None = None,
+    **more: Unpack[Keywords],
 ) -> Path:
     """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
 
@@ -106,55 +140,36 @@ def merge(
 
     Resumes a killed run of the same merge, and leaves alone a complete one whose upload is not.
     Raises RecipeError, OutputError, FormatError, MappingError or PushError before anything is
-    written; HubError, also later, where the Hub fails for good.
+    written; HubError, also later, where the Hub fails for good. TypeError for another keyword.
     """
+    known = Keywords.__annotations__
+    if unknown := sorted(more.keys() - known.keys()):
+        raise TypeError(f"merge() has no option {unknown[0]!r}; it has {', '.join(known)}")
     options = replace(options or _PLAIN, **more)
     alpha = resolve(alpha, plan)
-    output = prepare(plan, Path(out), options, push=options.push is not None)
+    return write(prepare(plan, Path(out), options), alpha, options)
+
+
+def prepare(plan: Plan, out: Path, options: Options = _PLAIN) -> Output:
+    """What will be written, before alpha is known; errors as of `quantized.prepare`."""
+    how, code = None, options.trust_remote_code
+    if options.quantize is not None:
+        from . import quantized
+
+        how = quantized.prepare(plan, options.quantize, trust_remote_code=code)
+    files = out_files(plan, options.max_shard_size, how.entries if how else None)
+    return Output(plan, out, files, how)
+
+
+def write(output: Output, alpha: Alpha, options: Options = _PLAIN) -> Path:
+    """`merge` of what was prepared with these options; checked anew, as time may have passed."""
+    push = options.push is not None
+    output.check(room=options.fetch.disk_budget or 0, push=push)
+    alpha = resolve(alpha, output.plan)
     fingerprint = output.fingerprint(alpha)
     if not _only_upload_left(output.folder, fingerprint):
         _write(output, alpha, options, fingerprint)
     return output.folder
-
-
-def prepare(plan: Plan, out: Path, options: Options = _PLAIN, *, push: bool = False) -> Output:
-    """What will be written, checked so far as can be before alpha is known; errors as of `merge`.
-
-    push: as in `check_output`.
-    """
-    code = options.trust_remote_code
-    how = how_quantized(plan, options.quantize, trust_remote_code=code)
-    return Output(plan, out, check_output(plan, out, options, how=how, push=push), how)
-
-
-def how_quantized(
-    plan: Plan, quantize: str | None, *, trust_remote_code: bool = False
-) -> Quantized | None:
-    """How the output is quantized, or None if it is not; errors as of `quantized.prepare`."""
-    if quantize is None:
-        return None
-    from . import quantized
-
-    return quantized.prepare(plan, quantize, trust_remote_code=trust_remote_code)
-
-
-def check_output(
-    plan: Plan,
-    out: Path,
-    options: Options = _PLAIN,
-    *,
-    how: Quantized | None = None,
-    push: bool = False,
-) -> tuple[OutFile, ...]:
-    """The output's shards, if `out` can take them; OutputError if it cannot.
-
-    push: `out` may be a complete merge whose upload is not finished.
-    """
-    files = out_files(plan, options.max_shard_size, how.entries if how else None)
-    if not (push and pending(out)):
-        _check_place(plan, out)
-        _check_space(files, out, options.fetch.disk_budget or 0)
-    return files
 
 
 def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import seen
 
 from lowmem_adamms import __version__
-from lowmem_adamms.cli.options import COMMANDS
+from lowmem_adamms.cli.options import COMMANDS, parser
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -454,11 +454,11 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_written(
         (("--alpha", "0.3", "--embeddings", "no"), "--embeddings"),
         (
             ("--alpha", "0.3", "--max-shard-size", "big"),
-            "--max-shard-size .*: expected a size such as",
+            "--max-shard-size: .*: expected a size such as",
         ),
         (
             ("--alpha", "0.3", "--max-shard-size", "0"),
-            "--max-shard-size .*: expected a size such as",
+            "--max-shard-size: .*: expected a size such as",
         ),
         (("--alpha", "0.3", "--wat"), "--wat"),
     ],
@@ -515,6 +515,21 @@ def test_a_home_that_the_shell_left_alone_is_found(
     assert run(base, donor, "--out=~/out", "--alpha", "0.3") == 0
     assert (tmp_path / "out" / "adamms.json").is_file()
     assert not list(here.iterdir())
+    words = ["search", "--answers", "0.1=~/a", "~/b", "c~/d", "--report=~/e", "--arch", "~/f"]
+    found = parser().parse_args(words)
+    assert found.answers == [(0.1, tmp_path / "a"), (None, tmp_path / "b"), (None, Path("c~/d"))]
+    assert (found.report, found.arch) == (tmp_path / "e", [str(tmp_path / "f")])
+
+
+def test_what_is_for_hub_ids_is_said_to_do_nothing_for_folders(
+    pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    for words in (("--no-cache",), ("--disk-budget", "1GB")):
+        assert run(*pair, "-o", tmp_path / words[0], "--alpha", "0.3", *words) == 0
+        assert capsys.readouterr().err == (
+            f"note: {words[0]} is for Hub ids; both checkpoints lie here and are read in place\n"
+        )
+    assert seen(tmp_path / "--no-cache") == seen(tmp_path / "--disk-budget")
 
 
 class Encoded(io.TextIOWrapper):
@@ -595,7 +610,7 @@ def test_a_bug_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lowmem_adamms.writer.merge", broken)
+    monkeypatch.setattr("lowmem_adamms.writer.write", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
 
@@ -606,7 +621,7 @@ def test_an_os_error_that_is_no_ones_fault_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lowmem_adamms.writer.merge", broken)
+    monkeypatch.setattr("lowmem_adamms.writer.write", broken)
     with pytest.raises(OSError, match="Input/output"):
         run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
 
@@ -617,7 +632,7 @@ def test_interrupted_is_130(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem_adamms.writer.merge", interrupted)
+    monkeypatch.setattr("lowmem_adamms.writer.write", interrupted)
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3") == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to resume\n"
 

@@ -622,19 +622,14 @@ def test_alphas_may_be_spelled_in_several_ways(
         ("0,0.1,0.10000001,0.2", "expected them ascending, each once"),
     ],
 )
-def test_a_bad_grid_is_one_line_and_nothing_is_loaded_or_written(
-    grid: str,
-    says: str,
-    exact: tuple[Path, Path],
-    prompts: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+def test_a_bad_grid_is_one_line_before_anything_else(
+    grid: str, says: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    forbid(monkeypatch, "lowmem_adamms.loading.load_model")
-    out = tmp_path / "new" / "out"
-    assert run(*exact, "-o", out, "--prompts", prompts, *SHORT, f"--alphas={grid}") == 2
-    assert_one_error(capsys, says)
+    """Even before prompts and models, which are not there either."""
+    words = ("--prompts", tmp_path / "none.jsonl", *SHORT, f"--alphas={grid}")
+    for command in (("merge", "-o", tmp_path / "out"), ("search",)):
+        assert run(*command, tmp_path / "no base", tmp_path / "no donor", *words) == 2
+        assert_one_error(capsys, f"^error: argument --alphas: .*{says}")
     assert not list(tmp_path.iterdir())
 
 
@@ -783,6 +778,8 @@ def test_broken_records_are_one_line(
         (("BASE", "DONOR"), "leave out BASE, DONOR$"),
         (("--prompts", "p.jsonl", "--refine", "1"), "leave out --prompts, --refine$"),
         (("--no-drafts", "--ram", "8GB"), "leave out --no-drafts, --ram$"),
+        (("--embeddings", "keep", "--samples", "9"), "leave out --embeddings, --samples$"),
+        (("--max-new-tokens", "9", "--vram", "0"), "leave out --max-new-tokens, --vram$"),
     ],
 )
 def test_recorded_answers_and_a_model_exclude_each_other(
@@ -843,7 +840,7 @@ def test_plan_imports_nothing_heavy(pair: tuple[Path, Path]) -> None:
         ),
         (("--ram", "8GB", "--vram", "0", "--device", "cuda"), "no CUDA card was found"),
         (("--ram", "8GB", "--vram", "80GB"), "placed on a CUDA card, but torch sees none"),
-        (("--ram", "much"), r"--ram 'much': expected a size"),
+        (("--ram", "much"), r"--ram: 'much': expected a size"),
         (("--vram", "-1"), r"--vram"),
     ],
 )
@@ -866,6 +863,15 @@ def test_what_cannot_be_placed_is_refused_before_loading(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_does_not_fit_is_not_fetched(
+    pair: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    forbid(monkeypatch, "lowmem_adamms.inputs.download")
+    words = ("--prompts", prompts, "--ram", "100MB", "--vram", "0")
+    assert run("search", *pair, *words) == 2
+    assert_one_error(capsys, r"needs [\d.]+ GB of RAM but 0\.10 GB is free")
+
+
 # Errors
 
 
@@ -876,6 +882,59 @@ def test_alpha_or_prompts_but_not_both_and_not_neither(
         assert run(*pair, "-o", tmp_path / "out", *words) == 2
         assert_one_error(capsys, "give either --alpha, .*, or --prompts")
     assert not list(tmp_path.iterdir())
+
+
+SWITCHES = ("no-drafts", "no-vision-cache", "no-noise")
+WISHES = {"device": "cpu", "live-quantize": "int8", "live-dtype": "fp16", "alphas": "0:1:0.5"}
+WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0"}
+
+
+def options_of_a_search(capsys: Capture) -> list[str]:
+    """All that `merge --help` lists from the search on, but for what stands in for --alpha."""
+    assert run("merge", "--help") == 0
+    listed = capsys.readouterr().out.partition("\nsearch:\n")[2]
+    return [name for name in re.findall(r"^  --([a-z-]+)", listed, re.M) if name != "prompts"]
+
+
+@pytest.mark.parametrize(
+    "weights", [("--alpha", "0.3"), ("--alpha-layers", "0.1,0.3"), ("--config", "x.yml")]
+)
+def test_no_option_of_a_search_is_silently_ignored_at_a_given_alpha(
+    weights: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Found out before any model is opened: there are none."""
+    monkeypatch.chdir(tmp_path)
+    recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+    (tmp_path / "x.yml").write_text(recipe)
+    pair = () if "--config" in weights else ("no base", "no donor")
+    names = options_of_a_search(capsys)
+    assert len(names) >= 20
+    for name in names:
+        wish = () if name in SWITCHES else (WISHES.get(name, "7"),)
+        assert run("merge", *pair, "-o", "out", *weights, f"--{name}", *wish) == 2
+        assert_one_error(capsys, f"no search is made at a given alpha: leave out --{name}, or")
+    wishes = ("--seed", "1", "--refine", "2", "--trust-remote-code")
+    assert run("merge", *pair, "-o", "out", *weights, *wishes) == 2
+    assert_one_error(capsys, "leave out --seed, --refine, or give --prompts")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yml"]
+
+
+def test_a_report_replaces_nothing_that_the_search_needs(
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    asked = Path(shutil.copy(prompts, tmp_path / "prompts.jsonl"))
+    before = seen(tmp_path)
+    there = ("search", *pair, "--prompts", asked)
+    for report, words in (
+        (tmp_path / "sub" / ".." / "prompts.jsonl", there),
+        (tmp_path / "new", (*there, "--journal", tmp_path / "new")),
+        (asked, ("search", "--answers", f"0.1={asked}", tmp_path / "other")),
+    ):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        assert run(*words, "--report", report) == 2
+        assert_one_error(capsys, "this command needs that file; name another")
+        (tmp_path / "sub").rmdir()
+        assert seen(tmp_path) == before
 
 
 @pytest.mark.parametrize(

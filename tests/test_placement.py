@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from lowmem_adamms import memory
 from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
-from lowmem_adamms.cli.arguments import parse_size
+from lowmem_adamms.cli.values import size, size_or_zero
 from lowmem_adamms.errors import PlacementError, RecipeError
 from lowmem_adamms.join import make_plan
 from lowmem_adamms.memory import Memory, available_ram, measure
@@ -669,7 +670,7 @@ def test_an_nvidia_smi_that_fails_means_no_card(
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
+    ("text", "expected"),
     [
         ("8GB", 8 * GB),
         ("16GiB", 16 * GIB),
@@ -682,29 +683,28 @@ def test_an_nvidia_smi_that_fails_means_no_card(
         ("1.001GB", 1_001_000_000),
     ],
 )
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text, "--ram") == size
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert size(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "GB", "-5GB", "5 apples", "1e9", "5iB", "5PB", "0", "0.0GB", "9" * 400, "٣GB"]
 )
-def test_what_is_no_size_is_refused_by_the_options_name(text: str) -> None:
-    with pytest.raises(RecipeError, match=r"--vram '.*': expected a size such as"):
-        parse_size(text, "--vram")
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"^'.*': expected a size such as"):
+        size(text)
 
 
 @pytest.mark.parametrize("text", ["8", " 16", "7.5", "9999"])
 def test_a_number_without_its_unit_is_not_taken_for_bytes(text: str) -> None:
-    with pytest.raises(RecipeError, match=rf"--vram '{text}': .*unit, as in {text.strip()}GB"):
-        parse_size(text, "--vram", zero=True)
+    with pytest.raises(ArgumentTypeError, match=rf"^'{text}': .*unit, as in {text.strip()}GB"):
+        size_or_zero(text)
 
 
 def test_zero_passes_where_it_has_a_meaning() -> None:
-    assert parse_size("0", "--vram", zero=True) == 0
-    assert parse_size("0GB", "--vram", zero=True) == 0
-    with pytest.raises(RecipeError):
-        parse_size("GB", "--vram", zero=True)
+    assert size_or_zero("0") == size_or_zero("0GB") == 0
+    with pytest.raises(ArgumentTypeError):
+        size_or_zero("GB")
 
 
 def test_the_decision_needs_neither_torch_nor_transformers(qwen: Plan) -> None:

@@ -111,6 +111,23 @@ def test_json_lines_in_every_allowed_form(tmp_path: Path, name: str) -> None:
     )
 
 
+def test_an_image_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a shell; a folder that is called `~` is still found by its whole path."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    home = put(tmp_path / "me" / "pics" / "red.png", encode())
+    odd = put(tmp_path / "~" / "red.png", encode())
+    path = lines(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": "One?", "image": "~/pics/red.png"},
+            {"prompt": "Two?", "images": ["./~/red.png", str(home)]},
+        ],
+    )
+    assert [prompt.images for prompt in load_prompts(path)] == [(home,), (odd, home)]
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_byte_order_mark_and_line_ends_do_not_matter(

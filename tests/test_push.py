@@ -487,7 +487,7 @@ def test_without_a_push_a_resumed_merge_waits_for_none(
     assert run(*words) == 0
     assert not (out / PENDING).exists()
     with pytest.raises(OutputError, match="is not empty"):
-        writer.check_output(make_plan(*pair), out, push=True)
+        writer.prepare(make_plan(*pair), out).check(push=True)
 
 
 def wait_for_complete(out: Path) -> None:

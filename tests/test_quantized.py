@@ -35,7 +35,7 @@ from lowmem_adamms.memory import Memory
 from lowmem_adamms.outfiles import Entry
 from lowmem_adamms.placement import place, stored_bytes
 from lowmem_adamms.plan import Part, Plan, Step
-from lowmem_adamms.quantized import Quantized, prepare
+from lowmem_adamms.quantized import Method, Quantized, prepare
 from lowmem_adamms.verify import verify
 
 pytest.importorskip("bitsandbytes")
@@ -46,7 +46,7 @@ from lowmem_adamms import quantized_sink
 loop = importlib.import_module("lowmem_adamms.merge")
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
-METHODS = ("nf4", "int8")
+METHODS: tuple[Method, ...] = ("nf4", "int8")
 PAIRS = {
     "qwen2_vl": "llava_onevision",
     "qwen2_5_vl": "qwen2_vl",
@@ -109,7 +109,7 @@ def outs(plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.mark.parametrize(("family", "method"), [*((family, "nf4") for family in PAIRS), *BOTH_WAYS])
 def test_the_bytes_are_those_that_transformers_saves(
-    family: str, method: str, plain: Plain, tmp_path: Path
+    family: str, method: Method, plain: Plain, tmp_path: Path
 ) -> None:
     plan, unquantized = plain(family)
     out = merge(plan, 0.3, tmp_path / "out", quantize=method)
@@ -167,7 +167,7 @@ def respelled(folder: Path) -> Path:
 def test_it_loads_as_the_merged_checkpoint_does_quantized(
     change: Callable[[Path], Path],
     dtype: str | None,
-    method: str,
+    method: Method,
     tiny_models: dict[str, Path],
     ancestors: dict[str, tiny.Tensors],
     tmp_path: Path,
@@ -199,7 +199,7 @@ def test_tied_tables_stay_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_remote_code_is_asked_as_well(
-    method: str,
+    method: Method,
     tiny_models: dict[str, Path],
     talking: dict[str, Path],
     tmp_path: Path,
@@ -298,7 +298,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_windows_and_chunks_leave_no_trace(
-    method: str,
+    method: Method,
     plain: Plain,
     outs: dict[str, Path],
     tmp_path: Path,
@@ -314,7 +314,7 @@ def test_windows_and_chunks_leave_no_trace(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_are_the_bases_unless_a_size_is_given(
-    method: str, plain: Plain, tmp_path: Path
+    method: Method, plain: Plain, tmp_path: Path
 ) -> None:
     plan, unquantized = plain("llava")
     kept = merge(plan, 0.3, tmp_path / "kept", quantize=method)
@@ -330,7 +330,10 @@ def test_shards_are_the_bases_unless_a_size_is_given(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_index_and_headers_fit_and_every_tensor_is_aligned(
-    method: str, ancestors: dict[str, tiny.Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    ancestors: dict[str, tiny.Tensors],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An odd width makes tensors of odd sizes; older readers take none that is not aligned."""
     monkeypatch.setattr(tiny, "INNER", 97)
@@ -353,7 +356,7 @@ def test_index_and_headers_fit_and_every_tensor_is_aligned(
 
 
 @pytest.mark.parametrize(("method", "bits"), [("nf4", "4-bit"), ("int8", "8-bit")])
-def test_the_papers_say_what_it_is(method: str, bits: str, outs: dict[str, Path]) -> None:
+def test_the_papers_say_what_it_is(method: Method, bits: str, outs: dict[str, Path]) -> None:
     card = ModelCard.load(outs[method] / "README.md")
     assert {"bitsandbytes", bits, "merge"} <= set(card.data.to_dict()["tags"])
     assert f"{bits[0]} bit" in card.text
@@ -364,12 +367,26 @@ def test_the_papers_say_what_it_is(method: str, bits: str, outs: dict[str, Path]
 
 
 def test_the_command_writes_it_and_the_plan_foretells_its_size(
-    plain: Plain, outs: dict[str, Path], tmp_path: Path, capsys: Capture
+    plain: Plain,
+    outs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     plan, unquantized = plain("qwen2_vl")
     pair = (str(plan.base.path), str(plan.donor.path))
     words = ("--quantize", "nf4", "--alpha", "0.3")
-    assert main(["merge", *pair, "-o", str(tmp_path / "out"), *words]) == 0
+    with monkeypatch.context() as patch:
+        asked: list[Path] = []
+        ask = loading.skeleton
+
+        def counted(folder: Path, **options: Any) -> Any:
+            asked.append(folder)
+            return ask(folder, **options)
+
+        patch.setattr(loading, "skeleton", counted)
+        assert main(["merge", *pair, "-o", str(tmp_path / "out"), *words]) == 0
+        assert len(asked) == 1  # it takes seconds, and as it has to be known first, is kept
     assert "24 of them quantized to nf4" in capsys.readouterr().out
     assert files(tmp_path / "out") == files(outs["nf4"])
     assert main(["plan", *pair, "--quantize", "nf4"]) == 0
@@ -519,7 +536,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_broken_off_anywhere_it_resumes_to_the_same_bytes(
-    method: str,
+    method: Method,
     plain: Plain,
     outs: dict[str, Path],
     tmp_path: Path,
@@ -610,7 +627,7 @@ def test_a_fresh_output_is_ok(outs: dict[str, Path]) -> None:
 @pytest.mark.parametrize("alpha", [0, 1])
 def test_parts_and_other_dtypes_are_verified(
     alpha: float,
-    method: str,
+    method: Method,
     talking: dict[str, Path],
     tiny_models: dict[str, Path],
     tmp_path: Path,
@@ -654,7 +671,7 @@ Q = "model.layers.1.mlp.up_proj"
     ],
 )
 def test_a_flipped_bit_is_found(
-    method: str, name: str, outs: dict[str, Path], tmp_path: Path
+    method: Method, name: str, outs: dict[str, Path], tmp_path: Path
 ) -> None:
     out = shutil.copytree(outs[method], tmp_path / "out")
     flipped(out, name)
@@ -700,9 +717,8 @@ def test_a_recipe_that_says_otherwise_is_found(outs: dict[str, Path], tmp_path: 
 WEIGHED = """
 import sys, threading, time
 from pathlib import Path
-from lowmem_adamms import make_plan, merge, quantized_sink
+from lowmem_adamms import make_plan, merge, quantized, quantized_sink
 from lowmem_adamms.kernels import cpu
-from lowmem_adamms.writer import how_quantized
 import torch
 
 def anonymous():
@@ -711,7 +727,7 @@ def anonymous():
 
 base, donor, out, method = sys.argv[1:]
 plan = make_plan(base, donor)
-how_quantized(plan, method)
+quantized.prepare(plan, method)
 cpu.warm()
 quantized_sink.nf4(torch.zeros(64))
 before = peak = anonymous()
@@ -771,7 +787,7 @@ def a_layer_of_seven_billion(folder: Path) -> Path:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_of_true_size_takes_no_more_memory_than_a_merge_may(
-    method: str, tmp_path: Path
+    method: Method, tmp_path: Path
 ) -> None:
     base, donor = (a_layer_of_seven_billion(tmp_path / name) for name in ("base", "donor"))
     command = [sys.executable, "-c", WEIGHED, str(base), str(donor), str(tmp_path / "out"), method]

@@ -269,6 +269,17 @@ def test_the_base_is_the_base_model_or_else_the_first(pair: Pair, tmp_path: Path
     assert added.alphas(make_plan(pair[1], pair[0]))[0] == 0.7
 
 
+def test_a_model_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often and in whichever of two ways it is named."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    document = linear((Path("~/models/a"), Path("~/models/b")), 0.7, 0.3)
+    document |= {"base_model": f"{tmp_path}/models/b", "tokenizer_source": "~/models/b"}
+    recipe = read(written(tmp_path, document))
+    assert (recipe.base, recipe.donor) == (f"{tmp_path}/models/b", f"{tmp_path}/models/a")
+
+
 def test_equal_weights_give_the_bytes_of_one_alpha(pair: Pair, tmp_path: Path) -> None:
     path = written(tmp_path, linear(pair, [0.7, 0.7], [0.3, 0.3, 0.3]))
     assert main(["merge", "--config", str(path), "-o", str(tmp_path / "recipe")]) == 0

@@ -282,17 +282,39 @@ def test_a_refined_grid_joins_only_scores_of_one_round_by_lines() -> None:
 
     result = run_search(generate, range(40), (0.0, 0.2, 0.4, 0.6, 0.8), refine=2)
     page = page_of(result)
-    scored = [c for c in result.candidates if c.score is not None]
-    assert len({c.round for c in scored}) > 1
+    scored = [c for c in result.rounds if c.score is not None]
+    assert {c.round for c in scored} == {0, 1, 2}
     assert len(page.of_class("circle", "point")) == len(scored)
     stretches = [list(g) for _, g in groupby(scored, key=lambda c: c.round)]
     lines = [(a["points"] or "").split() for a in page.of_class("polyline", "line")]
-    assert [len(line) for line in lines] == [len(s) for s in stretches]
+    assert [len(line) for line in lines] == [len(s) for s in stretches] == [3, 3, 3]
     pairs: set[tuple[float | None, float | None]]
-    pairs = {(c.neighbours[0], c.alpha) for c in result.candidates}
-    pairs |= {(c.alpha, c.neighbours[1]) for c in result.candidates}
+    pairs = {(c.neighbours[0], c.alpha) for c in result.rounds}
+    pairs |= {(c.alpha, c.neighbours[1]) for c in result.rounds}
     assert len(page.of_class("rect", "bar")) == len([p for p in pairs if None not in p])
     assert "in refinement 2" in page.text
+
+
+def test_what_a_refinement_scored_anew_is_drawn_as_it_was_and_as_it_is() -> None:
+    """Its earlier point is hollow, without a whisker, and never the chosen one."""
+    new = {0.0: 0, 0.2: 10, 0.3: 12, 0.4: 14, 0.5: 15, 0.6: 17, 0.8: 27}
+
+    def generate(alpha: float, prompts: Sequence[int]) -> list[str]:
+        return [f"{place}: {place < new[alpha]}" for place in prompts]
+
+    result = run_search(generate, range(40), (0.0, 0.2, 0.4, 0.6, 0.8), refine=1)
+    (was,) = result.earlier
+    now = next(c for c in result.candidates if c.alpha == was.alpha)
+    assert (was.alpha, was.round, now.round) == (result.alpha, 0, 1)
+    page = page_of(result)
+    points = page.of_class("circle", "point")
+    assert len(page.of_class("circle", "earlier")) == 1
+    assert len(page.of_class("circle", "chosen")) == 1
+    assert len(points) == len(page.of_class("path", "whisker")) + 1 == 6
+    assert len({a["cx"] for a in points}) == 5
+    rows = [attrs for tag, attrs in page.tags if tag == "tr" and attrs.get("class") == "chosen"]
+    assert len(rows) == 1
+    assert "before a refinement scored it anew" in page.text
 
 
 def test_a_fine_grid_names_only_alphas_that_do_not_collide() -> None:

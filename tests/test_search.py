@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -548,6 +549,22 @@ def test_refined_candidates_are_scored_against_their_new_neighbours() -> None:
     assert [scores(result)[a] for a in (0.25, 0.3, 0.35)] == [
         scores(fine)[a] for a in (0.25, 0.3, 0.35)
     ]
+
+
+def test_each_round_of_a_refined_search_is_kept_as_it_was() -> None:
+    """The grid as without refinement, and each window as if it were a grid."""
+    plain, result = search(cubic, MANY), search(cubic, MANY, refine=2)
+    assert plain.earlier == () and plain.rounds == plain.candidates
+    assert [(c.round, c.alpha) for c in result.earlier] == [(0, 0.3), (1, 0.25)]
+    grid = tuple(c for c in result.rounds if c.round == 0)
+    assert grid == plain.candidates
+    for number, window in ((1, (0.2, 0.25, 0.3, 0.35, 0.4)), (2, (0.2, 0.225, 0.25, 0.275, 0.3))):
+        inner = choose({a: result.answers[a] for a in window}).candidates[1:-1]
+        found = tuple(c for c in result.rounds if c.round == number)
+        assert found == tuple(replace(c, round=number) for c in inner)
+    document = result.to_json()
+    assert [(row["round"], row["alpha"]) for row in document["earlier"]] == [(0, 0.3), (1, 0.25)]
+    assert document["earlier"][0]["score"] == scores(plain)[0.3]
 
 
 def test_progress_goes_on_while_refining() -> None:

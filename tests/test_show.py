@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lowmem_adamms import show
-from lowmem_adamms.search import Candidate, choose
+from lowmem_adamms.search import Candidate, choose, search
 
 # By alpha, the answers to three prompts
 ANSWERS = {
@@ -71,6 +71,33 @@ def test_a_table_in_the_making_has_gaps_and_the_order_of_the_alphas() -> None:
     known = [Candidate(0.2, 0.25, None, None, 0), Candidate(0.1, None, 0.25, None, 3)]
     _, *rows = cells(drawn(show.search_table(known)))
     assert rows == [["0.1", "", "0.25", "", "", "3", ""], ["0.2", "0.25", "", "", "", "", ""]]
+
+
+def test_a_refined_search_is_a_section_for_each_round() -> None:
+    """Each row says which alphas it was compared with; the grid is whole."""
+    new = {0.0: 0, 0.1: 10, 0.15: 12, 0.2: 14, 0.25: 15, 0.3: 17, 0.4: 27}
+
+    def generate(alpha: float, prompts: Sequence[int]) -> list[str]:
+        return [f"{place}: {place < new[alpha]}" for place in prompts]
+
+    result = search(generate, range(30), (0.0, 0.1, 0.2, 0.3, 0.4), refine=1)
+    lines = drawn(show.search_table(result.rounds, result.alpha))
+    head, *rows = cells(lines)
+    assert head[:4] == ["round", "alpha", "between", "differs from previous"]
+    assert [row[:3] for row in rows] == [
+        ["grid", "0", ""],
+        ["grid", "0.1", "0 and 0.2"],
+        ["grid", "0.2", "0.1 and 0.3"],
+        ["grid", "0.3", "0.2 and 0.4"],
+        ["grid", "0.4", ""],
+        ["1", "0.15", "0.1 and 0.2"],
+        ["1", "0.2", "0.15 and 0.25"],
+        ["1", "0.25", "0.2 and 0.3"],
+    ]
+    assert len([line for line in lines if line.startswith("├")]) == 1
+    assert [row[5] for row in rows] == ["", "14", "7", "13", "", "4", "3", "3"]
+    assert [row[:2] for row in rows if row[-1] == "<- chosen"] == [["1", "0.2"]]
+    assert show.verdict(result) == "alpha 0.2, D = 3 in round 1 over 30 prompts (pairwise)"
 
 
 def test_the_verdict_is_one_sentence() -> None:

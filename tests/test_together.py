@@ -16,6 +16,7 @@ from hub_server import HubServer, use
 
 from lowmem_adamms import make_plan, merge, wire
 from lowmem_adamms.journal import WORK
+from lowmem_adamms.quantized import Method
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -23,7 +24,7 @@ pytest.importorskip("accelerate")
 IDS = ("org/base", "org/donor")
 REPO = "lab/merged"
 ALPHAS = "0.1,0.5"
-METHODS = ("nf4", "int8")
+METHODS: tuple[Method, ...] = ("nf4", "int8")
 WAYS = {"cache": (), "no cache": ("--no-cache",), "disk budget": ("--disk-budget", "1GB")}
 # huggingface_hub's own use of httpx2
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -89,7 +90,7 @@ def assert_pushed(hub: hub_push_server.HubServer, out: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_alphas_by_layer_are_quantized(
-    method: str, pair: Pair, plain: Path, quantized: dict[str, Path], tmp_path: Path
+    method: Method, pair: Pair, plain: Path, quantized: dict[str, Path], tmp_path: Path
 ) -> None:
     words = (*pair, "-o", tmp_path / "out", "--alpha-layers", ALPHAS, "--quantize", method)
     assert run(*words) == 0
@@ -101,7 +102,7 @@ def test_alphas_by_layer_are_quantized(
 
 @pytest.mark.parametrize(("way", "method"), [*((way, "nf4") for way in WAYS), ("no cache", "int8")])
 def test_what_comes_from_the_hub_is_quantized(
-    server: HubServer, quantized: dict[str, Path], tmp_path: Path, way: str, method: str
+    server: HubServer, quantized: dict[str, Path], tmp_path: Path, way: str, method: Method
 ) -> None:
     words = (*IDS, "-o", tmp_path / "out", "--alpha-layers", ALPHAS, "--quantize", method)
     assert run(*words, *WAYS[way]) == 0
@@ -136,7 +137,7 @@ def test_killed_while_it_quantizes_from_the_hub_it_resumes(
 @pytest.mark.parametrize("way", ["cache", "no cache"])
 @pytest.mark.parametrize("method", [None, "nf4"])
 def test_a_recipe_may_name_what_lies_on_the_hub(
-    server: HubServer, pair: Pair, tmp_path: Path, way: str, method: str | None
+    server: HubServer, pair: Pair, tmp_path: Path, way: str, method: Method | None
 ) -> None:
     text = """\
 merge_method: linear
@@ -170,7 +171,7 @@ def test_what_was_blended_by_layer_and_quantized_is_pushed(
     plain: Path,
     quantized: dict[str, Path],
     tmp_path: Path,
-    method: str | None,
+    method: Method | None,
 ) -> None:
     out = tmp_path / "out"
     more = ("--quantize", method) if method else ()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tiny import seen
 from lowmem_adamms import __version__, header, kinship, make_plan, merge, sink, stream, writer
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
-from lowmem_adamms.errors import MappingError, OutputError
+from lowmem_adamms.errors import MappingError, OutputError, RecipeError
 from lowmem_adamms.journal import ANSWERS, NAME, WORK
 from lowmem_adamms.kinship import Kinship
 from lowmem_adamms.plan import Plan
@@ -353,11 +354,64 @@ def test_answers_of_an_unfinished_search_may_lie_in_the_output(
     assert_refused(pair, tmp_path / "out", "not empty")
     (work / "other").unlink()
     plan = make_plan(*pair)
-    assert [file.name for file in writer.check_output(plan, tmp_path / "out")] == sorted(
+    output = writer.prepare(plan, tmp_path / "out")
+    output.check()
+    assert [file.name for file in output.files] == sorted(
         name for name in whole if name.endswith(".safetensors")
     )
     merge(plan, 0.3, tmp_path / "out")
     assert seen(tmp_path / "out") == whole | {ANSWERS: b"{}\n"}
+
+
+def test_a_folder_that_was_filled_since_it_was_looked_at_is_left_alone(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """A search lies between the two, which may take hours."""
+    out = tmp_path / "out"
+    output = writer.prepare(make_plan(*pair), out)
+    output.check()
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        writer.write(output, 0.3)
+    assert [path.name for path in out.rglob("*")] == ["mine"]
+
+
+# The keywords
+
+
+def test_the_keywords_are_the_options() -> None:
+    """In name, order and type: type checkers read the ones, the code the others."""
+    keywords = {
+        name: kind.__forward_arg__ for name, kind in writer.Keywords.__annotations__.items()
+    }
+    assert list(keywords.items()) == [(field.name, field.type) for field in fields(writer.Options)]
+
+
+def test_a_keyword_that_does_not_exist_is_a_type_error_for_people_and_for_mypy(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """To mypy, which is strict about ignores that it does not need: each of these it does."""
+    plan = make_plan(*pair)
+    with pytest.raises(
+        TypeError, match=r"^merge\(\) has no option 'quantise'; it has max_shard_size,"
+    ):
+        merge(plan, 0.3, tmp_path / "out", quantise="nf4")  # type: ignore[call-arg]
+    with pytest.raises(RecipeError, match="fp4"):
+        merge(plan, 0.3, tmp_path / "out", quantize="fp4")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_may_come_as_one_value_or_as_keywords_or_both(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    done: list[int] = []
+    options = writer.Options(max_shard_size=1000, note=lambda _: None)
+    out = merge(
+        make_plan(*pair), 0.3, tmp_path / "out", options, max_shard_size=None, progress=done.append
+    )
+    assert seen(out) == whole
+    assert sum(done) == make_plan(*pair).bytes_written
 
 
 # Refusals

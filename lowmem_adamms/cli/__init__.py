@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import MergeError
 from . import archs, compare, demo, merge, plan, push, search, speech, verify
-from .options import COMMANDS, at_home, parser
+from .options import COMMANDS, parser
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": plan.run,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         words.insert(0, "merge")
     try:
-        arguments = at_home(parser().parse_args(words))
+        arguments = parser().parse_args(words)
         code = _RUN[arguments.command](arguments)
         sys.stdout.flush()
         return code

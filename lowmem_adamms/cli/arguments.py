@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError, RecipeError
+from ..errors import OutputError
 from ..memory import measure
 from ..placement import Placement, Quantize, place
-from .console import draws
+from .console import draws, print_notes
 
 if TYPE_CHECKING:
     from ..inputs import Fetch
     from ..plan import Plan
-
-_FEWEST = 10_000  # nobody means so few bytes
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
@@ -32,6 +29,9 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         open_checkpoint(ref, cache=not fetch.no_cache, bins=bins)
         for ref in (arguments.base, arguments.donor)
     )
+    if not (fetch.cached or base.repo or donor.repo):
+        option = "--no-cache" if fetch.no_cache else "--disk-budget"
+        print_notes([f"{option} is for Hub ids; both checkpoints lie here and are read in place"])
     return join.make_plan(
         base, donor, embeddings=arguments.embeddings, dtype=arguments.dtype, declared=declared
     )
@@ -41,12 +41,8 @@ def fetching(arguments: argparse.Namespace) -> Fetch:
     """How what lies on the Hub gets here."""
     from ..inputs import Fetch
 
-    budget = getattr(arguments, "disk_budget", None)
-    return Fetch(
-        no_cache=getattr(arguments, "no_cache", False),
-        disk_budget=parse_size(budget, "--disk-budget") if budget else None,
-        bars=draws(),
-    )
+    no_cache, budget = (getattr(arguments, name, None) for name in ("no_cache", "disk_budget"))
+    return Fetch(no_cache=bool(no_cache), disk_budget=budget, bars=draws())
 
 
 def quantizing(arguments: argparse.Namespace) -> Quantize | None:
@@ -56,12 +52,10 @@ def quantizing(arguments: argparse.Namespace) -> Quantize | None:
 
 def placing(arguments: argparse.Namespace, plan: Plan) -> Placement:
     """Where the search's model goes, as asked for or as fits; PlacementError if nothing does."""
-    ram = parse_size(arguments.ram, "--ram") if arguments.ram else None
-    vram = parse_size(arguments.vram, "--vram", zero=True) if arguments.vram else None
     dtype = arguments.live_dtype or arguments.dtype
     return place(
         plan,
-        measure(ram=ram, vram=vram),
+        measure(ram=arguments.ram, vram=arguments.vram),
         device=arguments.device,
         quantize=arguments.live_quantize or arguments.quantize,
         dtype=dtype.name if dtype else None,
@@ -69,27 +63,14 @@ def placing(arguments: argparse.Namespace, plan: Plan) -> Placement:
     )
 
 
-def check_page(path: Path | None, option: str) -> None:
-    """OutputError now, not after the work, where a page clearly cannot be written."""
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise OutputError(f"{option} {path}: expected a file in a folder that exists")
+def check_page(path: Path | None, option: str, *others: str | Path | None) -> None:
+    """OutputError now, not after the work, where a page clearly cannot be written.
 
-
-def parse_size(text: str, option: str, *, zero: bool = False) -> int:
-    """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number; `zero` lets 0 pass.
-
-    RecipeError names `option` (such as `--vram`) where `text` is no size, or a plain number that
-    must be short of its unit.
+    others: what the same command reads or keeps, which the page must not replace.
     """
-    from fractions import Fraction
-
-    match = re.fullmatch(
-        r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE
-    )
-    number = Fraction(match[1]) if match else Fraction(0)
-    if match is None or not (number or zero):
-        raise RecipeError(f"{option} {text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
-    if match[1] == text.strip() and 0 < number < _FEWEST:
-        raise RecipeError(f"{option} {text!r}: that many bytes? Give a unit, as in {match[1]}GB")
-    base = 1024 if match[3] else 1000
-    return int(number * base ** " KMGT".index((match[2] or " ").upper()))
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"{option} {path}: expected a file in a folder that exists")
+    if path.resolve() in {Path(other).resolve() for other in others if other is not None}:
+        raise OutputError(f"{option} {path}: this command needs that file; name another")

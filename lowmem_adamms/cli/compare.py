@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..declare import read_all
     from ..join import make_plan
 
-    check_page(arguments.html, "--html")
+    check_page(arguments.html, "--html", arguments.a, arguments.b, *(arguments.arch or ()))
     make = partial(make_plan, declared=read_all(arguments.arch or ()))
     joined = pairing.join(arguments.a, arguments.b, make=make)
     total = compare.bytes_read(joined) if arguments.full else None

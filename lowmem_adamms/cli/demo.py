@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> int:
     """The embedded pair: write it out, or run the whole method on it and judge the result."""
     from .. import demo
-    from ..alphas import check_alpha
 
     if arguments.export:
         if arguments.out or arguments.alpha is not None:
@@ -30,8 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
         for path in (pair.base, pair.donor, pair.prompts, pair.exam):
             print(path)
         return 0
-    if arguments.alpha is not None:
-        check_alpha(arguments.alpha)
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
     pair = demo.export(folder)
     _show(pair, _merged(folder, pair, arguments.alpha))
@@ -44,9 +41,11 @@ def _merged(folder: Path, pair: Pair, alpha: float | None) -> Path:
 
     show_plan(make_plan(pair.base, pair.donor), screen())
     out = folder / "merged"
-    how = ["--prompts", str(pair.prompts)] if alpha is None else ["--alpha", str(alpha)]
+    how = ["--prompts", str(pair.prompts), "--max-new-tokens", str(demo.LONGEST)]
+    if alpha is not None:
+        how = ["--alpha", str(alpha)]
     words = ["merge", str(pair.base), str(pair.donor), "-o", str(out), *how]
-    merge.run(parser().parse_args([*words, "--max-new-tokens", str(demo.LONGEST)]))
+    merge.run(parser().parse_args(words))
     return out
 
 

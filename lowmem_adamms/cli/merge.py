@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, RecipeError
 from ..journal import ANSWERS, NAME, WORK
-from .arguments import fetching, make_plan, parse_size, quantizing
+from .arguments import fetching, make_plan, quantizing
 from .console import print_notes, progress_bar
+from .options import OF_A_SEARCH, given
 from .push import finish, pushing
 from .searching import load_prompts, search_for_alpha, show_found
 
 if TYPE_CHECKING:
     from ..plan import Plan
-    from ..quantized import Quantized
     from ..recipe import Recipe
-    from ..writer import Options
+    from ..writer import Options, Output
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,19 +37,17 @@ def run(arguments: argparse.Namespace) -> int:
     alpha = _given_alpha(arguments, plan, recipe)
     print_notes(plan.notes)
     upload = arguments.push_to_hub is not None
-    how = writer.prepare(plan, out, options, push=upload).how
+    output = writer.prepare(plan, out, options)
+    output.check(room=options.fetch.disk_budget or 0, push=upload)
     with pushing(arguments, plan) if upload else nullcontext() as push:
-        found = None
         if prompts:
             found = search_for_alpha(arguments, plan, prompts, _answers_in(out))
             show_found(found)
-            alpha = found.alpha
-        search = found.to_json() if found else None
-        beside = {"report.html": found.page.encode()} if found else None
+            alpha, beside = found.alpha, {"report.html": found.page.encode()}
+            options = replace(options, search=found.to_json(), beside=beside)
         with progress_bar("merging", plan.bytes_written) as progress:
-            more = {"push": push, "progress": progress, "search": search, "beside": beside}
-            writer.merge(plan, alpha, out, options, **more)
-        print(f"{out}: {_summary(plan, out, how)}")
+            writer.write(output, alpha, replace(options, push=push, progress=progress))
+        print(f"{out}: {_summary(output)}")
         if push:
             finish(arguments, push)
     return 0
@@ -66,9 +65,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         )
     if arguments.push_to_hub is None and (arguments.private or arguments.replace_repo):
         raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
-    shard = arguments.max_shard_size
     return Options(
-        max_shard_size=parse_size(shard, "--max-shard-size") if shard else None,
+        max_shard_size=arguments.max_shard_size,
         quantize=quantizing(arguments),
         trust_remote_code=arguments.trust_remote_code,
         force=arguments.force,
@@ -77,14 +75,14 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _summary(plan: Plan, out: Path, how: Quantized | None) -> str:
+def _summary(output: Output) -> str:
     """What was written, in a line."""
     from ..show import size
 
-    counts = plan.to_json()["counts"]
-    written = plan.bytes_written
+    counts, how = output.plan.to_json()["counts"], output.how
+    written = output.plan.bytes_written
     if how:
-        written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        written = sum(path.stat().st_size for path in output.folder.glob("*.safetensors"))
     quantized = f", {len(how.names)} of them quantized to {how.method}" if how else ""
     return (
         f"{counts['interpolate']} tensors interpolated, {counts['copy']} copied{quantized},"
@@ -98,9 +96,7 @@ def _read_config(arguments: argparse.Namespace) -> Recipe | None:
         return None
     from ..recipe import read
 
-    ways = ("base", "alpha", "alpha_layers", "prompts")
-    if given := [way for way in ways if getattr(arguments, way) is not None]:
-        names = ["BASE" if way == "base" else f"--{way.replace('_', '-')}" for way in given]
+    if names := given(arguments, ("base", "donor", "alpha", "alpha_layers", "prompts")):
         raise RecipeError(f"--config names models and weights; leave out {', '.join(names)}")
     recipe = read(arguments.config)
     arguments.base, arguments.donor = recipe.base, recipe.donor
@@ -110,20 +106,19 @@ def _read_config(arguments: argparse.Namespace) -> Recipe | None:
 
 def _check_weights(arguments: argparse.Namespace) -> None:
     """Two models and one way to their weights, so far as can be seen without opening anything."""
-    from ..alphas import check_alpha
-
     if arguments.donor is None:
         raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
-    given = [way for way in ("alpha", "alpha_layers") if getattr(arguments, way) is not None]
-    if arguments.config is None and bool(given) == (arguments.prompts is not None):
+    weights = given(arguments, ("alpha", "alpha_layers"))
+    if arguments.config is None and bool(weights) == (arguments.prompts is not None):
         raise RecipeError(
             "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
             " to search it with"
         )
-    if arguments.alpha is not None:
-        check_alpha(arguments.alpha)
-    if arguments.refine_layers and arguments.prompts is None:
-        raise RecipeError("--refine-layers is a second stage of the search; give --prompts")
+    if arguments.prompts is None and (idle := given(arguments, OF_A_SEARCH)):
+        raise RecipeError(
+            f"no search is made at a given alpha: leave out {', '.join(idle)}, or give --prompts"
+            " instead of the alpha"
+        )
 
 
 def _given_alpha(arguments: argparse.Namespace, plan: Plan, recipe: Recipe | None) -> Any:

@@ -8,13 +8,14 @@ from .. import __version__
 from ..errors import RecipeError
 from .arguments import check_page, make_plan
 from .console import print_json, print_notes
-from .options import NEED_A_MODEL
+from .options import NEED_A_MODEL, given
 from .searching import Found, load_prompts, search_for_alpha, show_found
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Search, write the report if one is asked for, and print the curve or one document."""
-    check_page(arguments.report, "--report")
+    inputs = (arguments.prompts, arguments.journal, *(file for _, file in arguments.answers or ()))
+    check_page(arguments.report, "--report", *inputs)
     if arguments.answers:
         return _recorded(arguments)
     if not (arguments.donor and arguments.prompts):
@@ -33,7 +34,7 @@ def _recorded(arguments: argparse.Namespace) -> int:
     from ..search import choose
 
     _check_recorded(arguments)
-    answers, ids = recorded.read([recorded.parse_spec(text) for text in arguments.answers])
+    answers, ids = recorded.read(arguments.answers)
     result = choose(answers, measure=arguments.measure, seed=arguments.seed)
     page = ""
     if arguments.report:
@@ -43,11 +44,7 @@ def _recorded(arguments: argparse.Namespace) -> int:
 
 
 def _check_recorded(arguments: argparse.Namespace) -> None:
-    if asks := [name for name in NEED_A_MODEL if getattr(arguments, name)]:
-        names = [
-            name.upper() if name in ("base", "donor") else f"--{name.replace('_', '-')}"
-            for name in asks
-        ]
+    if names := given(arguments, NEED_A_MODEL):
         raise RecipeError(
             f"--answers scores what is recorded and asks no model; leave out {', '.join(names)}"
         )

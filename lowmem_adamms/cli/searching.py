@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..arch import BUFFER
-from ..errors import PromptError, RecipeError
+from ..errors import PromptError
 from .arguments import placing
 from .console import draws, kept_up_to_date, print_notes, screen
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ..search import Result
     from ..session import Session
     from ..show import SearchProgress
-
-_MOST_ALPHAS = 1001
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +82,20 @@ def search_for_alpha(
     """Search on the live model; the journal, if there is one, is resumed from."""
     from .. import refine, show
     from ..inputs import download
+    from ..search import DEFAULT_ALPHAS
 
-    alphas = _alphas(arguments.alphas)
+    alphas = arguments.alphas or DEFAULT_ALPHAS
     count = arguments.refine_layers
     groups = refine.split(plan.base_layout.layers, count) if count else []
     passes = refine.PASSES * len(groups)
     _check_images(plan, prompts)
-    download(plan, bars=draws())
     task = _Task(arguments, plan, prompts, placing(arguments, plan))
     for line in task.placement.lines:
         print(line, file=sys.stderr)
     if groups:
         more = f"{passes} more passes, {passes * len(prompts)} answers"
         print(f"then an alpha for each of {count} groups of layers: {more}", file=sys.stderr)
+    download(plan, bars=draws())  # no sooner: what does not fit need not be fetched
     progress = show.SearchProgress(len(alphas) + passes, len(prompts))
     with _session(task, journal, progress) as session:
         with kept_up_to_date(progress):
@@ -112,12 +111,13 @@ def show_found(found: Found) -> None:
     from .. import show
 
     result, refined = found.result, found.refined
-    screen().print(show.search_table(result.candidates, result.alpha))
+    screen().print(show.search_table(result.rounds, result.alpha))
     print(show.verdict(result))
     if refined:
         for layers, line in refined.lines().items():
             print(f"{layers}: {line}")
-    print_notes([*result.notes, *(refined.notes if refined else ())])
+    apart = ["D compares within a round: closer neighbours differ less"] if result.earlier else []
+    print_notes([*apart, *result.notes, *(refined.notes if refined else ())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,24 +163,6 @@ def _search(
         seed=arguments.seed,
         progress=progress.candidates,
     )
-
-
-def _alphas(text: str | None) -> Sequence[float]:
-    """`0,0.1,0.2` or `start:stop:step`, the stop included."""
-    from ..search import DEFAULT_ALPHAS
-
-    if text is None:
-        return DEFAULT_ALPHAS
-    try:
-        if ":" not in text:
-            return sorted({float(word) for word in text.split(",")})
-        start, stop, step = map(float, text.split(":"))
-        count = int((stop - start) / step + 1.000001)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise RecipeError(f"--alphas {text!r}: expected 0,0.1,0.2 or 0:0.6:0.1") from None
-    if not 0 < count <= _MOST_ALPHAS:
-        raise RecipeError(f"--alphas {text!r}: makes {count} alphas; expected 3 to {_MOST_ALPHAS}")
-    return [round(start + i * step, 6) for i in range(count)]
 
 
 def _check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:

@@ -38,7 +38,8 @@ def load_prompts(
 
     - `.jsonl`, `.ndjson`: a line is {"prompt": str, "image": path} or {"prompt": str, "images":
       [paths]}; null is the same as no key, other keys are ignored, paths are relative to the
-      file's folder, blank lines are skipped. Every line is checked, and the sample's images.
+      file's folder or begin with `~/`, blank lines are skipped. Every line is checked, and the
+      sample's images.
     - a folder: one prompt, `question`, for each image in it and its subfolders, by name; hidden
       files and folders are left out.
     - `.parquet` (needs pyarrow): `columns` or the usual names; an image is a Hub struct of bytes

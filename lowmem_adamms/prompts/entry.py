@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
+from ..home import at_home
 
 _URL = re.compile(r"(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
@@ -74,7 +75,7 @@ def checked_text(value: object, name: str, where: str) -> str:
 
 
 def checked_path(value: object, folder: Path, where: str) -> Path:
-    """A file that an entry names, relative to `folder`; not a URL."""
+    """A file that an entry names, relative to `folder` or to the home folder; not a URL."""
     if not isinstance(value, str) or not value:
         found = type_name(value) if not isinstance(value, str) else "empty"
         raise PromptError(f"{where}: an image is {found}; expected a file's path")
@@ -82,7 +83,7 @@ def checked_path(value: object, folder: Path, where: str) -> Path:
         raise PromptError(
             f"{where}: image {one_line(value, 80)} is a URL; download it and give the path"
         )
-    return folder / value
+    return folder / at_home(value)
 
 
 def library(module: str, package: str) -> Any:
