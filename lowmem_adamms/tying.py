@@ -1,18 +1,18 @@
 """Whether a checkpoint's head is its embedding: config.json's word, held against the bytes.
 
 Of a config that ties what differs on disk transformers (5, `tie_weights`) keeps both, and so must a
-merge. Reads a few blocks, and only where config.json ties a head that is there all the same.
+merge. Reads a few stretches, and only where config.json ties a head that is there all the same.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 from .arch import Layout, span_of
 from .checkpoint import Checkpoint, Span
+from .reads import Reads
 
-_BLOCKS = 8
-_BLOCK_BYTES = 4096
+_STRETCHES, _STRETCH = 8, 2048  # elements
 
 
 def is_tied(checkpoint: Checkpoint, layout: Layout) -> bool | None:
@@ -27,22 +27,15 @@ def is_tied(checkpoint: Checkpoint, layout: Layout) -> bool | None:
     if not ties[0]:
         return False
     head, embed = (span_of(checkpoint, *roles[role]) for role in ("head", "embed"))
-    return (head.shape, head.dtype) == (embed.shape, embed.dtype) and all(
-        _read(checkpoint, head.path, head.start + at, size)
-        == _read(checkpoint, embed.path, embed.start + at, size)
-        for at, size in _blocks(head)
-    )
+    if (head.shape, head.dtype) != (embed.shape, embed.dtype):
+        return False
+    with Reads(checkpoint.remote()) as reads:
+        return all(reads.raw(one) == reads.raw(other) for one, other in _stretches(head, embed))
 
 
-def _blocks(span: Span) -> list[tuple[int, int]]:
-    """Where evenly spread blocks of a span start, the first and the last included; their size."""
-    size = min(span.nbytes, _BLOCK_BYTES)
-    return [((span.nbytes - size) * i // (_BLOCKS - 1), size) for i in range(_BLOCKS)]
-
-
-def _read(checkpoint: Checkpoint, path: Path, start: int, nbytes: int) -> bytes:
-    if remote := checkpoint.remote().get(path):
-        return remote.read(start, start + nbytes)
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        return file.read(nbytes)
+def _stretches(head: Span, embed: Span) -> Iterator[tuple[Span, Span]]:
+    """A few elements of both, evenly spread, the first and the last included."""
+    count = min(head.elements, _STRETCH)
+    for i in range(_STRETCHES):
+        first = (head.elements - count) * i // (_STRETCHES - 1)
+        yield head.stretch(first, count), embed.stretch(first, count)
