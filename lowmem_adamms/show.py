@@ -82,7 +82,7 @@ def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -
         table.add_row(
             f"{candidate.alpha:g}",
             *map(_number, (candidate.diff_previous, candidate.diff_next, candidate.score)),
-            f"{interval[0]:g} to {interval[1]:g}" if interval else "",
+            f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
             str(candidate.degenerate or ""),
             "<- chosen" if candidate.alpha == chosen else "",
         )
@@ -114,7 +114,8 @@ def curve(points: Mapping[float, tuple[float | None, float]]) -> Table:
 def verdict(result: Result) -> str:
     """The chosen alpha in one sentence."""
     found = next((c for c in result.candidates if c.alpha == result.alpha), None)
-    score = f", D = {found.score:g}" if found and found.score is not None else ""
+    unit = " %" if result.measure == "relative" else ""
+    score = f", D = {found.score:.4g}{unit}" if found and found.score is not None else ""
     noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
     return f"alpha {result.alpha:g}{score} over {result.prompts} prompts ({result.measure}){noise}"
 

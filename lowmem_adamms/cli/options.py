@@ -267,9 +267,10 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--measure",
-        choices=("pairwise", "joint", "embedding"),
+        choices=("pairwise", "joint", "embedding", "relative"),
         default="pairwise",
-        help="the paper's Algorithm 1 (default), its Appendix B, or embedding distance",
+        help="the paper's Algorithm 1 (default), its Appendix B, embedding distance, or ours:"
+        " Algorithm 1's D relative to how many answers have left the base's",
     )
     group.add_argument("--max-new-tokens", metavar="N", type=_count, default=64)
     group.add_argument("--no-drafts", action="store_true", help="generate every token anew")
