@@ -148,9 +148,7 @@ def refine(
         for point in points:
             alpha = Alphas(found.alpha, values | dict.fromkeys(names, point))
             tried[point] = answers if point == found.alpha else generate(alpha, prompts)
-        judged = choose(
-            tried, measure=measure, distance=distance, origin=origin, seed=seed
-        )
+        judged = choose(tried, measure=measure, distance=distance, origin=origin, seed=seed)
         group = _group((first, last), found.alpha, judged, most)
         if group.moved:
             values |= dict.fromkeys(names, group.alpha)

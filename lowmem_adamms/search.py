@@ -288,7 +288,9 @@ def _bootstrap(
     study = election.study
     running = [seat.alpha for seat in election.rounds[-1]]
     wins = dict.fromkeys(running, 0.0)
-    scored = {a: seat for a, seat in sorted(election.seats.items()) if study.score(seat) is not None}
+    scored = {
+        a: seat for a, seat in sorted(election.seats.items()) if study.score(seat) is not None
+    }
     if not scored:
         return {}, wins
     alphas = list(scored)

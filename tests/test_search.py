@@ -99,12 +99,12 @@ def test_relative_scores_divide_by_the_answers_that_have_left_the_smallest_alpha
 
 
 def test_relative_scores_see_no_merit_in_standing_still_near_the_base() -> None:
-    table = with_changes(4, 4, 20, 6, 6, 8)
+    table = with_changes(4, 4, 20, 6, 6, 12)
     assert choose(table).alpha == 0.1
     result = choose(table, measure="relative")
     assert result.alpha == 0.4
     assert scores(result)[0.4] == pytest.approx(100 * 12 / 34)
-    assert result.wins[0.4] > 0.9
+    assert result.wins[0.4] > 0.7
 
 
 def test_relative_scores_may_be_given_the_bases_answers() -> None:
@@ -136,7 +136,7 @@ def test_relative_intervals_hold_the_score_and_are_finite_where_little_moved() -
 
 
 def test_noise_is_told_in_the_unit_of_relative_scores() -> None:
-    table = with_changes(4, 4, 20, 6, 6, 8)
+    table = with_changes(4, 4, 20, 6, 6, 12)
     again = list(table[0.4])
     again[:7] = ["otherwise"] * 7
     prompts = [str(i) for i in range(40)]
