@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from .alphas import Alpha, Alphas, span
 from .answers import Distance, normalise
-from .election import MARKEDLY
+from .election import MARKEDLY, Measure
 from .errors import RecipeError
-from .search import Candidate, Measure, Result, checked_distance, choose
+from .search import Candidate, Result, checked_distance, choose
 
 P = TypeVar("P")
 Generate = Callable[[Alpha, Sequence[P]], Sequence[str]]

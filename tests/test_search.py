@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from lowmem_adamms import embedding
 from lowmem_adamms.answers import is_degenerate, normalise
+from lowmem_adamms.election import Measure
 from lowmem_adamms.embedding import minilm_distance
 from lowmem_adamms.errors import PromptError, RecipeError
 from lowmem_adamms.search import (
     DEFAULT_ALPHAS,
     Candidate,
-    Measure,
     Result,
     choose,
     search,
