@@ -223,14 +223,16 @@ def ablations(study: Study) -> Figures:
 
 
 def weak_points(study: Study) -> Figures:
-    """The paper's rule and the product's, pair by pair, on the paper's grid."""
+    """The paper's rule and the product's two, pair by pair, on the paper's grid."""
     out: Figures = {}
     rows = []
     names = {name: RULES[name] for name in ("pairwise", "joint", "one-sided")}
     for judge in study.judges:
         grid, draws = study.grids(judge)["0 to 0.6 by 0.1"], study.draws(judge)
         product, ties = trials.run_product(judge, grid, draws)
-        found = run(judge, names, grid, draws) | {"search.choose": product}
+        relative, _ = trials.run_product(judge, grid, draws, "relative")
+        found = run(judge, names, grid, draws)
+        found |= {"search.choose": product, "relative": relative}
         out[judge.pair.name] = {name: summary([one]) for name, one in found.items()}
         out[judge.pair.name]["ties"] = ties
         cells: list[object] = []
@@ -238,7 +240,7 @@ def weak_points(study: Study) -> Figures:
             cells += [float(np.median(one.regret)), one.regret.max(), one.worse.mean() * 100]
         rows.append((judge.pair.name, *cells, ties * 100))
     heads = ["base ← donor"]
-    for name in (*names, "choose"):
+    for name in (*names, "choose", "relative"):
         heads += [name, "worst", "< base %"]
     study.show("Weak points, 0 to 0.6 by 0.1: regret, median and worst; searches worse than the"
                " base beyond noise; ties", (*heads, "ties %"), rows)  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 from evidence import Pair, spearman
 from rules import NEVER, Bools, Floats, Ints, Rule, chosen
 
+from lowmem_adamms.election import Measure
 from lowmem_adamms.search import choose
 
 NOISE = 2.0  # standard errors that a loss against the base must exceed to count
@@ -97,14 +98,16 @@ def run_by_task(
     return {**out, "best": np.full(samples, marks.max(axis=0).mean())}
 
 
-def run_product(judge: Judge, grid: Ints, draws: Sequence[Ints]) -> tuple[Verdict, float]:
+def run_product(
+    judge: Judge, grid: Ints, draws: Sequence[Ints], measure: Measure = "pairwise"
+) -> tuple[Verdict, float]:
     """`lowmem_adamms.search.choose` on the same answers; and the share of searches with ties."""
     places, ties = [], 0
     for prompts in draws:
         texts = {
             float(judge.pair.alphas[i]): [judge.pair.texts[i][n] for n in prompts] for i in grid
         }
-        result = choose(texts)
+        result = choose(texts, measure=measure)
         places.append(int(np.abs(judge.pair.alphas - result.alpha).argmin()))
         ties += bool(result.ties)
     return judge(places), ties / max(len(draws), 1)

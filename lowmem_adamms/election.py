@@ -11,8 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .answers import Distance, is_degenerate, normalise
+
+Measure = Literal["pairwise", "joint", "embedding", "relative"]
+"""How a score is made: Algorithm 1, Appendix B, distances for counts, and ours (see `Study`)."""
 
 CONSTANT = 0.9
 """Share of the prompts that must get one and the same answer for it to count as constant."""
@@ -32,22 +36,42 @@ class Seat:
 
 
 class Study:
-    """The answers by alpha and what they say about each other; every comparison is made once."""
+    """The answers by alpha and what they say about each other; every comparison is made once.
 
-    def __init__(self, distance: Distance | None, joint: bool, distinct: Sequence[int]) -> None:
-        """distance: None counts unequal answers. distinct: where each prompt stands first."""
+    The measure "relative" divides D by the number of answers that have left the base's: near the
+    base answers hardly change because they have hardly moved, which is no merit (bench/LOG.md).
+    """
+
+    def __init__(
+        self,
+        measure: Measure,
+        distance: Distance | None,
+        distinct: Sequence[int],
+        origin: Sequence[str] | None = None,
+    ) -> None:
+        """distance: None counts unequal answers. distinct: where each prompt stands first.
+
+        origin: the answers that "relative" takes for the base's; those at the smallest alpha unless
+        given.
+        """
         self.answers: dict[float, tuple[str, ...]] = {}
-        self._distance, self._joint = distance, joint
+        self._distance, self._joint = distance, measure == "joint"
+        self.relative, self.origin = measure == "relative", origin
         self._distinct = distinct
         self._normal: dict[float, tuple[str, ...]] = {}
         self._differences: dict[tuple[float, float], list[float]] = {}
         self._degenerate: dict[float, int] = {}
+        self._departed: dict[float, list[float]] = {}
 
     def add(self, alpha: float, answers: tuple[str, ...]) -> None:
         """The smallest alpha comes first: the others' degenerate answers are judged by it."""
         self.answers[alpha] = answers
         self._normal[alpha] = tuple(map(normalise, answers))
         self._degenerate[alpha] = self._count_degenerate(alpha)
+        if self.relative:
+            origin = map(normalise, self.origin or self.answers[self.smallest])
+            pairs = zip(origin, self._normal[alpha], strict=True)
+            self._departed[alpha] = [float(first != second) for first, second in pairs]
 
     @property
     def prompts(self) -> int:
@@ -64,6 +88,11 @@ class Study:
         return self._degenerate[alpha]
 
     def eligible(self, alpha: float) -> bool:
+        """Whether it may win: its answers are sound, and have moved if the measure wants that."""
+        departed = self.departed(alpha)
+        return self.sound(alpha) and (departed is None or any(departed))
+
+    def sound(self, alpha: float) -> bool:
         """Whether degenerate answers are not markedly more than at the smallest alpha."""
         excess = self.degenerate(alpha) - self.degenerate(self.smallest)
         return excess <= MARKEDLY * self.prompts
@@ -84,7 +113,7 @@ class Study:
         if self._distance:
             total = math.fsum(self._compare(self.answers[alpha], again))
         # Other scores than joint ones add up two comparisons, and the noise is in both.
-        return count, total * (1 if self._joint else 2)
+        return count, self.scaled(total * (1 if self._joint else 2), alpha) or 0
 
     def _compare(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
         """By prompt, of normalised answers unless there is a distance; 0 where they are equal."""
@@ -113,9 +142,20 @@ class Study:
         return [merge(a, b) for a, b in zip(before, after, strict=True)]
 
     def score(self, seat: Seat) -> float | None:
-        """D_i, or None at an end."""
+        """D_i, "relative" in per cent; None at an end, or where that has nothing to divide by."""
         scores = self.scores(seat)
-        return None if scores is None else self.total(scores)
+        return None if scores is None else self.scaled(self.total(scores), seat.alpha)
+
+    def scaled(self, total: float, alpha: float) -> float | None:
+        """A sum of differences around an alpha in the measure's unit."""
+        departed = self.departed(alpha)
+        if departed is None:
+            return total
+        return round(100 * total / math.fsum(departed), 9) if any(departed) else None
+
+    def departed(self, alpha: float) -> list[float] | None:
+        """By prompt: 1 where the answer is not the base's; None where the measure asks not."""
+        return self._departed.get(alpha)
 
     def total(self, values: Iterable[float]) -> float:
         """Exact and so independent of the prompts' order, up to the last digits of a distance."""

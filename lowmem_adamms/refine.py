@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from .alphas import Alpha, Alphas, span
 from .answers import Distance, normalise
-from .election import MARKEDLY
+from .election import MARKEDLY, Measure
 from .errors import RecipeError
-from .search import Candidate, Measure, Result, checked_distance, choose
+from .search import Candidate, Result, checked_distance, choose
 
 P = TypeVar("P")
 Generate = Callable[[Alpha, Sequence[P]], Sequence[str]]
@@ -137,6 +137,7 @@ def refine(
         note = f"Layers were not refined: alpha {found.alpha:g} does not lie between two others."
         return Refined(found.alpha, (), 0, 0, (note,))
     distance = checked_distance(measure, distance)  # one for all: it remembers what it embedded
+    origin = found.answers[min(found.answers)]
     most = found.candidates[0].degenerate + MARKEDLY * found.prompts
     values: dict[str, float] = {}
     answers: Sequence[str] = found.answers[found.alpha]
@@ -147,7 +148,7 @@ def refine(
         for point in points:
             alpha = Alphas(found.alpha, values | dict.fromkeys(names, point))
             tried[point] = answers if point == found.alpha else generate(alpha, prompts)
-        judged = choose(tried, measure=measure, distance=distance, seed=seed)
+        judged = choose(tried, measure=measure, distance=distance, origin=origin, seed=seed)
         group = _group((first, last), found.alpha, judged, most)
         if group.moved:
             values |= dict.fromkeys(names, group.alpha)

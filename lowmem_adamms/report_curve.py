@@ -15,6 +15,7 @@ CROSS = "\N{MULTIPLICATION SIGN}"
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 44, 90
 _PAD = 40  # between the axis and the first alpha: the end's "no score" stands there
+UNIT = {"embedding": "summed distance", "relative": "%"}
 _TICK_GAP = 56  # room for one alpha's name, also in the large type of narrow screens
 
 
@@ -67,7 +68,7 @@ def _legend(view: View) -> str:
 def _scale(view: View) -> _Scale:
     heights = [0.01 if view.distances else 1.0]
     for c in view.result.rounds:
-        heights += [c.score or 0.0, c.diff_next or 0.0, *(c.interval or ())]
+        heights += [c.score or 0.0, view.bar(c.diff_next or 0.0), *(c.interval or ())]
     peak = max(height for height in heights if math.isfinite(height))
     raw = peak / 5
     power = 10.0 ** math.floor(math.log10(raw))
@@ -79,7 +80,7 @@ def _scale(view: View) -> _Scale:
 
 def _chart(view: View) -> list[str]:
     scale = _scale(view)
-    unit = "summed distance" if view.distances else "answers"
+    unit = UNIT.get(view.result.measure, "answers")
     scored = [c for c in view.result.rounds if c.score is not None]
     links = _links(view)
     return [
@@ -87,7 +88,7 @@ def _chart(view: View) -> list[str]:
         f'<title id="chart-title">Score over alpha, lowest is best; chosen: '
         f"{view.name(view.result.alpha)}. The table of candidates has all numbers.</title>",
         *_axes(view, scale, f"score D ({unit})"),
-        *_bars(scale, links),
+        *_bars(view, scale, links),
         *(line for c in view.result.candidates if c.score is None for line in _end(view, scale, c)),
         *_lines_between(scale, scored),
         *_differences(view, scale, links),
@@ -151,11 +152,11 @@ def _links(view: View) -> _Links:
     return dict(sorted(found.items(), key=lambda item: (item[0][0] - item[0][1], item[0])))
 
 
-def _bars(scale: _Scale, links: _Links) -> list[str]:
+def _bars(view: View, scale: _Scale, links: _Links) -> list[str]:
     """Between two alphas, a bar as high as their difference; those of refinements in front."""
     drawn, floor = [], _HEIGHT - _BOTTOM
     for (low, high), difference in links.items():
-        left, right, y = scale.x(low), scale.x(high), scale.y(difference)
+        left, right, y = scale.x(low), scale.x(high), scale.y(view.bar(difference))
         inset = min(14.0, 0.2 * (right - left))
         fine = " fine" if _inside(links, low, high, of_any=True) else ""
         drawn.append(
@@ -182,7 +183,7 @@ def _differences(view: View, scale: _Scale, links: _Links) -> list[str]:
         if right - left < 30 or _inside(links, low, high, of_any=False):
             continue
         kind = "diff tight" if right - left < 60 else "diff"
-        kind += " low" if floor - scale.y(difference) < 10 else ""
+        kind += " low" if floor - scale.y(view.bar(difference)) < 10 else ""
         drawn.append(
             f'<text class="{kind}" x="{(left + right) / 2:.1f}" y="{floor - 8}"'
             f' text-anchor="middle">{view.number(difference)}</text>'

@@ -18,6 +18,8 @@ MEANING = {
     "pairwise": "differing answers, to the previous alpha plus to the next",
     "joint": "answers that differ from either neighbour's",
     "embedding": "distances to both neighbours' answers, added up",
+    "relative": "differing answers, to the previous alpha plus to the next, in per cent of those"
+    " that have left the base's",
 }
 """What a score is a sum of, by measure."""
 
@@ -66,6 +68,11 @@ class View:
         """The alphas of a run."""
         first, last = self.short(self.alphas[run.first]), self.short(self.alphas[run.last])
         return first if run.first == run.last else f"{first}{DASH}{last}"
+
+    def bar(self, difference: float) -> float:
+        """How high a difference stands beside the scores: "relative" ones are per cent."""
+        relative = self.result.measure == "relative"
+        return 100 * difference / self.result.prompts if relative else difference
 
     def number(self, value: float | None) -> str:
         """A difference or score: a count (its percentiles have fractions), or a distance."""

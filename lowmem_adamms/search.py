@@ -14,16 +14,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from .answers import Distance
-from .election import Election, Seat, Study
+from .election import Election, Measure, Seat, Study
 from .errors import PromptError, RecipeError
 
 P = TypeVar("P")
 Generate = Callable[[float, Sequence[P]], Sequence[str]]
 """generate(alpha, prompts) -> one answer per prompt."""
-Measure = Literal["pairwise", "joint", "embedding"]
 DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 RESAMPLES = 1000
@@ -35,8 +34,9 @@ FEW_PROMPTS = 30
 class Candidate:
     """One alpha of the grid. Differences count answers (or sum distances) over all prompts.
 
-    score: D_i; None at the two ends, which have one neighbour. interval: 95 % bootstrap interval
-    of the score over prompts. degenerate: answers that are empty, repeating or constant.
+    score: D_i, of the measure "relative" in per cent; None at the two ends, which have one
+    neighbour, and where nothing has moved. interval: 95 % bootstrap interval of the score over
+    prompts. degenerate: answers that are empty, repeating or constant.
 
     neighbours: the alphas that diff_previous and diff_next refer to. round: 0 for the grid, n for
     the n-th refinement, whose neighbours lie closer together. Closer neighbours differ less, so
@@ -130,7 +130,8 @@ def search(
     one's neighbours are asked too, and the best of the inner three of those five goes on. noise:
     called once, at the chosen alpha; the same model in another batch size shows how much of a
     difference means nothing. seed: of the bootstrap. progress(alpha, candidates) follows each alpha
-    with what is known by then.
+    with what is known by then. The measures: Algorithm 1, Appendix B, distances for counts,
+    and "relative", which is Algorithm 1's D in per cent of the answers that have left the base's.
 
     RecipeError for an option out of range or a missing embedding model (before any answer is asked
     for), PromptError without prompts, ValueError when `generate` breaks its contract.
@@ -161,7 +162,7 @@ def _opened(
     if len(prompts) == 0:
         raise PromptError("no prompts to search with; give at least one")
     distance = checked_distance(measure, distance)
-    return Election(Study(distance, measure == "joint", _first_of_each(prompts)), grid)
+    return Election(Study(measure, distance, _first_of_each(prompts)), grid)
 
 
 def choose(
@@ -169,18 +170,20 @@ def choose(
     *,
     measure: Measure = "pairwise",
     distance: Distance | None = None,
+    origin: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Result:
     """What `search` makes of answers that are there already, by alpha, all in one order of prompts.
 
-    Errors as in `search`; ValueError when the alphas have different numbers of answers.
+    origin: the base's answers, for "relative"; those at the smallest alpha unless given. Errors as
+    in `search`; ValueError when the alphas have different numbers of answers.
     """
     grid = checked_grid(sorted(answers))
     given = {round(alpha, 6): texts for alpha, texts in answers.items()}
     count = len(given[grid[0]])
     if not count:
         raise PromptError("no answers to choose by; give at least one for each alpha")
-    study = Study(checked_distance(measure, distance), measure == "joint", range(count))
+    study = Study(measure, checked_distance(measure, distance), range(count), origin)
     for alpha in grid:
         study.add(alpha, _checked_answers(given[alpha], count, alpha))
     election = Election(study, grid)
@@ -306,29 +309,42 @@ def _bootstrap(
     import numpy as np
 
     study = election.study
-    by_seat = {seat: study.scores(seat) for seat in (*_seats(election), *_earlier(election))}
-    inner = {seat: scores for seat, scores in by_seat.items() if scores is not None}
-    values = np.array(list(inner.values()), np.float64).T  # prompts x alphas
-    rng = np.random.default_rng(seed)
-    even = np.full(study.prompts, 1 / study.prompts)
-    block = max(1, (1 << 20) // study.prompts)  # resamples at a time: 8 MiB of counts
-    totals = np.concatenate(
-        [
-            rng.multinomial(study.prompts, even, min(block, RESAMPLES - start)) @ values
-            for start in range(0, RESAMPLES, block)
-        ]
-    ).round(9)  # so that equal sums of distances are equal, in whatever order they were added
-    low, high = np.percentile(totals, (2.5, 97.5), axis=0)
-    seats = list(inner)
-    intervals = {seat: (float(low[i]), float(high[i])) for i, seat in enumerate(seats)}
     running = election.rounds[-1]
     wins = {seat.alpha: 0.0 for seat in running}
+    seats = [s for s in (*_seats(election), *_earlier(election)) if study.score(s) is not None]
+    if not seats:
+        return {}, wins
+    scores = _resampled(study, seats, seed)
+    low, high = np.nanpercentile(scores, (2.5, 97.5), axis=0)
+    intervals = {seat: (float(low[i]), float(high[i])) for i, seat in enumerate(seats)}
     eligible = [seat for seat in running if study.eligible(seat.alpha)]
     if eligible:
-        winners = totals[:, [seats.index(seat) for seat in eligible]].argmin(axis=1)
+        standing = scores[:, [seats.index(seat) for seat in eligible]]
+        winners = np.nan_to_num(standing, nan=np.inf).argmin(axis=1)
         for seat, won in zip(eligible, np.bincount(winners, minlength=len(eligible)), strict=True):
             wins[seat.alpha] = int(won) / RESAMPLES
     return intervals, wins
+
+
+def _resampled(study: Study, seats: Sequence[Seat], seed: int) -> Any:
+    """Scores of RESAMPLES draws of the prompts, float64 [draws, seats]; NaN where nothing moved."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    even = np.full(study.prompts, 1 / study.prompts)
+    block = max(1, (1 << 20) // study.prompts)  # resamples at a time: 8 MiB of counts
+    # Prompts x seats: what a prompt adds to D, and to what D is divided by
+    values = np.array([study.scores(seat) for seat in seats], np.float64).T
+    weights = np.array([study.departed(seat.alpha) or [] for seat in seats], np.float64).T
+    found = []
+    for start in range(0, RESAMPLES, block):
+        drawn = rng.multinomial(study.prompts, even, min(block, RESAMPLES - start))
+        found.append(drawn @ values)
+        if weights.size:
+            moved = drawn @ weights
+            found[-1] = np.where(moved > 0, 100 * found[-1] / np.maximum(moved, 1), np.nan)
+    # Rounded so that equal sums of distances are equal, in whatever order they were added
+    return np.concatenate(found).round(9)
 
 
 # Notes
@@ -376,6 +392,8 @@ def _notes_on_grid(election: Election) -> Iterator[str]:
     if len(inner) == 1 == len(election.rounds):
         yield f"Only alpha {inner[0].alpha} lies between two others, so no other can win."
     points = election.grid
+    if study.relative and points[0] and not study.origin:
+        yield f"The answers at alpha {points[0]} are taken for the base's; begin the grid with 0."
     steps = [second - first for first, second in itertools.pairwise(points)]
     if max(steps) > 1.5 * min(steps):
         yield (
@@ -384,8 +402,10 @@ def _notes_on_grid(election: Election) -> Iterator[str]:
         )
     scores = [study.score(seat) or 0 for seat in inner if study.eligible(seat.alpha)]
     for end, neighbour in ((points[0], points[1]), (points[-1], points[-2])):
-        difference = math.fsum(study.differences(*sorted((end, neighbour))))
-        if scores and study.eligible(end) and 2 * difference < min(scores):
+        difference = study.scaled(study.total(study.differences(*sorted((end, neighbour)))), end)
+        if difference is None or not scores or not study.eligible(end):
+            continue
+        if 2 * difference < min(scores):
             yield (
                 f"Alpha {end} differs from its one neighbour by {_shown(difference)}, less than"
                 f" half of the grid's best score, {_shown(min(scores))}; but an end cannot win."
@@ -396,11 +416,13 @@ def _notes_on_collapse(election: Election) -> Iterator[str]:
     study, count = election.study, election.study.prompts
     usual = f"{study.degenerate(study.smallest)} at alpha {study.smallest}"
     for alpha in sorted(study.answers):
-        if not study.eligible(alpha):
+        if not study.sound(alpha):
             yield (
                 f"Alpha {alpha} is not eligible: {study.degenerate(alpha)} of {count} answers are"
                 f" empty, repeating or constant, {usual}."
             )
+        elif alpha != study.smallest and not study.eligible(alpha):
+            yield f"Alpha {alpha} is not eligible: no answer there has left the base's."
     if not election.best:
         yield f"No alpha between two others is eligible: the smallest, {study.smallest}, is taken."
     elif 2 * study.degenerate(election.chosen) >= count:

@@ -105,7 +105,7 @@ def _row(c: Candidate, *, rounds: bool) -> Iterator[str]:
         both = previous is not None and following is not None
         yield f"{previous:g} and {following:g}" if both else ""
     yield from map(_number, (c.diff_previous, c.diff_next, c.score))
-    yield f"{c.interval[0]:g} to {c.interval[1]:g}" if c.interval else ""
+    yield f"{c.interval[0]:.4g} to {c.interval[1]:.4g}" if c.interval else ""
     yield str(c.degenerate or "")
 
 
@@ -134,7 +134,8 @@ def curve(points: Mapping[float, tuple[float | None, float]]) -> Table:
 def verdict(result: Result) -> str:
     """The chosen alpha in one sentence."""
     found = next((c for c in result.candidates if c.alpha == result.alpha), None)
-    score = f", D = {found.score:g}" if found and found.score is not None else ""
+    unit = " %" if result.measure == "relative" else ""
+    score = f", D = {found.score:.6g}{unit}" if found and found.score is not None else ""
     if score and found and found.round:
         score += f" in round {found.round}"
     noise = "" if result.noise is None else f"; noise floor {result.noise:g}"

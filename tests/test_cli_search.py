@@ -657,6 +657,18 @@ def test_the_joint_measure_counts_a_prompt_once(
     assert differing < small[0]["candidates"][1]["score"]  # some differ from both
 
 
+def test_the_relative_measure_divides_by_the_answers_that_left_the_bases(
+    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
+) -> None:
+    found = searched(exact, prompts, small[1], "--measure", "relative")
+    base, chosen = ([normal(answer) for answer in answers_at(small[1], a)] for a in (0.0, 0.2))
+    moved = sum(a != b for a, b in zip(base, chosen, strict=True))
+    candidate = found["candidates"][1]
+    assert moved and found["measure"] == "relative"
+    total = candidate["diff_previous"] + candidate["diff_next"]
+    assert candidate["score"] == pytest.approx(100 * total / moved)
+
+
 def test_a_seed_draws_the_same_sample(
     exact: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -97,6 +97,19 @@ def test_d_counts_what_changes_between_neighbours_along_the_group() -> None:
     assert [c.score for c in joint.groups[0].candidates] == [None, 8, 4, 0, None]
 
 
+def test_relative_scores_of_a_group_count_from_the_bases_answers() -> None:
+    """At 0.1 four answers have left the base's already, by 0.15 eight, from 0.2 on twelve."""
+    toy = Toy(FIRST, SECOND)
+    result, prompts = found(toy)
+    refined = refine(toy, prompts, result, split(2, 2), measure="relative")
+    first = [c.score for c in refined.groups[0].candidates]
+    moved = [sum(a != b for a, b in zip(result.answers[0.0], toy(p, prompts), strict=True))
+             for p in (0.15, 0.2, 0.25)]  # fmt: skip
+    assert first[0] is first[-1] is None and min(moved) > 0
+    assert first[1:-1] != [8, 4, 0]
+    assert first[2] == pytest.approx(400 / moved[1]) and first[3] == 0
+
+
 def test_a_tie_stays() -> None:
     toy = Toy((0.05, 0.12, 0.31, 0.33), SECOND)
     result, prompts = found(toy)

@@ -276,6 +276,20 @@ def test_points_lie_as_their_scores_and_inside_the_chart() -> None:
     assert gaps[0] == pytest.approx(gaps[1], abs=0.2)
 
 
+def test_relative_scores_are_per_cent_and_the_bars_beside_them_too() -> None:
+    table = {0.1 * i: [f"{q}: {q % 8 < i}" for q in range(50)] for i in range(6)}
+    page = page_of(choose(table, measure="relative"))
+    assert "score D (%)" in page.text and "per cent of those that have left the base's" in page.text
+    (points,) = (a["points"] or "" for a in page.of_class("polyline", "line"))
+    heights = [float(point.split(",")[1]) for point in points.split()]
+    assert heights == sorted(heights)  # lower scores lie lower, at greater y
+    # From 0 to 0.1 seven of fifty answers change, which is 14 %
+    bars = [float(a["height"] or "") for a in page.of_class("rect", "bar")]
+    floor = float(page.of_class("rect", "bar")[0]["y"] or "") + bars[0]
+    per_cent = (floor - heights[0]) / (100 * (7 + 7) / 7)
+    assert max(bars) == pytest.approx(14 * per_cent, abs=0.3)
+
+
 def test_a_refined_grid_joins_only_scores_of_one_round_by_lines() -> None:
     def generate(alpha: float, prompts: Sequence[int]) -> list[str]:
         return [str(int(alpha * 100) // (2 + p % 13)) for p in prompts]

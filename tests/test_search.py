@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from lowmem_adamms import embedding
 from lowmem_adamms.answers import is_degenerate, normalise
+from lowmem_adamms.election import Measure
 from lowmem_adamms.embedding import minilm_distance
 from lowmem_adamms.errors import PromptError, RecipeError
 from lowmem_adamms.search import (
     DEFAULT_ALPHAS,
     Candidate,
-    Measure,
     Result,
     choose,
     search,
@@ -91,6 +91,61 @@ def test_joint_scores_count_a_prompt_once() -> None:
     result = choose(BY_HAND, measure="joint")
     assert scores(result) == {0.0: None, 0.1: 2, 0.2: 3, 0.3: 5, 0.4: None}
     assert [c.diff_next for c in result.candidates] == [2, 1, 3, 4, None]
+
+
+def test_relative_scores_divide_by_the_answers_that_have_left_the_smallest_alphas() -> None:
+    result = choose(BY_HAND, measure="relative")
+    assert scores(result) == {0.0: None, 0.1: 150, 0.2: 200, 0.3: 175, 0.4: None}
+    assert result.alpha == 0.1
+
+
+def test_relative_scores_see_no_merit_in_standing_still_near_the_base() -> None:
+    table = with_changes(4, 4, 20, 6, 6, 12)
+    assert choose(table).alpha == 0.1
+    result = choose(table, measure="relative")
+    assert result.alpha == 0.4
+    assert scores(result)[0.4] == pytest.approx(100 * 12 / 34)
+    assert result.wins[0.4] > 0.7
+
+
+def test_relative_scores_may_be_given_the_bases_answers() -> None:
+    result = choose(BY_HAND, measure="relative", origin=["a", "b", "x", "z", "f"])
+    assert scores(result)[0.2] == 100 * 4 / 1
+    later = {alpha: row for alpha, row in BY_HAND.items() if alpha}
+    assert noted(choose(later, measure="relative"), "at alpha 0.1 are taken for the base's")
+    assert not noted(choose(later), "taken for the base's")
+
+
+def test_an_alpha_at_which_nothing_has_moved_cannot_win_by_relative_scores() -> None:
+    table = with_changes(0, 0, 4, 4, 4)
+    assert choose(table).alpha == 0.1
+    result = choose(table, measure="relative")
+    assert scores(result)[0.1] is None and result.alpha == 0.4
+    assert 0.1 not in result.ties and result.wins[0.1] == 0
+    assert noted(result, "Alpha 0.1 is not eligible: no answer there has left the base's")
+    still = choose(with_changes(0, 0, 0, 0), measure="relative")
+    assert still.alpha == 0.0 and set(still.wins.values()) == {0.0}
+    assert noted(still, "the smallest, 0.0, is taken")
+
+
+def test_relative_intervals_hold_the_score_and_are_finite_where_little_moved() -> None:
+    result = choose(with_changes(1, 1, 3, 9, 2, prompts=60), measure="relative")
+    for candidate in result.candidates[1:-1]:
+        assert candidate.interval is not None and candidate.score is not None
+        low, high = candidate.interval
+        assert 0 <= low <= candidate.score <= high < 1e6
+
+
+def test_noise_is_told_in_the_unit_of_relative_scores() -> None:
+    table = with_changes(4, 4, 20, 6, 6, 12)
+    again = list(table[0.4])
+    again[:7] = ["otherwise"] * 7
+    prompts = [str(i) for i in range(40)]
+    result = search(
+        playback(table), prompts, sorted(table), measure="relative", noise=lambda *_: again
+    )
+    assert result.alpha == 0.4 and result.noise == 7
+    assert noted(result, "makes a score of 41.18, and the best score is 35.29")
 
 
 def test_the_measures_can_choose_differently() -> None:

@@ -104,6 +104,8 @@ def test_the_verdict_is_one_sentence() -> None:
     assert show.verdict(choose(ANSWERS)) == "alpha 0.2, D = 1 over 3 prompts (pairwise)"
     joint = choose(ANSWERS, measure="joint")
     assert show.verdict(joint) == "alpha 0.2, D = 1 over 3 prompts (joint)"
+    relative = choose(ANSWERS, measure="relative")
+    assert show.verdict(relative) == "alpha 0.2, D = 50 % over 3 prompts (relative)"
 
 
 def test_progress_is_always_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

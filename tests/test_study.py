@@ -411,6 +411,9 @@ def test_the_products_choice_is_made_by_the_product(tmp_path: Path) -> None:
     for place, prompts in zip(verdict.place, draws, strict=True):
         texts = {float(pair.alphas[i]): [pair.texts[i][n] for n in prompts] for i in grid}
         assert choose(texts).alpha == pytest.approx(float(pair.alphas[place]))
+    relative, _ = trials.run_product(judge, grid, draws, "relative")
+    ours = trials.run(judge, {"r": rules.per_distance}, grid, draws)["r"]
+    assert relative.place.tolist() == ours.place.tolist() != verdict.place.tolist()
     assert verdict.place.max() < 8  # Not among the collapsed, from 0.4 on, where the paper's goes
     paper = trials.run(judge, {"p": rules.pairwise}, grid, draws)["p"]
     assert paper.place.min() >= 8

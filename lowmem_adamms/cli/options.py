@@ -467,9 +467,10 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--measure",
-        choices=("pairwise", "joint", "embedding"),
+        choices=("pairwise", "joint", "embedding", "relative"),
         default="pairwise",
-        help="the paper's Algorithm 1 (default), its Appendix B, or embedding distance",
+        help="the paper's Algorithm 1 (default), its Appendix B, embedding distance, or ours:"
+        " Algorithm 1's D relative to how many answers have left the base's",
     )
     group.add_argument(
         "--max-new-tokens",
