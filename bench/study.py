@@ -249,8 +249,8 @@ def weak_points(study: Study) -> Figures:
 
 def constructed(study: Study) -> Figures:
     """Pairs made so that one can see why a rule fails."""
-    names = ("pairwise", "one-sided", "surer", "surer-rank", "surer, guarded", "balanced",
-             "posterior", "log-pool", "log-pool, guarded")  # fmt: skip
+    names = ("pairwise", "per-distance", "one-sided", "surer", "surer-rank", "surer, guarded",
+             "balanced", "posterior", "log-pool", "log-pool, guarded")  # fmt: skip
     rules = {name: RULES[name] for name in names}
     out: Figures = {}
     rows = []
@@ -274,7 +274,7 @@ def constructed(study: Study) -> Figures:
 
 def misled(study: Study) -> Figures:
     """Donors that were taught wrong answers: accuracy over alpha, and where the rules go."""
-    names = ("pairwise", "joint", "one-sided", "surer", "confidence", "nuclear")
+    names = ("pairwise", "joint", "per-distance", "one-sided", "surer", "confidence", "nuclear")
     out: Figures = {}
     rows: list[Sequence[object]] = []
     for judge in study.judges:
@@ -378,7 +378,7 @@ def budgets(study: Study) -> Figures:
     best = min(RULES, key=lambda rule: _mean_regret(study, RULES[rule]))
     out: Figures = {"best": best}
     rows: list[Sequence[object]] = []
-    for rule in dict.fromkeys(("pairwise", best)):
+    for rule in dict.fromkeys(("pairwise", "per-distance", best)):
         for end, last in ranges.items():
             for step in STEPS:
                 grids = [judge.pair.grid(step, last) for judge in study.judges]
