@@ -9,7 +9,7 @@ card (`device.py`), answers (`generate.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from .inputs import download
 from .live_sink import LiveSink, bytes_of
 from .memory import measure
 from .merge import Source, run
-from .placement import Placement, place
+from .placement import Placement, Quantize, place
 from .plan import Plan
 from .stream import Files
 
@@ -54,7 +54,7 @@ class LiveModel(Closing):
         *,
         device: str | None = None,
         dtype: str | None = None,
-        quantize: Any = None,
+        quantize: Quantize | Literal["none"] | None = None,
         trust_remote_code: bool = False,
         placement: Placement | None = None,
         force: bool = False,

@@ -106,6 +106,12 @@ def document(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def notes_of_the_search(found: dict[str, Any], written: dict[str, Any]) -> None:
+    """Take the notes out of both; behind the plan's stand the search's own."""
+    own, notes = found.pop("notes"), written.pop("notes")
+    assert own and notes[-len(own) :] == own and "rope_theta" in notes[0]
+
+
 def journalled(path: Path) -> list[dict[str, Any]]:
     """Every answer of a journal, in the order in which they came."""
     return [line for line in map(json.loads, path.read_bytes().splitlines()) if "answer" in line]
@@ -549,6 +555,7 @@ def test_search_json_is_one_document(
     found = json.loads(capsys.readouterr().out)
     written = document(finished / "adamms.json")
     assert set(found) >= CONTRACT
+    notes_of_the_search(found, written)
     assert {name: written[name] for name in found} == found
     whole = (finished / "report.html").read_text(encoding="utf-8")
     ours, theirs = (re.sub(r"\d+\.?\d*( ms| s)\b", "", text) for text in (page.read_text(), whole))
@@ -747,6 +754,7 @@ def test_the_answers_beside_a_model_give_the_same_choice_again(
     assert run("search", "--answers", finished / ANSWERS, "--json", "--report", page) == 0
     found, written = json.loads(capsys.readouterr().out), document(finished / "adamms.json")
     assert (found["base"], found["donor"], found["noise"]) == (None, None, None)
+    notes_of_the_search(found, written)
     same = set(found) - {"base", "donor", "noise"}
     assert {name: found[name] for name in same} == {name: written[name] for name in same}
     assert "<title>Recorded answers" in page.read_text(encoding="utf-8")
