@@ -134,8 +134,8 @@ def curve(points: Mapping[float, tuple[float | None, float]]) -> Table:
 def verdict(result: Result) -> str:
     """The chosen alpha in one sentence."""
     found = next((c for c in result.candidates if c.alpha == result.alpha), None)
-    unit = " %" if result.measure == "relative" else ""
-    score = f", D = {found.score:.6g}{unit}" if found and found.score is not None else ""
+    digits, unit = (".4g", " %") if result.measure == "relative" else ("g", "")
+    score = f", D = {found.score:{digits}}{unit}" if found and found.score is not None else ""
     if score and found and found.round:
         score += f" in round {found.round}"
     noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
