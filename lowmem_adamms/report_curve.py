@@ -15,7 +15,7 @@ CROSS = "\N{MULTIPLICATION SIGN}"
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 44, 90
 _PAD = 40  # between the axis and the first alpha: the end's "no score" stands there
-UNIT = {"embedding": "summed distance", "relative": "%"}
+_UNIT = {"embedding": "summed distance", "relative": "%"}
 _TICK_GAP = 56  # room for one alpha's name, also in the large type of narrow screens
 
 
@@ -80,7 +80,7 @@ def _scale(view: View) -> _Scale:
 
 def _chart(view: View) -> list[str]:
     scale = _scale(view)
-    unit = UNIT.get(view.result.measure, "answers")
+    unit = _UNIT.get(view.result.measure, "answers")
     scored = [c for c in view.result.rounds if c.score is not None]
     links = _links(view)
     return [
@@ -141,8 +141,8 @@ _Links = Mapping[tuple[float, float], float]
 def _links(view: View) -> _Links:
     """The difference between each pair of alphas that was compared, wide pairs first."""
     found: dict[tuple[float, float], float] = {}
-    row = [None, *view.alphas, None]
-    around = {alpha: (row[i], row[i + 2]) for i, alpha in enumerate(view.alphas)}
+    wider = [None, *view.alphas, None]
+    around = {alpha: (wider[i], wider[i + 2]) for i, alpha in enumerate(view.alphas)}
     for c in view.result.rounds:
         before, after = c.neighbours if any(c.neighbours) else around[c.alpha]
         if before is not None and c.diff_previous is not None:

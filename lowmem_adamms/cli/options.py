@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, get_args
 
 from .. import __version__
+from ..election import Measure
 from ..errors import RecipeError
 from ..home import at_home
 from . import values
@@ -410,6 +411,13 @@ def _placement_options(parser: argparse.ArgumentParser) -> None:
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
+    _prompt_options(group)
+    _grid_options(group)
+    _answer_options(group)
+    _placement_options(parser)
+
+
+def _prompt_options(group: _Options) -> None:
     group.add_argument(
         "--prompts",
         metavar="SET",
@@ -446,6 +454,9 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of drawing and resampling questions; default: 0",
     )
+
+
+def _grid_options(group: _Options) -> None:
     group.add_argument(
         "--alphas",
         type=values.grid,
@@ -467,11 +478,14 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--measure",
-        choices=("pairwise", "joint", "embedding", "relative"),
+        choices=get_args(Measure),
         default="pairwise",
         help="the paper's Algorithm 1 (default), its Appendix B, embedding distance, or ours:"
         " Algorithm 1's D relative to how many answers have left the base's",
     )
+
+
+def _answer_options(group: _Options) -> None:
     group.add_argument(
         "--max-new-tokens",
         metavar="N",
@@ -494,4 +508,3 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not ask twice at the chosen alpha, to see how many answers differ by chance",
     )
-    _placement_options(parser)
