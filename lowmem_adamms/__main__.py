@@ -1,5 +1,5 @@
 """`python -m lowmem_adamms`."""
 
-from .cli import main
+from .cli import process
 
-raise SystemExit(main())
+raise SystemExit(process())

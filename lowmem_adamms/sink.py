@@ -25,7 +25,7 @@ from .checkpoint import Span
 from .journal import WORK, Journal
 from .merge import WINDOW
 from .outfiles import Entry, OutFile, emit_header, positions
-from .stream import BLOCK, evict_range, write_out
+from .stream import BLOCK, Files, evict_range, write_out
 
 if TYPE_CHECKING:
     from .stream import Bytes
@@ -34,8 +34,6 @@ BUFFERS = 4
 """Windows of output in memory at once: one being blended, one being written, two between."""
 DURABLE = 1 << 30
 """Bytes after which what is written is made durable and noted, for a killed run to resume from."""
-PAGE = 4096
-"""What addresses, positions and lengths are multiples of where the page cache is passed by."""
 TRAIL = 64 << 20
 """How far behind the writer its pages must have reached the disk."""
 
@@ -77,8 +75,7 @@ class DiskSink:
             _forget_lost(out, file, journal)
         self._free: SimpleQueue[Bytes] = SimpleQueue()
         for _ in range(BUFFERS):
-            raw = np.empty(WINDOW + 2 * PAGE, np.uint8)
-            self._free.put(raw[-raw.__array_interface__["data"][0] % PAGE :])
+            self._free.put(np.empty(WINDOW, np.uint8))
         self._buffer: Bytes | None = None
         self._used = 0
         self._extents: list[tuple[_Shard, int, Bytes]] = []
@@ -128,7 +125,7 @@ class DiskSink:
         self._submit(shard.late.__setitem__, entry.name, content)
 
     def copy(self, step: Named, offset: int, span: Span) -> None:
-        """Have a span copied file to file."""
+        """Have a span written from where it lies mapped."""
         shard, at = self._place(step, offset)
         self.commit()
         self._submit(shard.copy, at, span)
@@ -138,7 +135,7 @@ class DiskSink:
         """The next stretch of the current buffer; waits for one to be free."""
         shard, at = self._place(step, offset)
         if self._buffer is None:
-            self._buffer, self._used = self._free.get(), at % PAGE
+            self._buffer, self._used = self._free.get(), 0
             self._check()
         view = self._buffer[self._used : self._used + nbytes]
         self._used += nbytes
@@ -210,9 +207,9 @@ class DiskSink:
 def _joined(
     extents: list[tuple[_Shard, int, Bytes]], buffer: Bytes
 ) -> Iterator[tuple[_Shard, int, Bytes]]:
-    """Extents that follow each other in shard and buffer, as one; the first lies as in its file."""
+    """Extents that follow each other in shard and buffer, as one."""
     shard, start, _ = extents[0]
-    length, used = 0, start % PAGE
+    length, used = 0, 0
     for home, at, view in extents:
         if home is not shard or at != start + length:
             yield shard, start, buffer[used - length : used]
@@ -236,7 +233,6 @@ class _Shard:
         fresh = resume <= len(file.header)
         flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
         self._fd = os.open(work / file.name, flags, 0o666)
-        self._direct = _open_direct(work / file.name) if evict else -1
         self._scratch = bytearray(1 << 20)
         self.since_durable = 0
         self._end = resume
@@ -255,40 +251,19 @@ class _Shard:
         """Write and hash one stretch."""
         data = memoryview(view)  # type: ignore[arg-type]  # a buffer from Python 3.12's view on
         hashing = self._hashing(self._digest.update, data)
-        self._put(at, data, view.__array_interface__["data"][0])
+        _pwrite_all(self._fd, data, at)
         self._written(at, view.size)
         if hashing:
             hashing.result()
 
-    def _put(self, at: int, data: memoryview, address: int) -> None:
-        """Write whole pages past the page cache if they may, what is left of them through it."""
-        head = -at % PAGE
-        stop = len(data) - (at + len(data)) % PAGE
-        if self._direct >= 0 and head < stop and (address + head) % PAGE == 0:
-            try:
-                _pwrite_all(self._direct, data[head:stop], at + head)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-            else:
-                _pwrite_all(self._fd, data[:head], at)
-                _pwrite_all(self._fd, data[stop:], at + stop)
-                return
-        _pwrite_all(self._fd, data, at)
-
     def copy(self, at: int, span: Span) -> None:
-        """Copy a span from its file, inside the kernel where it can, and hash it."""
-        source = os.open(span.path, os.O_RDONLY)
-        try:
-            hashing = self._hashing(self._hash_file, source, span.start, span.nbytes)
-            _copy_range(source, self._fd, span.start, at, span.nbytes)
-            self._written(at, span.nbytes)
-            if hashing:
-                hashing.result()
-            if self._evict:
-                evict_range(source, span.start, span.stop)
-        finally:
-            os.close(source)
+        """Write and hash a span of another file, from where it is mapped."""
+        with Files() as files:
+            for bring in files.ahead(span):
+                bring()
+            self.write(at, files.view(span))
+            if let_go := files.behind(span, evict=self._evict):
+                let_go()
 
     def make_durable(self) -> int:
         """Everything written so far reaches the disk; returns how far that is."""
@@ -326,10 +301,9 @@ class _Shard:
 
     def close(self) -> None:
         """Close the file; again is harmless."""
-        for fd in (self._fd, self._direct):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _hashing(self, work: Callable[..., object], *args: Any) -> Future[object] | None:
         """Digest in the other thread, if what is written comes in the file's order."""
@@ -370,14 +344,6 @@ class _Shard:
             self._digest.update(wanted)
 
 
-def _open_direct(path: Path) -> int:
-    """A descriptor whose writes go past the page cache; -1 where the file system has none."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT)
-    except (AttributeError, OSError):
-        return -1
-
-
 def _pwrite_all(fd: int, view: memoryview, at: int) -> None:
     while view:
         done = os.pwrite(fd, view, at)
@@ -391,26 +357,6 @@ def pread_all(fd: int, view: memoryview, at: int) -> None:
         if not done:
             raise OSError(errno.EIO, "an input file became shorter while it was read")
         view, at = view[done:], at + done
-
-
-def _copy_range(source: int, target: int, start: int, at: int, nbytes: int) -> None:
-    """copy_file_range, or reads and writes where the system or the file systems lack it."""
-    while nbytes and hasattr(os, "copy_file_range"):
-        try:
-            done = os.copy_file_range(source, target, nbytes, start, at)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            break
-        if not done:
-            break
-        start, at, nbytes = start + done, at + done, nbytes - done
-    buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
-    while nbytes:
-        view = buffer[: min(len(buffer), nbytes)]
-        pread_all(source, view, start)
-        _pwrite_all(target, view, at)
-        start, at, nbytes = start + len(view), at + len(view), nbytes - len(view)
 
 
 def _forget_lost(out: Path, file: OutFile, journal: Journal) -> None:

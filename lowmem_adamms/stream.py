@@ -14,7 +14,6 @@ import ctypes
 import mmap
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,33 +73,6 @@ class Mapped:
         with contextlib.suppress(BufferError):
             self._map.close()
         self._file.close()
-
-
-@contextlib.contextmanager
-def reading(spans: Iterable[Span]) -> Iterator[None]:
-    """Read spans into the page cache, in order, in a thread, for as long as the block lasts.
-
-    For use while the processor is busy with imports and the disk would idle.
-    """
-    stop = threading.Event()
-
-    def read() -> None:
-        scratch = bytearray(1 << 20)
-        for span in spans:
-            with span.path.open("rb", buffering=0) as file:
-                file.seek(span.start)
-                for _ in range(span.start, span.stop, len(scratch)):
-                    if stop.is_set():
-                        return
-                    file.readinto(scratch)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 class Files(Closing):

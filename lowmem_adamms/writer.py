@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from .merge import Sink
 from .outfiles import OutFile, out_files
 from .plan import Plan
 from .sink import DiskSink
-from .stream import reading
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -178,13 +176,9 @@ def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> 
 
     plan, fetch = output.plan, options.fetch
     elsewhere = remote(plan)
-    with (
-        reading(span for span in plan.spans if span.path not in elsewhere),
-        ThreadPoolExecutor(1) as pool,
-    ):
-        selecting = pool.submit(select, plan.dtypes)  # loads, while kinship waits for the disk
-        kin = kinship.measure(plan) if options.force else kinship.check(plan)
-        kernel, why = selecting.result()
+    # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
+    kin = kinship.measure(plan) if options.force else kinship.check(plan)
+    kernel, why = select(plan.dtypes)
     if options.note:
         for line in kin.notes:
             options.note(line)

@@ -859,51 +859,6 @@ def test_a_file_system_that_refuses_copying_inside_is_read_and_written(
     assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
 
 
-def past_the_cache(fd: int) -> bool:
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-
-
-def test_what_is_evicted_anyway_is_written_past_the_page_cache(
-    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pwrite, direct = os.pwrite, []
-
-    def noted(fd: int, data: memoryview, at: int) -> int:
-        if past_the_cache(fd):
-            direct.append((at, len(data)))
-        return pwrite(fd, data, at)
-
-    (tmp_path / "x").touch()
-    if (fd := sink._open_direct(tmp_path / "x")) < 0:
-        pytest.skip("a file system whose page cache cannot be passed by")
-    os.close(fd)
-    monkeypatch.setattr(os, "pwrite", noted)
-    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "kept")) == whole
-    assert direct == []
-    monkeypatch.setattr(writer, "_physical_memory", lambda: 0)
-    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
-    assert direct
-    assert all(at % sink.PAGE == size % sink.PAGE == 0 for at, size in direct)
-
-
-@pytest.mark.parametrize("short", [False, True])
-def test_a_file_system_that_refuses_it_midway_is_written_through_the_page_cache(
-    pair: Pair, whole: Files, short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pwrite = os.pwrite
-
-    def refuse(fd: int, data: memoryview, at: int) -> int:
-        if not past_the_cache(fd):
-            return pwrite(fd, data, at)
-        if short and at % sink.PAGE == 0:
-            return len(data) // 2 - 1
-        raise OSError(errno.EINVAL, "not aligned")
-
-    monkeypatch.setattr(os, "pwrite", refuse)
-    monkeypatch.setattr(writer, "_physical_memory", lambda: 0)
-    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
-
-
 def test_short_writes_and_copies_are_gone_on_with(
     pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
