@@ -317,8 +317,9 @@ class _Join:
         ], by
 
     def _find_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
-        base_ids = tokens.vocabulary(self.base.folder)
-        donor_ids = tokens.vocabulary(self.donor.folder) if base_ids is not None else None
+        known: tokens.Known = {}
+        base_ids = tokens.vocabulary(self.base.folder, known)
+        donor_ids = None if base_ids is None else tokens.vocabulary(self.donor.folder, known)
         if base_ids is not None and donor_ids is not None:
             return tokens.join(base_ids, donor_ids, base_rows, donor_rows), "token"
         declared = [self.base_layout.shared_ids, self.donor_layout.shared_ids]

@@ -11,6 +11,7 @@ the memory a whole merge is allowed.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from array import array
@@ -40,6 +41,8 @@ _QWEN_SPECIAL = (
 )
 """Ids behind those of qwen.tiktoken: hf.co/Qwen/Qwen-7B, tokenization_qwen.py."""
 _ABSENT = 0
+Known = dict[tuple[int, bytes], "array[int]"]
+"""Hashes by id of the `model.vocab` whose JSON has this length and digest."""
 _MOST_IDS = 1 << 22
 
 
@@ -52,10 +55,11 @@ class Run:
     length: int
 
 
-def vocabulary(folder: Path | None) -> array[int] | None:
+def vocabulary(folder: Path | None, known: Known | None = None) -> array[int] | None:
     """For each token id a 64-bit hash of its string (0: no such id), or None without a tokenizer.
 
-    Hashes are Python's own, so they compare within one process only.
+    Hashes are Python's own, so they compare within one process only. known: what was read before,
+    and gains what is read now; descendants of one model have most of their tokenizer.json in common.
     """
     if folder is None:
         return None
@@ -65,8 +69,7 @@ def vocabulary(folder: Path | None) -> array[int] | None:
         return None
     with _reading(path):
         if path.name == "tokenizer.json":
-            for tokens in _from_tokenizer_json(path.read_bytes().decode()):
-                _fill(hashes, tokens)
+            _fill_from_json(hashes, path.read_bytes().decode(), {} if known is None else known)
         elif path.name == "vocab.json":
             _fill(hashes, json.loads(path.read_bytes()))
         else:
@@ -103,8 +106,9 @@ def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -
     Of a token that the donor has at several ids, as some added ones are, the same id is taken.
     """
     base, donor = base[:base_rows], donor[:donor_rows]
-    where = {token: i for i, token in enumerate(donor)}
-    where.pop(_ABSENT, None)
+    pairs = zip(base, chain(donor, repeat(_ABSENT)), strict=False)
+    elsewhere = {token for token, same in pairs if token != same} - {_ABSENT}
+    where = {token: i for i, token in enumerate(donor) if token in elsewhere}
     runs: list[Run] = []
     first, end, shift = 0, 0, 0
     for i, (token, same) in enumerate(zip(base, chain(donor, repeat(_ABSENT)), strict=False)):
@@ -181,16 +185,28 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     raise ValueError("a number of more than 64 bits")
 
 
-def _from_tokenizer_json(text: str) -> Iterator[dict[str, int]]:
-    """The maps of `model.vocab` (of Unigram a list) and of `added_tokens`."""
+def _fill_from_json(hashes: array[int], text: str, known: Known) -> None:
+    """Enter `model.vocab` (a map, of Unigram a list) and `added_tokens` of a tokenizer.json."""
     read = json.JSONDecoder().raw_decode
     top = _find(text, _after_space(text, 0), "added_tokens", "model")
-    vocab, _ = read(text, _find(text, top["model"], "vocab")["vocab"])
-    yield vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-    del vocab
+    start = _find(text, top["model"], "vocab")["vocab"]
+    for (length, digest), same in known.items():
+        if _digest(text[start : start + length]) == digest:
+            hashes.extend(same)
+            break
+    else:
+        vocab, stop = read(text, start)
+        if isinstance(vocab, list):
+            vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+        _fill(hashes, vocab)
+        known[stop - start, _digest(text[start:stop])] = hashes[:]
     if "added_tokens" in top:
         added, _ = read(text, top["added_tokens"])
-        yield {token["content"]: token["id"] for token in added}
+        _fill(hashes, {token["content"]: token["id"] for token in added})
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode()).digest()
 
 
 def _from_tokenizer_config(document: dict[str, Any]) -> dict[str, int]:

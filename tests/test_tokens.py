@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lowmem_adamms.errors import FormatError
-from lowmem_adamms.tokens import Run, join, vocabulary
+from lowmem_adamms.tokens import Known, Run, join, vocabulary
 
 VOCAB = {"a": 0, "b": 1, "ab": 2, '"': 3, "\\": 4, "{": 5, "]": 6}
 ADDED = {"<|end|>": 7, "<image>": 9}
@@ -169,6 +169,21 @@ def test_tokenizer_config_adds_to_tokenizer_json(tmp_path: Path) -> None:
 def test_tokenizer_json_wins_over_vocab_json(tmp_path: Path) -> None:
     folder = put(tmp_path / "t", tokenizer=fast({"new": 0}, {}), vocab={"old": 0})
     assert_same_tokens(folder, {"new": 0}, tmp_path)
+
+
+def test_a_vocabulary_that_two_tokenizers_share_is_parsed_once(tmp_path: Path) -> None:
+    words = {"a": 0, "b": 1, "c": 2}
+    folders = [
+        put(tmp_path / name, tokenizer=fast(vocab, added))
+        for name, vocab, added in [
+            ("one", words, {"<x>": 3}),
+            ("two", words, {"<y>": 4}),
+            ("more", words | {"d": 5}, {}),
+        ]
+    ]
+    known: Known = {}
+    assert [vocabulary(folder, known) for folder in folders] == [read(each) for each in folders]
+    assert len(known) == 2
 
 
 def test_an_added_token_takes_its_id_from_the_vocabulary(tmp_path: Path) -> None:
