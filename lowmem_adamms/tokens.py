@@ -59,7 +59,7 @@ def vocabulary(folder: Path | None, known: Known | None = None) -> array[int] | 
     """For each token id a 64-bit hash of its string (0: no such id), or None without a tokenizer.
 
     Hashes are Python's own, so they compare within one process only. known: what was read before,
-    and gains what is read now; descendants of one model have most of their tokenizer.json in common.
+    and gains what is read now, as descendants of one model share most of their tokenizer.json.
     """
     if folder is None:
         return None

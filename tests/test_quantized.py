@@ -512,7 +512,7 @@ class StopError(BaseException):
     """Raised where a process would be killed."""
 
 
-CALLS = ("pwrite", "copy_file_range", "fsync", "fdatasync", "ftruncate", "replace")
+CALLS = ("pwrite", "fsync", "fdatasync", "ftruncate", "replace")
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:

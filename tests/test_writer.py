@@ -661,7 +661,7 @@ code = cli.main(sys.argv[2:])
 print("calls", count)
 sys.exit(code)
 """
-WRITES = "pwrite,copy_file_range,fsync,fdatasync,posix_fallocate"
+WRITES = "pwrite,fsync,fdatasync,posix_fallocate"
 
 
 def drive(
@@ -706,7 +706,7 @@ def test_killed_while_writing_it_resumes_to_the_same_bytes(
     pair: Pair, whole: Files, tmp_path: Path
 ) -> None:
     total = number_of(WRITES, pair, tmp_path)
-    assert total > 150
+    assert total > 100
     moments = {0, 1, total - 1, *random.Random(0).sample(range(total), 5)}
     for at in sorted(moments):
         kill_and_resume(pair, tmp_path / str(at), whole, WRITES, at)
@@ -741,7 +741,7 @@ def test_killed_again_and_again_it_still_gets_there(
     pair: Pair, whole: Files, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    for at in (60, 40, 50):
+    for at in (40, 30, 20):
         done = drive(pair, out, WRITES, at)
         assert done.returncode == -signal.SIGKILL
         assert_nothing_incomplete(out, whole)
@@ -794,7 +794,7 @@ def test_every_file_is_on_the_disk_before_it_gets_its_name(
 # A full disk, and systems that lack a call
 
 
-@pytest.mark.parametrize("call", ["pwrite", "copy_file_range", "posix_fallocate", "fsync"])
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync"])
 def test_a_full_disk_is_one_line_and_can_be_resumed(
     pair: Pair,
     whole: Files,
@@ -803,7 +803,7 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    calls = iter(range({"pwrite": 50, "copy_file_range": 10, "posix_fallocate": 1}.get(call, 3)))
+    calls = iter(range({"pwrite": 50, "posix_fallocate": 1}.get(call, 3)))
     real: Callable[..., Any] = getattr(os, call)
 
     def full(*args: Any) -> Any:
@@ -828,11 +828,10 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(
 @pytest.mark.parametrize(
     "lacking",
     [
-        ("copy_file_range",),
         ("posix_fadvise",),
         ("posix_fallocate",),
         ("fdatasync",),
-        ("copy_file_range", "posix_fadvise", "posix_fallocate", "fdatasync"),
+        ("posix_fadvise", "posix_fallocate", "fdatasync"),
     ],
     ids="+".join,
 )
@@ -848,24 +847,10 @@ def test_systems_that_lack_a_call_write_the_same_bytes(
     assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EINVAL])
-def test_a_file_system_that_refuses_copying_inside_is_read_and_written(
-    pair: Pair, whole: Files, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
-
-
-def test_short_writes_and_copies_are_gone_on_with(
+def test_short_writes_are_gone_on_with(
     pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pwrite, copy = os.pwrite, os.copy_file_range
+    pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
-    monkeypatch.setattr(
-        os, "copy_file_range", lambda a, b, n, *where: copy(a, b, min(n, 777), *where)
-    )
     small_steps(monkeypatch)
     assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
