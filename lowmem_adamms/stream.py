@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .closing import Closing
+from .errors import FormatError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,19 +44,30 @@ class Mapped:
     def __init__(self, path: Path) -> None:
         import numpy as np
 
+        self._path = path
         self._file = path.open("rb")
+        if not os.fstat(self._file.fileno()).st_size:
+            self._file.close()
+            raise _cut(path, 0, 1)
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes: Bytes = np.frombuffer(self._map, np.uint8)
         self._address: int = self._bytes.__array_interface__["data"][0]
 
     def view(self, start: int, stop: int) -> Bytes:
-        """The bytes from `start` to `stop`; must not be used after close()."""
+        """The bytes from `start` to `stop`; must not be used after close().
+
+        FormatError if the file ends before them, as one that was cut since its header was read.
+        """
+        if stop > self._bytes.size:
+            raise _cut(self._path, self._bytes.size, stop)
         return self._bytes[start:stop]
 
     def populate(self, block: int) -> None:
         """Bring a block's pages in now, without the GIL. Only ever advice: errors are ignored."""
         start = block * BLOCK
         length = min(BLOCK, self._bytes.size - start)
+        if length <= 0:  # said when the bytes are asked for
+            return
         if _madvise(self._address + start, length, _POPULATE_READ) != 0:
             self._map.madvise(mmap.MADV_WILLNEED, start, length)
 
@@ -73,6 +85,12 @@ class Mapped:
         with contextlib.suppress(BufferError):
             self._map.close()
         self._file.close()
+
+
+def _cut(path: Path, size: int, needed: int) -> FormatError:
+    return FormatError(
+        f"{path}: {size} bytes, expected {needed} or more as when the plan was made; put it back"
+    )
 
 
 class Files(Closing):

@@ -12,6 +12,7 @@ import pytest
 from lowmem_adamms import stream
 from lowmem_adamms.checkpoint import Span
 from lowmem_adamms.dtypes import DTYPES
+from lowmem_adamms.errors import FormatError
 
 BLOCK = 1 << 16
 
@@ -67,6 +68,15 @@ def test_views_are_read_only_or_private(path: Path) -> None:
             files.view(span(path, 0, 100))[0] = 1
         files.view(span(path, 1, 101))[0] = 1
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [0, 10, 2 * BLOCK])
+def test_a_file_that_was_cut_since_it_was_planned_is_named(path: Path, left: int) -> None:
+    os.truncate(path, left)
+    with stream.Files() as files, pytest.raises(FormatError, match=f"file: {left} bytes, expected"):
+        for bring in files.ahead(span(path, BLOCK, 3 * BLOCK + 1000)):
+            bring()
+        files.view(span(path, BLOCK, 3 * BLOCK + 1000))
 
 
 def test_each_block_is_asked_for_once(path: Path) -> None:

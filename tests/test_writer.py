@@ -29,7 +29,7 @@ from tiny import seen
 from lowmem_adamms import __version__, header, kinship, make_plan, merge, sink, stream, writer
 from lowmem_adamms.cli import main
 from lowmem_adamms.dtypes import DTYPES
-from lowmem_adamms.errors import MappingError, OutputError, RecipeError
+from lowmem_adamms.errors import FormatError, MappingError, OutputError, RecipeError
 from lowmem_adamms.journal import ANSWERS, NAME, WORK
 from lowmem_adamms.kinship import Kinship
 from lowmem_adamms.plan import Plan
@@ -845,6 +845,20 @@ def test_systems_that_lack_a_call_write_the_same_bytes(
     monkeypatch.setattr(writer, "_physical_memory", lambda: 0)  # so that pages are evicted
     small_steps(monkeypatch, durable=10_000)
     assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_input_cut_after_the_plan_is_one_error(
+    pair: Pair, whole: Files, side: int, tmp_path: Path
+) -> None:
+    inputs = [Path(shutil.copytree(each, tmp_path / each.name)) for each in pair]
+    plan = make_plan(*inputs)
+    shard = max(inputs[side].glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, 5000)
+    with pytest.raises(FormatError, match=f"{shard.name}: 5000 bytes, expected"):
+        merge(plan, 0.3, tmp_path / "out", force=True)
+    assert_nothing_incomplete(tmp_path / "out", whole)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / WORK]
 
 
 def test_short_writes_are_gone_on_with(
