@@ -245,7 +245,7 @@ class _Shard:
             self._end = len(file.header)
             self._digest.update(file.header)
         elif file.ordered:
-            self._hash_file(self._fd, 0, resume)
+            self._hash_file(resume)
 
     def write(self, at: int, view: Bytes) -> None:
         """Write and hash one stretch."""
@@ -259,8 +259,6 @@ class _Shard:
     def copy(self, at: int, span: Span) -> None:
         """Write and hash a span of another file, from where it is mapped."""
         with Files() as files:
-            for bring in files.ahead(span):
-                bring()
             self.write(at, files.view(span))
             if let_go := files.behind(span, evict=self._evict):
                 let_go()
@@ -276,7 +274,7 @@ class _Shard:
         size = self.file.size
         if not self.file.ordered:
             size = self._complete()
-            self._hash_file(self._fd, 0, size)
+            self._hash_file(size)
         os.fsync(self._fd)
         if self._evict and not self.file.ordered:
             evict_range(self._fd, 0, size)
@@ -336,11 +334,12 @@ class _Shard:
         if self._evict and first < last:
             evict_range(self._fd, first, last)
 
-    def _hash_file(self, fd: int, start: int, nbytes: int) -> None:
+    def _hash_file(self, stop: int) -> None:
+        """Digest what lies in the file up to a byte."""
         view = memoryview(self._scratch)
-        for at in range(start, start + nbytes, len(view)):
-            wanted = view[: min(len(view), start + nbytes - at)]
-            pread_all(fd, wanted, at)
+        for at in range(0, stop, len(view)):
+            wanted = view[: min(len(view), stop - at)]
+            pread_all(self._fd, wanted, at)
             self._digest.update(wanted)
 
 
