@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from rules import Bools, Floats, Ints, View, ranks
 
-from lowmem_adamms.answers import is_degenerate, normalise
+from lowmem_adamms.searching.answer_text import is_degenerate, normalise
 
 RESAMPLES = 1000
 

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import random_pair
 
-from lowmem_adamms.loading import quiet
+from lowmem_adamms.live.transformers_model import quiet
 
 
 @dataclass(frozen=True, slots=True)

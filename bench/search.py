@@ -39,14 +39,14 @@ sys.path.insert(0, str(ROOT))
 from lowmem_adamms.kernels.select import select
 
 from lowmem_adamms import LiveModel, make_plan, merge, search
-from lowmem_adamms.decoding import Settings
-from lowmem_adamms.encode import Encoder
-from lowmem_adamms.generate import Answerer
-from lowmem_adamms.loading import quiet
-from lowmem_adamms.plan import Plan
+from lowmem_adamms.checkpoints.mapped_files import Files
+from lowmem_adamms.live.answerer import Answerer
+from lowmem_adamms.live.draft_decoding import Settings
+from lowmem_adamms.live.prompt_encoder import Encoder
+from lowmem_adamms.live.transformers_model import quiet
+from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.prompts import Prompt, load_prompts
-from lowmem_adamms.search import DEFAULT_ALPHAS
-from lowmem_adamms.stream import Files
+from lowmem_adamms.searching.search import DEFAULT_ALPHAS
 
 MIB = 1 << 20
 

@@ -14,8 +14,8 @@ import numpy as np
 from evidence import Pair, spearman
 from rules import NEVER, Bools, Floats, Ints, Rule, chosen
 
-from lowmem_adamms.election import Measure
-from lowmem_adamms.search import choose
+from lowmem_adamms.searching.scoring import Measure
+from lowmem_adamms.searching.search import choose
 
 NOISE = 2.0  # standard errors that a loss against the base must exceed to count
 
@@ -101,7 +101,7 @@ def run_by_task(
 def run_product(
     judge: Judge, grid: Ints, draws: Sequence[Ints], measure: Measure = "pairwise"
 ) -> tuple[Verdict, float]:
-    """`lowmem_adamms.search.choose` on the same answers; and the share of searches with ties."""
+    """`choose` on the same answers; and the share of searches with ties."""
     places, ties = [], 0
     for prompts in draws:
         texts = {

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .live import LiveModel
-
-__version__ = "0.1.0"
+    from .live.live_model import LiveModel
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "reference.py").is_file():
     # In a checkout `kernels/` stands beside this package; installed, setuptools puts it inside.
     __path__.append(str(_root))
 
-from .alphas import Alphas  # noqa: E402  (the path must be complete first)
-from .join import make_plan  # noqa: E402
-from .search import search  # noqa: E402
-from .writer import merge  # noqa: E402
+from .mapping.alphas import Alphas  # noqa: E402  (the path must be complete first)
+from .mapping.join import make_plan  # noqa: E402
+from .merging.writer import merge  # noqa: E402
+from .searching.search import search  # noqa: E402
+from .version import __version__  # noqa: E402
 
 __all__ = ["Alphas", "LiveModel", "__version__", "make_plan", "merge", "search"]
 
@@ -26,7 +25,7 @@ __all__ = ["Alphas", "LiveModel", "__version__", "make_plan", "merge", "search"]
 def __getattr__(name: str) -> Any:
     """LiveModel needs torch, which takes seconds to import: only those who use it wait."""
     if name == "LiveModel":
-        from .live import LiveModel
+        from .live.live_model import LiveModel
 
         return LiveModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

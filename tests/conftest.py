@@ -13,7 +13,7 @@ import pytest
 from families import FAMILIES, write_headers
 from hypothesis import settings
 
-from lowmem_adamms.checkpoint import Checkpoint, open_checkpoint
+from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

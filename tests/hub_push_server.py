@@ -158,7 +158,8 @@ def use(server: HubServer, patch: MonkeyPatch) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    from lowmem_adamms import push, push_check
+    from lowmem_adamms.hub import upload as push
+    from lowmem_adamms.hub import upload_check as push_check
 
     patch.setattr(constants, "ENDPOINT", server.url)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)

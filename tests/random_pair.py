@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_adamms.loading import quiet
+from lowmem_adamms.live.transformers_model import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,8 @@ import torch
 from random_pair import SHARED_TOKENS
 
 from lowmem_adamms import LiveModel, make_plan
-from lowmem_adamms.encode import load_processor
-from lowmem_adamms.loading import quiet
+from lowmem_adamms.live.prompt_encoder import load_processor
+from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.prompts import Prompt, open_image
 
 DONORS = {

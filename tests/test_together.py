@@ -14,9 +14,10 @@ import pytest
 from command import run, run_until_killed
 from hub_server import HubServer, use
 
-from lowmem_adamms import make_plan, merge, wire
-from lowmem_adamms.journal import WORK
-from lowmem_adamms.quantized import Method
+from lowmem_adamms import make_plan, merge
+from lowmem_adamms.hub import remote_file as wire
+from lowmem_adamms.merging.journal import WORK
+from lowmem_adamms.quantizing.quantization import Method
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")

@@ -30,10 +30,10 @@ from random_pair import (
 )
 from safetensors.torch import load_file
 
-from lowmem_adamms.loading import quiet
+from lowmem_adamms.live.transformers_model import quiet
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]

@@ -31,7 +31,7 @@ from train import keep_memory
 from world import Question, questions, scenes, text_question
 
 from lowmem_adamms import LiveModel, make_plan
-from lowmem_adamms.encode import Encoder
+from lowmem_adamms.live.prompt_encoder import Encoder
 from lowmem_adamms.prompts import Prompt
 
 LONGEST, ROWS = 10, 100

@@ -45,8 +45,8 @@ from lessons import (
 )
 from world import TASKS, questions, scenes, text_question
 
-from lowmem_adamms.encode import load_processor
-from lowmem_adamms.loading import quiet
+from lowmem_adamms.live.prompt_encoder import load_processor
+from lowmem_adamms.live.transformers_model import quiet
 
 KEEP = 200  # steps between two states kept on disk
 NOISE = 0.8  # of the embeddings' spread, at most, when the language model learns to read

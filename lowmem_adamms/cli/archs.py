@@ -9,7 +9,9 @@ from .console import print_json
 
 def run(arguments: argparse.Namespace) -> int:
     """List the declarations, the user's before ours, or print one so that --arch takes it."""
-    from .. import archs, declare, show
+    from ..architectures import declare
+    from ..architectures import families as archs
+    from ..reporting import terminal as show
 
     known = (*declare.read_all(arguments.arch or ()), *archs.ARCHS)
     one = declare.named(arguments.name, known) if arguments.name else None

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
-from ..memory import measure
-from ..placement import Placement, Quantize, place
+from ..live.free_memory import measure
+from ..live.placement import Placement, Quantize, place
 from .console import draws, print_notes
 
 if TYPE_CHECKING:
-    from ..inputs import Fetch
-    from ..plan import Plan
+    from ..mapping.plan import Plan
+    from ..merging.sources import Fetch
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """From base to donor; the command `plan` itself opens no `.bin` and fetches no shard."""
-    from .. import join
-    from ..checkpoint import open_checkpoint
-    from ..declare import read_all
+    from ..architectures.declare import read_all
+    from ..checkpoints.checkpoint import open_checkpoint
+    from ..mapping import join
 
     declared = read_all(arguments.arch or ())
     fetch = fetching(arguments)
@@ -39,7 +39,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 def fetching(arguments: argparse.Namespace) -> Fetch:
     """How what lies on the Hub gets here."""
-    from ..inputs import Fetch
+    from ..merging.sources import Fetch
 
     no_cache, budget = (getattr(arguments, name, None) for name in ("no_cache", "disk_budget"))
     return Fetch(no_cache=bool(no_cache), disk_budget=budget, bars=draws())

@@ -10,14 +10,15 @@ from .arguments import check_page
 from .console import print_json, progress_bar, screen
 
 if TYPE_CHECKING:
-    from ..compare import Comparison
+    from ..comparing.comparison import Comparison
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, write the page if one is asked for, and print tables or one document."""
-    from .. import compare, pairing
-    from ..declare import read_all
-    from ..join import make_plan
+    from ..architectures.declare import read_all
+    from ..comparing import comparison as compare
+    from ..comparing import pairing
+    from ..mapping.join import make_plan
 
     check_page(arguments.html, "--html", arguments.a, arguments.b, *(arguments.arch or ()))
     make = partial(make_plan, declared=read_all(arguments.arch or ()))
@@ -27,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         sample = None if arguments.full else arguments.sample
         found = compare.compare(joined, sample=sample, progress=progress)
     if arguments.html:
-        from .. import compare_page, report_page
+        from ..comparing import page as compare_page
+        from ..reporting import page as report_page
 
         report_page.write(arguments.html, compare_page.html(found))
     if arguments.json:
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(found: Comparison) -> None:
-    from .. import compare_table
+    from ..comparing import table as compare_table
 
     console = screen()
     ascii_only = console.options.ascii_only

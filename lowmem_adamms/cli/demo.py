@@ -51,7 +51,8 @@ def _merged(folder: Path, pair: Pair, alpha: float | None) -> Path:
 
 def _show(pair: Pair, out: Path) -> None:
     """How many of the exam's questions base, donor and merged model answer right."""
-    from .. import demo, show
+    from .. import demo
+    from ..reporting import terminal as show
 
     exam = demo.load_exam(pair.exam)
     scores = _scores(out)

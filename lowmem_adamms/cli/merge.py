@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, RecipeError
-from ..journal import ANSWERS, NAME, WORK
+from ..merging.journal import ANSWERS, NAME, WORK
 from .arguments import fetching, make_plan, quantizing
 from .console import print_notes, progress_bar
 from .options import OF_A_SEARCH, given
@@ -18,14 +18,14 @@ from .push import finish, pushing
 from .searching import load_prompts, search_for_alpha, show_found
 
 if TYPE_CHECKING:
-    from ..plan import Plan
-    from ..recipe import Recipe
-    from ..writer import Options, Output
+    from ..mapping.mergekit_yaml import Recipe
+    from ..mapping.plan import Plan
+    from ..merging.writer import Options, Output
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check what can be checked, search if that is asked for, write, upload."""
-    from .. import writer
+    from ..merging import writer
 
     recipe = _read_config(arguments)
     _check_weights(arguments)
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> Options:
     """How it is written, so far as the words say; RecipeError where they contradict each other."""
-    from ..writer import Options
+    from ..merging.writer import Options
 
     fetch = fetching(arguments)
     if arguments.prompts and not fetch.cached:
@@ -77,7 +77,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _summary(output: Output) -> str:
     """What was written, in a line."""
-    from ..show import size
+    from ..reporting.terminal import size
 
     counts, how = output.plan.to_json()["counts"], output.how
     written = output.plan.bytes_written
@@ -94,7 +94,7 @@ def _read_config(arguments: argparse.Namespace) -> Recipe | None:
     """What --config says; models and dtype are then taken from it."""
     if arguments.config is None:
         return None
-    from ..recipe import read
+    from ..mapping.mergekit_yaml import read
 
     if names := given(arguments, ("base", "donor", "alpha", "alpha_layers", "prompts")):
         raise RecipeError(f"--config names models and weights; leave out {', '.join(names)}")
@@ -129,7 +129,7 @@ def _given_alpha(arguments: argparse.Namespace, plan: Plan, recipe: Recipe | Non
         return alpha
     if arguments.alpha_layers is None:
         return arguments.alpha
-    from ..alphas import parse_layers
+    from ..mapping.alphas import parse_layers
 
     return parse_layers(arguments.alpha_layers, plan.base_layout.layers, arguments.alpha)
 

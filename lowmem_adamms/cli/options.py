@@ -9,10 +9,10 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, get_args
 
-from .. import __version__
-from ..election import Measure
 from ..errors import RecipeError
 from ..home import at_home
+from ..searching.scoring import Measure
+from ..version import __version__
 from . import values
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlacementError
-from ..placement import Quantize, stored_bytes
+from ..live.placement import Quantize, stored_bytes
 from .arguments import make_plan, placing, quantizing
 from .console import print_json, screen
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..mapping.plan import Plan
 
 _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
 _QUANTIZING_MB = 512  # of which torch, transformers and bitsandbytes take some 370
@@ -41,7 +41,7 @@ def show_plan(plan: Plan, console: Any) -> None:
     """The table, what is left over of the donor, and the notes."""
     from rich.markup import escape
 
-    from .. import show
+    from ..reporting import terminal as show
 
     console.print(show.plan_table(plan))
     console.print(f"left over of the donor: {escape(show.leftover(plan))}", soft_wrap=True)
@@ -50,7 +50,7 @@ def show_plan(plan: Plan, console: Any) -> None:
 
 
 def _forecast(plan: Plan, out: Path, quantize: Quantize | None) -> dict[str, int]:
-    from ..inputs import remote
+    from ..merging.sources import remote
 
     written = stored_bytes(plan, quantize)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -66,7 +66,7 @@ def _forecast(plan: Plan, out: Path, quantize: Quantize | None) -> dict[str, int
 def _show_forecast(
     plan: Plan, forecast: dict[str, int], quantize: Quantize | None, search: Sequence[str]
 ) -> None:
-    from ..show import size
+    from ..reporting.terminal import size
 
     about = f" (about; {quantize} of bitsandbytes)" if quantize else ""
     print(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from .console import print_notes, progress_bar
 
 if TYPE_CHECKING:
-    from ..plan import Plan
-    from ..push import Push
+    from ..hub.upload import Push
+    from ..mapping.plan import Plan
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Upload a merged folder, or finish its upload."""
-    from ..verify import verify
+    from ..merging.verify import verify
 
     verify(arguments.out)
     with pushing(arguments) as push:
@@ -30,10 +30,10 @@ def pushing(arguments: argparse.Namespace, plan: Plan | None = None) -> Iterator
 
     plan: what is to be merged; None if `arguments.out` is complete.
     """
-    from .. import card
-    from ..journal import pending
-    from ..push import Push, quiet
-    from ..push_check import check
+    from ..hub.upload import Push, quiet
+    from ..hub.upload_check import check
+    from ..merging import model_card as card
+    from ..merging.journal import pending
 
     complete = plan is None or pending(arguments.out)
     paper, readme = None, arguments.out / "README.md"
@@ -55,8 +55,8 @@ def pushing(arguments: argparse.Namespace, plan: Plan | None = None) -> Iterator
 
 def finish(arguments: argparse.Namespace, push: Push) -> None:
     """Send what is left of the complete output, and commit."""
-    from ..push_check import pushed_files
-    from ..verify import verify
+    from ..hub.upload_check import pushed_files
+    from ..merging.verify import verify
 
     verify(arguments.out)
     total = sum(path.stat().st_size for path in pushed_files(arguments.out).values())

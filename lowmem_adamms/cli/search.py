@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .. import __version__
 from ..errors import RecipeError
+from ..version import __version__
 from .arguments import check_page, make_plan
 from .console import print_json, print_notes
 from .options import NEED_A_MODEL, given
@@ -29,9 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _recorded(arguments: argparse.Namespace) -> int:
     """Score answers that somebody recorded at each alpha."""
-    from .. import recorded, report
     from ..prompts import Prompt
-    from ..search import choose
+    from ..reporting import search_page as report
+    from ..searching import recorded_answers as recorded
+    from ..searching.search import choose
 
     _check_recorded(arguments)
     answers, ids = recorded.read(arguments.answers)
@@ -54,7 +55,7 @@ def _conclude(
     arguments: argparse.Namespace, found: Found, base: str | None = None, donor: str | None = None
 ) -> int:
     if arguments.report:
-        from .. import report
+        from ..reporting import search_page as report
 
         report.write(arguments.report, found.page)
     if arguments.json:

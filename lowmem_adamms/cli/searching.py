@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
-from ..arch import BUFFER
+from ..architectures.layout import BUFFER
 from ..errors import PromptError
+from ..version import __version__
 from .arguments import placing
 from .console import draws, kept_up_to_date, print_notes, screen
 
 if TYPE_CHECKING:
-    from ..alphas import Alpha
-    from ..journal import AnswerJournal
-    from ..live import LiveModel
-    from ..placement import Placement
-    from ..plan import Plan
+    from ..live.live_model import LiveModel
+    from ..live.placement import Placement
+    from ..mapping.alphas import Alpha
+    from ..mapping.plan import Plan
+    from ..merging.journal import AnswerJournal
     from ..prompts import Prompt, Prompts
-    from ..refine import Refined
-    from ..search import Result
-    from ..session import Session
-    from ..show import SearchProgress
+    from ..reporting.terminal import SearchProgress
+    from ..searching.layer_search import Refined
+    from ..searching.search import Result
+    from ..searching.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Found:
 
     def to_json(self) -> dict[str, Any]:
         """For adamms.json and `search --json`."""
-        from ..alphas import to_json
+        from ..mapping.alphas import to_json
         from ..prompts import digest
 
         more: dict[str, Any] = {"layers": self.refined.to_json()} if self.refined else {}
@@ -80,9 +80,10 @@ def search_for_alpha(
     arguments: argparse.Namespace, plan: Plan, prompts: Prompts, journal: Path | None
 ) -> Found:
     """Search on the live model; the journal, if there is one, is resumed from."""
-    from .. import refine, show
-    from ..inputs import download
-    from ..search import DEFAULT_ALPHAS
+    from ..merging.sources import download
+    from ..reporting import terminal as show
+    from ..searching import layer_search as refine
+    from ..searching.search import DEFAULT_ALPHAS
 
     alphas = arguments.alphas or DEFAULT_ALPHAS
     count = arguments.refine_layers
@@ -108,7 +109,7 @@ def search_for_alpha(
 
 def show_found(found: Found) -> None:
     """The curve, the verdict, and what weakens it."""
-    from .. import show
+    from ..reporting import terminal as show
 
     result, refined = found.result, found.refined
     screen().print(show.search_table(result.rounds, result.alpha))
@@ -131,8 +132,8 @@ class _Task:
 
     def load(self) -> LiveModel:
         """The model itself, which takes a while."""
-        from ..encode import load_processor
-        from ..live import LiveModel
+        from ..live.live_model import LiveModel
+        from ..live.prompt_encoder import load_processor
 
         # A base that cannot be talked to is found out before its weights are read
         trust = self.arguments.trust_remote_code
@@ -150,7 +151,7 @@ class _Task:
 def _search(
     task: _Task, session: Session, alphas: Sequence[float], progress: SearchProgress
 ) -> Result:
-    from ..search import search
+    from ..searching.search import search
 
     arguments = task.arguments
     return search(
@@ -176,8 +177,8 @@ def _check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
 @contextmanager
 def _session(task: _Task, path: Path | None, progress: SearchProgress) -> Iterator[Session]:
     """What asks the model and remembers its answers, in the journal at `path` if there is one."""
-    from ..decoding import Settings
-    from ..session import Session, fingerprint
+    from ..live.draft_decoding import Settings
+    from ..searching.session import Session, fingerprint
 
     arguments = task.arguments
     settings = Settings(
@@ -199,7 +200,7 @@ def _session(task: _Task, path: Path | None, progress: SearchProgress) -> Iterat
 @contextmanager
 def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
     """The journal at `path`; if it ends without an answer, no trace of it is left."""
-    from ..journal import AnswerJournal
+    from ..merging.journal import AnswerJournal
 
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     with AnswerJournal(path, key) as journal:
@@ -214,7 +215,7 @@ def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
 
 
 def _report(task: _Task, session: Session, result: Result, refined: Refined | None) -> str:
-    from .. import report
+    from ..reporting import search_page as report
 
     arguments, plan, placement = task.arguments, task.plan, task.placement
     recipe = {

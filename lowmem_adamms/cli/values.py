@@ -15,7 +15,7 @@ from ..errors import RecipeError
 from ..home import at_home
 
 if TYPE_CHECKING:
-    from ..dtypes import DType
+    from ..checkpoints.dtypes import DType
 
 _FEWEST = 10_000  # nobody means so few bytes
 _MOST_ALPHAS = 1001
@@ -28,7 +28,7 @@ def path(text: str) -> Path:
 
 def answers(text: str) -> tuple[float | None, Path]:
     """`0.3=FILE`, or a FILE that names its alphas itself."""
-    from ..recorded import parse_spec
+    from ..searching.recorded_answers import parse_spec
 
     try:
         alpha, file = parse_spec(text)
@@ -39,7 +39,7 @@ def answers(text: str) -> tuple[float | None, Path]:
 
 def dtype(text: str) -> DType:
     """Of floats: bf16, fp16 or fp32."""
-    from .. import dtypes
+    from ..checkpoints import dtypes
 
     try:
         return dtypes.from_user(text)
@@ -66,7 +66,7 @@ def _whole(text: str, least: int) -> int:
 
 def alpha(text: str) -> float:
     """The donor's weight, 0 to 1."""
-    from ..alphas import check_alpha
+    from ..mapping.alphas import check_alpha
 
     try:
         return check_alpha(float(text))
@@ -78,7 +78,7 @@ def alpha(text: str) -> float:
 
 def grid(text: str) -> tuple[float, ...]:
     """The alphas of a search: `0,0.1,0.2`, in any order, or `start:stop:step`, stop included."""
-    from ..search import checked_grid
+    from ..searching.search import checked_grid
 
     try:
         return checked_grid(_listed(text))

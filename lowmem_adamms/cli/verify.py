@@ -9,8 +9,8 @@ from .console import print_notes, status_line
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, and say in a line what was found."""
-    from ..show import size
-    from ..verify import verify
+    from ..merging.verify import verify
+    from ..reporting.terminal import size
 
     with status_line(arguments.deep) as say:
         verdict = verify(arguments.out, deep=arguments.deep, progress=say)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..answers import normalise
 from ..errors import OutputError
 from ..prompts import Prompt
+from ..searching.answer_text import normalise
 
 HERE = Path(__file__).parent
 QUESTIONS = "questions.zip"  # prompts.jsonl, eval.jsonl and images/
@@ -94,9 +94,9 @@ def judge(
     base: Path, donor: Path, alphas: Sequence[float], exam: Sequence[Question]
 ) -> list[Marks]:
     """The marks of base and donor blended at each alpha (of one model, if both are the same)."""
-    from ..decoding import Settings
-    from ..join import make_plan
-    from ..live import LiveModel
+    from ..live.draft_decoding import Settings
+    from ..live.live_model import LiveModel
+    from ..mapping.join import make_plan
 
     prompts = [question.prompt for question in exam]
     settings = Settings(max_new_tokens=LONGEST, batch_size=ROWS)

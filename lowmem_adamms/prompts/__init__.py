@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..checkpoints.mapped_files import file_digest
 from ..errors import PromptError, RecipeError
-from ..stream import file_digest
 from .entry import Columns, Prompt, Prompts, PromptSet
 from .files import folder_prompts, line_prompts
 from .images import check_images, open_image

@@ -1,0 +1,85 @@
+"""Small reads at any place of any file, here or on the Hub: for samples and checks.
+
+Leaves to others: reading in order, ahead of use (`stream.py`, `ranges.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+from ..closing import Closing
+from ..hub.remote_file import RemoteFile
+from ..hub.repository import LANES
+from .span import Span
+
+if TYPE_CHECKING:
+    from ..kernels.reference import Bits, Floats
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+Remote = Mapping[Path, RemoteFile]
+_RWF_DONTCACHE = 0x80  # linux/fs.h, Linux 6.14; not in Python's os module
+
+
+class Reads(Closing):
+    """Files opened for a few small reads each. remote: those that are on the Hub only."""
+
+    def __init__(self, remote: Remote | None = None) -> None:
+        self._remote = remote or {}
+        self._open: dict[Path, BinaryIO] = {}
+        self._stack = ExitStack()
+        # One after the other from a disk, many requests at once to the Hub
+        self._pool = ThreadPoolExecutor(LANES if remote else 1)
+
+    def close(self) -> None:
+        """Close all files, when nothing reads any more."""
+        self._pool.shutdown()
+        self._stack.close()
+
+    def map(self, work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+        """What `work`, which reads here, makes of each item, in their order."""
+        return self._pool.map(work, items)
+
+    def raw(self, span: Span) -> bytes | bytearray:
+        """A span's bytes."""
+        path = span.path
+        if path in self._remote:
+            return self._remote[path].read(span.start, span.stop)
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(path.open("rb", buffering=0))
+        return _read_uncached(self._open[path], span.start, span.nbytes)
+
+    def bits(self, span: Span) -> Bits:
+        """A span of a blendable dtype as a flat storage array."""
+        import numpy as np
+
+        from ..kernels import reference
+
+        return np.frombuffer(self.raw(span), reference.STORAGE[span.dtype.name])
+
+    def floats(self, span: Span) -> Floats:
+        """The same as float64."""
+        from ..kernels import reference
+
+        return reference.widen(self.bits(span), span.dtype.name)
+
+
+def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:
+    """Bytes of a file, not left in the page cache where the system can: a lone page there splits
+    the large request that reads around it later.
+    """
+    raw = bytearray(nbytes)
+    for flags in (_RWF_DONTCACHE, 0):  # neither moves the file's position, which threads share
+        try:
+            if os.preadv(file.fileno(), [raw], start, flags) == nbytes:
+                return raw
+        except (OSError, AttributeError, NotImplementedError):
+            pass
+    file.seek(start)
+    file.readinto(raw)  # type: ignore[attr-defined]
+    return raw

@@ -1,0 +1,217 @@
+"""The papers that go with a merged checkpoint: model card, `adamms.json`, config under --dtype.
+
+Front matter follows the Hub's model card specification (hf.co/docs/hub/model-cards). Leaves to
+others: where these are written, and the digests of what was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..architectures import declare
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.dtypes import DTYPES
+from ..mapping.alphas import Alpha, Alphas, lines, to_json
+from ..mapping.kinship import Kinship
+from ..mapping.plan import Plan
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+def model_card(plan: Plan, alpha: Alpha, papers: Mapping[str, Any]) -> str:
+    """README.md of the merged model, with Hub front matter. papers: what adamms.json will say."""
+    parents = [plan.base.name, plan.donor.name]
+    multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
+    task = "image-text-to-text" if multimodal else "text-generation"
+    front = [
+        *_parents(parents),
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags:\n- adamms\n- merge\n- lowmem-adamms",
+        *_quantization_tags(papers),
+        *_licence(plan.base),
+    ]
+    counts = plan.to_json()["counts"]
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {plan.base.name} + {plan.donor.name}, merged",
+            "",
+            "Made by [AdaMMS](https://arxiv.org/abs/2503.23733) parameter mapping and linear",
+            "interpolation with lowmem-adamms. Architecture, vision encoder, connector, tokenizer",
+            f"and processor are those of `{plan.base.name}`; into its language model were blended",
+            f"the weights of `{plan.donor.name}`:",
+            "",
+            *_formula(alpha),
+            "",
+            f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
+            "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
+            *_quantization(papers),
+            *_choice(papers),
+            "The licences of both models apply.",
+            "",
+        ]
+    )
+
+
+def _formula(alpha: Alpha) -> list[str]:
+    """What was computed; the weights, where layers have their own."""
+    if not isinstance(alpha, Alphas):
+        return [f"    out = (1 - {alpha:g}) * base + {alpha:g} * donor"]
+    return [
+        "    out = (1 - a) * base + a * donor",
+        "",
+        f"with a = {alpha.default:g}, apart from",
+        "",
+        *(f"- {line}" for line in lines(alpha)),
+    ]
+
+
+def _quantization_tags(papers: Mapping[str, Any]) -> list[str]:
+    """The tags by which the Hub knows a bitsandbytes checkpoint."""
+    if "quantized" not in papers:
+        return []
+    return ["- bitsandbytes", "- 4-bit" if papers["quantized"]["method"] == "nf4" else "- 8-bit"]
+
+
+def _quantization(papers: Mapping[str, Any]) -> list[str]:
+    """What was quantized, if anything."""
+    if "quantized" not in papers:
+        return []
+    how = papers["quantized"]
+    name = {"nf4": "4 bit (NF4, double quantization)", "int8": "8 bit (LLM.int8)"}[how["method"]]
+    return [
+        f"The weights of {how['tensors']} linear layers were quantized to {name} with bitsandbytes"
+        f" {how['bitsandbytes']};",
+        "loading it needs bitsandbytes. All else is as it was merged.",
+    ]
+
+
+def _parents(names: list[str]) -> list[str]:
+    """Which models it descends from: those whose names can be the Hub's; it refuses any other."""
+    allowed = [
+        name
+        for name in names
+        if re.fullmatch(r"(?:\w[\w.-]*/)?\w(?:[\w.-]{0,94}\w)?", name, re.ASCII)
+        and not (re.search(r"--|\.\.", name) or name.endswith(".git"))
+    ]
+    listed = [f"- {json.dumps(name)}" for name in allowed]
+    return ["base_model:", *listed, "base_model_relation: merge"] if listed else []
+
+
+def _choice(papers: Mapping[str, Any]) -> list[str]:
+    """How alpha was chosen, if it was searched for."""
+    if "candidates" not in papers:
+        return []
+    moved = any(group["moved"] for group in papers.get("layers", {}).get("groups", ()))
+    tried = ", ".join(f"{candidate['alpha']:g}" for candidate in papers["candidates"])
+    return [
+        "Alpha was chosen without labels, by the consistency of the answers to"
+        f" {papers['prompts']} prompts",
+        f"at the alphas {tried} (measure: {papers['measure']}). `report.html`, where it lies",
+        "beside this file, shows how.",
+        *(["Groups of layers were then moved one by one, by the same measure."] * moved),
+    ]
+
+
+def _licence(base: Checkpoint) -> list[str]:
+    """The licence lines of the base's own model card, if it has any."""
+    path = base.folder / "README.md" if base.folder else None
+    if path is None or not path.is_file():
+        return []
+    front = re.match(r"---\n(.*?)\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    return [line for line in lines if re.match(r"license(_name|_link)?: *\S", line)]
+
+
+def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A copy of a config.json that announces another dtype, at each level that announced one."""
+    spoken = DTYPES[dtype].torch
+
+    def changed(level: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: spoken
+            if key in ("dtype", "torch_dtype")
+            else (changed(value) if isinstance(value, dict) else value)
+            for key, value in level.items()
+        }
+
+    return {"torch_dtype": spoken, **changed(config)}
+
+
+def recipe(
+    plan: Plan, alpha: Alpha, kinship: Kinship, kernel: str, search: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it.
+
+    search: the document of the search that found alpha, or nothing.
+    """
+    from ..version import __version__
+
+    group, cosine = kinship.lowest if kinship.cosines else (None, None)
+    return {
+        **search,
+        **to_json(alpha),
+        "base": plan.base.ref,
+        "donor": plan.donor.ref,
+        "version": __version__,
+        "formula": "(1 - alpha) * base + alpha * donor",
+        "options": dict(plan.options),
+        "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
+        "declared": [declare.plain(arch) for arch in plan.declared],
+        "counts": plan.to_json()["counts"],
+        "notes": [*plan.notes, *search.get("notes", ())],
+        "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
+        "made_with": {"python": platform.python_version(), "kernel": kernel},
+        "inputs": {
+            side: [input_digest(checkpoint, shard) for shard in checkpoint.shards]
+            for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
+        },
+    }
+
+
+def input_digest(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+    """Size and a sampled digest of an input file, and its full sha256 where the Hub noted it.
+
+    Of a repository's file only the sha256 that the Hub gives: it need not be here.
+    sample_sha256 covers 64 evenly spread blocks of 4096 bytes, the first and the last included:
+    enough to tell two files apart without reading 16 GB.
+    """
+    listed = checkpoint.repo.files.get(path.name) if checkpoint.repo else None
+    if listed is not None and listed.sha256:
+        return {"file": path.name, "size": listed.size, "sha256": listed.sha256}
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb", buffering=0) as file:
+        for i in range(_SAMPLES):
+            file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    found: dict[str, Any] = {
+        "file": path.name,
+        "size": size,
+        "sample_sha256": digest.hexdigest(),
+    }
+    if noted := _hub_sha256(path):
+        found["sha256"] = noted
+    return found
+
+
+def _hub_sha256(path: Path) -> str | None:
+    """huggingface_hub names cached blobs, and notes local downloads, by their sha256."""
+    blob = Path(os.path.realpath(path)).name
+    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    for candidate in (blob, lines[1] if len(lines) > 1 else ""):
+        if re.fullmatch(r"[0-9a-f]{64}", candidate):
+            return candidate
+    return None

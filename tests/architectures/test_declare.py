@@ -1,0 +1,493 @@
+"""Families that a user declares in TOML: what they say, every mistake named, and what they do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from command import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowmem_adamms import make_plan, merge
+from lowmem_adamms.architectures import declare
+from lowmem_adamms.architectures.families import ARCHS
+from lowmem_adamms.architectures.layout import Arch
+from lowmem_adamms.errors import DeclarationError, OutputError, RecipeError
+from lowmem_adamms.merging.verify import verify
+
+LLAMA = declare.named("Llama", ARCHS)
+PLAIN = declare.plain(replace(LLAMA, name="Mine"))
+Pair = tuple[Path, Path]
+Capture = pytest.CaptureFixture[str]
+
+
+def put(folder: Path, text: str | bytes, name: str = "my.toml") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# Written and read back
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
+def test_every_known_declaration_comes_back_from_what_is_printed(
+    tmp_path: Path, arch: Arch, capsys: Capture
+) -> None:
+    assert run("archs", arch.name) == 0
+    path = put(tmp_path, capsys.readouterr().out)
+    again = declare.read(path)
+    assert again == arch
+    assert list(again.decoder.items()) == list(arch.decoder.items())
+    assert run("archs", arch.name, "--json") == 0
+    assert declare.parse(json.loads(capsys.readouterr().out), "x") == arch
+
+
+names = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="#"), min_size=1)
+whole = st.builds(
+    lambda name, source, classes, prefixes, head, words, ids: replace(
+        LLAMA,
+        name=name,
+        source=source,
+        classes=tuple(classes),
+        spellings=tuple((f"{prefix}.", head) for prefix in prefixes),
+        decoder={
+            key.replace("self_attn", words[0]).replace("mlp", f"{words[1]}x"): held
+            for key, held in LLAMA.decoder.items()
+        },
+        others=dict.fromkeys(words, "tower"),
+        shared_ids=ids,
+    ),
+    names,
+    st.text(string.printable.strip() + " é\\\"'"),
+    st.lists(names),
+    st.lists(names, min_size=1),
+    names.map("{}.weight".format),
+    st.lists(st.text(string.ascii_lowercase, min_size=1), min_size=2, max_size=3),
+    st.none() | st.integers(1, 1 << 30),
+)
+
+
+@given(whole)
+def test_any_declaration_comes_back_from_toml_and_json(arch: Arch) -> None:
+    assert declare.from_toml(declare.to_toml(arch).encode(), "x") == arch
+    assert declare.parse(json.loads(json.dumps(declare.plain(arch))), "x") == arch
+
+
+# like
+
+
+def test_a_short_file_is_a_known_decoder_under_other_names(tmp_path: Path) -> None:
+    text = """
+    name = "Mine"
+    like = "qwen2-vl"
+    classes = ["MineForConditionalGeneration"]
+    spellings = [["lm.", "lm.out.weight"]]
+    rename = { "self_attn." = "attention.", "attention.q_proj" = "attention.wq" }
+    others = { "eye." = "vision tower", "visual." = "old tower" }
+    """
+    arch = declare.read(put(tmp_path, text))
+    qwen = declare.named("Qwen2-VL", ARCHS)
+    assert arch.name == "Mine"
+    assert arch.classes == ("MineForConditionalGeneration",)
+    assert arch.spellings == (("lm.", "lm.out.weight"),)
+    assert arch.shared_ids == qwen.shared_ids
+    assert arch.source == "declared by the user"
+    assert arch.others == {**qwen.others, "eye.": "vision tower", "visual.": "old tower"}
+    assert arch.decoder["layers.#.attention.wq.weight"] == "layers.#.attn.q.weight"
+    assert arch.decoder["layers.#.attention.k_proj.weight"] == "layers.#.attn.k.weight"
+    assert list(arch.decoder.values()) == list(qwen.decoder.values())
+    assert not any("self_attn" in name for name in arch.decoder)
+
+
+def test_the_shortest_file_inherits_all_but_classes_and_source(tmp_path: Path) -> None:
+    arch = declare.read(put(tmp_path, 'name = "Mine"\nlike = "CogVLM"\n'))
+    cog = declare.named("CogVLM", ARCHS)
+    assert arch == replace(cog, name="Mine", classes=(), source="declared by the user")
+
+
+def test_a_name_displaces_the_inherited_ones_of_its_roles(tmp_path: Path) -> None:
+    fused = " ".join(f"layers.#.attn.{part}.weight" for part in "qkv")
+    text = f"""
+    name = "Mine"
+    like = "Llama"
+    [decoder]
+    "layers.#.self_attn.qkv.weight" = "{fused}"
+    "layers.#.extra.weight" = ""
+    "norm.weight" = "norm"
+    """
+    arch = declare.read(put(tmp_path, text))
+    expected = {name: held for name, held in LLAMA.decoder.items() if held not in fused.split()}
+    assert {**arch.decoder} == {
+        **expected,
+        "layers.#.self_attn.qkv.weight": fused,
+        "layers.#.extra.weight": "",
+    }
+
+
+# Mistakes: one line that says where, what was found, and what was expected
+
+SHORT = 'name = "Mine"\nlike = "Llama"\n'
+MISTAKES = [
+    ("clases = []\nname = 'x'", r"unknown key 'clases'; did you mean 'classes'\?"),
+    ("xyzzy = 1", r"unknown key 'xyzzy'; expected one of name, source"),
+    ("", "name: missing; expected what it is called"),
+    ('name = "x"', "spellings: missing; expected pairs"),
+    ('name = "x"\nspellings = [["model.", "h"]]', "decoder: missing"),
+    ("name = 3", "name: found 3, expected a text"),
+    ("name = [1]", "name: found a list, expected a text"),
+    ('name = ""\nlike = "Llama"', "name: empty"),
+    (r'name = "a\u0007"', r"name: found 'a\\x07', expected printable text"),
+    (f"name = {'x' * 99!r}\nlike = 5", "like: found 5, expected a text"),
+    ('name = "x"\nlike = "Lama"', r"like: no declaration 'Lama'; did you mean 'Llama'\?"),
+    (SHORT + 'classes = "A"', "classes: found 'A', expected a list, each item a text"),
+    (SHORT + 'classes = ["A", 2]', r"classes\[1\]: found 2, expected a text"),
+    (SHORT + "spellings = []", "spellings: empty"),
+    (SHORT + 'spellings = ["model."]', r"spellings\[0\]: found 'model.', expected a list of 2"),
+    (SHORT + 'spellings = [["model."]]', r"spellings\[0\]: found a list, expected a list of 2"),
+    (SHORT + 'spellings = [["model", "h"]]', "found the prefix 'model', expected one that ends"),
+    (SHORT + 'spellings = [["model.", "lm."]]', "found 'lm.', expected the head's full name"),
+    (SHORT + "shared_ids = 0", "shared_ids: found 0, expected 1 or more; leave it out"),
+    (SHORT + "shared_ids = -5", "shared_ids: found -5, expected 1 or more"),
+    (SHORT + "shared_ids = true", "shared_ids: found True, expected a whole number"),
+    (SHORT + "shared_ids = 3.5", "shared_ids: found 3.5, expected a whole number"),
+    (SHORT + "shared_ids = nan", "shared_ids: found nan, expected a whole number"),
+    (SHORT + f"shared_ids = 0x{'f' * 9999}", "shared_ids: found an enormous number"),
+    (SHORT + "shared_ids = 1979-05-27", "shared_ids: found datetime.date.*a whole number"),
+    (SHORT + "others = []", "others: found a list, expected a table, each value a text"),
+    (SHORT + 'others = { "eye." = 1 }', r'others\."eye\.": found 1, expected a text'),
+    (SHORT + 'others = { "" = "tower" }', r'others\."": found \'tower\', expected a prefix'),
+    (SHORT + 'others = { "eye." = "" }', r'others\."eye\.": found \'\', expected a prefix'),
+    (SHORT + 'rename = { "attn_self" = "a" }', "'attn_self' is in no name of Llama's decoder"),
+    (SHORT + 'rename = { "" = "a" }', "rename: '' is in no name"),
+    (SHORT + "rename = 1", "rename: found 1, expected a table"),
+    (SHORT + 'rename = { "q_proj" = "k_proj" }', "rename: makes two names of the decoder the same"),
+    ('name = "x"\nrename = { "a" = "b" }', "rename: goes only with like"),
+    (SHORT + "[decoder]\nx = 5", r'decoder\."x": found 5, expected a text'),
+    (SHORT + '[decoder]\nx = "layers.#.attn.q.weight"', r'decoder\."x": holds .* a # in both'),
+    (SHORT + '[decoder]\n"a.#.b" = "norm"', r'decoder\."a.#.b": holds norm; expected a # in both'),
+    (SHORT + '[decoder]\n"a#b" = ""', r'decoder\."a#b": not a tensor\'s name'),
+    (SHORT + '[decoder]\n"a.0.b.#.c" = ""', r"not a tensor's name; expected its layer number"),
+    (SHORT + '[decoder]\n"" = ""', r'decoder\."": not a tensor\'s name'),
+    (SHORT + '[decoder]\nx = "head"', r'decoder\."x": the head stands in spellings'),
+    (
+        SHORT + '[decoder]\n"a.#.b" = "layers.#.attn.q.wieght"',
+        r"unknown role 'layers.#.attn.q.wieght'; did you mean 'layers.#.attn.q.weight'\?",
+    ),
+    (SHORT + '[decoder]\n"a.#.b" = "zzz"', "unknown role 'zzz'; expected one of embed, norm"),
+    (
+        SHORT + '[decoder]\n"a.#.b" = "layers.#.attn.q.weight@image"',
+        "unknown stream 'layers.#.attn.q.weight@image'; expected @text or @vision",
+    ),
+    (
+        SHORT + '[decoder]\na = "norm"\nb = "norm"',
+        "decoder: 2 names hold norm; expected one",
+    ),
+    (
+        SHORT + '[decoder]\n"layers.#.self_attn.q_proj.weight" = ""',
+        r"decoder: no name holds layers\.#\.attn\.q\.weight",
+    ),
+    (SHORT + '[decoder]\na = "embed norm"', "decoder: embed must be alone"),
+    ("name = \n", r"not TOML: .*line 1"),
+    ("name = 'x'\nname = 'y'", "not TOML: "),
+    ("a = " + "[" * 5000, "not TOML: "),
+    ("a = " + "9" * 5000, "not TOML: "),
+    ("a\nb\x00", "not TOML: "),
+    (b"name = 'x'\n\xff", "line 2: not UTF-8"),
+    (b" " * (declare.MOST_BYTES + 1), "more than 262144 bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(
+    tmp_path: Path, text: str | bytes, words: str, capsys: Capture
+) -> None:
+    path = put(tmp_path, text)
+    with pytest.raises(DeclarationError, match=words) as caught:
+        declare.read(path)
+    assert str(caught.value).startswith(str(path))
+    assert run("archs", "--arch", path) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"error: {re.escape(str(path))}.*\n", captured.err)
+    assert len(captured.err) < 1500
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, words in (
+        (tmp_path / "none.toml", "No such file"),
+        (tmp_path, "directory"),
+        (Path("a\0b"), "null"),
+    ):
+        with pytest.raises(DeclarationError, match=words):
+            declare.read(path)
+
+
+def test_two_files_may_not_give_one_name(tmp_path: Path) -> None:
+    first, second = put(tmp_path, SHORT, "a.toml"), put(tmp_path, SHORT, "b.toml")
+    with pytest.raises(DeclarationError, match=r"b\.toml: name: 'Mine' is also that of .*a\.toml"):
+        declare.read_all([first, second])
+    assert declare.read_all([first])[0].name == "Mine"
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    assert declare.read(put(tmp_path, b"\xef\xbb\xbf" + SHORT.encode())).name == "Mine"
+
+
+def read_or_refuse(parse: Callable[[], Arch], where: str) -> None:
+    """Either a declaration that comes back from its own TOML, or one line."""
+    try:
+        arch = parse()
+    except DeclarationError as error:
+        assert str(error).startswith(where)
+        assert len(str(error)) < 4000
+    else:
+        assert declare.from_toml(declare.to_toml(arch).encode(), where) == arch
+
+
+@given(
+    st.binary(max_size=200)
+    | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace"))
+)
+def test_any_bytes_are_a_declaration_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes
+) -> None:
+    path = put(tmp_path_factory.getbasetemp(), raw, "hostile.toml")
+    read_or_refuse(lambda: declare.read(path), str(path))
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_value_anywhere_is_a_declaration_or_refused(data: st.DataObject) -> None:
+    """As adamms.json, too, may hold."""
+    table = json.loads(json.dumps(PLAIN))
+    if data.draw(st.booleans()):
+        table["like"] = data.draw(st.sampled_from([arch.name for arch in ARCHS]) | values)
+        table["rename"] = data.draw(
+            values | st.dictionaries(st.sampled_from(["q_proj", "layers.#.", "#", "."]), st.text())
+        )
+    for _ in range(data.draw(st.integers(0, 2))):
+        place = table
+        key = data.draw(st.sampled_from(sorted(place)) | st.text(max_size=5))
+        if isinstance(place.get(key), dict) and data.draw(st.booleans()):
+            place = place[key]
+            key = data.draw(st.sampled_from([*place, ""]) | st.text(max_size=5))
+        if key in place and data.draw(st.booleans()):
+            del place[key]
+        else:
+            place[key] = data.draw(values)
+    read_or_refuse(lambda: declare.parse(table, "here"), "here")
+
+
+@given(values)
+def test_anything_in_place_of_a_table_is_refused(value: Any) -> None:
+    with pytest.raises(DeclarationError, match=r"^here: "):
+        declare.parse(value, "here")
+
+
+# Fields that Arch may get
+
+
+@dataclass(frozen=True, slots=True)
+class Wider(Arch):
+    """Has a field of each type a declaration could come to need."""
+
+    joined: tuple[str, ...] = ()
+    width: int | None = None
+    flat: bool = False
+    foreign: Mapping[str, str] = field(default_factory=dict)
+
+
+def test_a_further_field_can_be_given_and_printed_without_more_ado(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(declare, "Arch", Wider)
+    name = "layers.#.self_attn.q_proj.weight"
+    table = {**PLAIN, "joined": [name], "width": 3, "flat": True, "foreign": {"a.#.b": "x"}}
+    arch = declare.parse(table, "x")
+    assert isinstance(arch, Wider)
+    assert (arch.joined, arch.width, arch.flat, arch.foreign) == ((name,), 3, True, {"a.#.b": "x"})
+    assert declare.from_toml(declare.to_toml(arch).encode(), "x") == arch
+    assert declare.plain(declare.parse(PLAIN, "x")) == PLAIN
+    for key, value, words in (
+        ("joined", ["layers.#.self_attn.q_proj"], "joined: 'layers.#.self_attn.q_proj' is no name"),
+        ("joined", [3], r"joined\[0\]: found 3, expected a text"),
+        ("width", 0, "width: found 0, expected 1 or more"),
+        ("flat", 1, "flat: found 1, expected true or false"),
+        ("foreign", {"a.b": "x"}, r'foreign\."a\.b": not a tensor'),
+    ):
+        with pytest.raises(DeclarationError, match=f"^x: {words}"):
+            declare.parse({**PLAIN, key: value}, "x")
+
+
+# archs
+
+
+def test_archs_lists_every_declaration_with_the_users_first(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    path = put(tmp_path, SHORT + 'classes = ["MineForCausalLM"]\nsource = "a page"')
+    assert run("archs", "--arch", path) == 0
+    out = capsys.readouterr().out
+    heads = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert [head.partition("  ")[0] for head in heads] == ["Mine", *(arch.name for arch in ARCHS)]
+    for word in ("MineForCausalLM", "a page", "Qwen2VLForConditionalGeneration", "151646"):
+        assert word in out
+    assert run("archs", "--json", "--arch", path) == 0
+    documents = json.loads(capsys.readouterr().out)
+    assert [document["name"] for document in documents] == ["Mine", *(arch.name for arch in ARCHS)]
+    assert documents[1:] == [declare.plain(arch) for arch in ARCHS]
+
+
+def test_archs_knows_the_users_own_by_name(tmp_path: Path, capsys: Capture) -> None:
+    path = put(tmp_path, SHORT)
+    assert run("archs", "mine", "--arch", path) == 0
+    again = put(tmp_path, capsys.readouterr().out, "again.toml")
+    assert declare.read(again) == declare.read(path)
+
+
+def test_archs_suggests_a_name(capsys: Capture) -> None:
+    assert run("archs", "Qwen2VL") == 2
+    assert re.fullmatch(
+        "error: no declaration 'Qwen2VL'; did you mean 'Qwen2-VL'\\?\n", capsys.readouterr().err
+    )
+    with pytest.raises(RecipeError, match=r"expected one of Llama, .*Qwen2"):
+        declare.named("zzzzzz", ARCHS)
+
+
+# What a declaration does: a donor of an unheard-of spelling merges as the one it was made from
+
+ODD = """
+name = "Odd"
+like = "LLaVA-OneVision"
+classes = ["OddForConditionalGeneration"]
+spellings = [["brain.", "mouth.weight"]]
+rename = { "self_attn." = "focus.", "mlp." = "think." }
+others = { "rest." = "vision tower" }
+[decoder]
+"layers.#.focus.kv_proj.weight" = "layers.#.attn.k.weight layers.#.attn.v.weight"
+"""
+
+
+def oddly(name: str) -> str:
+    name = tiny.modern(name)
+    if name == "lm_head.weight":
+        return "mouth.weight"
+    if not name.startswith("model.language_model."):
+        return f"rest.{name}"
+    name = name.replace("model.language_model.", "brain.")
+    return name.replace("self_attn.", "focus.").replace("mlp.", "think.")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
+    """The donor with names no declaration knows, and k and v in one tensor."""
+    folder = tmp_path_factory.mktemp("odd")
+    tensors = {oddly(name): tensor for name, tensor in tiny.load(pair[1]).items()}
+    for name in [name for name in tensors if name.endswith("k_proj.weight")]:
+        both = [tensors.pop(name), tensors.pop(name.replace("k_proj", "v_proj"))]
+        tensors[name.replace("k_proj", "kv_proj")] = torch.cat(both)
+    shutil.copytree(pair[1], folder / "odd", ignore=shutil.ignore_patterns("*.safetensors*"))
+    tiny.respell(folder / "odd", lambda name: None, folder / "out", extra=tensors)
+    return tiny.flat_config(folder / "out", architectures=["OddForConditionalGeneration"])
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_declared_donor_merges_as_the_known_one_it_was_made_from(
+    pair: Pair, odd: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = put(tmp_path, ODD)
+    words = ("--arch", path, "--alpha", "0.3", "-o")
+    assert run(pair[0], odd, *words, tmp_path / "out") == 0
+    assert "note: donor: Odd, as --arch declares it\n" in capsys.readouterr().err
+    merge(make_plan(*pair), 0.3, tmp_path / "known")
+    assert shards(tmp_path / "out") == shards(tmp_path / "known")
+    assert run(pair[0], odd, "--alpha", "0.3", "-o", tmp_path / "undeclared") == 2
+    assert "no decoder found" in capsys.readouterr().err
+    assert not (tmp_path / "undeclared").exists()
+
+
+def test_verify_needs_no_file_for_what_was_declared(
+    pair: Pair, odd: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = put(tmp_path, ODD)
+    assert run(pair[0], odd, "--arch", path, "--alpha", "0.3", "-o", tmp_path / "out") == 0
+    arch = declare.read(path)
+    path.unlink()
+    recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
+    assert [declare.parse(table, "x") for table in recipe["declared"]] == [arch]
+    assert verify(tmp_path / "out", deep=True).rows
+    recipe["declared"][0]["decoder"]["norm.weight"] = "norn"
+    (tmp_path / "out" / "adamms.json").write_text(json.dumps(recipe))
+    assert run("verify", tmp_path / "out", "--deep") == 2
+    assert "adamms.json: declared[0]: decoder" in capsys.readouterr().err
+    for value in (7, "x"):
+        (tmp_path / "out" / "adamms.json").write_text(json.dumps(recipe | {"declared": value}))
+        assert run("verify", tmp_path / "out") == 2
+        assert "not a recipe of lowmem-adamms" in capsys.readouterr().err
+
+
+def test_a_killed_merge_resumes_only_with_the_same_declaration(
+    pair: Pair, odd: Path, tmp_path: Path
+) -> None:
+    arch = declare.read(put(tmp_path, ODD))
+    other = replace(arch, others={**arch.others, "more.": "connector"})
+    out = tmp_path / "out"
+
+    def stop(done: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(make_plan(pair[0], odd, declared=[arch]), 0.3, out, progress=stop)
+    with pytest.raises(OutputError, match="unfinished merge of other inputs or options"):
+        merge(make_plan(pair[0], odd, declared=[other]), 0.3, out)
+    merge(make_plan(pair[0], odd, declared=[arch]), 0.3, out)
+    merge(make_plan(*pair), 0.3, tmp_path / "known")
+    assert shards(out) == shards(tmp_path / "known")
+
+
+def test_plan_says_what_was_declared_and_what_was_of_no_use(
+    pair: Pair, odd: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    used, unused = put(tmp_path, ODD), put(tmp_path, SHORT, "unused.toml")
+    assert run("plan", pair[0], odd, "--arch", used, "--arch", unused, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["donor_arch"] == "Odd"
+    assert "donor: Odd, as --arch declares it" in document["notes"]
+    assert any(note.startswith("--arch Mine: neither checkpoint") for note in document["notes"])
+    assert not any(note.startswith("--arch Odd") for note in document["notes"])
+
+
+def test_a_search_takes_declarations_but_recorded_answers_have_no_use_for_them(
+    tmp_path: Path, pair: Pair, odd: Path, capsys: Capture
+) -> None:
+    broken = put(tmp_path, "name = 1")
+    prompts = put(tmp_path, '{"prompt": "a"}\n', "prompts.jsonl")
+    assert run("search", pair[0], odd, "--prompts", prompts, "--arch", broken) == 2
+    assert f"error: {broken}: name: found 1" in capsys.readouterr().err
+    assert run("search", "--answers", "a.jsonl", "--arch", broken) == 2
+    assert "leave out --arch" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""The dtype table: sizes as torch has them, names as safetensors has them, words as users do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lowmem_adamms.checkpoints import safetensors_header as header
+from lowmem_adamms.checkpoints.dtypes import DTYPES, FROM_TORCH, from_user
+from lowmem_adamms.errors import FormatError, RecipeError
+
+
+def test_only_the_three_common_float_types_can_be_blended() -> None:
+    assert {name for name, dtype in DTYPES.items() if dtype.blendable} == {"BF16", "F16", "F32"}
+
+
+def test_names_are_keys() -> None:
+    assert all(name == dtype.name for name, dtype in DTYPES.items())
+    assert all(name == dtype.torch for name, dtype in FROM_TORCH.items())
+
+
+@pytest.mark.parametrize("name", sorted(FROM_TORCH))
+def test_sizes_agree_with_torch(name: str) -> None:
+    torch_dtype = getattr(torch, name)
+    assert FROM_TORCH[name].bits == torch.empty(0, dtype=torch_dtype).element_size() * 8
+
+
+@pytest.mark.parametrize("name", sorted(DTYPES))
+def test_safetensors_knows_every_name_and_its_size(name: str, tmp_path: Path) -> None:
+    """The reader of safetensors refuses unknown names and data of the wrong length."""
+    dtype = DTYPES[name]
+    head = header.emit([("a", dtype, (4, 4))], {"format": "pt"})
+    (tmp_path / "a.safetensors").write_bytes(head + bytes(dtype.nbytes(16)))
+    with safe_open(tmp_path / "a.safetensors", framework="np") as file:
+        assert file.get_slice("a").get_dtype() == name
+
+
+@pytest.mark.parametrize(
+    ("name", "elements", "expected"),
+    [
+        ("BF16", 3, 6),
+        ("F32", 5, 20),
+        ("BOOL", 7, 7),
+        ("C64", 2, 16),
+        ("F4", 6, 3),
+        ("F6_E2M3", 4, 3),
+        ("F32", 0, 0),
+        ("BF16", 152064 * 3584, 1089994752),
+    ],
+)
+def test_bytes_of_elements(name: str, elements: int, expected: int) -> None:
+    assert DTYPES[name].nbytes(elements) == expected
+
+
+@pytest.mark.parametrize(("name", "elements"), [("F4", 1), ("F6_E3M2", 3), ("F4", 2**40 + 1)])
+def test_elements_that_do_not_fill_a_byte_are_refused(name: str, elements: int) -> None:
+    with pytest.raises(FormatError, match=name):
+        DTYPES[name].nbytes(elements)
+
+
+def test_itemsize_of_blendable_types() -> None:
+    sizes = {name: DTYPES[name].itemsize for name in ("BF16", "F16", "F32")}
+    assert sizes == {"BF16": 2, "F16": 2, "F32": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("bf16", "BF16"),
+        ("bfloat16", "BF16"),
+        ("BFloat16", "BF16"),
+        ("torch.bfloat16", "BF16"),
+        ("fp16", "F16"),
+        ("f16", "F16"),
+        ("half", "F16"),
+        ("float16", "F16"),
+        ("torch.float16", "F16"),
+        ("fp32", "F32"),
+        ("F32", "F32"),
+        ("float", "F32"),
+        ("float32", "F32"),
+    ],
+)
+def test_what_users_call_the_dtypes(text: str, name: str) -> None:
+    assert from_user(text).name == name
+
+
+@pytest.mark.parametrize(
+    "text", ["", "int8", "fp8", "float64", "torch.", "bf 16", "auto", "F8_E4M3"]
+)
+def test_dtypes_that_are_not_written_are_refused_by_name(text: str) -> None:
+    with pytest.raises(RecipeError, match=f"{text!r}.*bf16, fp16 or fp32"):
+        from_user(text)

@@ -1,0 +1,234 @@
+"""Mapped reads: views show the file's bytes, pages are asked for once and let go behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowmem_adamms.checkpoints import mapped_files as stream
+from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.span import Span
+from lowmem_adamms.errors import FormatError
+
+BLOCK = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BLOCK", BLOCK)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file of three blocks and a bit, of random bytes."""
+    path = tmp_path / "file"
+    path.write_bytes(np.random.default_rng(0).bytes(3 * BLOCK + 1001))
+    return path
+
+
+def let_go(call: Callable[[], None] | None) -> None:
+    if call is not None:
+        call()
+
+
+def span(path: Path, start: int, stop: int, dtype: str = "BF16") -> Span:
+    return Span(path, DTYPES[dtype], start, stop, (stop - start,))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "start", "stop", "copied"),
+    [
+        ("BF16", 0, 2 * BLOCK + 10, False),
+        ("BF16", 4, 100, False),
+        ("BF16", 5, 105, True),
+        ("F32", 8, 1008, False),
+        ("F32", 6, 1006, True),
+        ("F32", 3 * BLOCK + 1, 3 * BLOCK + 1001, True),
+    ],
+)
+def test_views_show_the_files_bytes_and_are_copies_only_if_unaligned(
+    path: Path, dtype: str, start: int, stop: int, copied: bool
+) -> None:
+    with stream.Files() as files:
+        view = files.view(span(path, start, stop, dtype))
+        assert view.tobytes() == path.read_bytes()[start:stop]
+        assert view.flags.owndata == copied
+        assert view.__array_interface__["data"][0] % DTYPES[dtype].itemsize == 0
+        del view
+
+
+def test_views_are_read_only_or_private(path: Path) -> None:
+    before = path.read_bytes()
+    with stream.Files() as files:
+        with pytest.raises(ValueError, match="read-only"):
+            files.view(span(path, 0, 100))[0] = 1
+        files.view(span(path, 1, 101))[0] = 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [0, 10, 2 * BLOCK])
+def test_a_file_that_was_cut_since_it_was_planned_is_named(path: Path, left: int) -> None:
+    os.truncate(path, left)
+    with stream.Files() as files, pytest.raises(FormatError, match=f"file: {left} bytes, expected"):
+        for bring in files.ahead(span(path, BLOCK, 3 * BLOCK + 1000)):
+            bring()
+        files.view(span(path, BLOCK, 3 * BLOCK + 1000))
+
+
+def test_each_block_is_asked_for_once(path: Path) -> None:
+    with stream.Files() as files:
+        assert len(files.ahead(span(path, 10, 20))) == 1  # block 0
+        assert files.ahead(span(path, 20, BLOCK)) == []
+        assert len(files.ahead(span(path, BLOCK - 2, 2 * BLOCK + 2))) == 2  # blocks 1 and 2
+        assert len(files.ahead(span(path, 2 * BLOCK, 3 * BLOCK + 1001))) == 1  # the short last one
+
+
+def test_two_files_are_kept_apart(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(bytes(BLOCK))
+    with stream.Files() as files:
+        assert len(files.ahead(span(path, 0, 10))) == 1
+        assert len(files.ahead(span(other, 0, 10))) == 1
+        assert files.view(span(path, 0, 10)).tobytes() == path.read_bytes()[:10]
+        assert files.view(span(other, 0, 10)).tobytes() == bytes(10)
+
+
+def calls_of(
+    files: stream.Files, what: Span, monkeypatch: pytest.MonkeyPatch, *, evict: bool
+) -> list[tuple[int, int, bool]]:
+    """(first, last, evict) of each release that letting go of a span brings about."""
+    found: list[tuple[int, int, bool]] = []
+
+    def note(_: stream.Mapped, first: int, last: int, *, evict: bool) -> None:
+        found.append((first, last, evict))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.Mapped, "release", note)
+        let_go(files.behind(what, evict=evict))
+    return found
+
+
+def test_a_block_is_let_go_by_the_span_it_ends_in(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stream.Files() as files:
+        for start, stop, blocks in (
+            (0, BLOCK - 2, (0, 0)),
+            (BLOCK - 2, BLOCK, (0, 1)),
+            (BLOCK, 2 * BLOCK + 2, (1, 2)),
+            (2 * BLOCK + 2, 3 * BLOCK + 1001, (2, 3)),
+        ):
+            found = calls_of(files, span(path, start, stop), monkeypatch, evict=True)
+            assert found == ([(*blocks, True)] if blocks != (0, 0) else [])
+
+
+def test_a_block_let_go_can_be_asked_for_again(path: Path) -> None:
+    with stream.Files() as files:
+        files.ahead(span(path, 0, 2 * BLOCK))
+        let_go(files.behind(span(path, 0, BLOCK + 2), evict=False))
+        assert len(files.ahead(span(path, 0, 2 * BLOCK))) == 1
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_bytes_survive_populating_and_releasing(path: Path, evict: bool) -> None:
+    whole = span(path, 0, 3 * BLOCK + 1000)
+    with stream.Files() as files:
+        for call in files.ahead(whole):
+            call()
+        view = files.view(whole)
+        let_go(files.behind(whole, evict=evict))
+        assert view.tobytes() == path.read_bytes()[: whole.stop]
+        del view
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+def test_release_unmaps_the_pages(path: Path) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
+        return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+    mapped = stream.Mapped(path)
+    for block in range(4):
+        mapped.populate(block)
+    assert resident() * 1024 >= 3 * BLOCK
+    mapped.release(0, 4, evict=False)
+    assert resident() == 0
+    mapped.close()
+
+
+def test_without_populate_plain_advice_is_given(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_libc_madvise", None)
+    whole = span(path, 0, 3 * BLOCK + 1000)
+    with stream.Files() as files:
+        for call in files.ahead(whole):
+            call()
+        assert files.view(whole).tobytes() == path.read_bytes()[: whole.stop]
+
+
+def test_a_kernel_that_refuses_populate_is_no_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def refuse(address: int, length: int, advice: int) -> int:
+        asked.append(length)
+        return -1
+
+    monkeypatch.setattr(stream, "_madvise", refuse)
+    with stream.Files() as files:
+        for call in files.ahead(span(path, 0, 3 * BLOCK + 1000)):
+            call()
+    assert asked == [BLOCK, BLOCK, BLOCK, 1001]  # never past the end of the file
+
+
+def test_files_without_fadvise_are_not_evicted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    with stream.Files() as files:
+        let_go(files.behind(span(path, 0, 3 * BLOCK), evict=True))
+        assert files.view(span(path, 0, 64)).tobytes() == path.read_bytes()[:64]
+
+
+def test_write_out_only_asks_for_ranges_that_are_not_empty(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def note(fd: object, start: object, length: object, flags: object) -> int:
+        asked.append((start.value, length.value, flags.value))  # type: ignore[attr-defined]
+        return 0
+
+    monkeypatch.setattr(stream, "_libc_sync_file_range", note)
+    with path.open("rb") as file:
+        stream.write_out(file.fileno(), 10, 10)
+        stream.write_out(file.fileno(), 10, 30)
+        stream.write_out(file.fileno(), 0, 30, wait=True)
+        monkeypatch.setattr(stream, "_libc_sync_file_range", None)
+        stream.write_out(file.fileno(), 0, 30)
+    assert asked == [(10, 20, 2), (0, 30, 7)]
+
+
+def test_closing_with_a_view_still_held_is_harmless(path: Path) -> None:
+    with stream.Files() as files:
+        view = files.view(span(path, 0, 100))
+    assert view.tobytes() == path.read_bytes()[:100]
+
+
+def test_what_is_to_be_kept_is_brought_in_once_and_not_let_go(path: Path) -> None:
+    whole = span(path, 0, 3 * BLOCK)
+    with stream.Files(keep=True) as files:
+        assert len(files.ahead(whole)) == 3
+        assert files.behind(whole, evict=True) is None
+        assert files.ahead(whole) == []
+        assert bytes(files.view(whole)) == path.read_bytes()[: 3 * BLOCK]
+
+
+def test_a_stretch_that_ends_no_block_lets_nothing_go(path: Path) -> None:
+    with stream.Files() as files:
+        assert files.behind(span(path, 0, BLOCK - 2), evict=False) is None

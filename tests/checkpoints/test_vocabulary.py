@@ -1,0 +1,574 @@
+"""Vocabularies read from every form of tokenizer file, and rows joined by token."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from array import array
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lowmem_adamms.checkpoints.vocabulary import Known, Run, join, vocabulary
+from lowmem_adamms.errors import FormatError
+
+VOCAB = {"a": 0, "b": 1, "ab": 2, '"': 3, "\\": 4, "{": 5, "]": 6}
+ADDED = {"<|end|>": 7, "<image>": 9}
+
+
+def added_tokens(tokens: Mapping[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"id": i, "content": token, "single_word": False, "special": True}
+        for token, i in tokens.items()
+    ]
+
+
+def put(folder: Path, **files: object) -> Path:
+    """Write `<name>.json` files into a new folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+def fast(vocab: object, added: Mapping[str, int], **model: Any) -> dict[str, Any]:
+    """A tokenizer.json in the key order in which the tokenizers library writes it."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "added_tokens": added_tokens(added),
+        "normalizer": {"type": "NFC"},
+        "model": {"type": "BPE", "unk_token": None, "vocab": vocab, **model},
+    }
+
+
+def read(folder: Path) -> array[int]:
+    hashes = vocabulary(folder)
+    assert hashes is not None
+    return hashes
+
+
+def oracle(base: Mapping[int, str], donor: Mapping[int, str], rows: int, other: int) -> set[Any]:
+    """Pairs of base and donor row of the same token, the plain way."""
+    where = {token: i for i, token in donor.items() if i < other}
+    return {(i, where[token]) for i, token in base.items() if i < rows and token in where}
+
+
+def pairs(runs: list[Run]) -> list[tuple[int, int]]:
+    return [(run.base + k, run.donor + k) for run in runs for k in range(run.length)]
+
+
+def shared(base: Path, donor: Path, rows: int = 1000, other: int = 1000) -> list[tuple[int, ...]]:
+    runs = join(read(base), read(donor), rows, other)
+    return [(run.base, run.donor, run.length) for run in runs]
+
+
+def assert_same_tokens(folder: Path, tokens: Mapping[str, int], tmp_path: Path) -> None:
+    """The folder's vocabulary is exactly `tokens`: joined with them written the simplest way."""
+    plain = put(tmp_path / "plain", vocab=tokens)
+    found, expected = read(folder), read(plain)
+    size = max(tokens.values()) + 1
+    assert list(found[:size]) == list(expected[:size])
+    assert not any(found[size:])
+    assert sum(map(bool, found)) == len(tokens)
+
+
+# Forms
+
+
+ORDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "as written by tokenizers": lambda d: d,
+    "model first": lambda d: {"model": d["model"], **d},
+    "added tokens last": lambda d: {**{k: d[k] for k in d if k != "added_tokens"}, **d},
+    "reversed": lambda d: dict(reversed(d.items())),
+}
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+@pytest.mark.parametrize("merges", [["a b", '" \\'], [["a", "b"], ['"', "\\"]], []])
+@pytest.mark.parametrize("merges_first", [True, False])
+def test_tokenizer_json_in_any_key_order(
+    tmp_path: Path, order: str, merges: list[Any], merges_first: bool
+) -> None:
+    document = fast(VOCAB, ADDED, merges=merges)
+    if merges_first:
+        document["model"] = {"merges": merges, **document["model"]}
+    folder = put(tmp_path / "t", tokenizer=ORDERS[order](document))
+    assert_same_tokens(folder, VOCAB | ADDED, tmp_path)
+
+
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_layout_and_escapes_do_not_matter(
+    tmp_path: Path, indent: int | str | None, ascii_only: bool
+) -> None:
+    vocab = {
+        "Ġgröße": 0,
+        "数": 1,
+        "😀": 2,
+        '\\"': 3,
+        "\n\t": 4,
+        "[}": 5,
+        "\u2028": 6,
+        "": 7,
+        "}": 8,
+    }
+    merges = ['\\" [', "} {", "数 😀", "\\ \\"]
+    document = {"junk": {"[": '"]\\', "x": [[1.5e3, "{", None, True]]}, **fast(vocab, ADDED)}
+    document["model"] = {"junk": merges, "merges": merges, **document["model"]}
+    text = json.dumps(document, indent=indent, ensure_ascii=ascii_only)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text(text, encoding="utf-8")
+    vocab = {token: i for token, i in vocab.items() if i != 7}
+    assert_same_tokens(tmp_path / "t", vocab | {"<|end|>": 7, "<image>": 9}, tmp_path)
+
+
+def test_unigram_vocabulary_is_a_list(tmp_path: Path) -> None:
+    pieces = [["<unk>", 0.0], ["▁the", -3.25], ["s", -4.5], ["▁", -5]]
+    document = fast(pieces, {"<image>": 4}, byte_fallback=True)
+    document["model"] |= {"type": "Unigram", "unk_id": 0}
+    folder = put(tmp_path / "t", tokenizer=document)
+    tokens = {"<unk>": 0, "▁the": 1, "s": 2, "▁": 3, "<image>": 4}
+    assert_same_tokens(folder, tokens, tmp_path)
+
+
+def test_tokenizer_json_without_added_tokens(tmp_path: Path) -> None:
+    document = fast(VOCAB, {})
+    del document["added_tokens"]
+    assert_same_tokens(put(tmp_path / "t", tokenizer=document), VOCAB, tmp_path)
+
+
+def test_slow_tokenizer_files(tmp_path: Path) -> None:
+    """Each of the three names tokens the others do not."""
+    decoder = {"9": {"content": "<image>", "special": True}, "7": {"content": "<|end|>"}}
+    folder = put(
+        tmp_path / "t",
+        vocab=VOCAB,
+        added_tokens={"<video>": 8, "<|end|>": 7},
+        tokenizer_config={"added_tokens_decoder": decoder, "model_max_length": 32768},
+    )
+    assert_same_tokens(folder, VOCAB | {"<|end|>": 7, "<video>": 8, "<image>": 9}, tmp_path)
+
+
+def test_tokenizer_config_adds_to_tokenizer_json(tmp_path: Path) -> None:
+    folder = put(
+        tmp_path / "t",
+        tokenizer=fast(VOCAB, {"<|end|>": 7}),
+        tokenizer_config={"added_tokens_decoder": {"12": {"content": "<image>"}}},
+    )
+    assert_same_tokens(folder, VOCAB | {"<|end|>": 7, "<image>": 12}, tmp_path)
+
+
+def test_tokenizer_json_wins_over_vocab_json(tmp_path: Path) -> None:
+    folder = put(tmp_path / "t", tokenizer=fast({"new": 0}, {}), vocab={"old": 0})
+    assert_same_tokens(folder, {"new": 0}, tmp_path)
+
+
+def test_a_vocabulary_that_two_tokenizers_share_is_parsed_once(tmp_path: Path) -> None:
+    words = {"a": 0, "b": 1, "c": 2}
+    folders = [
+        put(tmp_path / name, tokenizer=fast(vocab, added))
+        for name, vocab, added in [
+            ("one", words, {"<x>": 3}),
+            ("two", words, {"<y>": 4}),
+            ("more", words | {"d": 5}, {}),
+        ]
+    ]
+    known: Known = {}
+    assert [vocabulary(folder, known) for folder in folders] == [read(each) for each in folders]
+    assert len(known) == 2
+
+
+def test_an_added_token_takes_its_id_from_the_vocabulary(tmp_path: Path) -> None:
+    """An id named twice belongs to the token added last."""
+    folder = put(tmp_path / "t", tokenizer=fast({"a": 0, "<extra_0>": 1}, {"<image>": 1}))
+    assert_same_tokens(folder, {"a": 0, "<image>": 1}, tmp_path)
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def sentence_piece(pieces: list[str]) -> bytes:
+    """A ModelProto as SentencePiece writes it: pieces with score and type, then other fields."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    out = b""
+    for i, piece in enumerate(pieces):
+        score, kind = b"\x15" + struct.pack("<f", -float(i)), b"\x18" + varint(6 if i % 2 else 1)
+        out += field(1, field(1, piece.encode()) + score + kind)
+    return out + field(2, b"\x18\x01" + field(7, b"text.txt")) + field(3, field(1, b"nmt_nfkc"))
+
+
+PIECES = ["<unk>", "<s>", "</s>", "<0x0A>", "▁the", "größe", "数" * 100, "▁"]
+
+
+def test_sentence_piece_models_name_the_same_tokens_as_their_tokenizer_json(
+    tmp_path: Path,
+) -> None:
+    """LLaVA-1.5, Vicuna and InternVL2-8B come without tokenizer.json."""
+    folder = put(tmp_path / "t", added_tokens={"<image>": 9})
+    (folder / "tokenizer.model").write_bytes(sentence_piece(PIECES))
+    tokens = {piece: i for i, piece in enumerate(PIECES)}
+    assert_same_tokens(folder, tokens | {"<image>": 9}, tmp_path)
+    other = put(tmp_path / "o", tokenizer=fast(tokens, {"<pad>": 8}, byte_fallback=True))
+    assert shared(folder, other) == [(0, 0, 8)]
+
+
+def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path) -> None:
+    folder = put(tmp_path / "t", tokenizer=fast({"new": 0}, {}))
+    (folder / "tokenizer.model").write_bytes(sentence_piece(["old"]))
+    assert_same_tokens(folder, {"new": 0}, tmp_path)
+
+
+def tiktoken(words: list[bytes]) -> bytes:
+    return b"".join(base64.b64encode(word) + b" %d\n" % i for i, word in enumerate(words))
+
+
+def test_tiktoken_files_name_the_same_tokens_as_vocab_json(tmp_path: Path) -> None:
+    """All 256 bytes and two words, as the library that reads vocab.json writes them."""
+    (tmp_path / "q").mkdir()
+    words = [bytes([i]) for i in range(256)] + [b" the", "größe\n".encode()]
+    (tmp_path / "q" / "qwen.tiktoken").write_bytes(tiktoken(words))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Characters up to U+07FF have two bytes, so single bytes are found as halves of them
+    letters = {}
+    for code in range(128):
+        letters[code] = level.pre_tokenize_str(chr(code))[0][0]
+    for code in range(128, 0x800):
+        first, second = chr(code).encode()
+        text = level.pre_tokenize_str(chr(code))[0][0]
+        letters[first], letters[second] = tuple(text)
+    spelled = {
+        "".join(letters[b] for b in word): i
+        for i, word in enumerate(words)
+        if {*word} <= {*letters}
+    }
+    assert len(spelled) == 128 + 64 + 30 + 2  # one byte; seconds of two, firsts of two; words
+    found, expected = read(tmp_path / "q"), read(put(tmp_path / "v", vocab=spelled))
+    assert all(found[i] == expected[i] for i in spelled.values())
+    # What follows the words is told by Qwen's code: <|endoftext|>, <|im_start|>, <|im_end|>, extras
+    assert len(found) == len(words) + 3 + 205
+    assert found[len(words) + 1] == read(put(tmp_path / "s", vocab={"<|im_start|>": 0}))[0]
+
+
+def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
+    """Meta's own Llama-3 files; their special tokens are in code and unknown here."""
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.model").write_bytes(tiktoken([b"a", b"b", b" c"]))
+    assert_same_tokens(tmp_path / "t", {"a": 0, "b": 1, "Ġc": 2}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{}",
+        b"\x0a",
+        b"\x0a\xff",
+        b"\x0a\x7f\x0a\x01a",
+        b"\x0a" + b"\xff" * 11,
+        b"\x0a\x03\x0a\x01\xff",
+        b"\x0a\x02\x0b\x00",
+        b"YQ== 1",
+        b"YQ== 0 0",
+        b"Y!== 0",
+        b"YQ== x",
+    ],
+)
+def test_a_broken_tokenizer_model_names_the_file(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(FormatError, match=f"^{tmp_path / 'tokenizer.model'}: "):
+        vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", b'{"_author": "M\xfcller", "model": {}}', "byte 15 is not UTF-8"),
+        ("tokenizer.json", b'{"model": {}}', "no 'vocab' in it"),
+        ("tokenizer.json", b'{"model": ', "not a tokenizer's file"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("vocab.json", b"[]", "not a tokenizer's file"),
+        ("added_tokens.json", b"\xff", "not a tokenizer's file"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"3": {}}}', "no 'content' in it"),
+    ],
+)
+def test_which_file_of_a_tokenizer_is_broken_and_how_is_one_short_line(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError, match=reason) as caught:
+        vocabulary(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ")
+    assert "\n" not in message
+    assert len(message) < len(str(tmp_path)) + 150
+
+
+@given(st.binary(max_size=60))
+def test_random_bytes_raise_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "random-tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(b"\x0a" + data)
+    try:
+        hashes = read(folder)
+    except FormatError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(hashes) <= len(data)
+
+
+@pytest.mark.parametrize("files", [[], ["tekken.json"], ["tokenizer_config.json"]])
+def test_no_vocabulary_in_the_folder(tmp_path: Path, files: list[str]) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    assert vocabulary(tmp_path) is None
+
+
+def test_a_bare_file_has_no_vocabulary() -> None:
+    assert vocabulary(None) is None
+
+
+def trained(special: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = [
+        "größe und grüße, 数字与数据",
+        'a "quoted\\" [list] {of: things}',
+        "the cat sat on the mat",
+    ]
+    tokenizer.train_from_iterator(text * 20, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer
+
+
+@pytest.mark.parametrize("pretty", [True, False])
+def test_agrees_with_the_tokenizers_library(tmp_path: Path, pretty: bool) -> None:
+    tokenizer = trained(["<|im_start|>", '<"odd\\>', "<图像>"])
+    (tmp_path / "t").mkdir()
+    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"), pretty=pretty)
+    tokens = tokenizer.get_vocab(with_added_tokens=True)
+    assert len(tokens) > 300
+    assert_same_tokens(tmp_path / "t", tokens, tmp_path)
+
+
+def test_two_tokenizers_of_one_ancestor_share_all_but_their_own(tmp_path: Path) -> None:
+    sizes = []
+    for name, special in (("base", ["<|end|>", "<box>"]), ("donor", ["<|end|>", "<image>"])):
+        tokenizer = trained(special)
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        sizes.append(tokenizer.get_vocab_size(with_added_tokens=True))
+    assert sizes[0] == sizes[1]
+    assert shared(tmp_path / "base", tmp_path / "donor") == [(0, 0, sizes[0] - 1)]
+
+
+# Broken files
+
+
+@pytest.mark.parametrize("i", [-1, 1 << 22, 10**9, 10**30, 1.5, "7", None, [1]])
+@pytest.mark.parametrize("form", ["vocab", "tokenizer", "added", "decoder"])
+def test_absurd_ids_are_refused_not_allocated(tmp_path: Path, form: str, i: Any) -> None:
+    if form == "decoder":
+        content: dict[str, object] = {
+            "vocab": VOCAB,
+            "tokenizer_config": {"added_tokens_decoder": {str(i): {"content": "x"}}},
+        }
+        if i == "7":
+            return
+    elif form == "added":
+        content = {"tokenizer": fast(VOCAB, {"x": i})}
+    else:
+        vocab = VOCAB | {"x": i}
+        content = {"vocab": vocab} if form == "vocab" else {"tokenizer": fast(vocab, {})}
+    with pytest.raises(FormatError, match=str(tmp_path)):
+        vocabulary(put(tmp_path, **content))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   ",
+        "[]",
+        "null",
+        "{",
+        "{}",
+        '{"model"',
+        '{"model": {}}',
+        '{"model": null}',
+        '{"model": {"vocab": null}}',
+        '{"model": {"vocab": 3}}',
+        '{"model": {"vocab": {"a": 0}',
+        '{"model": {"vocab": {"a": 0}}, "added_tokens": [',
+        '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 3}]}',
+        '{"model": {"vocab": {"a": 0}}, "added_tokens": 3}',
+        '{"model": {"vocab": {"a": 0}}, "added_tokens": ["<image>"]}',
+        '{"model": {"vocab": ["a", "b"]}}',
+        '{"model": {"merges": ["a b", "vocab": {"a": 0}}',
+        '{"model": {"merges": "unfinished, "vocab": {"a": 0}}}',
+        '{"model": {"vocab": ' + "[" * 100_000 + "]" * 100_000 + "}}",
+        '{"model": {"vocab": ' + '{"a":' * 100_000,
+    ],
+)
+def test_a_broken_tokenizer_json_names_the_folder(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(FormatError, match=str(tmp_path)):
+        vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000])
+def test_broken_slow_files_name_the_folder(tmp_path: Path, file: str, raw: bytes) -> None:
+    put(tmp_path, vocab=VOCAB)
+    (tmp_path / file).write_bytes(raw)
+    with pytest.raises(FormatError, match=str(tmp_path)):
+        vocabulary(tmp_path)
+
+
+def test_a_tokenizer_json_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": {"vocab": {"\xff": 0}}}')
+    with pytest.raises(FormatError, match=str(tmp_path)):
+        vocabulary(tmp_path)
+
+
+@given(st.data())
+def test_random_damage_to_a_tokenizer_json_raises_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    text = json.dumps(fast(VOCAB, ADDED, merges=["a b"]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text = text[:at] + data.draw(st.sampled_from('"\\{}[],:0-e x')) + text[at + 1 :]
+    folder = tmp_path_factory.getbasetemp() / "damaged-tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(text)
+    try:
+        hashes = read(folder)
+    except FormatError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(hashes) <= 1 << 22
+
+
+# The join
+
+
+def test_identical_vocabularies_are_one_run(tmp_path: Path) -> None:
+    folder = put(tmp_path / "t", vocab={"a": 0, "b": 1, "c": 2})
+    assert shared(folder, folder) == [(0, 0, 3)]
+
+
+def test_clashing_added_tokens_stay_the_bases(tmp_path: Path) -> None:
+    """Id 151646 in life: `<image>` in LLaVA-OneVision, `<|object_ref_start|>` in Qwen2-VL."""
+    plain = {"a": 0, "b": 1, "<|im_end|>": 2}
+    base = put(tmp_path / "b", tokenizer=fast(plain, {"<|object_ref_start|>": 3, "<|pad|>": 4}))
+    donor = put(tmp_path / "d", tokenizer=fast(plain, {"<image>": 3, "<video>": 4}))
+    assert shared(base, donor) == [(0, 0, 3)]
+
+
+def test_of_a_token_at_two_ids_each_row_stays_where_it_is(tmp_path: Path) -> None:
+    """An added token may repeat a word of the vocabulary, at an id of its own."""
+    twice = put(tmp_path / "t", tokenizer=fast({"a": 0, "b": 1}, {"a": 2, "<image>": 3}))
+    assert shared(twice, twice) == [(0, 0, 4)]
+
+
+def test_moved_tokens_are_followed(tmp_path: Path) -> None:
+    base = put(tmp_path / "b", vocab={"a": 0, "b": 1, "c": 2, "d": 3, "e": 4})
+    donor = put(tmp_path / "d", vocab={"d": 0, "e": 1, "x": 2, "a": 3, "b": 4, "c": 6})
+    assert shared(base, donor) == [(0, 3, 2), (2, 6, 1), (3, 0, 2)]
+
+
+def test_an_unused_id_ends_a_run_and_shares_nothing(tmp_path: Path) -> None:
+    folder = put(tmp_path / "t", vocab={"a": 0, "b": 2})
+    assert shared(folder, folder) == [(0, 0, 1), (2, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "other", "expected"),
+    [
+        (5, 5, [(0, 0, 4)]),
+        (3, 5, [(0, 0, 3)]),
+        (5, 2, [(0, 0, 2)]),
+        (0, 5, []),
+        (5, 0, []),
+        (4, 4, [(0, 0, 4)]),
+    ],
+)
+def test_only_rows_that_exist_in_both_matrices_are_joined(
+    tmp_path: Path, rows: int, other: int, expected: list[tuple[int, ...]]
+) -> None:
+    """A tokenizer may know more tokens than a matrix has rows, and a matrix more rows."""
+    folder = put(tmp_path / "t", vocab={"a": 0, "b": 1, "c": 2, "d": 3})
+    assert shared(folder, folder, rows, other) == expected
+
+
+def test_nothing_in_common(tmp_path: Path) -> None:
+    base, donor = put(tmp_path / "b", vocab={"a": 0}), put(tmp_path / "d", vocab={"b": 0})
+    assert shared(base, donor) == []
+
+
+vocabularies = st.dictionaries(
+    st.integers(0, 25), st.sampled_from([*"abcdefghijklmnop", "größe", "<image>"]), max_size=20
+).filter(lambda ids: len(set(ids.values())) == len(ids))
+
+
+@given(vocabularies, vocabularies, st.integers(0, 30), st.integers(0, 30))
+def test_join_agrees_with_a_plain_dictionary(
+    base: dict[int, str], donor: dict[int, str], rows: int, other: int
+) -> None:
+    def hashes(ids: dict[int, str]) -> array[int]:
+        return array(
+            "q", [hash(ids[i]) if i in ids else 0 for i in range(max(ids, default=-1) + 1)]
+        )
+
+    runs = join(hashes(base), hashes(donor), rows, other)
+    found = pairs(runs)
+    assert len(found) == len(set(found))
+    assert set(found) == oracle(base, donor, rows, other)
+    assert [pair[0] for pair in found] == sorted(pair[0] for pair in found)
+    for before, after in pairwise(runs):
+        touching = (before.base + before.length, before.donor + before.length)
+        assert touching != (after.base, after.donor), "two runs that are one"
+    assert all(run.length > 0 for run in runs)
+
+
+near_vocabularies = st.permutations(list("abcdefghijkl")).map(lambda p: dict(enumerate(p)))
+
+
+@given(near_vocabularies, st.lists(st.integers(0, 11), max_size=3), st.integers(0, 12))
+def test_files_and_join_together_agree_with_a_plain_dictionary(
+    tmp_path_factory: pytest.TempPathFactory,
+    base: dict[int, str],
+    renamed: list[int],
+    added: int,
+) -> None:
+    donor = base | {i: f"<{i}>" for i in renamed}
+    root = tmp_path_factory.getbasetemp()
+    split = {token: i for i, token in donor.items() if i < added}
+    rest = {token: i for i, token in donor.items() if i >= added}
+    one = put(root / "joined-base", vocab={token: i for i, token in base.items()})
+    two = put(root / "joined-donor", tokenizer=fast(split, rest))
+    assert set(pairs(join(read(one), read(two), 12, 12))) == oracle(base, donor, 12, 12)

@@ -1,0 +1,677 @@
+"""The command line: exit codes, which stream says what, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from command import run
+from safetensors.torch import load_file, save_file
+from tiny import seen
+
+from lowmem_adamms import __version__
+from lowmem_adamms.cli.options import COMMANDS, parser
+
+ROOT = Path(__file__).parents[2]
+INDEX = "model.safetensors.index.json"
+Pair = tuple[Path, Path]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def copies(pair: Pair, tmp_path: Path) -> Pair:
+    """The pair again, to be spoilt."""
+    base, donor = (shutil.copytree(side, tmp_path / side.name) for side in pair)
+    return base, donor
+
+
+def shell(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lowmem_adamms", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def assert_one_error(out: str, err: str, words: str = "") -> None:
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert re.search(words, err), err
+
+
+# The commands
+
+
+def test_help_and_version_in_a_real_process() -> None:
+    done = shell("--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command} ", done.stdout, re.MULTILINE)
+    assert shell("--version").stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: Capture) -> None:
+    assert run(command, "--help") == 0
+    assert "usage: python -m lowmem_adamms" in capsys.readouterr().out
+
+
+def test_a_merge_in_a_real_process_puts_its_result_on_stdout(pair: Pair, tmp_path: Path) -> None:
+    done = shell(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path / 'out'))}: \d+ tensors interpolated, \d+ copied, \d.*B\n",
+        done.stdout,
+    )
+    assert "\x1b" not in done.stderr  # no bar where nobody watches
+    assert (tmp_path / "out" / "adamms.json").is_file()
+
+
+def test_an_error_in_a_real_process_is_one_line_and_2(pair: Pair, tmp_path: Path) -> None:
+    done = shell(*pair, "-o", tmp_path / "out", "--alpha", "1.5")
+    assert done.returncode == 2
+    assert_one_error(done.stdout, done.stderr, "alpha is 1.5")
+
+
+def test_merge_may_be_left_out(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
+    assert run(*pair, "-o", tmp_path / "a", "--alpha", "0.3") == 0
+    assert run("merge", *pair, "--alpha", "0.3", "--out", tmp_path / "b") == 0
+    assert seen(tmp_path / "a") == seen(tmp_path / "b")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistyped_command_is_not_taken_for_a_model(capsys: Capture) -> None:
+    assert run("verfy", "somewhere") == 2
+    assert_one_error(
+        *capsys.readouterr(), r"^error: verfy: no such folder or file, nor a command \("
+    )
+
+
+def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
+    words = ("--dtype", "fp32", "--embeddings", "keep", "--max-shard-size", "200kB")
+    assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.5", *words) == 0
+    recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
+    assert recipe["alpha"] == 0.5
+    assert recipe["options"] == {"embeddings": "keep", "dtype": "F32"}
+    assert len(recipe["outputs"]) > 4
+    assert run("verify", tmp_path / "out", "--deep") == 0
+    assert ": ok, " in capsys.readouterr().out
+
+
+def test_verify_tells_what_it_checked(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
+    run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
+    capsys.readouterr()
+    assert run("verify", tmp_path / "out") == 0
+    shallow = capsys.readouterr()
+    assert re.search(r": ok, \d+ tensors in 3 shards, [\d.]+ kB\n$", shallow.out)
+    assert run("verify", tmp_path / "out", "--deep") == 0
+    assert re.search(r", \d+ sampled rows equal to the recipe's\n$", capsys.readouterr().out)
+    (tmp_path / "out" / "adamms.json").unlink()
+    assert run("verify", tmp_path / "out") == 2
+    assert_one_error(*capsys.readouterr(), "was not written by lowmem-adamms")
+
+
+def test_notes_go_to_stderr(copies: Pair, tmp_path: Path, capsys: Capture) -> None:
+    (copies[1] / "tokenizer.json").unlink()
+    assert run(*copies, "-o", tmp_path / "out", "--alpha", "0.3") == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert captured.err.startswith("note: no tokenizer that can be read on both sides")
+
+
+# plan
+
+
+def test_plan_shows_a_table_with_layers_collapsed(pair: Pair, capsys: Capture) -> None:
+    assert run("plan", *pair) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "base (Qwen2-VL) <- donor (LLaVA-OneVision), 3 layers" in captured.out
+    for word in ("embedding", "attention", "MLP", "norm", "head", "vision tower", "connector"):
+        assert re.search(rf"│ {word} +│ +\d+ │ +[\d.]+ k?B │", captured.out), word
+    assert "left over of the donor: " in captured.out
+    assert "layers.0" not in captured.out
+    assert len(captured.out.splitlines()) < 40
+    assert re.search(r"disk free [\d.]+ GB, needed [\d.]+ kB", captured.out)
+
+
+def test_plan_json_is_one_document(pair: Pair, capsys: Capture) -> None:
+    assert run("plan", *pair, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    document = json.loads(captured.out)
+    tensors = tiny.load(pair[0])
+    assert sorted(step["name"] for step in document["steps"]) == sorted(tensors)
+    assert document["bytes_written"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(document["counts"].values()) == len(tensors)
+    assert document["counts"]["interpolate"] == 3 + 3 * 12
+    assert document["forecast"]["disk_needed"] == document["bytes_written"]
+    for step in document["steps"]:
+        rows = [part["rows"] for part in step["parts"]]
+        assert rows[0][0] == 0
+        assert [stop for _, stop in rows[:-1]] == [start for start, _ in rows[1:]]
+        assert rows[-1][1] == tensors[step["name"]].shape[0]
+        assert any(part["donor"] for part in step["parts"]) == (step["action"] == "interpolate")
+
+
+def test_plan_writes_nothing(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
+    before = seen(pair[0].parent)
+    assert run("plan", *pair, "-o", tmp_path / "a" / "b") == 0
+    assert seen(pair[0].parent) == before
+    assert not list(tmp_path.iterdir())
+    assert "disk free" in capsys.readouterr().out
+
+
+# Bad input: all of these end in one line on stderr, exit code 2 and nothing written
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Let a header lie; the data stay."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    document = json.loads(content[8 : 8 + length])
+    change(document)
+    head = json.dumps(document).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + content[8 + length :])
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def tensors_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [entry for name, entry in document.items() if name != "__metadata__"]
+    return sorted(found, key=lambda entry: int(entry["data_offsets"][0]))
+
+
+def truncated(base: Path, donor: Path) -> None:
+    path = first_shard(donor)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def truncated_in_its_header(base: Path, donor: Path) -> None:
+    path = first_shard(base)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty_shard(base: Path, donor: Path) -> None:
+    first_shard(base).write_bytes(b"")
+
+
+def absurd_length(base: Path, donor: Path) -> None:
+    path = first_shard(base)
+    path.write_bytes(struct.pack("<Q", 1 << 62) + path.read_bytes()[8:])
+
+
+def header_is_no_json(base: Path, donor: Path) -> None:
+    path = first_shard(base)
+    path.write_bytes(path.read_bytes().replace(b"{", b"[", 1))
+
+
+def offsets_past_the_end(base: Path, donor: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        tensors_of(document)[-1]["data_offsets"][1] += 1 << 40
+
+    rewrite_header(first_shard(base), change)
+
+
+def overlap(base: Path, donor: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        second = tensors_of(document)[1]
+        second["data_offsets"] = [at - 2 for at in second["data_offsets"]]
+
+    rewrite_header(first_shard(base), change)
+
+
+def wrong_dtype(base: Path, donor: Path) -> None:
+    rewrite_header(first_shard(base), lambda d: tensors_of(d)[0].update(dtype="F32"))
+
+
+def unheard_of_dtype(base: Path, donor: Path) -> None:
+    rewrite_header(first_shard(base), lambda d: tensors_of(d)[0].update(dtype="F7"))
+
+
+def wrong_shape(base: Path, donor: Path) -> None:
+    rewrite_header(first_shard(base), lambda d: tensors_of(d)[0].update(shape=[3, 5]))
+
+
+def negative_shape(base: Path, donor: Path) -> None:
+    rewrite_header(first_shard(base), lambda d: tensors_of(d)[0].update(shape=[-1, -2]))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(path.read_bytes())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def index_names_a_missing_file(base: Path, donor: Path) -> None:
+    first_shard(donor).unlink()
+
+
+def index_names_a_missing_tensor(base: Path, donor: Path) -> None:
+    edit(base / INDEX, lambda d: d["weight_map"].update(ghost=first_shard(base).name))
+
+
+def index_leaves_the_folder(base: Path, donor: Path) -> None:
+    edit(base / INDEX, lambda d: d["weight_map"].update(ghost="../donor/model.safetensors"))
+
+
+def index_is_absolute(base: Path, donor: Path) -> None:
+    edit(base / INDEX, lambda d: d["weight_map"].update(ghost="/etc/passwd"))
+
+
+def index_is_no_json(base: Path, donor: Path) -> None:
+    (base / INDEX).write_text("{")
+
+
+def config_is_no_json(base: Path, donor: Path) -> None:
+    (base / "config.json").write_text("{")
+
+
+def tokenizer_is_no_json(base: Path, donor: Path) -> None:
+    (donor / "tokenizer.json").write_text("{")
+
+
+def tensor_twice(base: Path, donor: Path) -> None:
+    first, second, *_ = sorted(base.glob("*.safetensors"))
+    tensors = load_file(second) | {
+        "model.norm.weight": torch.zeros(2),
+        "lm_head.weight": torch.zeros(2),
+    }
+    save_file(tensors, second, {"format": "pt"})
+    assert first.exists()
+
+
+def shorter(base: Path, donor: Path) -> None:
+    """A layer fewer."""
+    respell(donor, lambda name: None if "model.layers.2." in name else name)
+
+
+def respell(folder: Path, rename: tiny.Rename) -> None:
+    tiny.respell(folder, rename, folder.parent / "new")
+    shutil.rmtree(folder)
+    (folder.parent / "new").rename(folder)
+
+
+def narrower(base: Path, donor: Path) -> None:
+    cut(donor, lambda name, t: t[:, :32].clone() if "embed_tokens" in name else t)
+
+
+def odd_shape(base: Path, donor: Path) -> None:
+    cut(donor, lambda name, t: t[:5].clone() if "1.self_attn.k_proj.weight" in name else t)
+
+
+def unrelated(base: Path, donor: Path) -> None:
+    random = torch.Generator().manual_seed(9)
+    cut(donor, lambda _, t: torch.randn(t.shape, generator=random).to(t.dtype))
+
+
+def cut(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    for shard in folder.glob("*.safetensors"):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, {"format": "pt"})
+
+
+def no_decoder(base: Path, donor: Path) -> None:
+    respell(donor, lambda name: name if "vision" in name else None)
+
+
+def integers(base: Path, donor: Path) -> None:
+    cut(donor, lambda name, t: t.to(torch.int16) if "up_proj" in name else t)
+
+
+def gptq(base: Path, donor: Path) -> None:
+    extra(donor, "language_model.model.layers.0.mlp.up_proj.qweight", torch.int32)
+
+
+def bitsandbytes(base: Path, donor: Path) -> None:
+    extra(donor, "language_model.model.layers.0.mlp.up_proj.weight.absmax", torch.float32)
+
+
+def fp8(base: Path, donor: Path) -> None:
+    cut(base, lambda name, t: t.to(torch.float8_e4m3fn) if "up_proj" in name else t)
+
+
+def fp8_scales(base: Path, donor: Path) -> None:
+    extra(donor, "language_model.model.layers.0.mlp.up_proj.weight_scale_inv", torch.float32)
+
+
+def awq_config(base: Path, donor: Path) -> None:
+    edit(base / "config.json", lambda d: d.update(quantization_config={"quant_method": "awq"}))
+
+
+def extra(folder: Path, name: str, dtype: torch.dtype) -> None:
+    shard = max(folder.glob("*.safetensors"))
+    save_file(load_file(shard) | {name: torch.ones(4, dtype=dtype)}, shard, {"format": "pt"})
+    if (folder / INDEX).exists():
+        edit(folder / INDEX, lambda d: d["weight_map"].update({name: shard.name}))
+
+
+def hostile_pickle(base: Path, donor: Path) -> None:
+    for path in (*donor.glob("*.safetensors"), donor / INDEX):
+        path.unlink()
+    torch.save({"x": Hostile()}, donor / "pytorch_model.bin")
+
+
+class Hostile:
+    """Would run code when unpickled without care."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("hostile"),)
+
+
+def no_weights(base: Path, donor: Path) -> None:
+    for path in (*donor.glob("*.safetensors"), donor / INDEX):
+        path.unlink()
+
+
+def nothing_there(base: Path, donor: Path) -> None:
+    shutil.rmtree(donor)
+
+
+BAD: dict[Callable[[Path, Path], None], str] = {
+    truncated: "truncated",
+    truncated_in_its_header: "truncated",
+    empty_shard: "too short",
+    absurd_length: "header says it is",
+    header_is_no_json: "not JSON",
+    offsets_past_the_end: "data_offsets hold|header describes",
+    overlap: "overlaps",
+    wrong_dtype: "F32 of shape .* takes",
+    unheard_of_dtype: "unknown dtype 'F7'",
+    wrong_shape: "takes 30",
+    negative_shape: "not a list of sizes",
+    index_names_a_missing_file: "is missing beside it",
+    index_names_a_missing_tensor: "ghost",
+    index_leaves_the_folder: "outside the folder",
+    index_is_absolute: "outside the folder",
+    index_is_no_json: "not JSON",
+    config_is_no_json: "config.json: not JSON",
+    tokenizer_is_no_json: "tokenizer",
+    tensor_twice: "is in model-.* and model-",
+    shorter: "layer counts differ",
+    narrower: "widths differ",
+    odd_shape: r"shapes differ for layers\.1\.attn\.k\.weight",
+    unrelated: "look unrelated",
+    no_decoder: "no decoder found",
+    integers: "is I16; expected BF16, F16 or F32",
+    gptq: "quantized",
+    bitsandbytes: "quantized",
+    fp8: "quantized",
+    fp8_scales: "quantized",
+    awq_config: r"quantization_config \(awq\)",
+    hostile_pickle: "weights_only=True",
+    no_weights: "no model.safetensors",
+    nothing_there: "no such folder or file",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
+def test_a_bad_checkpoint_is_one_line_and_nothing_written(
+    spoil: Callable[[Path, Path], None],
+    copies: Pair,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoil(*copies)
+    monkeypatch.chdir(tmp_path)
+    before = seen(tmp_path)
+    assert run(*copies, "-o", tmp_path / "out", "--alpha", "0.3") == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("note: ")]
+    assert_one_error(captured.out, "\n".join(lines), BAD[spoil])
+    assert str(tmp_path) in captured.err  # it says which of the two
+    assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "give either --alpha, .*, or --prompts"),
+        (("--alpha", "nan"), "alpha is nan"),
+        (("--alpha", "-0.1"), "alpha is -0.1"),
+        (("--alpha", "1.1"), "alpha is 1.1"),
+        (("--alpha", "inf"), "alpha is inf"),
+        (("--alpha", "much"), "--alpha"),
+        (("--alpha", "0.3", "--dtype", "int8"), "expected bf16, fp16 or fp32"),
+        (("--alpha", "0.3", "--embeddings", "no"), "--embeddings"),
+        (
+            ("--alpha", "0.3", "--max-shard-size", "big"),
+            "--max-shard-size: .*: expected a size such as",
+        ),
+        (
+            ("--alpha", "0.3", "--max-shard-size", "0"),
+            "--max-shard-size: .*: expected a size such as",
+        ),
+        (("--alpha", "0.3", "--wat"), "--wat"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_one_line_and_nothing_written(
+    words: tuple[str, ...], says: str, pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    assert run(*pair, "-o", tmp_path / "out", *words) == 2
+    assert_one_error(*capsys.readouterr(), says)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("merge",), ("one",), ("plan", "one"), ("verify",), ("--wat",), ("demo", "x")],
+    ids=str,
+)
+def test_an_incomplete_command_is_one_line(words: tuple[str, ...], capsys: Capture) -> None:
+    assert run(*words) == 2
+    assert_one_error(*capsys.readouterr(), "see python -m lowmem_adamms")
+
+
+@pytest.mark.parametrize("where", ["base", "donor", "base/in", "full", "file", "file/below"])
+def test_a_bad_place_is_one_line_and_nothing_written(
+    where: str, copies: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = seen(tmp_path)
+    assert run(*copies, "-o", tmp_path / where, "--alpha", "0.3") == 2
+    assert_one_error(*capsys.readouterr(), re.escape(where))
+    assert seen(tmp_path) == before
+
+
+def test_a_name_too_long_for_the_disk_is_one_line(
+    pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    for words in ((*pair, "-o", tmp_path / ("x" * 300)), (pair[0], tmp_path / ("y" * 300))):
+        assert run(*words, "--alpha", "0.3", *(() if "-o" in words else ("-o", tmp_path))) == 2
+        assert_one_error(*capsys.readouterr(), "xxx|yyy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_that_the_shell_left_alone_is_found(
+    copies: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """As in `--out=~/merged`, or in quotes."""
+    (here := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base, donor = (f"~/{side.name}" for side in copies)
+    assert run(base, donor, "--out=~/out", "--alpha", "0.3") == 0
+    assert (tmp_path / "out" / "adamms.json").is_file()
+    assert not list(here.iterdir())
+    words = ["search", "--answers", "0.1=~/a", "~/b", "c~/d", "--report=~/e", "--arch", "~/f"]
+    found = parser().parse_args(words)
+    assert found.answers == [(0.1, tmp_path / "a"), (None, tmp_path / "b"), (None, Path("c~/d"))]
+    assert (found.report, found.arch) == (tmp_path / "e", [str(tmp_path / "f")])
+
+
+def test_what_is_for_hub_ids_is_said_to_do_nothing_for_folders(
+    pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    for words in (("--no-cache",), ("--disk-budget", "1GB")):
+        assert run(*pair, "-o", tmp_path / words[0], "--alpha", "0.3", *words) == 0
+        assert capsys.readouterr().err == (
+            f"note: {words[0]} is for Hub ids; both checkpoints lie here and are read in place\n"
+        )
+    assert seen(tmp_path / "--no-cache") == seen(tmp_path / "--disk-budget")
+
+
+class Encoded(io.TextIOWrapper):
+    """A stdout of some encoding; `shown` tells what it got."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding)
+
+    def shown(self) -> str:
+        self.flush()
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_name_and_any_help_can_be_printed_to_any_terminal(
+    encoding: str, copies: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also JSON, which must stay JSON, and a name that is not UTF-8."""
+    base = copies[0].rename(copies[0].with_name("b\xe4se \u2192 \udcff"))
+    for words in (["--help"], ["plan", base, copies[1]], ["archs"], ["merge", "--help"]):
+        monkeypatch.setattr(sys, "stdout", stdout := Encoded(encoding))
+        assert run(*words) == 0
+        assert stdout.shown()
+    monkeypatch.setattr(sys, "stdout", stdout := Encoded(encoding))
+    assert run("plan", base, copies[1], "--json") == 0
+    assert json.loads(stdout.shown())["base"] == str(base)
+
+
+def test_a_closed_stdout_is_no_bug(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("plan", *pair) == 0
+
+
+def test_a_matrix_of_nan_is_a_note(copies: Pair, tmp_path: Path, capsys: Capture) -> None:
+    def spoil(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(tensor, torch.nan) if "1.mlp.up_proj" in name else tensor
+
+    cut(copies[1], spoil)
+    assert run(*copies, "-o", tmp_path / "out", "--alpha", "0.3") == 0
+    note = r"^note: .*layers\.1\.mlp\.up\.weight is NaN or infinite"
+    assert re.search(note, capsys.readouterr().err, re.MULTILINE)
+
+
+def test_a_small_disk_is_one_line(
+    pair: Pair, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3") == 2
+    assert_one_error(*capsys.readouterr(), "the output needs")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["out", "in"])
+def test_what_may_not_be_read_or_written_is_one_line(
+    place: str, pair: Pair, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root nothing is forbidden: the refusal is played."""
+    real = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if (place == "out") == ("journal" in path.name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3") == 2
+    assert_one_error(*capsys.readouterr(), "Permission denied")
+
+
+# What is not the user's to mend, and interruption
+
+
+def test_a_bug_keeps_its_traceback(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("lowmem_adamms.merging.writer.write", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
+
+
+def test_an_os_error_that_is_no_ones_fault_keeps_its_traceback(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("lowmem_adamms.merging.writer.write", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
+
+
+def test_interrupted_is_130(
+    pair: Pair, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem_adamms.merging.writer.write", interrupted)
+    assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3") == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again to resume\n"
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_on_a_terminal_only(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    run(*pair, "-o", tmp_path / "a", "--alpha", "0.3")
+    assert capsys.readouterr().err == ""
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stderr", terminal)
+        assert run(*pair, "-o", tmp_path / "b", "--alpha", "0.3") == 0
+        assert run("verify", tmp_path / "b", "--deep") == 0
+    assert "merging" in terminal.getvalue()
+    assert "rows of lm_head.weight" in terminal.getvalue()
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert "\x1b" not in captured.out
+
+
+def test_output_cut_short_by_a_pipe_is_no_bug(pair: Pair) -> None:
+    """As in `plan … --json | head -c 100`."""
+    command = [sys.executable, "-m", "lowmem_adamms", "plan", *map(str, pair), "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()

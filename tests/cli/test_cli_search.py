@@ -1,0 +1,1164 @@
+"""The command line with a search: the whole job on tiny pairs, resumption, options, clear errors.
+
+Bases answer about images here. How answers are made, chosen and placed is proven elsewhere; here,
+that the commands put it together.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talk
+import tiny
+import torch
+from command import run
+from tiny import seen
+
+from lowmem_adamms import LiveModel, __version__, make_plan, merge, search
+from lowmem_adamms.live import transformers_model as loading
+from lowmem_adamms.live.prompt_encoder import load_processor
+from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK, AnswerJournal
+from lowmem_adamms.prompts import Prompt, load_prompts
+
+ROOT = Path(__file__).parents[2]
+GRID = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+# So much room on every machine, and no card: placements and reports are then the same everywhere
+HERE = ("--ram", "8GB", "--vram", "0")
+SHORT = (*HERE, "--max-new-tokens", "8")
+QUICK = (*SHORT, "--alphas", "0,0.2,0.4")
+TEXTS = (
+    "What color is the large car in front of the building?",
+    "How many people are standing near the table?",
+    "Describe this image in detail.",
+    "Is the door open or closed? Answer yes or no.",
+)
+STDERR = re.compile(r"(memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): ")
+CONTRACT = {"alpha", "measure", "prompts", "candidates", "base", "donor", "version"}
+CANDIDATE = {"alpha", "diff_previous", "diff_next", "score", "degenerate"}
+Capture = pytest.CaptureFixture[str]
+Files = dict[str, bytes]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory, images: tuple[Path, ...]) -> Path:
+    """Ten questions, eight of them about one of three images."""
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = [
+        {"prompt": f"{TEXTS[i % 4]} {i}", "image": str(images[i % 3]) if i < 8 else None}
+        for i in range(10)
+    ]
+    return write_lines(folder / "prompts.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight questions without images."""
+    lines = [{"prompt": f"{TEXTS[i % 4]} {i}"} for i in range(8)]
+    return write_lines(tmp_path_factory.mktemp("texts") / "texts.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def pair(talking: dict[str, Path]) -> tuple[Path, Path]:
+    return talking["qwen2_vl"], talking["llava_onevision"]
+
+
+@pytest.fixture(scope="module")
+def exact(
+    tmp_path_factory: pytest.TempPathFactory,
+    ancestors: dict[str, tiny.Tensors],
+    pair: tuple[Path, Path],
+) -> tuple[Path, Path]:
+    """The pair with a base in float32: its answers depend on no batch size."""
+    folder = tmp_path_factory.mktemp("exact") / "base"
+    tiny.make_qwen2_vl(folder, ancestor=ancestors["qwen2"], dtype="float32")
+    return tiny.add_processor(folder), pair[1]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    exact: tuple[Path, Path], prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output of one whole job."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert run(*exact, "-o", out, "--prompts", prompts, *SHORT) == 0
+    return out
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def document(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_bytes())
+    return loaded
+
+
+def notes_of_the_search(found: dict[str, Any], written: dict[str, Any]) -> None:
+    """Take the notes out of both; behind the plan's stand the search's own."""
+    own, notes = found.pop("notes"), written.pop("notes")
+    assert own and notes[-len(own) :] == own and "rope_theta" in notes[0]
+
+
+def journalled(path: Path) -> list[dict[str, Any]]:
+    """Every answer of a journal, in the order in which they came."""
+    return [line for line in map(json.loads, path.read_bytes().splitlines()) if "answer" in line]
+
+
+def answers_at(path: Path, alpha: float) -> list[str]:
+    """By place of the prompt, without those asked twice to measure noise."""
+    found = {
+        line["index"]: line["answer"]
+        for line in journalled(path)
+        if line["alpha"] == alpha and not line.get("again")
+    }
+    return [found[place] for place in range(len(found))]
+
+
+def own_answers(folder: Path, prompts: tuple[Prompt, ...], new: int = 8) -> list[str]:
+    """What transformers' own greedy search answers, with the checkpoint as it lies on disk."""
+    model = loading.load_model(
+        folder, device="cpu", dtype="auto", quantize=None, trust_remote_code=True
+    )
+    processor = load_processor(folder, trust_remote_code=True)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    answers = []
+    for prompt in prompts:
+        with loading.quiet(), torch.inference_mode():
+            inputs = talk.inputs_of(model, processor, prompt)
+            made = model.generate(**inputs, do_sample=False, max_new_tokens=new)
+        tokens = made[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    return answers
+
+
+def assert_one_error(capsys: Capture, words: str) -> None:
+    """One line of error, after lines that are none (such as the placement's)."""
+    captured = capsys.readouterr()
+    *others, error = captured.err.splitlines()
+    assert captured.out == ""
+    assert error.startswith("error: "), captured.err
+    assert re.search(words, error), error
+    assert all(STDERR.match(line) for line in others), captured.err
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Fail where something is called that must not be."""
+
+    def called(*_: Any, **__: Any) -> None:
+        raise AssertionError(f"{what} was called")
+
+    monkeypatch.setattr(what, called)
+
+
+# The whole job
+
+
+def test_the_one_liner_leaves_a_checkpoint_and_how_it_was_found(
+    finished: Path, exact: tuple[Path, Path]
+) -> None:
+    base, donor = exact
+    theirs = {path.name for path in base.iterdir()}
+    ours = {"README.md", "adamms.json", "answers.jsonl", "report.html"}
+    assert {path.name for path in finished.iterdir()} == theirs | ours
+    tiny.load_model(finished)  # fails if a tensor is missing or left over
+    found = document(finished / "adamms.json")
+    assert set(found) >= CONTRACT | {"formula", "options", "counts", "inputs", "outputs", "notes"}
+    assert (found["base"], found["donor"]) == (str(base.resolve()), str(donor.resolve()))
+    assert (found["measure"], found["prompts"]) == ("pairwise", 10)
+    assert found["version"] == __version__
+    assert [candidate["alpha"] for candidate in found["candidates"]] == GRID
+    assert all(set(candidate) >= CANDIDATE for candidate in found["candidates"])
+    assert found["alpha"] in GRID[1:-1]
+
+
+def test_the_choice_follows_from_the_answers_beside_the_model(finished: Path) -> None:
+    """The paper's rule, counted anew: these answers need no normalisation to speak of."""
+    found = document(finished / "adamms.json")
+    table = {alpha: answers_at(finished / ANSWERS, alpha) for alpha in GRID}
+    assert all(len(answers) == 10 for answers in table.values())
+    assert len({tuple(answers) for answers in table.values()}) > 3
+    for before, after in zip(found["candidates"], found["candidates"][1:], strict=False):
+        pairs = zip(table[before["alpha"]], table[after["alpha"]], strict=True)
+        differing = sum(normal(a) != normal(b) for a, b in pairs)
+        assert before["diff_next"] == after["diff_previous"] == differing
+    scored = [c for c in found["candidates"] if c["score"] is not None]
+    assert all(c["score"] == c["diff_previous"] + c["diff_next"] for c in scored)
+    least = min(c["degenerate"] for c in found["candidates"]) + 1
+    best = [c for c in scored if c["degenerate"] <= least]
+    assert found["alpha"] == min(best, key=lambda c: (c["score"], c["alpha"]))["alpha"]
+
+
+def normal(answer: str) -> str:
+    return " ".join(answer.lower().split()).removesuffix(".").strip().strip("\"'`")
+
+
+def test_the_papers_tell_how_alpha_was_chosen(finished: Path) -> None:
+    alpha = document(finished / "adamms.json")["alpha"]
+    card = (finished / "README.md").read_text(encoding="utf-8")
+    assert f"out = (1 - {alpha:g}) * base + {alpha:g} * donor" in card
+    assert "without labels, by the consistency of the answers to 10 prompts" in card
+    assert "at the alphas 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6 (measure: pairwise)" in card
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert TEXTS[0] in page
+    assert "data:image/" in page
+    assert "cpu F32 at batch 8" in page
+
+
+def test_what_was_evaluated_is_what_was_written(
+    finished: Path, exact: tuple[Path, Path], prompts: Path
+) -> None:
+    alpha = document(finished / "adamms.json")["alpha"]
+    assert own_answers(finished, load_prompts(prompts)) == answers_at(finished / ANSWERS, alpha)
+    written = dict(tiny.load_model(finished).named_parameters())
+    with LiveModel(make_plan(*exact), device="cpu") as live:
+        live.apply(0.7)
+        live.apply(alpha)
+        evaluated = dict(live.model.named_parameters())
+        assert evaluated.keys() == written.keys()
+        assert all(torch.equal(evaluated[name], written[name]) for name in written)
+
+
+def test_a_finished_job_verifies_and_is_not_done_over(
+    finished: Path, exact: tuple[Path, Path], prompts: Path, capsys: Capture
+) -> None:
+    assert run("verify", finished, "--deep") == 0
+    assert ": ok, " in capsys.readouterr().out
+    before = seen(finished)
+    assert run(*exact, "-o", finished, "--prompts", prompts, *SHORT) == 2
+    assert_one_error(capsys, "is not empty")
+    assert seen(finished) == before
+
+
+def test_the_same_weights_come_of_merging_at_the_alpha_that_was_found(
+    finished: Path, exact: tuple[Path, Path], tmp_path: Path
+) -> None:
+    alpha = document(finished / "adamms.json")["alpha"]
+    merge(make_plan(*exact), alpha, tmp_path / "out")
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        assert shard.read_bytes() == (finished / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("base", "donor"),
+    [
+        ("qwen2_vl", "llava_onevision"),
+        ("llava_onevision", "qwen2_vl"),
+        ("qwen2_5_vl", "llava_onevision"),
+        ("llava", "llava_next"),
+        ("llava_next", "llava"),
+        ("qwen2_vl", "qwen2"),
+        ("llava", "llama"),
+        ("qwen2", "llava_onevision"),
+        ("cogvlm", "llava"),
+        ("mplug_owl2", "llava"),
+    ],
+)
+def test_every_pair_goes_through_the_whole_job(
+    base: str,
+    donor: str,
+    talking: dict[str, Path],
+    prompts: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    """In float32, so that transformers, asked one by one, must answer as the search did."""
+    asked = texts if base in talk.TEXT_ONLY else prompts
+    trust = ["--trust-remote-code"] if base in talk.REMOTE else []
+    words = ("--prompts", asked, "--dtype", "fp32", *SHORT, "--alphas", "0:0.6:0.2", *trust)
+    assert run(talking[base], talking[donor], "-o", tmp_path / "out", *words) == 0
+    assert "tensors interpolated" in capsys.readouterr().out
+    found = document(tmp_path / "out" / "adamms.json")
+    ids = load_prompts(asked)
+    assert found["alpha"] in (0.2, 0.4)
+    recorded = answers_at(tmp_path / "out" / ANSWERS, found["alpha"])
+    assert len(set(recorded)) > 2
+    assert own_answers(tmp_path / "out", ids) == recorded
+
+
+@pytest.mark.parametrize("family", talk.REMOTE)
+def test_remote_code_is_not_run_unasked(
+    family: str,
+    talking: dict[str, Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    words = ("--prompts", prompts, *SHORT)
+    assert run(talking[family], talking["llava"], "-o", tmp_path / "out", *words) == 2
+    assert_one_error(capsys, "--trust-remote-code")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_search_writes_whole_weights(
+    ancestors: dict[str, tiny.Tensors],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(tiny, "INNER", 128)  # some CPUs multiply NF4 only in whole blocks of 64
+    wide = tiny.ancestor("qwen2")
+    base = tiny.add_processor(tiny.make_qwen2(tmp_path / "base", ancestor=wide))
+    donor = tiny.make_llava_onevision(tmp_path / "donor", ancestor=wide)
+    words = ("--prompts", texts, *QUICK, "--live-quantize", "nf4")
+    assert run(base, donor, "-o", tmp_path / "out", *words) == 0
+    assert "cpu nf4 at batch 8" in capsys.readouterr().err
+    assert document(tmp_path / "out" / "adamms.json")["alpha"] == 0.2
+    merge(make_plan(base, donor), 0.2, tmp_path / "plain")
+    ours, theirs = tiny.load(tmp_path / "out"), tiny.load(tmp_path / "plain")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# Killed, interrupted, met by another
+
+
+DRIVER = """
+import importlib, os, pathlib, signal, sys
+from lowmem_adamms import cli, journal, sink
+
+home, name = {
+    "answer": (journal.AnswerJournal, "note"),
+    "write": (sink._Shard, "write"),
+    "publish": (pathlib.Path, "replace"),
+}[sys.argv[1]]
+call, left = getattr(home, name), int(sys.argv[2])
+
+def counted(*args, **options):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return call(*args, **options)
+
+setattr(home, name, counted)
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+def kill_before(call: str, number: int, words: tuple[object, ...]) -> None:
+    """Run a command in a process of its own until it is killed before such a call."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, call, str(number), *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def timeless(folder: Path) -> Files:
+    """All files; of the report not the timings: a resumed run has only its own."""
+    files = seen(folder)
+    page = files["report.html"].decode()
+    files["report.html"] = re.sub(
+        r"<section><h2>Timings</h2>.*?</section>\n", "", page, flags=re.DOTALL
+    ).encode()
+    return files
+
+
+def test_killed_three_times_it_asks_nothing_twice_and_writes_the_same(
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During the search, during the merge after it, and while the result gets its names."""
+    words = (*pair, "--prompts", prompts, *QUICK)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert run(*words, "-o", whole) == 0
+    assert len(journalled(whole / ANSWERS)) == 3 * 10 + 10  # the last ten for the noise floor
+
+    kill_before("answer", 13, (*words, "-o", out))
+    assert sorted(path.name for path in out.rglob("*")) == [WORK, ANSWERS]
+    first = (out / WORK / ANSWERS).read_bytes()
+    assert len(journalled(out / WORK / ANSWERS)) == 13
+
+    kill_before("write", 1, (*words, "-o", out))
+    second = (out / WORK / ANSWERS).read_bytes()
+    assert second.startswith(first)
+    assert not list(out.glob("*"))[1:]  # nothing has its final name
+    assert (out / WORK / NAME).is_file()
+
+    forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")  # every answer is there
+    kill_before("publish", 4, (*words, "-o", out))
+    assert (out / ANSWERS).read_bytes() == second
+    assert run(*words, "-o", out) == 0
+    assert (out / ANSWERS).read_bytes() == second
+    keys = [(line["alpha"], line["index"], "again" in line) for line in journalled(out / ANSWERS)]
+    assert len(keys) == len(set(keys)) == 40
+    assert timeless(out) == timeless(whole)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C before an answer is noted."""
+    note, left = AnswerJournal.note, number
+
+    def counted(journal: AnswerJournal, *args: Any, **options: Any) -> None:
+        nonlocal left
+        if not left:
+            signal.raise_signal(signal.SIGINT)
+        left -= 1
+        note(journal, *args, **options)
+
+    # A shell's background job is started deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(AnswerJournal, "note", counted)
+
+
+@pytest.fixture
+def interrupted(
+    exact: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> Path:
+    """What Ctrl-C during a search leaves."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 25)
+        assert run(*exact, "-o", tmp_path / "out", "--prompts", prompts, *SHORT) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "interrupted: run the same command again to resume"
+    return tmp_path / "out"
+
+
+def test_ctrl_c_keeps_the_answers_and_the_same_command_resumes(
+    interrupted: Path, exact: tuple[Path, Path], prompts: Path, finished: Path
+) -> None:
+    assert len(journalled(interrupted / WORK / ANSWERS)) == 25
+    assert run(*exact, "-o", interrupted, "--prompts", prompts, *SHORT) == 0
+    assert timeless(interrupted) == timeless(finished)
+
+
+def test_ctrl_c_without_a_journal_says_that_nothing_was_kept(
+    exact: tuple[Path, Path],
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.setattr(LiveModel, "apply", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run("search", *exact, "--prompts", prompts, *SHORT) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "interrupted: nothing was kept; with --journal FILE a search resumes"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--max-new-tokens", "7"),
+        ("--samples", "9"),
+        ("--live-dtype", "bf16"),
+        ("--embeddings", "keep"),
+        ("--no-drafts",),
+    ],
+    ids=" ".join,
+)
+def test_another_search_does_not_touch_an_unfinished_one(
+    change: tuple[str, ...],
+    interrupted: Path,
+    exact: tuple[Path, Path],
+    prompts: Path,
+    capsys: Capture,
+) -> None:
+    before = seen(interrupted)
+    assert run(*exact, "-o", interrupted, "--prompts", prompts, *SHORT, *change) == 2
+    assert_one_error(capsys, "answers of another search .*delete it or choose another")
+    assert seen(interrupted) == before
+
+
+def test_a_merge_at_a_given_alpha_is_not_mistaken_for_a_searched_one(
+    exact: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """Met before the search, not after hours of it."""
+    with monkeypatch.context() as patch:
+        writer = importlib.import_module("lowmem_adamms.merging.writer")
+        patch.setattr(writer, "_publish", lambda _: signal.raise_signal(signal.SIGINT))
+        assert run(*exact, "-o", tmp_path / "out", "--alpha", "0.2") == 130
+    before = seen(tmp_path / "out")
+    forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")
+    capsys.readouterr()
+    assert run(*exact, "-o", tmp_path / "out", "--prompts", prompts, *SHORT) == 2
+    assert_one_error(capsys, "unfinished merge at a given --alpha")
+    assert seen(tmp_path / "out") == before
+
+
+def test_two_at_once_do_not_mix(
+    exact: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    words = (*exact, "-o", tmp_path / "out", "--prompts", prompts, *QUICK)
+    note = AnswerJournal.note
+    codes: list[int] = []
+
+    def meanwhile(journal: AnswerJournal, *args: Any, **options: Any) -> None:
+        if not codes:
+            codes.append(run(*words))
+        note(journal, *args, **options)
+
+    monkeypatch.setattr(AnswerJournal, "note", meanwhile)
+    assert run(*words) == 0
+    assert codes == [2]
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if not STDERR.match(line)]
+    assert [line.partition(": another run")[1:] for line in errors] == [
+        (": another run", " is writing there now")
+    ]
+    assert len(journalled(tmp_path / "out" / ANSWERS)) == 40
+
+
+# search
+
+
+def test_search_shows_a_table_and_writes_nothing(
+    exact: tuple[Path, Path], finished: Path, prompts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert run("search", *exact, "--prompts", prompts, *SHORT) == 0
+    captured = capsys.readouterr()
+    alpha = document(finished / "adamms.json")["alpha"]
+    chosen = [line for line in captured.out.splitlines() if "<- chosen" in line]
+    assert [line.split()[1] for line in chosen] == [f"{alpha:g}"]
+    assert f"\nalpha {alpha:g}, D = " in captured.out
+    assert "over 10 prompts (pairwise); noise floor 0\n" in captured.out
+    assert all(STDERR.match(line) for line in captured.err.splitlines()), captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_search_json_is_one_document(
+    exact: tuple[Path, Path], finished: Path, prompts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    page = tmp_path / "page.html"
+    assert run("search", *exact, "--prompts", prompts, *SHORT, "--json", "--report", page) == 0
+    found = json.loads(capsys.readouterr().out)
+    written = document(finished / "adamms.json")
+    assert set(found) >= CONTRACT
+    notes_of_the_search(found, written)
+    assert {name: written[name] for name in found} == found
+    whole = (finished / "report.html").read_text(encoding="utf-8")
+    ours, theirs = (re.sub(r"\d+\.?\d*( ms| s)\b", "", text) for text in (page.read_text(), whole))
+    assert ours.count("<section") == theirs.count("<section") > 2
+
+
+def test_a_journal_answers_the_second_time(
+    exact: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    journal = tmp_path / "new" / "journal.jsonl"
+    words = ("search", *exact, "--prompts", prompts, *QUICK, "--json", "--journal", journal)
+    assert run(*words) == 0
+    first, before = capsys.readouterr().out, journal.read_bytes()
+    forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")
+    assert run(*words) == 0
+    assert capsys.readouterr().out == first
+    assert journal.read_bytes() == before
+    # A wider grid begins with what is there, and the model is needed again
+    with pytest.raises(AssertionError, match="load_model was called"):
+        run(*words, "--alphas", "0,0.2,0.4,0.6")
+
+
+@pytest.fixture(scope="module")
+def small(
+    exact: tuple[Path, Path], prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """A quick search's document and its journal."""
+    folder = tmp_path_factory.mktemp("small")
+    return searched(exact, prompts, folder / "journal.jsonl"), folder / "journal.jsonl"
+
+
+def searched(pair: tuple[Path, Path], prompts: Path, journal: Path, *more: str) -> dict[str, Any]:
+    """What `search --json` prints, in a process that sees nothing else of it."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *words, file=None: lines.extend(words))
+        words = ("--prompts", prompts, *QUICK, "--json", "--journal", journal, *more)
+        assert run("search", *pair, *words) == 0
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+@pytest.mark.parametrize("grid", ["0:0.4:0.2", "0.4,0,0.2,0.2", "0.0:0.5:0.2", " 0, .2, 4e-1"])
+def test_alphas_may_be_spelled_in_several_ways(
+    grid: str, small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
+) -> None:
+    """The journal knows them all, whichever way they are given."""
+    with pytest.MonkeyPatch.context() as patch:
+        forbid(patch, "lowmem_adamms.live.transformers_model.load_model")
+        assert searched(exact, prompts, small[1], "--alphas", grid) == small[0]
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ("", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("a,b,c", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:1:0", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:inf:0.1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:nan:0.1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0.6:0:0.1", "makes -?[0-9]+ alphas"),
+        ("0:1:1e-12", "makes 1000000000001 alphas"),
+        ("0,0.1", "expected three or more"),
+        ("0,0.5,1.1", "expected numbers in 0..1"),
+        ("0,0.5,nan", "expected numbers in 0..1"),
+        ("0,0.1,0.10000001,0.2", "expected them ascending, each once"),
+    ],
+)
+def test_a_bad_grid_is_one_line_before_anything_else(
+    grid: str, says: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """Even before prompts and models, which are not there either."""
+    words = ("--prompts", tmp_path / "none.jsonl", *SHORT, f"--alphas={grid}")
+    for command in (("merge", "-o", tmp_path / "out"), ("search",)):
+        assert run(*command, tmp_path / "no base", tmp_path / "no donor", *words) == 2
+        assert_one_error(capsys, f"^error: argument --alphas: .*{says}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refining_asks_between_the_best_and_its_neighbours(
+    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    shutil.copy(small[1], journal)
+    found = searched(exact, prompts, journal, "--refine", "1")
+    assert small[0]["alpha"] == 0.2
+    assert [c["alpha"] for c in found["candidates"]] == [0, 0.1, 0.2, 0.3, 0.4]
+    assert found["alpha"] in (0.1, 0.2, 0.3)
+    assert len(answers_at(journal, 0.1)) == len(answers_at(journal, 0.3)) == 10
+
+
+def test_the_joint_measure_counts_a_prompt_once(
+    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
+) -> None:
+    found = searched(exact, prompts, small[1], "--measure", "joint")
+    table = [answers_at(small[1], alpha) for alpha in (0.0, 0.2, 0.4)]
+    rows = [[normal(answer) for answer in row] for row in zip(*table, strict=True)]
+    differing = sum(a != b or b != c for a, b, c in rows)
+    assert found["measure"] == "joint"
+    assert found["candidates"][1]["score"] == differing
+    assert differing < small[0]["candidates"][1]["score"]  # some differ from both
+
+
+def test_the_relative_measure_divides_by_the_answers_that_left_the_bases(
+    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
+) -> None:
+    found = searched(exact, prompts, small[1], "--measure", "relative")
+    base, chosen = ([normal(answer) for answer in answers_at(small[1], a)] for a in (0.0, 0.2))
+    moved = sum(a != b for a, b in zip(base, chosen, strict=True))
+    candidate = found["candidates"][1]
+    assert moved and found["measure"] == "relative"
+    total = candidate["diff_previous"] + candidate["diff_next"]
+    assert candidate["score"] == pytest.approx(100 * total / moved)
+
+
+def test_a_seed_draws_the_same_sample(
+    exact: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def note(_: Any, prompts: tuple[Prompt, ...], *__: Any, **___: Any) -> Any:
+        asked.append(tuple(prompt.id for prompt in prompts))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("lowmem_adamms.searching.search"), "search", note)
+    words = ("search", *exact, "--prompts", prompts, *QUICK, "--samples", "4")
+    for seed in ("1", "1", "2"):
+        assert run(*words, "--seed", seed) == 130
+    assert [len(ids) for ids in asked] == [4, 4, 4]
+    assert asked[0] == asked[1] != asked[2]
+
+
+@pytest.mark.parametrize("switch", ["--no-drafts", "--no-vision-cache"])
+def test_an_economy_can_be_switched_off_and_changes_no_answer(
+    switch: str,
+    small: tuple[dict[str, Any], Path],
+    exact: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = importlib.import_module("lowmem_adamms.reporting.search_page")
+    features = importlib.import_module("lowmem_adamms.live.vision_cache")
+    html, over = report.html, features.FeatureCache.over
+    timings: list[Any] = []
+    caches: list[Any] = []
+
+    def page(*args: Any, **options: Any) -> Any:
+        timings.extend(options["timings"])
+        return html(*args, **options)
+
+    def used(cache: Any, *args: Any) -> Any:
+        caches.append(cache)
+        return over(cache, *args)
+
+    monkeypatch.setattr(report, "html", page)
+    monkeypatch.setattr(features.FeatureCache, "over", used)
+    assert searched(exact, prompts, tmp_path / "journal.jsonl", switch) == small[0]
+    assert answers_at(tmp_path / "journal.jsonl", 0.2) == answers_at(small[1], 0.2)
+    assert [timing.alpha for timing in timings] == [0, 0.2, 0.4]
+    saved = [timing.plain_tokens - timing.forward_tokens for timing in timings[1:]]
+    assert any(saved) == (switch != "--no-drafts")
+    assert bool(caches) == (switch != "--no-vision-cache")
+
+
+def test_the_noise_floor_need_not_be_measured(
+    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    found = searched(exact, prompts, tmp_path / "journal.jsonl", "--no-noise")
+    assert (small[0]["noise"], found["noise"]) == (0, None)
+    assert len(journalled(small[1])) == 40
+    assert len(journalled(tmp_path / "journal.jsonl")) == 30
+
+
+def test_the_live_model_may_have_another_dtype(
+    pair: tuple[Path, Path], prompts: Path, capsys: Capture
+) -> None:
+    words = ("search", *pair, "--prompts", prompts, *QUICK)
+    for dtype, name in (("fp32", "F32"), ("fp16", "F16")):
+        assert run(*words, "--live-dtype", dtype, "--batch-size", "4") == 0
+        assert f"cpu {name} at batch 4: " in capsys.readouterr().err
+
+
+# Recorded answers
+
+
+def test_the_answers_beside_a_model_give_the_same_choice_again(
+    finished: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    page = tmp_path / "page.html"
+    assert run("search", "--answers", finished / ANSWERS, "--json", "--report", page) == 0
+    found, written = json.loads(capsys.readouterr().out), document(finished / "adamms.json")
+    assert (found["base"], found["donor"], found["noise"]) == (None, None, None)
+    notes_of_the_search(found, written)
+    same = set(found) - {"base", "donor", "noise"}
+    assert {name: found[name] for name in same} == {name: written[name] for name in same}
+    assert "<title>Recorded answers" in page.read_text(encoding="utf-8")
+
+
+def test_sample_logs_are_scored_one_file_an_alpha(
+    finished: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = []
+    for alpha in GRID:
+        lines = [
+            {"doc_id": place, "filtered_resps": [answer]}
+            for place, answer in enumerate(answers_at(finished / ANSWERS, alpha))
+        ]
+        words.append(f"{alpha}={write_lines(tmp_path / f'{alpha}.jsonl', lines)}")
+    assert run("search", "--json", "--answers", *words) == 0
+    written = document(finished / "adamms.json")
+    assert json.loads(capsys.readouterr().out)["candidates"] == written["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", r"broken\.jsonl, line 1: not JSON"),
+        ('{"alpha": 0.1, "index": 0}\n', r"broken\.jsonl, line 1: found the fields"),
+        ("", r"broken\.jsonl: no answers in it"),
+        ('{"alpha": 0.1, "index": 0, "answer": "a"}\n', "expected three or more"),
+    ],
+)
+def test_broken_records_are_one_line(
+    content: str, says: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "broken.jsonl").write_text(content, encoding="utf-8")
+    assert run("search", "--answers", tmp_path / "broken.jsonl") == 2
+    assert_one_error(capsys, says)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("BASE", "DONOR"), "leave out BASE, DONOR$"),
+        (("--prompts", "p.jsonl", "--refine", "1"), "leave out --prompts, --refine$"),
+        (("--no-drafts", "--ram", "8GB"), "leave out --no-drafts, --ram$"),
+        (("--embeddings", "keep", "--samples", "9"), "leave out --embeddings, --samples$"),
+        (("--max-new-tokens", "9", "--vram", "0"), "leave out --max-new-tokens, --vram$"),
+    ],
+)
+def test_recorded_answers_and_a_model_exclude_each_other(
+    words: tuple[str, ...], says: str, finished: Path, capsys: Capture
+) -> None:
+    assert run("search", *words, "--answers", finished / ANSWERS) == 2
+    assert_one_error(capsys, says)
+
+
+# Placement
+
+
+def test_memory_shapes_what_plan_says_of_a_search(pair: tuple[Path, Path], capsys: Capture) -> None:
+    def lines(*words: str) -> list[str]:
+        assert run("plan", *pair, "--json", *words) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        found: list[str] = json.loads(captured.out)["search"]
+        return found
+
+    host = lines("--ram", "8GB", "--vram", "0")
+    assert host[0] == "memory: no CUDA card, 8.00 GB of RAM available"
+    assert any(re.match(r"cpu BF16 at batch 8: .* = .* of 8\.00 GB: chosen", line) for line in host)
+    card = lines("--ram", "8GB", "--vram", "80GB")
+    assert any(re.match(r"cuda BF16 at batch 8: .* of 80\.00 GB: chosen", line) for line in card)
+    assert any(line.endswith("in VRAM") for line in card)
+    (refusal,) = lines("--ram", "100MB", "--vram", "0")
+    assert refusal.startswith("the model does not fit: cpu nf4 at batch 1 needs ")
+    assert run("plan", *pair, "--ram", "8GB", "--vram", "0") == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("a search for alpha would run so:\n  " + "\n  ".join(host) + "\n")
+
+
+def test_plan_imports_nothing_heavy(pair: tuple[Path, Path]) -> None:
+    program = (
+        "import sys; from lowmem_adamms.cli import main; code = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'transformers', 'numba', 'PIL'} & set(sys.modules)),"
+        " file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", *map(str, pair), "--json", *HERE],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert len(json.loads(done.stdout)["search"]) > 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--ram", "100MB", "--vram", "0"), r"needs [\d.]+ GB of RAM but 0\.10 GB is free"),
+        (
+            ("--ram", "8GB", "--vram", "50MB", "--device", "cuda"),
+            r"needs [\d.]+ GB of VRAM but 50\.0 MB is free .*--live-quantize none would",
+        ),
+        (("--ram", "8GB", "--vram", "0", "--device", "cuda"), "no CUDA card was found"),
+        (("--ram", "8GB", "--vram", "80GB"), "placed on a CUDA card, but torch sees none"),
+        (("--ram", "much"), r"--ram: 'much': expected a size"),
+        (("--vram", "-1"), r"--vram"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused_before_loading(
+    words: tuple[str, ...],
+    says: str,
+    pair: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(*pair, "-o", tmp_path / "out", "--prompts", prompts, *words) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(says, errors[0]), errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_not_fetched(
+    pair: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    forbid(monkeypatch, "lowmem_adamms.merging.sources.download")
+    words = ("--prompts", prompts, "--ram", "100MB", "--vram", "0")
+    assert run("search", *pair, *words) == 2
+    assert_one_error(capsys, r"needs [\d.]+ GB of RAM but 0\.10 GB is free")
+
+
+# Errors
+
+
+def test_alpha_or_prompts_but_not_both_and_not_neither(
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for words in ((), ("--alpha", "0.3", "--prompts", prompts)):
+        assert run(*pair, "-o", tmp_path / "out", *words) == 2
+        assert_one_error(capsys, "give either --alpha, .*, or --prompts")
+    assert not list(tmp_path.iterdir())
+
+
+SWITCHES = ("no-drafts", "no-vision-cache", "no-noise")
+WISHES = {"device": "cpu", "live-quantize": "int8", "live-dtype": "fp16", "alphas": "0:1:0.5"}
+WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0"}
+
+
+def options_of_a_search(capsys: Capture) -> list[str]:
+    """All that `merge --help` lists from the search on, but for what stands in for --alpha."""
+    assert run("merge", "--help") == 0
+    listed = capsys.readouterr().out.partition("\nsearch:\n")[2]
+    return [name for name in re.findall(r"^  --([a-z-]+)", listed, re.M) if name != "prompts"]
+
+
+@pytest.mark.parametrize(
+    "weights", [("--alpha", "0.3"), ("--alpha-layers", "0.1,0.3"), ("--config", "x.yml")]
+)
+def test_no_option_of_a_search_is_silently_ignored_at_a_given_alpha(
+    weights: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Found out before any model is opened: there are none."""
+    monkeypatch.chdir(tmp_path)
+    recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+    (tmp_path / "x.yml").write_text(recipe)
+    pair = () if "--config" in weights else ("no base", "no donor")
+    names = options_of_a_search(capsys)
+    assert len(names) >= 20
+    for name in names:
+        wish = () if name in SWITCHES else (WISHES.get(name, "7"),)
+        assert run("merge", *pair, "-o", "out", *weights, f"--{name}", *wish) == 2
+        assert_one_error(capsys, f"no search is made at a given alpha: leave out --{name}, or")
+    wishes = ("--seed", "1", "--refine", "2", "--trust-remote-code")
+    assert run("merge", *pair, "-o", "out", *weights, *wishes) == 2
+    assert_one_error(capsys, "leave out --seed, --refine, or give --prompts")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yml"]
+
+
+def test_a_report_replaces_nothing_that_the_search_needs(
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    asked = Path(shutil.copy(prompts, tmp_path / "prompts.jsonl"))
+    before = seen(tmp_path)
+    there = ("search", *pair, "--prompts", asked)
+    for report, words in (
+        (tmp_path / "sub" / ".." / "prompts.jsonl", there),
+        (tmp_path / "new", (*there, "--journal", tmp_path / "new")),
+        (asked, ("search", "--answers", f"0.1={asked}", tmp_path / "other")),
+    ):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        assert run(*words, "--report", report) == 2
+        assert_one_error(capsys, "this command needs that file; name another")
+        (tmp_path / "sub").rmdir()
+        assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ('{"prompt": "a"}\n{"prompt": 1}\n', r'set\.jsonl:2: "prompt" is the number 1'),
+        ('{"prompt": "a"}\n\n{"prompt": "b"\n', r"set\.jsonl:3: not JSON"),
+        ('{"prompt": "a", "image": "no.png"}\n', r"set\.jsonl:1: image .*no\.png: no such file"),
+        ('{"prompt": "a", "image": "set.jsonl"}\n', r"set\.jsonl:1: image .*: not an image"),
+        ("", r"set\.jsonl: no prompts in it"),
+        (None, r"set\.jsonl: no such file"),
+    ],
+)
+def test_a_bad_prompt_is_found_before_anything_else(
+    lines: str | None, says: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """Even before the models, which are not there either."""
+    if lines is not None:
+        (tmp_path / "set.jsonl").write_text(lines, encoding="utf-8")
+    before = seen(tmp_path)
+    models = (tmp_path / "no base", tmp_path / "no donor")
+    for words in ((*models, "-o", tmp_path / "out"), ("search", *models)):
+        assert run(*words, "--prompts", tmp_path / "set.jsonl") == 2
+        assert_one_error(capsys, says)
+    assert seen(tmp_path) == before
+
+
+def no_tokenizer(base: Path) -> None:
+    for path in (*base.glob("tokenizer*"), *base.glob("*.jinja"), base / "chat_template.json"):
+        path.unlink(missing_ok=True)
+
+
+def no_image_processor(base: Path) -> None:
+    (base / "preprocessor_config.json").unlink()
+
+
+def no_such_type(base: Path) -> None:
+    config = document(base / "config.json") | {"model_type": "nonsense"}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (no_tokenizer, "no .*tokenizer"),
+        (no_image_processor, "has an image, but .*preprocessor_config"),
+        (no_such_type, "nonsense"),
+    ],
+)
+def test_a_base_that_cannot_answer_is_one_line(
+    spoil: Callable[[Path], None],
+    says: str,
+    pair: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    base = shutil.copytree(pair[0], tmp_path / "base")
+    spoil(base)
+    before = seen(tmp_path)
+    assert run(base, pair[1], "-o", tmp_path / "out", "--prompts", prompts, *QUICK) == 2
+    assert_one_error(capsys, says)
+    assert seen(tmp_path) == before
+
+
+def test_a_text_only_base_is_asked_about_no_images(
+    talking: dict[str, Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    models = (talking["qwen2"], talking["llava_onevision"])
+    assert run(*models, "-o", tmp_path / "out", "--prompts", prompts, *QUICK) == 2
+    assert_one_error(capsys, r"prompts\.jsonl:1: has an image, but .* is text-only")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--seed", "-1"), "--seed: '-1': expected a whole number, 0 or more"),
+        (("--samples", "0"), "--samples: '0': expected a whole number, 1 or more"),
+        (("--batch-size", "two"), "--batch-size: 'two': expected a whole number, 1 or more"),
+        (("--refine", "-1"), "--refine: '-1': expected a whole number, 0 or more"),
+        (("--measure", "votes"), "--measure: invalid choice"),
+        (("--quantize", "int3"), "--quantize: invalid choice"),
+        (("--live-dtype", "int8"), "expected bf16, fp16 or fp32"),
+        (("--question", "What?"), "question does not go with this kind of prompt set"),
+        (("--report", "no/page.html"), "--report no/page.html: expected a file in a folder"),
+        (("--report", "."), "--report .: expected a file in a folder"),
+        (("--journal", "."), "Is a directory"),
+        (("--journal", "prompts.jsonl"), "no journal of a search"),
+        (("--journal", "prompts.jsonl/below"), "Not a directory|File exists"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_bad_option_is_one_line_before_the_model_is_loaded(
+    words: tuple[str, ...],
+    says: str,
+    pair: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")
+    shutil.copy(prompts, tmp_path / "prompts.jsonl")
+    monkeypatch.chdir(tmp_path)
+    before = seen(tmp_path)
+    assert run("search", *pair, "--prompts", "prompts.jsonl", *QUICK, *words) == 2
+    assert_one_error(capsys, says)
+    assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [(), ("one",), ("one", "two"), ("--prompts", "x.jsonl")], ids=str)
+def test_an_incomplete_search_is_one_line(words: tuple[str, ...], capsys: Capture) -> None:
+    assert run("search", *words) == 2
+    assert_one_error(capsys, "search needs BASE, DONOR and --prompts, or --answers")
+
+
+# The terminal
+
+
+def screen(stream: str) -> tuple[list[str], list[str]]:
+    """The lines that a terminal shows in the end, and all that it ever showed."""
+    lines, row, ever = [""], 0, set()
+    for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", stream):
+        if token == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif match := re.fullmatch(r"\x1b\[(\d+)A", token):
+            row -= int(match[1])
+        elif token == "\x1b[2K":
+            lines[row] = ""
+        elif not token.startswith(("\x1b", "\r")):
+            lines[row] += token
+            ever.add(lines[row])
+    return [line for line in lines if line], sorted(ever)
+
+
+def on_a_terminal(words: tuple[object, ...]) -> tuple[int, str, str]:
+    """Exit code, stdout, and what was written to stderr, which is a terminal."""
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowmem_adamms", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+    )
+    os.close(theirs)
+    with process:
+        stderr = b"".join(read_all(mine))
+        assert process.stdout is not None
+        return process.wait(), process.stdout.read().decode(), stderr.decode()
+
+
+def read_all(terminal: int) -> Iterator[bytes]:
+    """Until the other side is closed, which Linux reports as an error."""
+    try:
+        while block := os.read(terminal, 1 << 16):
+            yield block
+    except OSError:
+        pass
+    finally:
+        os.close(terminal)
+
+
+def test_on_a_terminal_a_table_comes_and_goes(
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    words = (*pair, "-o", tmp_path / "out", "--prompts", prompts, *QUICK)
+    code, stdout, stderr = on_a_terminal(words)
+    assert code == 0, stderr
+    left, ever = screen(stderr)
+    assert any("differs from previous" in line for line in ever)
+    assert any(line.startswith("loading the model") for line in ever)
+    assert not any("differs from previous" in line for line in left)
+    assert all(STDERR.match(line) or line.startswith("merging") for line in left), left
+    assert "<- chosen" in stdout
+    assert "\x1b" not in stdout
+
+
+# The four names
+
+
+def test_the_public_names_work_together(
+    exact: tuple[Path, Path], finished: Path, prompts: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(*exact)
+    with LiveModel(plan, device="cpu") as live:
+
+        def answers(alpha: float, asked: Any) -> list[str]:
+            live.apply(alpha)
+            made: list[str] = live.generate(asked)
+            return made
+
+        found = search(answers, ["Is the door open?", *TEXTS, *load_prompts(prompts)], (0, 0.3, 1))
+        live.apply(found.alpha)
+        parameters = {name: p.clone() for name, p in live.model.named_parameters()}
+    out = merge(plan, found.alpha, tmp_path / "out", search=found.to_json())
+    assert found.alpha == document(out / "adamms.json")["alpha"] == 0.3
+    assert found.prompts == 15
+    written = dict(tiny.load_model(out).named_parameters())
+    assert all(torch.equal(parameters[name], written[name]) for name in written)

@@ -1,0 +1,241 @@
+"""A comparison as people see it: the terminal with and without colour, the page, the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from pages import HOSTILE, Page
+from rich.console import Console
+
+from lowmem_adamms.checkpoints.checkpoint import Checkpoint
+from lowmem_adamms.cli import main
+from lowmem_adamms.comparing import page as compare_page
+from lowmem_adamms.comparing import pairing
+from lowmem_adamms.comparing import table as compare_table
+from lowmem_adamms.comparing.comparison import Comparison, compare
+from lowmem_adamms.comparing.similarity import Measure
+
+Models = dict[str, Path]
+Capture = pytest.CaptureFixture[str]
+EVIL = "visual.<script>alert(1)</script>[bold]\u202e\"'&"
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models of six layers: layer 1 is equal, 2 to 4 ever further away, 5 is a stranger's."""
+    root = tmp_path_factory.mktemp("graded")
+    parent = tiny.ancestor("qwen2", layers=LAYERS)
+    a = tiny.make_qwen2_vl(root / "a", ancestor=parent, dtype="float32")
+    tensors = tiny.load(a)
+    random = torch.Generator().manual_seed(1)
+    scales = {0: 1e-4, 1: 0.0, 2: 0.002, 3: 0.02, 4: 0.2}
+    for name, tensor in tensors.items():
+        layer = re.search(r"layers\.(\d)\.", name)
+        if layer is None or "visual" in name or "norm" in name or "bias" in name:
+            continue
+        noise = torch.randn(tensor.shape, generator=random) * tensor.std()
+        scale = scales.get(int(layer[1]))
+        tensors[name] = noise if scale is None else tensor + scale * noise
+    tensors[EVIL] = torch.ones(3)
+    b = tiny.respell(a, lambda name: None, root / "b", extra=tensors)
+    return tiny.respell(a, lambda name: name, root / "evil", extra={EVIL: torch.ones(3)}), b
+
+
+@pytest.fixture(scope="module")
+def graded(pair: tuple[Path, Path]) -> Comparison:
+    return compare(pairing.join(*pair), sample=None)
+
+
+def printed(comparison: Comparison, *, width: int = 120, colour: bool = False) -> str:
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        highlight=False,
+        force_terminal=colour,
+        color_system="256" if colour else None,
+    )
+    with console.capture() as capture:
+        for item in compare_table.drawn(comparison, width=width):
+            console.print(item, soft_wrap=isinstance(item, str))
+    return capture.get()
+
+
+def strips(text: str) -> dict[str, str]:
+    """The heat strip of each row, by its kind."""
+    rows = (line.split("│") for line in text.splitlines() if line.startswith("│"))
+    return {cells[1].strip(): cells[2][1 : 1 + LAYERS] for cells in rows if len(cells) == 8}
+
+
+# The terminal
+
+
+def test_the_strip_is_readable_without_colour(graded: Comparison) -> None:
+    text = printed(graded)
+    assert "\x1b" not in text
+    assert strips(text)["q"] == strips(text)["down"] == "▁=▂▄▆x"
+    assert strips(text)["norms"] == "======"
+    assert strips(text)["vision tower"].strip() == "="
+    assert "x cosine < 0.5" in text and "▄ < 3 %" in text
+
+
+def test_colour_changes_no_sign(graded: Comparison) -> None:
+    coloured = printed(graded, colour=True)
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == printed(graded)
+
+
+def test_a_terminal_of_plain_letters_gets_digits(graded: Comparison) -> None:
+    table = compare_table.strip_table(graded, width=120, ascii_only=True)
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    assert "1=246x" in capture.get()
+    assert compare_table.legend(ascii_only=True).isascii()
+
+
+def test_where_room_is_short_a_sign_stands_for_the_furthest(graded: Comparison) -> None:
+    many = [Measure(1, 1, 1, 0, 0, 0, 1.0, 1.0, 1.0, d * d) for d in (0.0005, 0.2, 0.002, 0.0)]
+    assert compare_table._strip([*many, None], 2, "1234567").plain == "62 "
+    narrow = printed(graded, width=72)
+    assert max(map(len, narrow[narrow.index("┏") :].split("\n= equal")[0].splitlines())) <= 72
+
+
+def test_the_lines_tell_verdict_sample_and_shares(graded: Comparison) -> None:
+    text = printed(graded)
+    assert "related in part: cosine is below 0.5 in layers.5" in text
+    assert f"Read: all {sum(m.read for m in graded.measures):,} elements" in text
+    assert "a merge is refused: the language weights are not alike" in text
+    assert "only in A: nothing" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.0, "0 %"), (0.00034, "0.034 %"), (0.1234, "12 %"), (1.416, "142 %")],
+)
+def test_distances_have_two_digits(value: float | None, text: str) -> None:
+    assert compare_table.percent(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (1.0, "1"), (0.98765, "0.9877"), (0.999998, "1 - 2.0e-06")]
+)
+def test_a_cosine_near_one_shows_its_difference(value: float | None, text: str) -> None:
+    assert compare_table.cosine(value) == text
+
+
+# The page
+
+
+def test_the_page_is_whole_and_refers_to_nothing_else(graded: Comparison) -> None:
+    page = compare_page.html(graded)
+    for tag, attrs in Page(page).tags:
+        assert tag not in ("link", "iframe", "object", "base", "form", "img")
+        assert not {"src", "href", "srcset", "xlink:href"} & set(attrs)
+        assert not any(name.startswith("on") for name in attrs)
+    assert "@import" not in page and "url(" not in page
+    assert "default-src 'none'" in page
+
+
+def test_names_on_the_page_are_escaped(graded: Comparison) -> None:
+    page = compare_page.html(graded)
+    assert page.count("<script>") == 1  # the frame's own, which is empty
+    assert "<script></script>" in page
+    assert "alert(1)" in Page(page).text and "\u202e" not in page
+
+
+def test_hostile_folder_names_are_escaped_everywhere(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    evil = tmp_path / HOSTILE.replace("/", "").replace("\x00", "").replace("\ud800", "")
+    evil.symlink_to(pair[0], target_is_directory=True)
+    comparison = compare(pairing.join(evil, pair[1]), sample=16)
+    page = compare_page.html(comparison)
+    Page(page)
+    assert "<script>alert" not in page and "<img" not in page and "\x1b" not in page
+
+
+def test_every_cell_of_the_heat_says_what_it_is(graded: Comparison) -> None:
+    page = compare_page.html(graded)
+    parsed = Page(page)
+    kinds = [*"qkvo", "gate", "up", "down", "norms", "biases"]
+    assert sum(tag == "rect" for tag, _ in parsed.tags) == LAYERS * len(kinds)
+    assert "layer 1, gate: equal" in page
+    assert re.search(r"layer 4, gate: distance (19|20|21) %, cosine 0\.98", page)
+    for name, count in (("hx", 7), ("h5", 7), ("h0", 7)):
+        assert len(parsed.of_class("rect", name)) == count
+    assert f"{LAYERS - 1}" in parsed.text
+
+
+def test_the_page_lists_pairs_and_what_either_has_alone(tiny_models: Models) -> None:
+    comparison = compare(pairing.join(tiny_models["cogvlm"], tiny_models["llama"]))
+    text = Page(compare_page.html(comparison)).text
+    for pair_of, _ in comparison.items:
+        assert pair_of.role in text
+    assert "Only in A" in text and "vision tower" in text
+    assert "Only in B nothing" in text
+    assert "Same ancestor".lower() in text
+
+
+def test_a_page_of_two_widths_still_tells_why(true_size: dict[str, Checkpoint]) -> None:
+    pairing_of = pairing.join(true_size["qwen2-1.5b"], true_size["qwen2-7b"])
+    assert pairing_of.pairs == ()
+    comparison = compare(pairing_of, sample=16)
+    text = Page(compare_page.html(comparison)).text
+    assert "not comparable" in text and "width 1536 against 3584" in text
+    assert "another shape there" in text and "more reasons are in --json" in text
+    assert "width: 1536 in A, 3584 in B" in printed(comparison)
+
+
+# The command
+
+
+def test_the_command_prints_and_writes(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    page = tmp_path / "page.html"
+    assert main(["compare", *map(str, pair), "--html", str(page), "--sample", "600"]) == 0
+    out, err = capsys.readouterr()
+    assert "related in part" in out and "at most 600 elements" in out
+    assert err == "" and "\x1b" not in out
+    Page(page.read_text("utf-8"))
+
+
+def test_json_is_the_only_thing_on_stdout(pair: tuple[Path, Path], capsys: Capture) -> None:
+    assert main(["compare", *map(str, pair), "--json", "--full"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["sample"] is None and err == ""
+    assert document["groups"]["layers.1"]["kinds"]["q"]["identical"] is True
+
+
+def test_strangers_are_no_error(tiny_models: Models, tmp_path: Path, capsys: Capture) -> None:
+    other = tiny.make_llava(tmp_path / "other", ancestor=tiny.ancestor("llama", seed=7))
+    assert main(["compare", str(tiny_models["llama"]), str(other)]) == 0
+    assert "unrelated: cosine is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sample", "0"], "expected a whole number"),
+        (["--sample", "9", "--full"], "not allowed with"),
+        (["--html", "no/such/folder/page.html"], "expected a file in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    pair: tuple[Path, Path], words: list[str], said: str, capsys: Capture
+) -> None:
+    try:
+        code: object = main(["compare", *map(str, pair), *words])
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and said in err

@@ -1,0 +1,1074 @@
+"""The live model against its one promise: it is what loading the merged checkpoint would give.
+
+After any applies, every parameter and buffer equals, bit for bit, what transformers loads from the
+folder that `merge` writes at the last alpha. The expectation never goes through `live` or
+`loading`: a folder on disk, and from_pretrained of the class that its config names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowmem_adamms.kernels import gpu
+from tiny import raw
+
+from lowmem_adamms import LiveModel, make_plan, merge
+from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
+from lowmem_adamms.checkpoints.dtypes import from_user
+from lowmem_adamms.checkpoints.mapped_files import Files
+from lowmem_adamms.checkpoints.span import Span
+from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
+from lowmem_adamms.live import live_model as live
+from lowmem_adamms.live import transformers_model as loading
+from lowmem_adamms.live.device_source import DeviceSource
+from lowmem_adamms.live.free_memory import Memory
+from lowmem_adamms.live.live_sink import LiveSink
+from lowmem_adamms.live.placement import Placement, place
+from lowmem_adamms.mapping.plan import Plan
+
+loop = importlib.import_module(
+    "lowmem_adamms.merging.loop"
+)  # the package's `merge` is the function
+
+Make = Callable[..., Path]
+Contents = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+# What is expected
+
+
+def load(folder: Path, dtype: str = "auto", **options: Any) -> Any:
+    """The folder's model, by the class that its config names."""
+    transformers = importlib.import_module("transformers")
+    config = json.loads((folder / "config.json").read_text())
+    remote = "auto_map" in config
+    known = None if remote else getattr(transformers, config["architectures"][0], None)
+    loader = known or transformers.AutoModelForCausalLM
+    with loading.quiet():
+        model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=remote, **options)
+    return model.eval()
+
+
+def contents(model: Any) -> Contents:
+    """Every parameter and buffer, with all that a quantized one consists of."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in [*tensors.items()]:
+        if (state := getattr(tensor, "quant_state", None)) is not None:
+            tensors[f"{name}.absmax"], tensors[f"{name}.code"] = state.absmax, state.code
+            tensors[f"{name}.offset"] = state.offset
+            tensors[f"{name}.state2.absmax"] = state.state2.absmax
+            tensors[f"{name}.state2.code"] = state.state2.code
+        if (scales := getattr(tensor, "SCB", None)) is not None:
+            tensors[f"{name}.SCB"], tensors[f"{name}.CB"] = scales, tensor.CB
+    return {name: (str(t.dtype), tuple(t.shape), raw(t)) for name, t in tensors.items()}
+
+
+def assert_same(found: Contents, expected: Contents) -> None:
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+# The checkpoints
+
+
+@functools.cache
+def ancestor(kind: str, *, seed: int = 0, tied: bool = False, inner: int = 0) -> tiny.Tensors:
+    return tiny.ancestor(kind, seed, tied=tied)
+
+
+LINES = {
+    "llava": "llama",
+    "llava_next": "llama",
+    "cogvlm": "llama",
+    "mplug_owl2": "llama",
+    "llava_onevision": "qwen2",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+}
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def rewrite(
+    folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None], **more: torch.Tensor
+) -> Path:
+    """Change a checkpoint's tensors; None leaves one out."""
+    changed = {name: change(name, tensor) for name, tensor in tiny.load(folder).items()}
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        path.unlink()
+    tiny._save_tensors({**kept, **more}, folder)
+    return folder
+
+
+def mixed_dtypes(folder: Path) -> Path:
+    """Norms in float32, values in float16, all else as it was."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "norm" in name:
+            return tensor.float()
+        return tensor.half() if "v_proj" in name else tensor
+
+    return rewrite(folder, change)
+
+
+def both_tied(folder: Path) -> Path:
+    """The head on disk as well, and a config that ties only deep inside."""
+    head = next(t for name, t in tiny.load(folder).items() if "embed_tokens" in name)
+    rewrite(folder, lambda _, tensor: tensor, **{"lm_head.weight": head.clone()})
+
+    def edit(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = False
+        config["text_config"]["tie_word_embeddings"] = True
+
+    return edit_config(folder, edit)
+
+
+def gemma(folder: Path) -> Path:
+    """Llama's tensors under a class that ties unless its config says otherwise; this says nothing.
+
+    The head, equal to the embedding, is on disk.
+    """
+    head = tiny.load(folder)["model.embed_tokens.weight"].clone()
+    rewrite(folder, lambda _, tensor: tensor, **{"lm_head.weight": head})
+
+    def edit(config: dict[str, Any]) -> None:
+        config.update(model_type="gemma", architectures=["GemmaForCausalLM"])
+        del config["tie_word_embeddings"]
+
+    return edit_config(folder, edit)
+
+
+def lmms(folder: Path) -> Path:
+    """As lmms-lab publishes it, for donors: transformers has no class of that name."""
+    out = tiny.respell(folder, tiny.llava_original, folder.parent / "lmms")
+    return tiny.flat_config(out, architectures=["LlavaQwenForCausalLM"], model_type="llava_qwen")
+
+
+def respelled(rename: tiny.Rename) -> Callable[[Path], Path]:
+    return lambda folder: tiny.respell(folder, rename, folder.parent / rename.__name__)
+
+
+FORMS: dict[str, Callable[[Path], Path]] = {
+    "bin": lambda folder: tiny.to_bin(folder, folder.parent / "bin"),
+    "tokens": tiny.add_tokenizer,
+    "remote": tiny.add_remote_code,
+    "modern": respelled(tiny.modern),
+    "qwen_hub": respelled(tiny.qwen_hub),
+    "llava_hub": respelled(tiny.llava_hub),
+    "headless": respelled(tiny.headless),
+    "lmms": lmms,
+    "mixed": mixed_dtypes,
+    "both_tied": both_tied,
+    "gemma": gemma,
+}
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A descendant of its line's one ancestor, made once for each family and options."""
+
+    @functools.cache
+    def made(
+        family: str,
+        *forms: str,
+        parent: int = 0,
+        tied_parent: bool = False,
+        inner: int = tiny.INNER,
+        **options: Any,
+    ) -> Path:
+        folder = tmp_path_factory.mktemp(family) / "model"
+        tied = tied_parent or options.get("tied", False)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(tiny, "INNER", inner)
+            line = LINES.get(family, family)
+            tensors = ancestor(line, seed=parent, tied=tied, inner=inner)
+            tiny.make(family, folder, ancestor=tensors, **options)
+        for form in forms:
+            folder = FORMS[form](folder)
+        return folder
+
+    return made
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is merged and how: forms and options of both sides, and options of `make_plan`."""
+
+    base: tuple[Any, ...]
+    donor: tuple[Any, ...]
+    base_options: dict[str, Any] = field(default_factory=dict)
+    donor_options: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+
+    def planned(self, make: Make) -> Plan:
+        return make_plan(
+            make(*self.base, **self.base_options),
+            make(*self.donor, **self.donor_options),
+            **self.plan,
+        )
+
+
+TIED, TIED_PARENT = {"tied": True}, {"tied_parent": True}
+FP16, FP32 = {"dtype": "float16"}, {"dtype": "float32"}
+PAIRS = {
+    "qwen2_vl-ov": Pair(("qwen2_vl",), ("llava_onevision",)),
+    "ov-qwen2_vl": Pair(("llava_onevision",), ("qwen2_vl",)),
+    "qwen2_vl-ov, by token": Pair(("qwen2_vl", "tokens"), ("llava_onevision", "tokens")),
+    "ov-qwen2_vl, by token": Pair(("llava_onevision", "tokens"), ("qwen2_vl", "tokens")),
+    "qwen2_vl modern-ov bin": Pair(("qwen2_vl", "modern"), ("llava_onevision", "bin")),
+    "qwen2_vl bin-ov lmms": Pair(("qwen2_vl", "bin"), ("llava_onevision", "lmms")),
+    "qwen2_vl hub-qwen2": Pair(("qwen2_vl", "qwen_hub"), ("qwen2",)),
+    "qwen2_5_vl-ov": Pair(("qwen2_5_vl",), ("llava_onevision",)),
+    "qwen2_5_vl modern-ov fp16": Pair(
+        ("qwen2_5_vl", "modern"), ("llava_onevision",), donor_options=FP16
+    ),
+    "ov modern-qwen2_5_vl": Pair(("llava_onevision", "modern"), ("qwen2_5_vl",)),
+    "llava-next": Pair(("llava",), ("llava_next",)),
+    "next-llava bin": Pair(("llava_next",), ("llava", "bin")),
+    "llava hub-llama": Pair(("llava", "llava_hub"), ("llama",)),
+    "next modern-llava": Pair(("llava_next", "modern"), ("llava",)),
+    "llama-llava": Pair(("llama",), ("llava",)),
+    "mistral": Pair(("mistral",), ("mistral",), donor_options={"seed": 2}),
+    "qwen3": Pair(("qwen3",), ("qwen3",), donor_options={"seed": 2}),
+    "qwen3_vl-qwen3": Pair(("qwen3_vl",), ("qwen3",)),
+    "tied-untied": Pair(("qwen2_vl",), ("llava_onevision",), base_options=TIED),
+    "tied headless-untied": Pair(("qwen2", "headless"), ("qwen2_vl",), base_options=TIED),
+    "untied-tied": Pair(("llava_onevision",), ("qwen2_vl",), TIED_PARENT, TIED),
+    "tied-tied": Pair(("qwen2_vl",), ("llava_onevision",), TIED, TIED),
+    "tied inside-untied": Pair(("qwen2_vl", "both_tied"), ("llava_onevision",), TIED, TIED_PARENT),
+    "silent-untied": Pair(("llama", "gemma"), ("llava",), TIED, TIED_PARENT),
+    "donor of fewer rows": Pair(("llava",), ("llama",), donor_options={"vocab": 300}),
+    "donor of more rows": Pair(("qwen2_vl", "tokens"), ("qwen2", "tokens"), {}, {"vocab": 400}),
+    "keep": Pair(("qwen2_vl",), ("llava_onevision",), plan={"embeddings": "keep"}),
+    "keep silent": Pair(("llama", "gemma"), ("llava",), TIED, plan={"embeddings": "keep"}),
+    "plan fp16": Pair(("qwen2_vl",), ("llava_onevision",), plan={"dtype": from_user("fp16")}),
+    "plan fp32": Pair(("llava",), ("llava_next",), plan={"dtype": from_user("fp32")}),
+    "plan fp32 mixed": Pair(("llava", "mixed"), ("llava_next",), plan={"dtype": from_user("fp32")}),
+    "live fp32": Pair(("qwen2_vl",), ("llava_onevision",), dtype="fp32"),
+    "live fp16": Pair(("llava",), ("llava_next",), dtype="fp16"),
+    "plan fp32, live bf16": Pair(
+        ("qwen2_vl",), ("llava_onevision",), plan={"dtype": from_user("fp32")}, dtype="bf16"
+    ),
+    "fp32-bf16": Pair(("qwen2_vl",), ("llava_onevision",), FP32),
+    "bf16-fp32": Pair(("llava",), ("llava_next",), donor_options=FP32),
+    "mixed-bf16": Pair(("llava", "mixed"), ("llava_next",)),
+    "mixed-mixed, by token": Pair(
+        ("qwen2_vl", "mixed", "tokens"), ("llava_onevision", "mixed", "tokens")
+    ),
+    "cogvlm-llava": Pair(("cogvlm", "remote"), ("llava",)),
+    "mplug_owl2-llava": Pair(("mplug_owl2", "remote"), ("llava",)),
+    "mplug_owl2-cogvlm": Pair(("mplug_owl2", "remote"), ("cogvlm",)),
+}
+
+
+def placed(plan: Plan, **wishes: Any) -> Placement:
+    """On the CPU, whatever this machine has."""
+    return place(plan, Memory(64 << 30, None, None), device="cpu", **wishes)
+
+
+def live_of(
+    plan: Plan, dtype: str | None = None, quantize: Any = None, **options: Any
+) -> LiveModel:
+    return LiveModel(
+        plan,
+        dtype=dtype,
+        placement=placed(plan, quantize=quantize),
+        trust_remote_code="auto_map" in plan.base.config,
+        **options,
+    )
+
+
+@dataclass
+class Ready:
+    """A pair's live model, and what its merged checkpoints hold, each made once."""
+
+    plan: Plan
+    live: LiveModel
+    root: Path
+    dtype: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    known: dict[float, Contents] = field(default_factory=dict)
+
+    def __enter__(self) -> Ready:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.close()
+
+    def merged(self, alpha: float) -> Path:
+        out = self.root / repr(alpha)
+        return out if out.exists() else merge(self.plan, alpha, out, force=True)
+
+    def expected(self, alpha: float) -> Contents:
+        if alpha not in self.known:
+            self.known[alpha] = contents(load(self.merged(alpha), self.dtype, **self.options))
+        return self.known[alpha]
+
+    def check(self, alphas: Sequence[float]) -> None:
+        for alpha in alphas:
+            self.live.apply(alpha)
+            assert self.live.alpha == alpha
+            assert_same(contents(self.live.model), self.expected(alpha))
+
+
+TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", None: "auto"}
+
+
+@pytest.fixture(scope="module")
+def ready(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ready]]:
+    """A pair's live model, loaded once for all tests of it."""
+    with ExitStack() as stack:
+
+        @functools.cache
+        def prepared(name: str) -> Ready:
+            pair = PAIRS[name]
+            plan = pair.planned(make)
+            root = tmp_path_factory.mktemp("merged")
+            made = Ready(plan, live_of(plan, pair.dtype), root, TORCH[pair.dtype])
+            return stack.enter_context(made)
+
+        yield prepared
+
+
+# The promise
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_is_live_is_what_the_merged_checkpoint_loads_as(
+    name: str, ready: Callable[..., Ready]
+) -> None:
+    pair = ready(name)
+    assert_same(contents(pair.live.model), pair.expected(0))
+    pair.check((0.3, 1, 0, 0.3))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_pairs_differ_enough_to_prove_it(name: str, ready: Callable[..., Ready]) -> None:
+    pair = ready(name)
+    merged, base, donor = (pair.expected(alpha) for alpha in (0.3, 0, 1))
+    blended = [key for key in merged if merged[key] not in (base[key], donor[key])]
+    assert len(blended) >= 2 * 9
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl-ov, by token", "live fp32", "silent-untied"])
+def test_any_sequence_of_alphas_ends_at_the_last(name: str, ready: Callable[..., Ready]) -> None:
+    pair = ready(name)
+
+    @settings(max_examples=8)
+    @given(st.lists(st.sampled_from([0, 1e-3, 1 / 3, 0.5, 0.999, 1]), min_size=1, max_size=6))
+    def sequence_ends_at_its_last(alphas: list[float]) -> None:
+        for alpha in alphas[:-1]:
+            pair.live.apply(alpha)
+        pair.check(alphas[-1:])
+
+    sequence_ends_at_its_last()
+
+
+def test_tied_parameters_stay_tied_and_the_others_apart(ready: Callable[..., Ready]) -> None:
+    for name, tied in (("tied-untied", True), ("qwen2_vl-ov", False), ("silent-untied", False)):
+        model = ready(name).live.model
+        ready(name).live.apply(0.3)
+        embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert (embed.data_ptr() == head.data_ptr()) is tied
+        assert torch.equal(embed, head) is tied
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl-ov", "live fp32"])
+def test_an_interrupted_apply_leaves_nothing_behind(
+    name: str, ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ready(name)
+    interrupt_apply(pair.live, monkeypatch)
+    assert pair.live.alpha is None
+    pair.check((0.3,))
+
+
+def interrupt_apply(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of tensors, at another alpha."""
+    left = 0.6 * sum(step.nbytes for step in model.plan.steps if step.action == "interpolate")
+
+    def stop(nbytes: int) -> None:
+        nonlocal left
+        left -= nbytes
+        if left < 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "WINDOW", 1000)
+        model.apply(0.9, progress=stop)
+
+
+def test_progress_adds_up_to_what_alpha_changes(ready: Callable[..., Ready]) -> None:
+    pair = ready("qwen2_vl-ov")
+    seen: list[int] = []
+    pair.live.apply(0.3, progress=seen.append)
+    changed = [step for step in pair.plan.steps if step.action == "interpolate"]
+    assert sum(seen) == sum(step.nbytes for step in changed)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_an_alpha_out_of_range_changes_nothing(alpha: float, ready: Callable[..., Ready]) -> None:
+    pair = ready("qwen2_vl-ov")
+    pair.live.apply(0.3)
+    with pytest.raises(RecipeError):
+        pair.live.apply(alpha)
+    assert pair.live.alpha == 0.3
+    assert_same(contents(pair.live.model), pair.expected(0.3))
+
+
+def test_the_files_are_only_read(ready: Callable[..., Ready]) -> None:
+    pair = ready("qwen2_vl-ov")
+    shards = [path for side in (pair.plan.base, pair.plan.donor) for path in side.shards]
+    before = [path.read_bytes() for path in shards]
+    pair.live.apply(0.3)
+    pair.live.apply(1)
+    assert [path.read_bytes() for path in shards] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("qwen2_vl-ov", ("model.visual.",)),
+        (
+            "ov-qwen2_vl",
+            ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
+        ),
+        ("cogvlm-llava", ("model.vision.",)),
+        ("llama-llava", ("nothing",)),
+    ],
+)
+def test_vision_names_all_parameters_outside_the_decoder(
+    name: str, inside: tuple[str, ...], ready: Callable[..., Ready]
+) -> None:
+    model = ready(name).live
+    names = {key for key, _ in model.model.named_parameters() if key.startswith(inside)}
+    assert model.vision & dict(model.model.named_parameters()).keys() == names
+
+
+def test_a_closed_model_is_gone(make: Make) -> None:
+    with live_of(PAIRS["qwen2_vl-ov"].planned(make)) as model:
+        gone = weakref.ref(model.model)
+        model.apply(0.5)
+    assert gone() is None
+
+
+def test_device_alone_is_enough(make: Make, tmp_path: Path) -> None:
+    plan = PAIRS["qwen2_vl-ov"].planned(make)
+    with LiveModel(plan, device="cpu") as model:
+        assert model.placement.device == "cpu"
+        model.apply(0.3)
+        assert_same(contents(model.model), contents(load(merge(plan, 0.3, tmp_path / "out"))))
+
+
+# Windows
+
+
+@pytest.mark.parametrize("window", [1000, 4096, 1 << 30])
+@pytest.mark.parametrize("name", ["qwen2_vl-ov, by token", "live fp16", "mixed-bf16"])
+def test_the_size_of_the_windows_changes_no_bit(
+    name: str, window: int, ready: Callable[..., Ready]
+) -> None:
+    pair = ready(name)
+    for alpha in (1, 0.3):
+        loop.run(pair.plan, alpha, pair.live._sink, window=window)
+        assert_same(contents(pair.live.model), pair.expected(alpha))
+
+
+# Memory
+
+
+class Watching(LiveSink):
+    """Notes what slots of foreign memory there are until they are committed, and after it."""
+
+    staged: list[weakref.ref[torch.Tensor]]
+    most = 0
+
+    def watch(self) -> Watching:
+        self.staged = []
+        self.own = {
+            tensor.data_ptr(): tensor.data_ptr() + tensor.nbytes
+            for tensor in (target.param for target in self._targets.values())
+        }
+        return self
+
+    def slot(self, step: Any, offset: int, nbytes: int) -> Any:
+        slot = super().slot(step, offset, nbytes)
+        at = slot.__array_interface__["data"][0]
+        if not any(start <= at < stop for start, stop in self.own.items()):
+            self.staged.append(weakref.ref(slot.base))
+            held = {id(t): t.nbytes for ref in self.staged if (t := ref()) is not None}
+            self.most = max(self.most, sum(held.values()))
+        return slot
+
+
+S = TypeVar("S", bound=LiveSink)
+
+
+def own_sink(kind: type[S], model: LiveModel, source: Any) -> S:
+    """A second sink on a live model, made of the public parts."""
+    groups, ignored = loading.join(model.model, list(model.plan.base.tensors))
+    return kind(model.model, model.plan, groups, ignored, source)
+
+
+@pytest.fixture
+def files() -> Iterator[Files]:
+    with Files() as opened:
+        yield opened
+
+
+def test_blends_go_straight_into_the_parameters(ready: Callable[..., Ready], files: Files) -> None:
+    pair = ready("qwen2_vl-ov")
+    sink = own_sink(Watching, pair.live, files).watch()
+    loop.run(pair.plan, 0.3, sink, source=files)
+    assert sink.staged == []
+    assert_same(contents(pair.live.model), pair.expected(0.3))
+
+
+def test_casting_stages_one_window_at_a_time(ready: Callable[..., Ready], files: Files) -> None:
+    pair = ready("live fp32")
+    sink = own_sink(Watching, pair.live, files).watch()
+    loop.run(pair.plan, 0.3, sink, source=files, window=4096)
+    assert len(sink.staged) > 20
+    assert 0 < sink.most <= 4096
+    assert [ref for ref in sink.staged if ref() is not None] == []
+    assert_same(contents(pair.live.model), pair.expected(0.3))
+
+
+def test_steps_that_alpha_cannot_change_are_left_alone(
+    ready: Callable[..., Ready], files: Files
+) -> None:
+    pair = ready("qwen2_vl-ov")
+    sink = own_sink(LiveSink, pair.live, files)
+    assert {step.name for step in pair.plan.steps if sink.wants(step)} == {
+        step.name for step in pair.plan.steps if step.action == "interpolate"
+    }
+
+
+# The way over a device, without one
+
+
+DEVICE_PAIRS = ["qwen2_vl-ov, by token", "untied-tied", "live fp16", "mixed-bf16"]
+
+
+@pytest.mark.parametrize("name", DEVICE_PAIRS)
+@pytest.mark.parametrize("shares", [(0, 0), (1, 0), (0, 1), (0.4, 0.3)])
+def test_sources_on_a_device_change_no_bit(
+    name: str, shares: tuple[float, float], ready: Callable[..., Ready], files: Files
+) -> None:
+    pair = ready(name)
+    where = pair.live.placement
+    total = where.sources_cache
+    vram, pinned = (int(total * share) for share in shares)
+    where = replace(
+        where, sources_vram=vram, sources_pinned=pinned, sources_cache=total - vram - pinned
+    )
+    source = DeviceSource(pair.plan, files, where, "cpu")
+    sink = own_sink(LiveSink, pair.live, source)
+    for window, alpha in ((1 << 20, 1), (5000, 0.3), (5000, 0), (1 << 20, 0.3)):
+        loop.run(pair.plan, alpha, sink, kernel=gpu.blend_torch, source=source, window=window)
+        assert_same(contents(pair.live.model), pair.expected(alpha))
+
+
+# 4 and 8 bit
+
+
+WIDE = {"inner": 128}  # on some CPUs bitsandbytes multiplies only whole blocks of 64
+QUANTIZED = {
+    "qwen2_vl-ov": Pair(("qwen2_vl",), ("llava_onevision",), WIDE, WIDE),
+    "fp32-bf16": Pair(("llava",), ("llava_next",), {**WIDE, **FP32}, WIDE),
+    # Biases in fp16, which bitsandbytes casts for a bf16 product
+    "live fp16": Pair(("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, dtype="fp16"),
+    "plan fp16": Pair(
+        ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": from_user("fp16")}
+    ),
+    "cogvlm": PAIRS["cogvlm-llava"],
+}
+
+
+def as_loaded(quantize: str) -> dict[str, Any]:
+    """What from_pretrained is told, to quantize as the live model does."""
+    cls = importlib.import_module("transformers").BitsAndBytesConfig
+    config = cls(load_in_8bit=True)
+    if quantize == "nf4":
+        config = cls(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    make: Make, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Ready]]:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+
+    with ExitStack() as stack:
+
+        @functools.cache
+        def prepared(name: str, quantize: str) -> Ready:
+            pair = QUANTIZED[name]
+            plan = pair.planned(make)
+            root = tmp_path_factory.mktemp("merged")
+            model = live_of(plan, pair.dtype, quantize)
+            made = Ready(plan, model, root, TORCH[pair.dtype], as_loaded(quantize))
+            return stack.enter_context(made)
+
+        yield prepared
+
+
+INPUT = torch.arange(1, 9).reshape(1, -1)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with loading.quiet(), torch.inference_mode():
+        out: torch.Tensor = model(input_ids=INPUT, attention_mask=torch.ones_like(INPUT)).logits
+    return out
+
+
+BOTH = [
+    ("nf4", "qwen2_vl-ov"),
+    ("nf4", "fp32-bf16"),
+    ("nf4", "live fp16"),
+    ("int8", "qwen2_vl-ov"),
+    ("int8", "plan fp16"),
+]
+
+
+@pytest.mark.parametrize(("quantize", "name"), [*BOTH, ("nf4", "cogvlm"), ("int8", "cogvlm")])
+def test_a_quantized_model_is_the_merged_checkpoint_quantized(
+    quantize: str, name: str, quantized: Callable[..., Ready]
+) -> None:
+    pair = quantized(name, quantize)
+    assert sum(map(loading.is_quantized, pair.live.model.parameters())) >= 2 * 7
+    pair.check((0.3, 1, 0.3))
+    assert pair.expected(0.3) != pair.expected(1)
+
+
+@pytest.mark.parametrize(("quantize", "name"), BOTH)
+def test_answering_in_between_changes_nothing(
+    quantize: str, name: str, quantized: Callable[..., Ready]
+) -> None:
+    """The first forward pass moves and repacks weights, and casts biases."""
+    pair = quantized(name, quantize)
+    fresh = load(pair.merged(0.3), pair.dtype, **pair.options)
+    seen = []
+    for alpha in (0.3, 1, 0.3):
+        pair.check((alpha,))
+        seen.append(logits(pair.live.model))
+    assert torch.equal(seen[0], logits(fresh))
+    assert torch.equal(seen[2], seen[0])
+    assert not torch.equal(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantized_model_generates(quantize: str, quantized: Callable[..., Ready]) -> None:
+    pair = quantized("qwen2_vl-ov", quantize)
+    pair.live.apply(0.3)
+    with loading.quiet(), torch.inference_mode():
+        made = pair.live.model.generate(
+            input_ids=INPUT,
+            attention_mask=torch.ones_like(INPUT),
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+        )
+    assert made.shape == (1, INPUT.shape[1] + 4)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_an_interrupted_quantizing_apply_leaves_nothing_behind(
+    quantize: str, quantized: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = quantized("qwen2_vl-ov", quantize)
+    interrupt_apply(pair.live, monkeypatch)
+    pair.check((0.3,))
+
+
+def test_quantizing_stages_one_tensor_at_a_time(
+    quantized: Callable[..., Ready], files: Files
+) -> None:
+    pair = quantized("qwen2_vl-ov", "nf4")
+    sink = own_sink(Watching, pair.live, files).watch()
+    loop.run(pair.plan, 0.3, sink, source=files, window=4096)
+    largest = max(step.nbytes for step in pair.plan.steps if sink.wants(step))
+    assert 0 < sink.most <= largest + 4096
+    assert [ref for ref in sink.staged if ref() is not None] == []
+    assert_same(contents(pair.live.model), pair.expected(0.3))
+
+
+# Tensors that transformers fuses or splits
+
+
+def conversions() -> Any:
+    return importlib.import_module("transformers.conversion_mapping")
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[str, list[Any]], None]]:
+    """Registers conversions with transformers, and takes them back."""
+    mapping, names = conversions(), []
+
+    def register(model_type: str, converters: list[Any]) -> None:
+        mapping.register_checkpoint_conversion_mapping(model_type, converters)
+        names.append(model_type)
+
+    yield register
+    for name in names:
+        mapping._checkpoint_conversion_mapping_cache.pop(name)
+        mapping.USER_REGISTERED_MAPPINGS.discard(name)
+
+
+def fusing() -> list[Any]:
+    """From Llama's tensors to Phi3's modules."""
+    core = importlib.import_module("transformers.core_model_loading")
+    return [
+        core.WeightConverter(
+            [f"self_attn.{role}_proj.weight" for role in "qkv"],
+            "self_attn.qkv_proj.weight",
+            [core.Concatenate(0)],
+        ),
+        core.WeightConverter(
+            ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+            "mlp.gate_up_proj.weight",
+            [core.Concatenate(0)],
+        ),
+    ]
+
+
+def phi3(folder: Path) -> Path:
+    def edit(config: dict[str, Any]) -> None:
+        config.update(model_type="phi3", architectures=["Phi3ForCausalLM"])
+
+    return edit_config(folder, edit)
+
+
+FORMS["phi3"] = phi3
+FUSED = {
+    "phi3": Pair(("llama", "phi3"), ("llava",)),
+    "phi3 mixed": Pair(("llama", "phi3", "mixed"), ("llava", "bin")),
+    "phi3 live fp32": Pair(("llama", "phi3"), ("llava",), dtype="fp32"),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_tensors_are_what_the_merged_checkpoint_loads_as(
+    name: str,
+    make: Make,
+    registered: Callable[[str, list[Any]], None],
+    files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registered("phi3", fusing())
+    pair = FUSED[name]
+    plan = pair.planned(make)
+    with Ready(plan, live_of(plan, pair.dtype), tmp_path, TORCH[pair.dtype]) as fused:
+        fused.check((0.3, 1, 0, 0.3))
+        assert len({fused.expected(alpha)[QKV][2] for alpha in (0, 0.3, 1)}) == 3
+        interrupt_apply(fused.live, monkeypatch)
+        fused.check((0.3,))
+        sink = own_sink(LiveSink, fused.live, files)
+        for window in (1000, 1 << 30):
+            loop.run(plan, 1, sink, source=files)
+            loop.run(plan, 0.3, sink, source=files, window=window)
+            assert_same(contents(fused.live.model), fused.expected(0.3))
+
+
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+
+
+def test_fused_tensors_are_quantized_as_a_whole(
+    make: Make, registered: Callable[[str, list[Any]], None], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    registered("phi3", fusing())
+    plan = FUSED["phi3"].planned(make)
+    model = live_of(plan, quantize="nf4")
+    with Ready(plan, model, tmp_path, options=as_loaded("nf4")) as fused:
+        assert f"{QKV}.absmax" in fused.expected(0.3)
+        fused.check((0.3, 1, 0.3))
+
+
+def split_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama that holds `mlp.up_proj` as two halves, known to transformers for one test."""
+    transformers = importlib.import_module("transformers")
+    llama = importlib.import_module("transformers.models.llama.modeling_llama")
+    auto = importlib.import_module("transformers.models.auto")
+
+    class SplitConfig(transformers.LlamaConfig):  # type: ignore[misc, name-defined]
+        model_type = "split_llama"
+
+    class SplitMLP(llama.LlamaMLP):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            del self.up_proj
+            for half in ("up_a", "up_b"):
+                wide = config.intermediate_size // 2
+                setattr(self, half, torch.nn.Linear(config.hidden_size, wide, bias=False))
+
+    class SplitLlama(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
+        config_class = SplitConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = SplitMLP(config)
+
+    known = auto.configuration_auto.CONFIG_MAPPING._extra_content
+    classes = auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content
+    monkeypatch.setitem(known, "split_llama", SplitConfig)
+    monkeypatch.setitem(classes, SplitConfig, SplitLlama)
+
+
+def split_form(folder: Path) -> Path:
+    def edit(config: dict[str, Any]) -> None:
+        config.update(model_type="split_llama", architectures=["SplitLlama"])
+
+    return edit_config(folder, edit)
+
+
+FORMS["split"] = split_form
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_split_tensors_are_what_the_merged_checkpoint_loads_as(
+    dtype: str | None,
+    make: Make,
+    registered: Callable[[str, list[Any]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split_llama(monkeypatch)
+    core = importlib.import_module("transformers.core_model_loading")
+    halves = ["mlp.up_a.weight", "mlp.up_b.weight"]
+    registered("split_llama", [core.WeightConverter("mlp.up_proj.weight", halves, [core.Chunk(0)])])
+    plan = make_plan(make("llama", "split"), make("llava"))
+    with Ready(plan, live_of(plan, dtype), tmp_path, TORCH[dtype]) as split:
+        split.check((0.3, 1, 0, 0.3))
+        for half in halves:
+            name = f"model.layers.1.{half}"
+            assert len({split.expected(alpha)[name][2] for alpha in (0, 0.3, 1)}) == 3
+
+
+# What is refused
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if anything is loaded."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(loading, "load_model", fail)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_strangers_are_refused_before_anything_is_loaded(make: Make) -> None:
+    plan = make_plan(make("qwen2_vl"), make("llava_onevision", parent=7))
+    with pytest.raises(MappingError, match="look unrelated"):
+        live_of(plan)
+
+
+def test_force_loads_strangers(make: Make, tmp_path: Path) -> None:
+    plan = make_plan(make("qwen2_vl"), make("llava_onevision", parent=7))
+    with Ready(plan, live_of(plan, force=True), tmp_path) as forced:
+        forced.check((0.3,))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "measure", lambda: Memory(64 << 20, None, None))
+    with pytest.raises(PlacementError, match="does not fit"):
+        LiveModel(PAIRS["qwen2_vl-ov"].planned(make))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_bare_file_is_refused(make: Make) -> None:
+    base = make("qwen2_vl", max_shard_size="5GB") / "model.safetensors"
+    with pytest.raises(FormatError, match=r"model\.safetensors: a bare file cannot be run"):
+        live_of(make_plan(base, make("llava_onevision")))
+
+
+@pytest.mark.parametrize("family", ["cogvlm", "mplug_owl2"])
+def test_remote_code_needs_a_word(family: str, make: Make) -> None:
+    plan = make_plan(make(family, "remote"), make("llava"))
+    with pytest.raises(RecipeError, match="--trust-remote-code"):
+        LiveModel(plan, placement=placed(plan))
+
+
+def one_bit(tensor: torch.Tensor) -> None:
+    view = tensor.detach().reshape(-1)[-1:].view(torch.uint8)
+    view[:1] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("quantize", "target"),
+    [
+        (None, "model.visual.blocks.0.norm1.bias"),
+        (None, "lm_head.weight"),
+        *((q, "model.language_model.layers.1.mlp.up_proj.weight") for q in (None, "nf4", "int8")),
+    ],
+)
+def test_one_wrong_bit_after_loading_is_found(
+    quantize: str | None, target: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    real = loading.load_model
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        model = real(*args, **options)
+        one_bit(model.get_parameter(target))
+        return model
+
+    monkeypatch.setattr(loading, "load_model", spoilt)
+    plan = PAIRS["qwen2_vl-ov"].planned(make)
+    stem = target.removeprefix("model.language_model.").removeprefix("model.")
+    with pytest.raises(FormatError) as caught:
+        live_of(plan, quantize=quantize)
+    assert f"{stem} is not what transformers loaded into {target}" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_wrong_bit_in_a_fused_or_split_tensor_is_found(
+    place: int,
+    make: Make,
+    registered: Callable[[str, list[Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = loading.load_model
+    registered("phi3", fusing())
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        model = real(*args, **options)
+        one_bit(model.get_parameter(QKV).chunk(2)[place])
+        return model
+
+    monkeypatch.setattr(loading, "load_model", spoilt)
+    with pytest.raises(FormatError, match=QKV):
+        live_of(FUSED["phi3"].planned(make))
+
+
+def test_chunks_of_a_large_tensor_are_all_compared(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "CHUNK", 512)
+    real = loading.load_model
+    plan = PAIRS["qwen2_vl-ov"].planned(make)
+    live_of(plan).close()
+    for at in (0, 300, 64 * 96 - 1):
+
+        def spoilt(*args: Any, at: int = at, **options: Any) -> Any:
+            model = real(*args, **options)
+            weight = model.get_parameter("model.language_model.layers.1.mlp.up_proj.weight")
+            one_bit(weight.view(-1)[: at + 1])
+            return model
+
+        monkeypatch.setattr(loading, "load_model", spoilt)
+        with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj"):
+            live_of(plan)
+
+
+def copied(folder: Path, out: Path) -> Path:
+    return tiny.respell(folder, lambda name: name, out)
+
+
+@pytest.mark.parametrize("lost", ["visual.blocks.1.norm1.weight", "visual.merger.mlp.0.weight"])
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(
+    lost: str, make: Make, tmp_path: Path
+) -> None:
+    base = rewrite(
+        copied(make("qwen2_vl"), tmp_path / "base"), lambda name, t: None if name == lost else t
+    )
+    with pytest.raises(FormatError, match=rf"holds no weights for model\.{lost}.* random"):
+        live_of(make_plan(base, make("llava_onevision")))
+
+
+def test_weights_that_transformers_would_not_load_are_refused(make: Make, tmp_path: Path) -> None:
+    """A config of one layer on a file of two: the second would be merged, but never speak."""
+    folder = copied(make("llama"), tmp_path / "base")
+    base = edit_config(folder, lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(MappingError, match=r"does not load model\.layers\.1\.") as caught:
+        live_of(make_plan(base, make("llava")))
+    assert "LlamaForCausalLM" in str(caught.value)
+
+
+def test_a_config_that_ties_what_differs_on_disk_is_searched_as_it_is_merged(
+    make: Make, tmp_path: Path
+) -> None:
+    """The loader keeps such a head apart, and so does the plan."""
+    folder = copied(make("llama"), tmp_path / "base")
+    base = edit_config(folder, lambda config: config.update(tie_word_embeddings=True))
+    plan = make_plan(base, make("llava"))
+    assert "lm_head.weight" in {step.name for step in plan.steps}
+    with Ready(plan, live_of(plan), tmp_path) as pair:
+        pair.check((0.3, 0))
+
+
+# Files as they come
+
+
+def test_tensors_at_odd_offsets_are_read_right(make: Make, tmp_path: Path) -> None:
+    """Early safetensors headers are not padded: every tensor of such a file is misaligned."""
+    families = ("qwen2_vl", "llava_onevision")
+    sides = [copied(make(family), tmp_path / family) for family in families]
+    for path in (path for side in sides for path in side.glob("*.safetensors")):
+        unpad(path)
+    plan = make_plan(*sides)
+    spans: list[Span] = [*open_checkpoint(sides[0]).tensors.values()]
+    assert all(span.start % span.dtype.itemsize for span in spans)
+    with Ready(plan, live_of(plan), tmp_path) as odd:
+        odd.check((0.3, 1, 0, 0.3))
+
+
+def unpad(path: Path) -> None:
+    """Make the header's length odd."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + size].rstrip()
+    head += b" " * (1 - len(head) % 2)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
+
+
+def test_numpy_sees_the_parameters_themselves(ready: Callable[..., Ready], files: Files) -> None:
+    pair = ready("qwen2_vl-ov")
+    sink = own_sink(LiveSink, pair.live, files)
+    step = next(
+        step for step in pair.plan.steps if step.name.endswith("layers.1.mlp.up_proj.weight")
+    )
+    param = pair.live.model.get_parameter("model.language_model.layers.1.mlp.up_proj.weight")
+    slot = sink.slot(step, 0, step.nbytes)
+    assert slot.dtype == np.uint8
+    assert slot.__array_interface__["data"][0] == param.data_ptr()
+    assert slot.size == param.nbytes

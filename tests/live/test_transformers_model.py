@@ -1,0 +1,379 @@
+"""Transformers' side of the live model: what loads, what is refused, and the join of names.
+
+The join is held against transformers itself: whatever `convert` makes of a checkpoint's tensors
+must be what from_pretrained made of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from lowmem_adamms.errors import FormatError, PlacementError, RecipeError
+from lowmem_adamms.live import transformers_model as loading
+
+Spell = Callable[[str], "str | None"]
+
+
+def library(name: str = "transformers") -> Any:
+    return importlib.import_module(name)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    settings = {"device": "cpu", "dtype": "auto", "quantize": None, "trust_remote_code": False}
+    return loading.load_model(folder, **{**settings, **options})
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*flat)
+
+
+def change_config(folder: Path, out: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint with other settings; None removes one."""
+    tiny.respell(folder, lambda name: name, out)
+    config = json.loads((out / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+# Loading
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("llava_next", "LlavaNextForConditionalGeneration"),
+        ("llama", "LlamaForCausalLM"),
+        ("qwen3", "Qwen3ForCausalLM"),
+    ],
+)
+def test_each_family_loads_as_its_class_frozen_and_for_evaluation(
+    family: str, name: str, tiny_models: dict[str, Path]
+) -> None:
+    model = load(tiny_models[family])
+    assert type(model).__name__ == name
+    assert not model.training
+    assert not any(param.requires_grad for param in model.parameters())
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_the_dtype_asked_for_is_loaded(dtype: str, tiny_models: dict[str, Path]) -> None:
+    model = load(tiny_models["qwen2_vl"], dtype=dtype)
+    assert {param.dtype for param in model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("width", "packs", "refused"), [(96, True, True), (96, False, False), (128, True, False)]
+)
+def test_four_bit_layers_that_this_cpu_cannot_run_are_refused(
+    width: int, packs: bool, refused: bool
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(width, 8))
+    layer: Any = model[0]
+    layer.support_avx512bf16_for_cpu = packs  # as bitsandbytes marks its layers
+    if refused:
+        with pytest.raises(PlacementError, match=r"cannot run 0 in 4 bit .* 96 wide"):
+            loading.check_can_run(model)
+    else:
+        loading.check_can_run(model)
+
+
+def test_remote_code_is_loaded_only_on_request(
+    ancestors: dict[str, tiny.Tensors], tmp_path: Path
+) -> None:
+    # A name of its own: transformers keeps remote code by the name of its folder
+    made = tiny.make_cogvlm(tmp_path / "asked-for", ancestor=ancestors["llama"])
+    folder = tiny.add_remote_code(made)
+    (folder / "modeling_cogvlm.py").write_text(
+        (folder / "modeling_cogvlm.py").read_text()
+        + f"\n__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    with pytest.raises(RecipeError, match=r"auto_map in config\.json.*--trust-remote-code"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+    assert type(load(folder, trust_remote_code=True)).__name__ == "CogVLMForCausalLM"
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("announced", ["AutoModelForCausalLM", "AutoModelForVision2Seq"])
+@pytest.mark.parametrize("family", ["llava", "llama"])
+def test_code_that_comes_with_a_known_model_is_neither_needed_nor_run(
+    family: str, announced: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    auto_map = {announced: "modeling_gone.Gone"}
+    folder = change_config(tiny_models[family], tmp_path / family, auto_map=auto_map)
+    model = load(folder)
+    assert type(model) is type(load(tiny_models[family]))
+
+
+@pytest.mark.parametrize("model_type", ["no_such_model", None])
+def test_an_unknown_architecture_is_a_clear_error(
+    model_type: str | None, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = change_config(tiny_models["llama"], tmp_path / "m", model_type=model_type)
+    with pytest.raises(FormatError, match="model") as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_generate_is_a_clear_error(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The type is known, but no class of it answers."""
+    folder = change_config(tiny_models["llama"], tmp_path / "m", model_type="clip")
+    with pytest.raises(FormatError) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["bitsandbytes", "accelerate"])
+def test_quantizing_without_its_packages_says_what_to_install(
+    missing: str, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else found(name)
+    )
+    with pytest.raises(RecipeError, match=rf"--quantize needs {missing}: pip install"):
+        load(tiny_models["llama"], quantize="nf4")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), PlacementError),
+        (RuntimeError("Out Of Memory"), PlacementError),
+        (RuntimeError("a bug"), RuntimeError),
+        (ValueError("a bug"), ValueError),
+        (ImportError("This needs torchvision"), RecipeError),
+    ],
+)
+def test_errors_of_transformers_are_told_apart(
+    raised: Exception,
+    expected: type[Exception],
+    tiny_models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(library().LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(expected) as caught:
+        load(tiny_models["llama"])
+    assert type(caught.value) is expected
+    assert "\n" not in str(caught.value)
+    assert str(raised).splitlines()[0] in str(caught.value)
+
+
+def test_quiet_silences_and_puts_back(capfd: pytest.CaptureFixture[str]) -> None:
+    logging = library("transformers.utils.logging")
+    logger = logging.get_logger("transformers.modeling_utils")
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(KeyError), loading.quiet():
+        logger.warning("nobody hears this")
+        warnings.warn("nor this", UserWarning, stacklevel=1)
+        raise KeyError
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+    with pytest.warns(UserWarning, match="but this"):
+        warnings.warn("but this", UserWarning, stacklevel=1)
+
+
+# The join
+
+
+def assert_join_is_the_loaders(folder: Path, model: Any) -> tuple[list[loading.Group], list[str]]:
+    """All parameters come out of the file's tensors, in whatever order the file lists them."""
+    tensors = tiny.load(folder)
+    results = []
+    for names in (list(tensors), list(reversed(tensors))):
+        groups, ignored = loading.join(model, names)
+        assert sorted(ignored + [name for group in groups for name in group.names]) == sorted(names)
+        made: dict[str, torch.Tensor] = {}
+        for group in groups:
+            found = loading.convert(group, [tensors[name] for name in group.names], model)
+            assert group.target in found
+            assert not made.keys() & found.keys()
+            made |= found
+        state = loading.state_of(model)
+        differing = [name for name in made if not same_bits(made[name], state[name])]
+        assert differing == []
+        loaded = {state[name].data_ptr() for name in made}
+        assert {param.data_ptr() for param in model.parameters()} <= loaded
+        results.append((groups, ignored))
+    return results[0]
+
+
+SPELLINGS: list[tuple[str, Spell]] = [
+    ("qwen2_vl", lambda name: name),
+    ("qwen2_vl", tiny.modern),
+    ("qwen2_vl", tiny.qwen_hub),
+    ("qwen2_5_vl", tiny.modern),
+    ("llava", lambda name: name),
+    ("llava", tiny.modern),
+    ("llava", tiny.llava_hub),
+    ("llava_next", tiny.llava_hub),
+    ("llava_onevision", tiny.llava_hub),
+    ("llama", lambda name: name),
+    ("mistral", lambda name: name),
+    ("qwen3", lambda name: name),
+]
+
+
+@pytest.mark.parametrize("family", range(len(SPELLINGS)))
+def test_the_join_gives_what_was_loaded(
+    family: int, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    name, spell = SPELLINGS[family]
+    folder = tiny.respell(tiny_models[name], spell, tmp_path / "m")
+    _, ignored = assert_join_is_the_loaders(folder, load(folder))
+    assert ignored == []
+
+
+def test_a_headless_file_of_the_base_model_is_joined(
+    ancestors: dict[str, tiny.Tensors], tmp_path: Path
+) -> None:
+    tied = tiny.make_qwen2(tmp_path / "tied", ancestor=ancestors["qwen2"], tied=True)
+    folder = tiny.respell(tied, tiny.headless, tmp_path / "headless")
+    groups, _ = assert_join_is_the_loaders(folder, load(folder))
+    assert ("embed_tokens.weight",) in [group.names for group in groups]
+
+
+def test_what_the_model_has_no_place_for_is_ignored(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tiny.respell(
+        tiny_models["llama"], lambda name: name, tmp_path / "m", extra=tiny.inv_freq()
+    )
+    _, ignored = assert_join_is_the_loaders(folder, load(folder))
+    assert sorted(ignored) == sorted(tiny.inv_freq())
+
+
+def test_of_two_tensors_for_one_parameter_the_loaders_choice_counts(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A file in which one weight stands twice, under the name of the base model as well."""
+    twice = "layers.1.mlp.up_proj.weight"
+    double = tiny.load(tiny_models["llama"])[f"model.{twice}"] * 2
+    folder = tiny.respell(
+        tiny_models["llama"], lambda name: name, tmp_path / "m", extra={twice: double}
+    )
+    _, ignored = assert_join_is_the_loaders(folder, load(folder))
+    assert len(ignored) == 1
+    assert ignored[0] in (twice, f"model.{twice}")
+
+
+def test_many_tensors_become_one_in_the_loaders_order(tmp_path: Path) -> None:
+    """Mixtral's experts are stacked by their number, whatever their order in the file."""
+    experts = 12
+    config = library().MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+    )
+    with loading.quiet():
+        library().MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    groups, _ = assert_join_is_the_loaders(tmp_path, load(tmp_path))
+    sizes = {group.target.rpartition(".")[2]: len(group.names) for group in groups}
+    assert sizes["gate_up_proj"] == 2 * experts
+    assert sizes["down_proj"] == experts
+
+
+# Parameters
+
+
+def test_state_has_tied_parameters_twice_and_only_persistent_buffers(
+    ancestors: dict[str, tiny.Tensors], tmp_path: Path
+) -> None:
+    model = load(tiny.make_qwen2(tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
+    state = loading.state_of(model)
+    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+    assert state.keys() == model.state_dict().keys()
+    assert [name for name, _ in model.named_buffers()]  # and none of them persistent
+    model.register_buffer("kept", torch.zeros(1))
+    assert "kept" in loading.state_of(model)
+
+
+def test_untying_keeps_the_numbers_and_parts_the_memory(
+    ancestors: dict[str, tiny.Tensors], tmp_path: Path
+) -> None:
+    model = load(tiny.make_qwen2(tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        loading.untie(model, "lm_head.weight")
+        assert torch.equal(model(ids).logits, before)
+        model.lm_head.weight.zero_()
+        assert not model(ids).logits.any()
+    assert model.model.embed_tokens.weight.any()
+    assert not model.lm_head.weight.requires_grad
+
+
+@pytest.fixture
+def linear() -> Any:
+    model = torch.nn.Module()
+    model.inner = torch.nn.Linear(8, 4, dtype=torch.bfloat16).requires_grad_(False)
+    return model
+
+
+def test_assigning_casts_and_keeps_the_memory(linear: Any) -> None:
+    param = linear.inner.weight
+    address = param.data_ptr()
+    value = torch.randn(4, 8)
+    loading.assign(linear, "inner.weight", value)
+    assert linear.inner.weight is param
+    assert param.data_ptr() == address
+    assert same_bits(param, value.bfloat16())
+    assert loading.equals(linear, "inner.weight", value)
+
+
+def test_equals_is_by_bits(linear: Any) -> None:
+    value = torch.zeros(4, 8)
+    value[1, 2] = float("nan")
+    loading.assign(linear, "inner.weight", value)
+    assert loading.equals(linear, "inner.weight", value)
+    assert not loading.equals(linear, "inner.weight", -value)
+    assert not loading.equals(linear, "inner.weight", value[:, :7])
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_equals_tells_quantized_numbers_apart(quantize: str, tiny_models: dict[str, Path]) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    model = load(tiny_models["llama"], quantize=quantize)
+    name = "model.layers.0.mlp.up_proj.weight"
+    value = tiny.load(tiny_models["llama"])[name]
+    assert loading.is_quantized(model.get_parameter(name))
+    assert not loading.is_quantized(model.lm_head.weight)
+    assert loading.equals(model, name, value)
+    assert not loading.equals(model, name, 2 * value)  # same codes, other scales
+    assert not loading.equals(model, name, value.flip(1))
+    loading.assign(model, name, 2 * value)
+    assert loading.equals(model, name, 2 * value)
+    assert not loading.equals(model, name, value)
+    if quantize == "nf4":  # the layer falls back on its own where the weight lost it
+        layer = model.model.layers[0].mlp.up_proj
+        assert layer.quant_state is layer.weight.quant_state

@@ -1,0 +1,877 @@
+"""What a merge leaves on disk: the output folder, refusals, and whatever a kill leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_pair
+import tiny
+from blake3 import blake3
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import seen
+
+from lowmem_adamms import __version__, make_plan, merge
+from lowmem_adamms.checkpoints import mapped_files as stream
+from lowmem_adamms.checkpoints import safetensors_header as header
+from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.cli import main
+from lowmem_adamms.errors import FormatError, MappingError, OutputError, RecipeError
+from lowmem_adamms.mapping import kinship
+from lowmem_adamms.mapping.kinship import Kinship
+from lowmem_adamms.mapping.plan import Plan
+from lowmem_adamms.merging import disk_sink as sink
+from lowmem_adamms.merging import writer
+from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK
+from lowmem_adamms.merging.verify import verify
+
+loop = importlib.import_module(
+    "lowmem_adamms.merging.loop"
+)  # the package's `merge` is the function
+ROOT = Path(__file__).parents[2]
+INDEX = "model.safetensors.index.json"
+PAPERS = {"README.md", "adamms.json", INDEX}
+Pair = tuple[Path, Path]
+Files = dict[str, bytes]
+
+LICENCE = (
+    "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\ntags:\n- x\n---\n# Base\n"
+)
+EXTRAS = {
+    "README.md": LICENCE,
+    "LICENSE": "Do as you like.\n",
+    "modeling_tiny.py": "CODE = 1\n",
+    "nested/deeper/thing.json": "{}\n",
+    "chat_template.json": '{"chat_template": "x"}\n',
+}
+NOT_CARRIED = {
+    ".gitattributes": "*.bin lfs\n",
+    ".cache/huggingface/x.metadata": "1\n",
+    "__pycache__/modeling_tiny.pyc": "x",
+    "flax_model.msgpack": "x",
+    "adamms.json": "{}",
+    "pytorch_model.bin.index.json": "{}",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL loses nothing that was written: what fsync guards against cannot be tried here."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None, raising=False)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The demo's pair, its base with files of every other kind."""
+    base, donor = random_pair.make_pair(tmp_path_factory.mktemp("pair"))
+    for name, text in (EXTRAS | NOT_CARRIED).items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+    (donor / "donors_own.json").write_text("{}")
+    return base, donor
+
+
+@pytest.fixture(scope="module")
+def merged(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted merge."""
+    return merge(make_plan(*pair), 0.3, tmp_path_factory.mktemp("merged") / "out")
+
+
+@pytest.fixture(scope="module")
+def whole(merged: Path) -> Files:
+    return seen(merged)
+
+
+# What lies in the folder
+
+
+def test_the_base_shards_are_kept(pair: Pair, merged: Path) -> None:
+    shards = sorted(path.name for path in pair[0].glob("*.safetensors"))
+    assert len(shards) > 1
+    assert sorted(path.name for path in merged.glob("*.safetensors")) == shards
+    for shard in shards:
+        ours, theirs = (header.read(folder / shard) for folder in (merged, pair[0]))
+        assert dict(ours.metadata) == {"format": "pt"}
+        assert [(i.name, i.dtype, i.shape) for i in ours.tensors] == [
+            (i.name, i.dtype, i.shape) for i in theirs.tensors
+        ]
+
+
+def test_safetensors_own_reader_accepts_the_shards(merged: Path) -> None:
+    for shard in merged.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+def test_the_index_lists_every_tensor_and_their_size(pair: Pair, merged: Path) -> None:
+    index, before = (json.loads((folder / INDEX).read_bytes()) for folder in (merged, pair[0]))
+    assert index["weight_map"] == before["weight_map"]
+    tensors = tiny.load(merged)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_sidecars_are_the_bases_and_only_the_bases(pair: Pair, merged: Path) -> None:
+    base, donor = pair
+    sidecars = {
+        str(path.relative_to(base))
+        for path in base.rglob("*")
+        if path.is_file() and path.suffix != ".safetensors"
+    }
+    sidecars -= set(NOT_CARRIED) | PAPERS
+    assert {"tokenizer.json", "config.json", "preprocessor_config.json"} <= sidecars
+    assert {"nested/deeper/thing.json", "modeling_tiny.py", "chat_template.jinja"} <= sidecars
+    found = {str(path.relative_to(merged)) for path in merged.rglob("*") if path.is_file()}
+    assert found == sidecars | PAPERS | {path.name for path in base.glob("*.safetensors")}
+    for name in sidecars:
+        assert (merged / name).read_bytes() == (base / name).read_bytes()
+    assert (donor / "donors_own.json").exists()
+
+
+def test_the_model_card_has_the_hubs_front_matter(merged: Path) -> None:
+    data = ModelCard.load(merged / "README.md").data.to_dict()
+    assert data["base_model"] == ["base", "donor"]
+    assert data["base_model_relation"] == "merge"
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert {"merge", "adamms"} <= set(data["tags"])
+    assert "x" not in data["tags"]
+    assert data["license"] == "other"
+    assert data["license_name"] == "tiny"
+    assert data["license_link"] == "LICENSE"
+
+
+@pytest.mark.parametrize(
+    ("rename", "task"),
+    [(tiny.llava_hub, "image-text-to-text"), (tiny.llava_original_towerless, "image-text-to-text")],
+)
+def test_a_multimodal_base_is_tagged_so(rename: tiny.Rename, task: str, tmp_path: Path) -> None:
+    """LLaVA-1.5 of its authors and ShareGPT4V carry a connector, but no tower."""
+    made = tiny.make_llava(tmp_path / "llava", ancestor=tiny.ancestor("llama"))
+    base = tiny.respell(made, rename, tmp_path / "base")
+    out = merge(make_plan(base, made), 0.3, tmp_path / "out")
+    assert ModelCard.load(out / "README.md").data.to_dict()["pipeline_tag"] == task
+
+
+def test_a_text_base_is_tagged_so_and_without_licence_gets_none(tmp_path: Path) -> None:
+    parent = tiny.ancestor("qwen2")
+    base, donor = (
+        tiny.make_qwen2(tmp_path / name, ancestor=parent, seed=seed)
+        for seed, name in enumerate(("base", "donor"))
+    )
+    out = merge(make_plan(base, donor), 0.3, tmp_path / "out")
+    data = ModelCard.load(out / "README.md").data.to_dict()
+    assert data["pipeline_tag"] == "text-generation"
+    assert "license" not in data
+
+
+def test_adamms_json_holds_recipe_versions_and_digests(pair: Pair, merged: Path) -> None:
+    recipe = json.loads((merged / "adamms.json").read_bytes())
+    assert recipe["alpha"] == 0.3
+    assert (recipe["base"], recipe["donor"]) == tuple(str(side.resolve()) for side in pair)
+    assert recipe["version"] == __version__
+    assert recipe["options"] == {"embeddings": "merge", "dtype": None}
+    for side, folder in zip(("base", "donor"), pair, strict=True):
+        assert {item["file"]: item["size"] for item in recipe["inputs"][side]} == {
+            path.name: path.stat().st_size for path in folder.glob("*.safetensors")
+        }
+        assert len({item["sample_sha256"] for item in recipe["inputs"][side]}) > 1
+    assert {item["file"]: (item["size"], item["blake3"]) for item in recipe["outputs"]} == {
+        path.name: (path.stat().st_size, blake3(path.read_bytes()).hexdigest())
+        for path in merged.glob("*.safetensors")
+    }
+
+
+def test_the_same_merge_elsewhere_gives_the_same_files(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "deep" / "out")) == whole
+
+
+def tensor_bytes(folder: Path) -> Files:
+    found: Files = {}
+    for shard in folder.glob("*.safetensors"):
+        content = shard.read_bytes()
+        for info in header.read(shard).tensors:
+            found[info.name] = content[info.start : info.stop]
+    return found
+
+
+@pytest.mark.parametrize("size", [100_000, 1, 10**9])
+def test_max_shard_size_regroups(pair: Pair, merged: Path, size: int, tmp_path: Path) -> None:
+    out = merge(make_plan(*pair), 0.3, tmp_path / "out", max_shard_size=size)
+    shards = sorted(out.glob("*.safetensors"))
+    if size == 10**9:
+        assert [shard.name for shard in shards] == ["model.safetensors"]
+        assert not (out / INDEX).exists()
+    else:
+        total = len(shards)
+        assert total > 3
+        expected = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+        assert [shard.name for shard in shards] == expected
+        for shard in shards:
+            info = header.read(shard)
+            assert len(info.tensors) == 1 or info.file_size - info.data_start <= size
+        index = json.loads((out / INDEX).read_bytes())
+        assert set(index["weight_map"].values()) == set(expected)
+    assert tensor_bytes(out) == tensor_bytes(merged)
+    tiny.load_model(out)
+
+
+def plain(folder: Path, out: Path) -> Path:
+    """The same checkpoint without folders inside."""
+    return shutil.copytree(folder, out, ignore=shutil.ignore_patterns(".c*", "__*", "nested"))
+
+
+def single(folder: Path, out: Path) -> Path:
+    """The same checkpoint in one file."""
+    plain(folder, out)
+    for path in (*out.glob("*.safetensors"), out / INDEX):
+        path.unlink()
+    save_file(tiny.load(folder), out / "model.safetensors", {"format": "pt"})
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    return out
+
+
+def test_a_single_file_stays_one_without_index(pair: Pair, merged: Path, tmp_path: Path) -> None:
+    base = single(pair[0], tmp_path / "base")
+    out = merge(make_plan(base, pair[1]), 0.3, tmp_path / "out")
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert tensor_bytes(out) == tensor_bytes(merged)
+    tiny.load_model(out)
+
+
+def test_a_bare_file_may_lie_beside_the_output(pair: Pair, tmp_path: Path) -> None:
+    file = single(pair[0], tmp_path / "x") / "model.safetensors"
+    base = tmp_path / "here" / "base.safetensors"
+    base.parent.mkdir()
+    file.rename(base)
+    out = merge(make_plan(base, pair[1]), 0.3, tmp_path / "here" / "out")
+    assert set(seen(out)) == {"model.safetensors", "README.md", "adamms.json"}
+
+
+def test_a_bin_base_becomes_safetensors(pair: Pair, merged: Path, tmp_path: Path) -> None:
+    base = tiny.to_bin(plain(pair[0], tmp_path / "plain"), tmp_path / "base")
+    out = merge(make_plan(base, pair[1]), 0.3, tmp_path / "out")
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    total = len(list(base.glob("*.bin")))
+    assert shards == [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    assert not list(out.glob("*.bin*"))
+    assert tensor_bytes(out) == tensor_bytes(merged)
+    tiny.load_model(out)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_the_config_announces_the_outputs_dtype(pair: Pair, dtype: str, tmp_path: Path) -> None:
+    spoken = DTYPES[dtype].torch
+    out = merge(make_plan(*pair, dtype=DTYPES[dtype]), 0.3, tmp_path / "out")
+    config = json.loads((out / "config.json").read_bytes())
+    levels = [config, *(level for level in config.values() if isinstance(level, dict))]
+    said = [level[key] for level in levels for key in ("dtype", "torch_dtype") if key in level]
+    assert set(said) == {spoken}
+    assert str(tiny.load_model(out).dtype) == f"torch.{spoken}"
+    before = json.loads((pair[0] / "config.json").read_bytes())
+    assert set(before) - {"dtype", "torch_dtype"} == set(config) - {"dtype", "torch_dtype"}
+
+
+# What a search adds
+
+
+FOUND: dict[str, Any] = {
+    "alpha": 0.3,
+    "measure": "joint",
+    "prompts": 12,
+    "candidates": [{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 0.6}],
+    "notes": ["Only 12 prompts."],
+}
+
+
+def test_a_search_adds_its_document_and_its_files(pair: Pair, whole: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(make_plan(*pair), 0.3, out, search=FOUND, beside={"report.html": b"<p>found</p>"})
+    files = seen(out)
+    changed = {"adamms.json", "README.md"}
+    assert {name for name in files if files[name] != whole.get(name)} == changed | {"report.html"}
+    assert files["report.html"] == b"<p>found</p>"
+    before, after = (json.loads(files["adamms.json"]) for files in (whole, files))
+    assert after == before | FOUND
+
+
+def test_the_card_says_how_alpha_was_chosen_only_if_it_was(
+    pair: Pair, merged: Path, tmp_path: Path
+) -> None:
+    out = merge(make_plan(*pair), 0.3, tmp_path / "out", search=FOUND)
+    cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (merged, out)]
+    sentence = "Alpha was chosen without labels, by the consistency of the answers to 12 prompts"
+    assert [sentence in card for card in cards] == [False, True]
+    assert "at the alphas 0, 0.3, 0.6 (measure: joint)" in cards[1]
+    assert ModelCard.load(out / "README.md").data.to_dict()["base_model"] == ["base", "donor"]
+
+
+def test_the_recipe_tells_what_was_done_whatever_the_search_says(
+    pair: Pair, tmp_path: Path
+) -> None:
+    lies = FOUND | {"alpha": 0.6, "base": "x", "options": {}, "outputs": []}
+    out = merge(make_plan(*pair), 0.3, tmp_path / "out", search=lies)
+    recipe = json.loads((out / "adamms.json").read_bytes())
+    assert recipe["alpha"] == 0.3
+    assert recipe["base"] == str(pair[0].resolve())
+    assert recipe["options"] and recipe["outputs"]
+
+
+def test_a_search_of_the_base_is_not_taken_for_its_own(pair: Pair, tmp_path: Path) -> None:
+    """A merged model may be merged again; its answers and report stay with it."""
+    first = merge(
+        make_plan(*pair), 0.3, tmp_path / "first", search=FOUND, beside={"report.html": b"first"}
+    )
+    (first / ANSWERS).write_bytes(b"{}\n")
+    plain = merge(make_plan(first, pair[1]), 0.1, tmp_path / "plain")
+    assert not {ANSWERS, "report.html"} & set(seen(plain))
+    assert "candidates" not in json.loads((plain / "adamms.json").read_bytes())
+    second = merge(
+        make_plan(first, pair[1]), 0.1, tmp_path / "second", beside={"report.html": b"second"}
+    )
+    assert (second / "report.html").read_bytes() == b"second"
+
+
+def test_answers_of_an_unfinished_search_may_lie_in_the_output(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    """And nothing else may."""
+    work = tmp_path / "out" / WORK
+    work.mkdir(parents=True)
+    (work / ANSWERS).write_bytes(b"{}\n")
+    (work / "other").write_text("mine")
+    assert_refused(pair, tmp_path / "out", "not empty")
+    (work / "other").unlink()
+    plan = make_plan(*pair)
+    output = writer.prepare(plan, tmp_path / "out")
+    output.check()
+    assert [file.name for file in output.files] == sorted(
+        name for name in whole if name.endswith(".safetensors")
+    )
+    merge(plan, 0.3, tmp_path / "out")
+    assert seen(tmp_path / "out") == whole | {ANSWERS: b"{}\n"}
+
+
+def test_a_folder_that_was_filled_since_it_was_looked_at_is_left_alone(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """A search lies between the two, which may take hours."""
+    out = tmp_path / "out"
+    output = writer.prepare(make_plan(*pair), out)
+    output.check()
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        writer.write(output, 0.3)
+    assert [path.name for path in out.rglob("*")] == ["mine"]
+
+
+# The keywords
+
+
+def test_the_keywords_are_the_options() -> None:
+    """In name, order and type: type checkers read the ones, the code the others."""
+    keywords = {
+        name: kind.__forward_arg__ for name, kind in writer.Keywords.__annotations__.items()
+    }
+    assert list(keywords.items()) == [(field.name, field.type) for field in fields(writer.Options)]
+
+
+def test_a_keyword_that_does_not_exist_is_a_type_error_for_people_and_for_mypy(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """To mypy, which is strict about ignores that it does not need: each of these it does."""
+    plan = make_plan(*pair)
+    with pytest.raises(
+        TypeError, match=r"^merge\(\) has no option 'quantise'; it has max_shard_size,"
+    ):
+        merge(plan, 0.3, tmp_path / "out", quantise="nf4")  # type: ignore[call-arg]
+    with pytest.raises(RecipeError, match="fp4"):
+        merge(plan, 0.3, tmp_path / "out", quantize="fp4")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_may_come_as_one_value_or_as_keywords_or_both(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    done: list[int] = []
+    options = writer.Options(max_shard_size=1000, note=lambda _: None)
+    out = merge(
+        make_plan(*pair), 0.3, tmp_path / "out", options, max_shard_size=None, progress=done.append
+    )
+    assert seen(out) == whole
+    assert sum(done) == make_plan(*pair).bytes_written
+
+
+# Refusals
+
+
+def assert_refused(
+    pair: Pair,
+    out: Path,
+    words: str,
+    *,
+    error: type[Exception] = OutputError,
+    alpha: float = 0.3,
+) -> None:
+    """The merge is refused with these words, and neither output nor inputs change."""
+    places = [out.parent, *(side.parent for side in pair)]
+    before = [seen(place) for place in places]
+    plan = make_plan(*pair)
+    with pytest.raises(error, match=words):
+        merge(plan, alpha, out)
+    assert [seen(place) for place in places] == before
+
+
+@pytest.mark.parametrize("where", ["base", "donor", "base/inside", "donor/in/side", "base/../base"])
+def test_an_output_in_an_input_is_refused(pair: Pair, where: str) -> None:
+    assert_refused(pair, pair[0].parent / where, "is the input .* or inside it")
+
+
+def test_an_output_in_an_input_is_refused_through_links(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(pair[1])
+    assert_refused(pair, tmp_path / "link" / "out", "is the input .* or inside it")
+
+
+def test_an_output_that_is_a_file_is_refused(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert_refused(pair, tmp_path / "out", "is a file")
+
+
+def test_an_output_below_a_file_is_refused(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert_refused(pair, tmp_path / "file" / "out", "file")
+
+
+@pytest.mark.parametrize("name", ["x", ".hidden", "sub/x"])
+def test_an_output_that_is_not_empty_is_refused(pair: Pair, name: str, tmp_path: Path) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    assert_refused(pair, tmp_path / "out", "not empty")
+
+
+def test_a_finished_output_is_not_overwritten(pair: Pair, merged: Path) -> None:
+    assert_refused(pair, merged, "not empty")
+    assert_refused(pair, merged, "not empty", alpha=0.4)
+
+
+def test_an_empty_folder_will_do(pair: Pair, whole: Files, tmp_path: Path) -> None:
+    assert seen(merge(make_plan(*pair), 0.3, tmp_path)) == whole
+
+
+def test_a_small_disk_is_found_before_starting(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert_refused(pair, tmp_path / "a" / "out", "GB free, the output needs")
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("strangers")
+    base = tiny.make_qwen2_vl(folder / "base", ancestor=tiny.ancestor("qwen2", 0))
+    donor = tiny.make_qwen2(folder / "donor", ancestor=tiny.ancestor("qwen2", 1))
+    return base, donor
+
+
+def test_strangers_are_refused_unless_forced(strangers: Pair, tmp_path: Path) -> None:
+    assert_refused(strangers, tmp_path / "out", "look unrelated", error=MappingError)
+    tiny.load_model(merge(make_plan(*strangers), 0.3, tmp_path / "out", force=True))
+
+
+# Unfinished merges
+
+
+class StopError(Exception):
+    """What the tests break a merge with from inside."""
+
+
+def small_steps(monkeypatch: pytest.MonkeyPatch, durable: int = 50_000) -> None:
+    monkeypatch.setattr(loop, "WINDOW", 4096)
+    monkeypatch.setattr(sink, "WINDOW", 4096)
+    monkeypatch.setattr(sink, "DURABLE", durable)
+
+
+def break_off(pair: Pair, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a merge unfinished after so many windows."""
+    calls = iter(range(after))
+
+    def progress(_: int) -> None:
+        if next(calls, None) is None:
+            raise StopError
+
+    with monkeypatch.context() as patch:
+        small_steps(patch)
+        with pytest.raises(StopError):
+            merge(make_plan(*pair), 0.3, out, progress=progress)
+    assert list(out.iterdir()) == [out / WORK]
+
+
+def test_another_merge_does_not_touch_an_unfinished_one(
+    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    break_off(pair, out, 50, monkeypatch)
+    assert_refused(pair, out, "unfinished merge of other", alpha=0.4)
+    assert seen(merge(make_plan(*pair), 0.3, out)) == whole
+
+
+def test_a_running_merge_is_left_alone(
+    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    break_off(pair, out, 50, monkeypatch)
+    with (out / WORK / NAME).open("rb") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        assert_refused(pair, out, "another run is writing there now")
+    assert seen(merge(make_plan(*pair), 0.3, out)) == whole
+
+
+def test_a_result_that_another_run_has_just_put_there_is_left_alone(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not there when the folder was looked at, and holds no lock any more."""
+    out, check = tmp_path / "out", kinship.check
+
+    def overtaken(plan: Plan) -> Kinship:
+        monkeypatch.setattr(kinship, "check", check)
+        merge(plan, 0.6, out)
+        return check(plan)
+
+    monkeypatch.setattr(kinship, "check", overtaken)
+    with pytest.raises(OutputError, match=f"{out}: another run has just put its result there"):
+        merge(make_plan(*pair), 0.3, out)
+    assert seen(out) == seen(merge(make_plan(*pair), 0.6, tmp_path / "other"))
+
+
+def test_paths_that_are_not_utf8_come_back_from_the_recipe(pair: Pair, tmp_path: Path) -> None:
+    base = shutil.copytree(pair[0], tmp_path / "b\udcffse")
+    out = merge(make_plan(base, pair[1]), 0.3, tmp_path / "o\udcfft")
+    assert json.loads((out / "adamms.json").read_text("utf-8"))["base"] == str(base)
+    assert (out / "README.md").read_text("utf-8")
+    assert verify(out, deep=True).rows
+
+
+def test_resuming_does_not_begin_again(
+    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    plan = make_plan(*pair)
+    break_off(pair, out, 100, monkeypatch)
+    done: list[int] = []
+    assert seen(merge(plan, 0.3, out, progress=done.append)) == whole
+    assert sum(done) == plan.bytes_written
+    assert done[0] > plan.bytes_written // 3  # what was found done is reported first
+
+
+@pytest.mark.parametrize("victim", ["shard", "journal's tail", "all shards"])
+def test_what_was_lost_meanwhile_is_made_again(
+    pair: Pair, whole: Files, victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    break_off(pair, out, 100, monkeypatch)
+    journal = out / WORK / NAME
+    if victim == "journal's tail":
+        journal.write_bytes(journal.read_bytes()[:-7])
+    else:
+        made = sorted((out / WORK).glob("*.safetensors"))
+        for shard in made if victim == "all shards" else made[:1]:
+            shard.unlink()
+    assert seen(merge(make_plan(*pair), 0.3, out)) == whole
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"merge": "12'])
+def test_a_merge_killed_before_its_first_line_is_begun_again(
+    pair: Pair, whole: Files, content: bytes | None, tmp_path: Path
+) -> None:
+    """The kill may fall between the making of the work folder and its journal's first line."""
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "out" / WORK / NAME).write_bytes(content)
+    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
+    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last bytes may have been made durable on their own before it was digested and noted."""
+    parent = tiny.ancestor("qwen2")
+    base, donor = (
+        tiny.make_qwen2(tmp_path / name, ancestor=parent, seed=seed, max_shard_size="100KB")
+        for seed, name in enumerate(("base", "donor"))
+    )
+    plan = make_plan(base, donor)
+    calls = iter(range(nth))
+    finish = sink._Shard.finish
+
+    def failing(shard: Any) -> tuple[int, str]:
+        if next(calls, None) is None:
+            shard.close()
+            raise StopError
+        return finish(shard)
+
+    assert len(list(base.glob("*.safetensors"))) > 1
+    with monkeypatch.context() as patch:
+        small_steps(patch, durable=1)
+        patch.setattr(loop, "WINDOW", 128)  # so that a window ends where the shard does
+        patch.setattr(sink._Shard, "finish", failing)
+        with pytest.raises(StopError):
+            merge(plan, 0.3, tmp_path / "out")
+    assert seen(merge(plan, 0.3, tmp_path / "out")) == seen(merge(plan, 0.3, tmp_path / "whole"))
+
+
+DRIVER = """
+import importlib, os, pathlib, signal, sys
+from lowmem_adamms import cli, sink, writer
+
+loop = importlib.import_module("lowmem_adamms.merging.loop")
+loop.WINDOW = sink.WINDOW = 12_288  # with whole pages, for the page cache to be passed by
+writer._physical_memory = lambda: 0
+sink.DURABLE = 50_000
+number, at, *names = sys.argv[1].split(",")
+count = 0
+
+def counted(call):
+    def wrapper(*args, **options):
+        global count
+        if count == int(at):
+            os.kill(os.getpid(), int(number))
+        count += 1
+        return call(*args, **options)
+    return wrapper
+
+for name in names:
+    home = pathlib.Path if name == "replace" else os
+    setattr(home, name, counted(getattr(home, name)))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+code = cli.main(sys.argv[2:])
+print("calls", count)
+sys.exit(code)
+"""
+WRITES = "pwrite,fsync,fdatasync,posix_fallocate"
+
+
+def drive(
+    pair: Pair, out: Path, calls: str, at: int, number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """A merge in a process of its own, sent a signal before call `at` of these calls."""
+    command = [sys.executable, "-c", DRIVER, f"{int(number)},{at},{calls}"]
+    return subprocess.run(
+        [*command, *map(str, pair), "-o", str(out), "--alpha", "0.3"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def number_of(calls: str, pair: Pair, folder: Path) -> int:
+    """How many of these calls an undisturbed merge makes."""
+    done = drive(pair, folder / "undisturbed", calls, -1)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("calls ")[1])
+
+
+def assert_nothing_incomplete(out: Path, whole: Files) -> None:
+    """What has a final name is whole; the index is there only if everything is."""
+    final = {name: what for name, what in seen(out).items() if not name.startswith(WORK)}
+    assert {name: whole.get(name) for name in final} == final
+    if INDEX in final:
+        assert {name for name in whole if name.endswith(".safetensors")} <= set(final)
+
+
+def kill_and_resume(pair: Pair, out: Path, whole: Files, calls: str, at: int) -> None:
+    done = drive(pair, out, calls, at)
+    assert done.returncode == -signal.SIGKILL, (calls, at, done.stderr)
+    assert_nothing_incomplete(out, whole)
+    if seen(out) != whole:  # else all was done but the last fsync
+        assert main([*map(str, pair), "-o", str(out), "--alpha", "0.3"]) == 0, (calls, at)
+    assert seen(out) == whole, (calls, at)
+
+
+def test_killed_while_writing_it_resumes_to_the_same_bytes(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    total = number_of(WRITES, pair, tmp_path)
+    assert total > 100
+    moments = {0, 1, total - 1, *random.Random(0).sample(range(total), 5)}
+    for at in sorted(moments):
+        kill_and_resume(pair, tmp_path / str(at), whole, WRITES, at)
+
+
+def test_killed_while_publishing_it_resumes_to_the_same_bytes(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    total = number_of("replace", pair, tmp_path)
+    assert total == sum(what != b"(folder)" for what in whole.values())
+    for at in (0, 1, total // 2, total - 1):
+        kill_and_resume(pair, tmp_path / str(at), whole, "replace", at)
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_killed_while_clearing_up_it_resumes_to_the_same_bytes(
+    pair: Pair, whole: Files, nth: int, tmp_path: Path
+) -> None:
+    """Between the last rename and the end: journal and folders go one by one."""
+    out = tmp_path / "out"
+    done = drive(pair, out, "unlink,rmdir", nth)
+    if nth == 0:
+        assert done.returncode == -signal.SIGKILL
+    assert_nothing_incomplete(out, whole)
+    code = main([*map(str, pair), "-o", str(out), "--alpha", "0.3"])
+    # Resumed, or found finished; never neither
+    assert code == 0 or main(["verify", str(out)]) == 0
+    assert {k: v for k, v in seen(out).items() if WORK not in k} == whole
+
+
+def test_killed_again_and_again_it_still_gets_there(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for at in (40, 30, 20):
+        done = drive(pair, out, WRITES, at)
+        assert done.returncode == -signal.SIGKILL
+        assert_nothing_incomplete(out, whole)
+    assert main([*map(str, pair), "-o", str(out), "--alpha", "0.3"]) == 0
+    assert seen(out) == whole
+
+
+@pytest.mark.parametrize("at", [5, 90])
+def test_ctrl_c_exits_130_and_says_how_to_resume(
+    pair: Pair, whole: Files, at: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = drive(pair, out, WRITES, at, signal.SIGINT)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted: run the same command again to resume"
+    assert "Traceback" not in done.stderr
+    assert_nothing_incomplete(out, whole)
+    assert main([*map(str, pair), "-o", str(out), "--alpha", "0.3"]) == 0
+    assert seen(out) == whole
+
+
+def test_every_file_is_on_the_disk_before_it_gets_its_name(
+    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    named: list[str] = []
+    replace = Path.replace
+
+    def fsync(fd: int) -> None:
+        synced[os.fstat(fd).st_ino] = os.fstat(fd).st_size
+
+    def checked(path: Path, target: Path) -> Path:
+        assert synced[path.stat().st_ino] == path.stat().st_size
+        named.append(str(target.relative_to(tmp_path / "out")))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", checked)
+    found = {"report.html": b"<p>", ANSWERS: b"{}\n"}
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    (tmp_path / "out" / WORK / ANSWERS).write_bytes(found[ANSWERS])
+    merge(make_plan(*pair), 0.3, tmp_path / "out", beside={"report.html": found["report.html"]})
+    files = whole | found
+    assert sorted(named) == sorted(name for name, what in files.items() if what != b"(folder)")
+    assert named[-1] == INDEX
+    assert seen(tmp_path / "out") == files
+    assert (tmp_path / "out").stat().st_ino in synced
+
+
+# A full disk, and systems that lack a call
+
+
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync"])
+def test_a_full_disk_is_one_line_and_can_be_resumed(
+    pair: Pair,
+    whole: Files,
+    call: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = iter(range({"pwrite": 50, "posix_fallocate": 1}.get(call, 3)))
+    real: Callable[..., Any] = getattr(os, call)
+
+    def full(*args: Any) -> Any:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    command = [*map(str, pair), "-o", str(tmp_path / "out"), "--alpha", "0.3"]
+    with monkeypatch.context() as patch:
+        small_steps(patch)
+        patch.setattr(os, call, full)
+        assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: disk full")
+    assert_nothing_incomplete(tmp_path / "out", whole)
+    assert main(command) == 0
+    assert seen(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        ("posix_fadvise",),
+        ("posix_fallocate",),
+        ("fdatasync",),
+        ("posix_fadvise", "posix_fallocate", "fdatasync"),
+    ],
+    ids="+".join,
+)
+def test_systems_that_lack_a_call_write_the_same_bytes(
+    pair: Pair, whole: Files, lacking: tuple[str, ...], tmp_path: Path, monkeypatch: Any
+) -> None:
+    for name in lacking:
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(stream, "_libc_sync_file_range", None)
+    monkeypatch.setattr(stream, "_libc_madvise", None)
+    monkeypatch.setattr(writer, "_physical_memory", lambda: 0)  # so that pages are evicted
+    small_steps(monkeypatch, durable=10_000)
+    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_input_cut_after_the_plan_is_one_error(
+    pair: Pair, whole: Files, side: int, tmp_path: Path
+) -> None:
+    inputs = [Path(shutil.copytree(each, tmp_path / each.name)) for each in pair]
+    plan = make_plan(*inputs)
+    shard = max(inputs[side].glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, 5000)
+    with pytest.raises(FormatError, match=f"{shard.name}: 5000 bytes, expected"):
+        merge(plan, 0.3, tmp_path / "out", force=True)
+    assert_nothing_incomplete(tmp_path / "out", whole)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / WORK]
+
+
+def test_short_writes_are_gone_on_with(
+    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
+    small_steps(monkeypatch)
+    assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole

@@ -1,0 +1,749 @@
+"""Prompt sets: every kind read as it stands, and every way in which one is broken named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem_adamms.errors import MergeError, PromptError, RecipeError
+from lowmem_adamms.prompts import Columns, Prompt, digest, load_prompts, open_image
+
+Image = pytest.importorskip("PIL.Image")
+
+RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 128, 0)
+ORIENTATION = 0x0112
+
+
+def encode(colour: object = RED, form: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    """A small image's file."""
+    file = io.BytesIO()
+    Image.new(mode, (4, 3), colour).save(file, form, **options)
+    return file.getvalue()
+
+
+def noise(form: str) -> bytes:
+    """An image's file that is too large for a decoder to swallow in one gulp."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3)).save(file, form)
+    return file.getvalue()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be that large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    size = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def lines(path: Path, entries: Iterable[object]) -> Path:
+    """A prompt file; text stands as it is, anything else as JSON."""
+    text = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    return put(path, "\n".join(text).encode())
+
+
+def refused(source: Path | str, kind: type[MergeError] = PromptError, **options: Any) -> str:
+    """The one line with which loading fails, which must name the source."""
+    with pytest.raises(kind) as caught:
+        load_prompts(source, **options)
+    message = str(caught.value)
+    assert message.startswith(str(source))
+    assert message.isprintable()
+    assert len(message) < 700
+    return message
+
+
+# JSON Lines
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.ndjson", "PROMPTS.JSONL"])
+def test_json_lines_in_every_allowed_form(tmp_path: Path, name: str) -> None:
+    red = put(tmp_path / "pics" / "red.png", encode())
+    away = put(tmp_path / "blue.jpg", encode(BLUE, "JPEG"))
+    path = lines(
+        tmp_path / name,
+        [
+            {"prompt": "One?", "image": "pics/red.png", "answer": "1", "task": "t", "id": 7},
+            "",
+            {"prompt": " two\nlines ", "images": ["pics/red.png", str(away)]},
+            "  \t",
+            {"prompt": "None?", "image": None},
+            {"prompt": "Ça va, 世界\u2028?"},
+            {"prompt": "Both keys", "image": None, "images": ["blue.jpg"]},
+            {"prompt": "Empty list", "images": [], "image": None},
+        ],
+    )
+    assert load_prompts(str(path)) == (
+        Prompt("One?", (red,), f"{name}:1"),
+        Prompt(" two\nlines ", (red, away), f"{name}:3"),
+        Prompt("None?", (), f"{name}:5"),
+        Prompt("Ça va, 世界\u2028?", (), f"{name}:6"),
+        Prompt("Both keys", (away,), f"{name}:7"),
+        Prompt("Empty list", (), f"{name}:8"),
+    )
+
+
+def test_an_image_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a shell; a folder that is called `~` is still found by its whole path."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    home = put(tmp_path / "me" / "pics" / "red.png", encode())
+    odd = put(tmp_path / "~" / "red.png", encode())
+    path = lines(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": "One?", "image": "~/pics/red.png"},
+            {"prompt": "Two?", "images": ["./~/red.png", str(home)]},
+        ],
+    )
+    assert [prompt.images for prompt in load_prompts(path)] == [(home,), (odd, home)]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_byte_order_mark_and_line_ends_do_not_matter(
+    tmp_path: Path, mark: bytes, end: bytes
+) -> None:
+    text = [json.dumps({"prompt": word}, ensure_ascii=False).encode() for word in ("ä\u2028b", "c")]
+    path = put(tmp_path / "p.jsonl", mark + end.join(text) + end)
+    assert [prompt.text for prompt in load_prompts(path)] == ["ä\u2028b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "x",}', ["not JSON", "column 16"]),
+        ('{"prompt": "x"} {"prompt": "y"}', ["not JSON", "Extra data", "column 17"]),
+        ('{"prompt": ' + "[" * 100_000, ["not JSON"]),
+        ('{"prompt": ' + "9" * 5000 + "}", ["not JSON"]),
+        ('[{"prompt": "x"}]', ["a list", "object"]),
+        ('"x"', ["a text", "object"]),
+        ("{}", ['no "prompt"']),
+        ('{"question": "x", "answer": "y"}', ['no "prompt"', "found question, answer"]),
+        ('{"prompt": null}', ['no "prompt"']),
+        ('{"prompt": " \\n"}', ['"prompt" is empty']),
+        ('{"prompt": 3}', ["the number 3", "a text"]),
+        ('{"prompt": ["x"]}', ["a list", "a text"]),
+        ('{"prompt": "\\ud83d"}', ["surrogate"]),
+        ('{"prompt": "x", "image": "a.png", "images": ["a.png"]}', ["both", "keep one"]),
+        ('{"prompt": "x", "image": ["a.png"]}', ["a list", "path"]),
+        ('{"prompt": "x", "image": true}', ["true", "path"]),
+        ('{"prompt": "x", "image": ""}', ["empty", "path"]),
+        ('{"prompt": "x", "images": "a.png"}', ["a text", "list of paths"]),
+        ('{"prompt": "x", "images": ["a.png", null]}', ["null", "path"]),
+        ('{"prompt": "x", "image": "HTTPS://host/a.png"}', ["HTTPS://host/a.png", "download"]),
+        ('{"prompt": "x", "image": "s3://host/a.png"}', ["s3://host/a.png", "download"]),
+        ('{"prompt": "x", "image": "data:image/png;base64,' + "A" * 9999 + '"}', ["download"]),
+    ],
+)
+def test_every_line_is_checked_also_outside_the_sample(
+    tmp_path: Path, line: str, words: list[str]
+) -> None:
+    good = [json.dumps({"prompt": str(number)}) for number in range(40)]
+    path = lines(tmp_path / "p.jsonl", [*good, "", line, *good])
+    message = refused(path, sample=1)
+    assert message.startswith(f"{path}:42: ")
+    for word in words:
+        assert word in message
+
+
+def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
+    path = put(tmp_path / "p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe4"}\n')
+    assert refused(path).startswith(f"{path}:2: byte 13 is not UTF-8")
+    assert "not UTF-8" in refused(put(path, '{"prompt": "a"}'.encode("utf-16")))
+
+
+BROKEN = {
+    "missing": (None, "no such file"),
+    "empty": (b"", "not an image"),
+    "text": (b"GIF, honestly", "not an image"),
+    "PostScript, which Pillow would hand to Ghostscript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "not an image",
+    ),
+    "bomb of which Pillow warns": (png_of(10_000, 10_000), "pixels; scale it down"),
+    "bomb that Pillow refuses": (png_of(50_000, 50_000), "pixels; scale it down"),
+    "huge file of no pixels": (png_of(4000, 4000), "cannot be read"),
+    **{
+        f"{form} cut off at {tenths} tenths": (
+            (data := noise(form))[: len(data) * tenths // 10],
+            "cannot be read",
+        )
+        for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+        for tenths in (3, 9)
+    },
+}
+
+
+@pytest.mark.parametrize(("data", "words"), BROKEN.values(), ids=BROKEN)
+def test_unusable_image_is_named_with_file_and_line(
+    tmp_path: Path, data: bytes | None, words: str
+) -> None:
+    put(tmp_path / "good.png", encode())
+    if data is not None:
+        put(tmp_path / "pics" / "bad.png", data)
+    path = lines(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": "a", "image": "good.png"},
+            {"prompt": "b", "images": ["good.png", "pics/bad.png"]},
+        ],
+    )
+    message = refused(path)
+    assert message.startswith(f"{path}:2: image {tmp_path / 'pics' / 'bad.png'}: ")
+    assert words in message
+
+
+def test_image_of_strange_name_still_gives_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for name in ("two\nlines.png", "nul\0.png", "half \udc80.png", "x" * 5000, "folder.png"):
+        path = lines(tmp_path / "p.jsonl", [{"prompt": "x", "image": name}])
+        assert refused(path).startswith(f"{path}:1: image ")
+
+
+def test_images_outside_the_sample_are_not_opened(tmp_path: Path) -> None:
+    put(tmp_path / "good.png", encode())
+    sampled = sorted(random.Random(3).sample(range(20), 4))
+    path = lines(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": str(number), "image": "good.png" if number in sampled else "missing.png"}
+            for number in range(20)
+        ],
+    )
+    found = load_prompts(path, sample=4, seed=3)
+    assert [prompt.text for prompt in found] == [str(number) for number in sampled]
+    assert "missing.png" in refused(path, sample=None)
+
+
+# Folders
+
+
+def test_folder_asks_about_each_image_by_name(tmp_path: Path) -> None:
+    names = ["b.PNG", "a/z.jpg", "a/y.webp", "c.tiff", "é.gif", "a.bmp"]
+    forms = ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"]
+    for name, form in zip(names, forms, strict=True):
+        put(tmp_path / name, encode(form=form))
+    for name in ("notes.txt", ".hidden.png", ".thumbs/a.png", "a/._z.jpg"):
+        put(tmp_path / name, b"")
+    (tmp_path / "folder.png").mkdir()
+    assert load_prompts(tmp_path, question="What?") == tuple(
+        Prompt("What?", (tmp_path / name,), name) for name in sorted(names)
+    )
+
+
+def test_broken_image_in_a_folder_is_named_once(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", encode())
+    bad = put(tmp_path / "sub" / "b.png", noise("PNG")[:-100])
+    message = refused(tmp_path, question="What?")
+    assert message.startswith(f"{bad}: cannot be read")
+    assert message.count("b.png") == 1
+
+
+@pytest.mark.parametrize("question", [None, "", " \n"])
+def test_folder_without_question_is_refused(tmp_path: Path, question: str | None) -> None:
+    put(tmp_path / "a.png", encode())
+    assert "--question" in refused(tmp_path, question=question)
+
+
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", encode())
+    assert "no images" in refused(tmp_path, question="What?")
+
+
+# Parquet
+
+ENCODED = [encode((number, 0, 0)) for number in range(90)]
+
+
+def parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    """A Parquet file; columns that hold structs get the type that `datasets` gives to images."""
+    arrow = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(arrow.table(columns), path, **options)
+    return path
+
+
+def cell(data: bytes | None, path: str | None = None) -> dict[str, Any]:
+    return {"bytes": data, "path": path}
+
+
+def test_parquet_as_the_hub_stores_it(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path / "set.parquet",
+        {
+            "answer": ["A", "B", "A"],
+            "options": [["x"], [], ["y"]],
+            "question": ["Red?", "<image 1> or <image 2>?", "None?"],
+            "image_10": [None, cell(ENCODED[10]), None],
+            "image_2": [None, cell(ENCODED[2], "x.png"), None],
+            "image": [cell(ENCODED[0]), cell(ENCODED[1]), None],
+        },
+    )
+    assert load_prompts(path) == (
+        Prompt("Red?", (ENCODED[0],), "set.parquet[0]"),
+        Prompt("<image 1> or <image 2>?", tuple(ENCODED[i] for i in (1, 2, 10)), "set.parquet[1]"),
+        Prompt("None?", (), "set.parquet[2]"),
+    )
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [ENCODED[0], ENCODED[1]],
+        [[ENCODED[0]], [ENCODED[1]]],
+        [[cell(ENCODED[0])], [cell(ENCODED[1], "no/such.png")]],
+    ],
+    ids=["bytes", "lists of bytes", "lists of structs"],
+)
+def test_encoded_images_in_every_form(tmp_path: Path, cells: list[Any]) -> None:
+    path = parquet(tmp_path / "set.parquet", {"text": ["a", "b"], "images": cells})
+    assert [prompt.images for prompt in load_prompts(path)] == [(ENCODED[0],), (ENCODED[1],)]
+
+
+@pytest.mark.parametrize("cells", [["a.png"], [cell(None, "a.png")], [["a.png"]]])
+def test_paths_in_parquet_start_at_its_folder(tmp_path: Path, cells: list[Any]) -> None:
+    image = put(tmp_path / "a.png", encode())
+    path = parquet(tmp_path / "set.parquet", {"prompt": ["a"], "image": cells})
+    assert load_prompts(path) == (Prompt("a", (image,), "set.parquet[0]"),)
+
+
+def test_parquet_columns_can_be_named(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path / "set.parquet",
+        {"text": ["t"], "prompt": ["p"], "caption": ["c"], "image": [ENCODED[0]], "hint": ["h"]},
+    )
+    assert load_prompts(path)[0].text == "p"
+    assert load_prompts(path, columns=Columns(text="caption"))[0].images == (ENCODED[0],)
+    bare = load_prompts(path, columns=Columns(text="caption", images=()))
+    assert bare == (Prompt("c", (), "set.parquet[0]"),)
+    assert "no column pic; there are text, prompt" in refused(path, columns=Columns(None, ("pic",)))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 90])
+def test_sampled_rows_come_from_whatever_row_group_they_are_in(tmp_path: Path, rows: int) -> None:
+    texts = [f"{number}?" for number in range(90)]
+    path = parquet(
+        tmp_path / "set.parquet", {"prompt": texts, "image": ENCODED}, row_group_size=rows
+    )
+    picks = sorted(random.Random(5).sample(range(90), 20))
+    assert load_prompts(path, sample=20, seed=5) == tuple(
+        Prompt(texts[pick], (ENCODED[pick],), f"set.parquet[{pick}]") for pick in picks
+    )
+    assert [prompt.text for prompt in load_prompts(path, sample=None)] == texts
+
+
+def test_rows_outside_the_sample_are_not_checked(tmp_path: Path) -> None:
+    picks = random.Random(0).sample(range(90), 10)
+    columns = {
+        "prompt": [str(row) if row in picks else None for row in range(90)],
+        "image": [ENCODED[row] if row in picks else b"broken" for row in range(90)],
+    }
+    path = parquet(tmp_path / "set.parquet", columns)
+    assert [prompt.text for prompt in load_prompts(path, sample=10)] == [
+        str(pick) for pick in sorted(picks)
+    ]
+    refused(path, sample=11)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"caption": ["a"], "label": ["b"]}, ["prompt, question", "caption, label"]),
+        ({"prompt": ["a"], "image": [b"x"], "images": [[b"x"]]}, ["both", "name the one"]),
+        ({"prompt": []}, ["no prompts"]),
+        ({"prompt": [None]}, ["[0]", 'no "prompt"']),
+        ({"prompt": [""]}, ["[0]", "empty"]),
+        ({"prompt": [7]}, ["[0]", "the number 7"]),
+        ({"prompt": [[{"role": "user", "content": "x"}]]}, ["[0]", "a list"]),
+        ({"prompt": ["a"], "image": [3]}, ["[0]", '"image"', "the number 3"]),
+        ({"prompt": ["a"], "image": [{"width": 3}]}, ["[0]", '"image"', "an object"]),
+        ({"prompt": ["a"], "image": ["https://host/a.png"]}, ["[0]", "download"]),
+        ({"prompt": ["a"], "image": ["a.png"]}, ["[0]", "a.png", "no such file"]),
+        ({"prompt": ["a", "b"], "image": [ENCODED[0], b""]}, ["[1]", "1 of 1", "not an image"]),
+        (
+            {"prompt": ["a"], "images": [[ENCODED[0], noise("JPEG")[:-900]]]},
+            ["[0]", "2 of 2", "cannot be read"],
+        ),
+    ],
+)
+def test_broken_parquet_rows_and_columns(
+    tmp_path: Path, columns: dict[str, Any], words: list[str]
+) -> None:
+    message = refused(parquet(tmp_path / "set.parquet", columns))
+    for word in words:
+        assert word in message
+
+
+def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "set.parquet", {"prompt": ["a" * 5000, "b"]}, compression="zstd")
+    data = path.read_bytes()
+    refused(put(path, data[: len(data) // 2]))
+    refused(put(path, b"PAR1"))
+    refused(put(path, data[:4] + bytes(60) + data[64:]))
+
+
+def test_missing_library_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = put(tmp_path / "set.parquet", b"")
+    listed = lines(tmp_path / "p.jsonl", [{"prompt": "x", "image": "a.png"}])
+    for module, source, package in (
+        ("pyarrow.parquet", table, "pyarrow"),
+        ("datasets", "acme/set", "datasets"),
+        ("PIL.Image", listed, "pillow"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(PromptError, match=f"pip install {package}$"):
+                load_prompts(source)
+
+
+# Hub datasets
+
+HUB_SCRIPT = """
+import json, sys, time
+from pathlib import Path
+import datasets
+from datasets.arrow_writer import ArrowWriter
+from lowmem_adamms.errors import PromptError
+from lowmem_adamms.prompts import Columns, digest, load_prompts
+
+cache, red = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+features = datasets.Features({
+    "question": datasets.Value("string"),
+    "image": datasets.Image(),
+    "extra": datasets.List(datasets.Image()),
+})
+
+def write(name, config, splits, commit="0123", words=""):
+    '''What the library leaves behind of a dataset that it once fetched.'''
+    folder = cache / f"acme___{name}" / config / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    found = datasets.SplitDict()
+    for split, count in splits.items():
+        writer = ArrowWriter(path=str(folder / f"{name}-{split}.arrow"), features=features)
+        for row in range(count):
+            image = {"bytes": red, "path": None}
+            text = f"{config} {split} {row}{words}"
+            writer.write({"question": text, "image": image, "extra": [image, image]})
+        rows, size = writer.finalize()
+        found[split] = datasets.SplitInfo(split, size, rows, dataset_name=name)
+    datasets.DatasetInfo(features=features, splits=found, dataset_name=name, config_name=config,
+        builder_name="parquet", version="0.0.0").write_to_directory(str(folder))
+
+write("pics", "art", {"train": 3, "validation": 2, "dev": 1})
+write("pics", "bio", {"dev": 30})
+write("odd", "default", {"dev": 1, "devtest": 1})
+
+def load(source, **options):
+    try:
+        found = load_prompts(source, **options)
+    except PromptError as error:
+        return str(error)
+    return [[p.text, p.id, [image == red for image in p.images]] for p in found]
+
+def identity():
+    found = load_prompts("acme/moved", sample=2)
+    return [found.ref, digest(found)]
+
+write("moved", "default", {"test": 3}, "aaaa")
+before = identity()
+time.sleep(0.01)
+write("moved", "default", {"test": 3}, "bbbb", "?")
+after = identity()
+
+print(json.dumps({
+    "before": before, "after": after,
+    "default": load("acme/pics:art"),
+    "split": load("acme/pics:art", split="train", columns=Columns(images=("image", "extra"))),
+    "sample": load("acme/pics:bio", sample=5, seed=2),
+    "no default": load("acme/odd"),
+    "no config": load("acme/pics"),
+    "no such config": load("acme/pics:geo"),
+    "no such split": load("acme/pics:art", split="test"),
+    "no such set": load("acme/none"),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Answers of the real library, offline, from a cache: it reads its environment at import."""
+    pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("hub")
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_SCRIPT, folder / "cache", put(folder / "red.png", encode())],
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder),
+            "HF_DATASETS_CACHE": str(folder / "cache"),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        cwd=folder,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    answers: dict[str, Any] = json.loads(done.stdout)
+    return answers
+
+
+def test_hub_dataset_takes_a_split_and_keeps_images_encoded(hub: dict[str, Any]) -> None:
+    assert hub["default"] == [
+        [f"art validation {row}", f"acme/pics:art validation[{row}]", [True]] for row in range(2)
+    ]
+    assert hub["split"] == [
+        [f"art train {row}", f"acme/pics:art train[{row}]", [True] * 3] for row in range(3)
+    ]
+
+
+def test_hub_dataset_is_known_by_its_commit(hub: dict[str, Any]) -> None:
+    """A search goes on only with the same prompts, by their digest (`session.fingerprint`)."""
+    assert hub["before"][0] == "acme/moved@aaaa test"
+    assert hub["after"][0] == "acme/moved@bbbb test"
+    assert hub["before"][1] != hub["after"][1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["acme/set", "acme/set:art", "acme/set@main", "acme/set:art@refs/pr/1", "acme/set@0a1b2c"],
+)
+def test_hub_dataset_is_asked_for_by_name_config_and_revision(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked: list[object] = []
+
+    class Library:
+        @staticmethod
+        def load_dataset_builder(*words: object, **options: object) -> None:
+            asked.extend([*words, options["revision"]])
+            raise ValueError("enough")
+
+    monkeypatch.setitem(sys.modules, "datasets", Library)
+    with pytest.raises(PromptError, match=f"^{re.escape(name)}: .*enough"):
+        load_prompts(name)
+    rest, _, revision = name.partition("@")
+    dataset, _, config = rest.partition(":")
+    assert asked == [dataset, config or None, revision or None]
+
+
+def test_hub_dataset_is_sampled(hub: dict[str, Any]) -> None:
+    picks = sorted(random.Random(2).sample(range(30), 5))
+    assert [text for text, _, _ in hub["sample"]] == [f"bio dev {pick}" for pick in picks]
+
+
+@pytest.mark.parametrize(
+    ("case", "start", "words"),
+    [
+        ("no default", "acme/odd", "one of its splits: dev, devtest"),
+        ("no config", "acme/pics", "art"),
+        ("no such config", "acme/pics:geo", "'art', 'bio'"),
+        ("no such split", "acme/pics:art", "validation"),
+        ("no such set", "acme/none", "HF_HUB_OFFLINE"),
+    ],
+)
+def test_hub_dataset_that_cannot_be_had_says_why(
+    hub: dict[str, Any], case: str, start: str, words: str
+) -> None:
+    message = hub[case]
+    assert message.startswith(f"{start}: ")
+    assert words in message
+    assert message.isprintable()
+
+
+# Options
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "a/missing.parquet", "missing", "a/b/c", ""])
+def test_source_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "here.txt", b"")
+    if name:
+        assert "no such file" in refused(name)
+    else:
+        refused(name)
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv", "p"])
+def test_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+    assert ".jsonl" in refused(put(tmp_path / name, b'{"prompt": "x"}'))
+
+
+@pytest.mark.parametrize("text", ["", "\n \n\n"])
+def test_set_without_prompts_is_refused(tmp_path: Path, text: str) -> None:
+    assert "no prompts" in refused(lines(tmp_path / "p.jsonl", [text]))
+
+
+def test_options_must_fit_the_set(tmp_path: Path) -> None:
+    listed = lines(tmp_path / "p.jsonl", [{"prompt": "x"}])
+    put(tmp_path / "set.parquet", b"")
+    put(tmp_path / "pics" / "a.png", encode())
+    for source, options in (
+        (listed, {"question": "What?"}),
+        (listed, {"split": "test"}),
+        (listed, {"columns": Columns()}),
+        (tmp_path / "set.parquet", {"question": "What?"}),
+        (tmp_path / "set.parquet", {"split": "test"}),
+        (tmp_path / "pics", {"question": "What?", "split": "test"}),
+        (tmp_path / "pics", {"question": "What?", "columns": Columns()}),
+    ):
+        assert [*options][-1] in refused(source, RecipeError, **options)
+    for sample in (0, -1):
+        with pytest.raises(RecipeError, match="at least 1"):
+            load_prompts(listed, sample=sample)
+
+
+@given(st.integers(1, 60), st.one_of(st.none(), st.integers(1, 80)), st.integers(0, 2**40))
+def test_sampling_keeps_order_and_depends_on_nothing_but_count_sample_and_seed(
+    tmp_path_factory: pytest.TempPathFactory, count: int, sample: int | None, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("sample")
+    path = lines(folder / "p.jsonl", [{"prompt": str(number)} for number in range(count)])
+    other = lines(folder / "q.jsonl", [{"prompt": f"q{number}"} for number in range(count)])
+    picks = [int(prompt.text) for prompt in load_prompts(path, sample=sample, seed=seed)]
+    assert len(picks) == (count if sample is None else min(count, sample))
+    assert picks == sorted(set(picks))
+    assert set(picks) <= set(range(count))
+    random.seed(count)
+    again = load_prompts(other, sample=sample, seed=seed)
+    assert [prompt.text for prompt in again] == [f"q{pick}" for pick in picks]
+
+
+def test_sample_of_a_seed_is_the_same_on_every_machine(tmp_path: Path) -> None:
+    path = lines(tmp_path / "p.jsonl", [{"prompt": str(number)} for number in range(1000)])
+    picks = [int(prompt.text) for prompt in load_prompts(path, sample=8, seed=1)]
+    assert picks == [64, 120, 137, 261, 582, 782, 821, 867]
+    texts = {load_prompts(path, seed=seed) for seed in range(20)}
+    assert len(texts) == 20
+    assert all(len(prompts) == 100 for prompts in texts)
+
+
+# Images
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+def test_image_comes_as_rgb_from_path_or_bytes(tmp_path: Path, form: str) -> None:
+    data = encode(BLUE, form)
+    for source in (data, put(tmp_path / "image", data)):
+        image = open_image(source)
+        assert (image.mode, image.size) == ("RGB", (4, 3))
+        assert image.getpixel((1, 1)) == pytest.approx(BLUE, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("P", 0, (0, 0, 0)),
+        ("I;16", 100 * 257, (100, 100, 100)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 128, 0, 255), GREEN),
+        ("LA", (0, 0), (255, 255, 255)),
+    ],
+)
+def test_colour_modes(mode: str, colour: object, expected: tuple[int, ...]) -> None:
+    assert open_image(encode(colour, mode=mode)).getpixel((0, 0)) == expected
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0])])
+def test_transparent_palette_turns_white_without_a_warning(transparency: int | bytes) -> None:
+    data = encode(0, mode="P", transparency=transparency)
+    assert open_image(data).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_orientation_is_applied() -> None:
+    image = Image.new("RGB", (4, 3), BLUE)
+    image.putpixel((0, 0), RED)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # to be turned clockwise by a quarter
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    turned = open_image(file.getvalue())
+    assert (turned.size, turned.getpixel((2, 0))) == ((3, 4), RED)
+
+
+@pytest.mark.parametrize("block", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"])
+def test_broken_orientation_is_none(block: bytes) -> None:
+    assert open_image(encode(form="JPEG", exif=block)).size == (4, 3)
+
+
+def test_opening_a_broken_image_names_it(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="an image of 3 bytes: not an image"):
+        open_image(b"abc")
+    with pytest.raises(PromptError, match=f"image {tmp_path / 'no.png'}: no such file"):
+        open_image(tmp_path / "no.png")
+
+
+# Digest
+
+
+def test_digest_tells_contents_and_not_places(tmp_path: Path) -> None:
+    first = put(tmp_path / "a.png", ENCODED[0])
+    same = put(tmp_path / "b" / "c.png", ENCODED[0])
+    prompts = [Prompt("x", (first,), "p:1"), Prompt("y", (ENCODED[1],), "p:2")]
+    mark = digest(prompts)
+    assert len(mark) == 64
+    assert int(mark, 16) >= 0
+    assert digest(iter(prompts)) == mark
+    assert digest([replace(prompts[0], id="q:9"), prompts[1]]) == mark
+    assert digest([replace(prompts[0], images=(same,)), prompts[1]]) == mark
+    assert digest([replace(prompts[0], images=(ENCODED[0],)), prompts[1]]) == mark
+    put(first, ENCODED[2])
+    assert digest(prompts) != mark
+
+
+def test_digest_sees_every_difference() -> None:
+    pairs = [
+        [],
+        [Prompt("")],
+        [Prompt("ab")],
+        [Prompt("a"), Prompt("b")],
+        [Prompt("b"), Prompt("a")],
+        [Prompt("ab"), Prompt("")],
+        [Prompt("a", (b"1",)), Prompt("b")],
+        [Prompt("a"), Prompt("b", (b"1",))],
+        [Prompt("a", (b"1", b"2"))],
+        [Prompt("a", (b"2", b"1"))],
+        [Prompt("a", (b"12",))],
+        [Prompt("a", (b"1",)), Prompt("a", (b"2",))],
+        [Prompt("1 0\na")],
+    ]
+    assert len({digest(prompts) for prompts in pairs}) == len(pairs)
+    assert digest([]) == hashlib.sha256().hexdigest()
+
+
+def test_digest_of_a_missing_image_names_it(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"gone\.png"):
+        digest([Prompt("x", (tmp_path / "gone.png",))])
