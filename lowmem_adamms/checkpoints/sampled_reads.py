@@ -26,6 +26,15 @@ Remote = Mapping[Path, RemoteFile]
 _RWF_DONTCACHE = 0x80  # linux/fs.h, Linux 6.14; not in Python's os module
 
 
+def evenly_spread(total: int, length: int, count: int) -> list[int]:
+    """Where `count` stretches of `length` begin in `total`, the first and the last included.
+
+    Ascending and each once: a short total has fewer.
+    """
+    last = max(total - length, 0)
+    return sorted({last * i // max(count - 1, 1) for i in range(count)})
+
+
 class Reads(Closing):
     """Files opened for a few small reads each. remote: those that are on the Hub only."""
 

@@ -1,0 +1,221 @@
+"""Every setting of the method, declared once: its type, default, help and how it is written.
+
+The command line (`cli/`) and the keyword arguments of `api.py` are both made from these classes. A
+command takes one class; classes that several commands share are its bases. The wings take the
+classes they need, never a namespace of argparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .values import parse_count, parse_grid, parse_natural, parse_size, parse_size_or_zero
+
+Embeddings = Literal["merge", "keep"]
+Measure = Literal["pairwise", "joint", "embedding", "relative"]
+Quantization = Literal["none", "int8", "nf4"]
+Device = Literal["cpu", "cuda"]
+
+DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a setting is given on a command line.
+
+    parse: turns a word into a value. choices: the words that are allowed. off: the option is
+    spelled `--no-NAME` and turns the setting off. repeated: it may be given several times.
+    """
+
+    help: str
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] | None = None
+    off: bool = False
+    repeated: bool = False
+
+
+def setting(default: Any, help: str, **how: Any) -> Any:
+    """A dataclass field with the Option that describes it."""
+    return field(default=default, metadata={"option": Option(help, **how)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What the output is made of."""
+
+    embeddings: Embeddings = setting(
+        "merge",
+        "join embedding and head rows by token (default), or keep the base's",
+        choices=("merge", "keep"),
+    )
+    dtype: str | None = setting(
+        None, "of the output: bf16, fp16 or fp32; default: each base tensor's own"
+    )
+    quantize: Quantization | None = setting(
+        None,
+        "the output's linear layers, with bitsandbytes, and the search's model; default: none",
+        choices=("none", "int8", "nf4"),
+    )
+    arch: tuple[str, ...] = setting(
+        (),
+        "a family declared in TOML, as `archs NAME` prints them; goes before the known ones;"
+        " may be repeated",
+        metavar="FILE",
+        repeated=True,
+    )
+    no_cache: bool = setting(False, "of Hub ids: stream the tensors and store nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermissionSettings:
+    """What is not done unless the user says so."""
+
+    force: bool = setting(False, "go on with what looks unrelated")
+    trust_remote_code: bool = setting(
+        False,
+        "run Python code that lies beside the base's weights, where a search or --quantize"
+        " needs it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementSettings:
+    """Where the search's model goes. By default, what fits best into the memory that is free."""
+
+    device: Device | None = setting(
+        None, "default: cuda if it fits there, in 4 bit if need be", choices=("cpu", "cuda")
+    )
+    live_quantize: Quantization | None = setting(
+        None,
+        "of the loaded model alone; default: --quantize, or what fits",
+        choices=("none", "int8", "nf4"),
+    )
+    live_dtype: str | None = setting(
+        None, "of the loaded model alone; default: the output's", metavar="DTYPE"
+    )
+    vram: int | None = setting(
+        None,
+        "plan with so much memory of the card, such as 8GB; 0: without a card",
+        metavar="SIZE",
+        parse=parse_size_or_zero,
+    )
+    ram: int | None = setting(
+        None, "plan with so much main memory, such as 16GB", metavar="SIZE", parse=parse_size
+    )
+    batch_size: int | None = setting(
+        None,
+        "questions answered at a time; default: 8, or what fits",
+        metavar="N",
+        parse=parse_count,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """Which unlabelled questions are asked."""
+
+    question: str | None = setting(None, "asked of each image of a folder", metavar="TEXT")
+    split: str | None = setting(
+        None, "of a Hub dataset; default: test, validation or train", metavar="NAME"
+    )
+    text_column: str | None = setting(
+        None,
+        "of Parquet or a Hub dataset; default: prompt, question, query, instruction or text",
+        metavar="NAME",
+    )
+    image_column: tuple[str, ...] = setting(
+        (),
+        "of Parquet or a Hub dataset; may be repeated; default: image, images, image_1, ...",
+        metavar="NAME",
+        repeated=True,
+    )
+    samples: int = setting(
+        100,
+        "ask so many of the questions, drawn at random; default: 100",
+        metavar="N",
+        parse=parse_count,
+    )
+    seed: int = setting(
+        0, "of drawing and resampling questions; default: 0", metavar="N", parse=parse_natural
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings:
+    """Which alphas are tried, and how they are scored."""
+
+    alphas: tuple[float, ...] = setting(
+        DEFAULT_ALPHAS,
+        "those to try: 0,0.1,0.2 or start:stop:step; default: 0:0.6:0.1",
+        metavar="ALPHAS",
+        parse=parse_grid,
+    )
+    refine: int = setting(
+        0,
+        "then halve the step around the best alpha, N times; two more alphas each; default: 0",
+        metavar="N",
+        parse=parse_natural,
+    )
+    measure: Measure = setting(
+        "pairwise",
+        "the paper's Algorithm 1 (default), its Appendix B, embedding distance, or ours:"
+        " Algorithm 1's D relative to how many answers have left the base's",
+        choices=("pairwise", "joint", "embedding", "relative"),
+    )
+    noise: bool = setting(
+        True,
+        "do not ask twice at the chosen alpha, to see how many answers differ by chance",
+        off=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """How answers are made. Two runs are comparable if these and the prompts are the same."""
+
+    max_new_tokens: int = setting(
+        64, "of an answer, at most; default: 64", metavar="N", parse=parse_count
+    )
+    drafts: bool = setting(
+        True,
+        "generate every token anew, not only from where an answer differs from the last",
+        off=True,
+    )
+    vision_cache: bool = setting(True, "encode the images again at every alpha", off=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(
+    PromptSettings, GridSettings, AnswerSettings, PlacementSettings, PermissionSettings
+):
+    """A search for alpha on a live model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(PermissionSettings):
+    """How a merge is written."""
+
+    max_shard_size: int | None = setting(
+        None,
+        "of the files of the output, such as 5GB; default: the base's own",
+        metavar="SIZE",
+        parse=parse_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadSettings:
+    """Where the output is uploaded to."""
+
+    push_to_hub: str | None = setting(
+        None,
+        "upload too, file by file as they are finished; one commit when all is there",
+        metavar="ORG/NAME",
+    )
+    private: bool = setting(False, "make a new repository private")
+    replace_repo: bool = setting(
+        False, "upload also to a repository that holds other files, and delete those"
+    )

@@ -1,0 +1,122 @@
+"""What users write, as checked values: sizes, whole numbers, weights and grids of alphas.
+
+Every function takes the text of a command line or the value of a Python call, and raises RecipeError
+that says what was found and what is expected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+
+from .errors import RecipeError
+
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", re.IGNORECASE)
+_SMALLEST_PLAIN_SIZE = 10_000  # a smaller number without a unit is a unit forgotten
+_MOST_ALPHAS = 1001
+
+
+def format_size(nbytes: int) -> str:
+    """A number of bytes for people, in decimal units: `16.58 GB`."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes: a number, or text such as `5GB`, `500 MB` and `7.5GiB`."""
+    nbytes = parse_size_or_zero(text)
+    if nbytes == 0:
+        raise RecipeError(f"{text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
+    return nbytes
+
+
+def parse_size_or_zero(text: str | int) -> int:
+    """The same as `parse_size`, and 0 where nothing at all has a meaning."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise RecipeError(f"{text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
+    digits, unit, binary = match.groups()
+    number = Fraction(digits)
+    if digits == text.strip() and 0 < number < _SMALLEST_PLAIN_SIZE:
+        raise RecipeError(f"{text!r}: that many bytes? Give a unit, as in {digits}GB")
+    factor = 1024 if binary else 1000
+    return int(number * factor ** " KMGT".index((unit or " ").upper()))
+
+
+def parse_count(text: str | int) -> int:
+    """A whole number, 1 or more."""
+    return _parse_whole(text, least=1)
+
+
+def parse_natural(text: str | int) -> int:
+    """A whole number, 0 or more."""
+    return _parse_whole(text, least=0)
+
+
+def _parse_whole(text: str | int, least: int) -> int:
+    word = str(text).strip()
+    if not word.isdecimal() or int(word) < least:
+        raise RecipeError(f"{text!r}: expected a whole number, {least} or more")
+    return int(word)
+
+
+def parse_alpha(text: str | float) -> float:
+    """The donor's weight, 0 to 1."""
+    try:
+        alpha = float(text)
+    except ValueError:
+        raise RecipeError(f"{text!r}: expected a number, 0 to 1") from None
+    if not 0 <= alpha <= 1:  # NaN, too, is refused here
+        raise RecipeError(f"alpha is {alpha}, expected a number in 0..1")
+    return alpha
+
+
+def parse_grid(alphas: str | Iterable[float]) -> tuple[float, ...]:
+    """The alphas of a search, ascending: numbers, `0,0.1,0.2`, or `start:stop:step` with stop."""
+    if not isinstance(alphas, str):
+        return check_grid(tuple(alphas))
+    return check_grid(_parse_range(alphas) if ":" in alphas else _parse_list(alphas))
+
+
+def check_grid(alphas: Iterable[float]) -> tuple[float, ...]:
+    """The alphas to 6 decimals; RecipeError unless they are three or more, ascending, in 0..1."""
+    grid = tuple(round(float(alpha), 6) for alpha in alphas)
+    for alpha in grid:
+        if not (math.isfinite(alpha) and 0 <= alpha <= 1):
+            raise RecipeError(f"alphas: found {alpha}, expected numbers in 0..1")
+    shown = ", ".join(map(str, grid))
+    if len(grid) < 3:
+        raise RecipeError(
+            f"alphas: found {len(grid)} ({shown}), expected three or more: only an alpha between"
+            " two others can be scored"
+        )
+    if any(first >= second for first, second in itertools.pairwise(grid)):
+        raise RecipeError(f"alphas: found {shown}, expected them ascending, each once")
+    return grid
+
+
+def _parse_list(text: str) -> list[float]:
+    try:
+        return sorted({float(word) for word in text.split(",")})
+    except ValueError:
+        raise RecipeError(f"{text!r}: expected 0,0.1,0.2 or 0:0.6:0.1") from None
+
+
+def _parse_range(text: str) -> list[float]:
+    try:
+        start, stop, step = map(float, text.split(":"))
+        count = int((stop - start) / step + 1.000001)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise RecipeError(f"{text!r}: expected 0,0.1,0.2 or 0:0.6:0.1") from None
+    if not 0 < count <= _MOST_ALPHAS:
+        raise RecipeError(f"{text!r}: makes {count} alphas; expected 3 to {_MOST_ALPHAS}")
+    return [round(start + i * step, 6) for i in range(count)]
