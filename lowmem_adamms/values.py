@@ -1,7 +1,7 @@
 """What users write, as checked values: sizes, whole numbers, weights and grids of alphas.
 
-Every function takes the text of a command line or the value of a Python call, and raises RecipeError
-that says what was found and what is expected.
+Every function takes the text of a command line or the value of a Python call, and raises
+RecipeError that says what was found and what is expected.
 """
 
 from __future__ import annotations
