@@ -50,7 +50,7 @@ from huggingface_hub import get_session
 from lowmem_adamms import checkpoint, hub, ranges
 files = {}
 for ref in ("bench/base", "bench/donor"):
-    files |= checkpoint.open_checkpoint(ref, cache=False).remote()
+    files |= checkpoint.open_checkpoint(ref, cache=False).remote_files()
 size = ranges.REQUEST
 def fetch(job):
     file, start = job

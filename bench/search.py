@@ -33,13 +33,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lowmem_adamms.kernels.select import select
 
 from lowmem_adamms import LiveModel, make_plan, merge, search
-from lowmem_adamms.checkpoints.mapped_files import Files
 from lowmem_adamms.live.answerer import Answerer
 from lowmem_adamms.live.draft_decoding import Settings
 from lowmem_adamms.live.prompt_encoder import Encoder
@@ -110,7 +111,7 @@ def measure_apply(plan: Plan, where: dict[str, Any]) -> dict[str, Any]:
 def bare_kernel(plan: Plan) -> Callable[[float], None]:
     """The kernel over every part, mapped in, out to as much memory as the parts take."""
     kernel, _ = select(plan.dtypes)
-    files = Files()
+    files = MappedFiles()
     calls = []
     for step in plan.steps:
         for part in step.parts:

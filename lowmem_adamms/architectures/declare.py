@@ -66,12 +66,12 @@ _STREAMS = ("text", "vision")
 _NAME = re.compile(r"[A-Za-z_.]+\.#\.[^#]+|[^#]+")
 
 
-def read_all(paths: Iterable[str | Path]) -> tuple[Arch, ...]:
-    """Several files as `read` reads them. DeclarationError also if two give the same name."""
+def read_declarations(paths: Iterable[str | Path]) -> tuple[Arch, ...]:
+    """Several files, each as by `read_declaration`; DeclarationError also if two share a name."""
     found: dict[str, Path] = {}
     archs = []
     for path in map(Path, paths):
-        arch = read(path)
+        arch = read_declaration(path)
         if arch.name in found:
             raise DeclarationError(
                 f"{path}: name: {arch.name!r} is also that of {found[arch.name]}; give each its own"
@@ -81,7 +81,7 @@ def read_all(paths: Iterable[str | Path]) -> tuple[Arch, ...]:
     return tuple(archs)
 
 
-def read(path: str | Path) -> Arch:
+def read_declaration(path: str | Path) -> Arch:
     """The declaration in a TOML file. DeclarationError says where it is wrong, and how to mend it.
 
     At most MOST_BYTES are read; the file cannot make us run or open anything.
@@ -107,13 +107,13 @@ def from_toml(raw: bytes, where: str) -> Arch:
         raise DeclarationError(f"{where}, line {line}: not UTF-8; save the file as that") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, and Python's own limits
         raise DeclarationError(f"{where}: not TOML: {error}") from None
-    return parse(table, where)
+    return parse_declaration(table, where)
 
 
-def parse(table: Mapping[str, Any], where: str) -> Arch:
+def parse_declaration(table: Mapping[str, Any], where: str) -> Arch:
     """The declaration in a table as TOML or JSON gives it. DeclarationErrors begin with `where`.
 
-    What `plain` makes of an Arch comes back as it was.
+    What `Arch.to_json` gives comes back as it was.
     """
     if not isinstance(table, dict):
         raise DeclarationError(f"{where}: found {_short(table)}, expected a table")
@@ -142,7 +142,7 @@ def parse(table: Mapping[str, Any], where: str) -> Arch:
     return arch
 
 
-def named(name: str, archs: Sequence[Arch]) -> Arch:
+def find_arch(name: str, archs: Sequence[Arch]) -> Arch:
     """The declaration of a name, upper and lower case alike. RecipeError if there is none."""
     for arch in archs:
         if arch.name.casefold() == name.casefold():
@@ -199,7 +199,7 @@ def _inherited(like: Any, rename: Any, where: str) -> dict[str, Any]:
     if not isinstance(like, str):
         raise DeclarationError(f"{where}: like: found {_short(like)}, expected a text")
     try:
-        arch = named(like, ARCHS)
+        arch = find_arch(like, ARCHS)
     except RecipeError as error:
         raise DeclarationError(f"{where}: like: {error}") from None
     changes = _checked({} if rename is None else rename, Mapping[str, str], f"{where}: rename")
@@ -368,28 +368,10 @@ def _short(value: Any) -> str:
 # From an Arch to a file
 
 
-def plain(arch: Arch) -> dict[str, Any]:
-    """A declaration as plain data for JSON or TOML; what has its default is left out."""
-    values = {field.name: (getattr(arch, field.name), field) for field in fields(arch)}
-    return {
-        name: _plain(value)
-        for name, (value, field) in values.items()
-        if value is not None
-        and value != field.default
-        and (field.default_factory is MISSING or value != field.default_factory())
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
 def to_toml(arch: Arch) -> str:
-    """A declaration as a file for --arch, with a comment on each key; `read` gives it back."""
+    """A declaration as a file for --arch, with a comment on each key."""
     lines, tables = [], []
-    for key, value in plain(arch).items():
+    for key, value in arch.to_json().items():
         comment = [f"# {_COMMENTS[key]}"] if key in _COMMENTS else []
         if isinstance(value, dict):
             pairs = (f"{_quoted(name)} = {_toml(item)}" for name, item in value.items())

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
@@ -62,6 +63,22 @@ class Arch:
     interleaved: tuple[str, ...] = ()
     head_dim: int | None = None
     foreign_layers: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which `declare.parse_declaration` reads. What has its default is left out."""
+        values: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            required = each.default is MISSING and each.default_factory is MISSING
+            if required or value:
+                values[each.name] = _to_lists(value)
+        return values
+
+
+def _to_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [_to_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +134,7 @@ def embed_name(arch: Arch) -> str:
     return next(suffix for suffix, roles in arch.decoder.items() if roles == "embed")
 
 
-def read(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:
+def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:
     """The layout under one spelling, or None if its decoder is not all there."""
     if prefix + embed_name(arch) not in checkpoint.tensors:
         return None
@@ -242,7 +259,7 @@ def _split(
 
 def _head_dim(checkpoint: Checkpoint, arch: Arch, o_columns: int | None) -> int:
     """Rows of one attention head: as the config says, else as declared; 0 if neither does."""
-    for level in checkpoint.levels:
+    for level in checkpoint.config_levels:
         heads = level.get("num_attention_heads")
         if isinstance(heads, int) and heads > 0:
             return (o_columns or 0) // heads
@@ -259,6 +276,6 @@ def _fused_rows(rows: int, roles: list[str], o_columns: int | None) -> list[int]
     return [q_rows if is_query else rest // others for is_query in query]
 
 
-def span_of(checkpoint: Checkpoint, name: str, block: Block) -> Span:
+def block_span(checkpoint: Checkpoint, name: str, block: Block) -> Span:
     """The bytes of one block."""
     return checkpoint.tensors[name].rows(block.start, block.stop)

@@ -16,7 +16,7 @@ from math import prod
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MappingError
-from .layout import ESSENTIAL, UNKNOWN, Arch, Layout, embed_name, read
+from .layout import ESSENTIAL, UNKNOWN, Arch, Layout, embed_name, read_layout
 
 ANOTHER = "another decoder"
 """The kind of what belongs to a decoder that was not taken for the language model."""
@@ -67,7 +67,7 @@ def _fits(checkpoint: Checkpoint, archs: Iterable[Arch]) -> list[tuple[Arch, Lay
         (arch, layout)
         for arch in archs
         for prefix, head in arch.spellings
-        if (layout := read(checkpoint, arch, prefix, head)) is not None
+        if (layout := read_layout(checkpoint, arch, prefix, head)) is not None
     ]
 
 
@@ -155,7 +155,7 @@ def _by_structure(checkpoint: Checkpoint, structures: Sequence[_Structure]) -> L
     if not candidates:
         raise _no_decoder(checkpoint, [(each.arch, prefix) for each, prefix in places])
     chosen, others = _stands_out(checkpoint, _with_heads(checkpoint, candidates))
-    layout = read(checkpoint, chosen.structure.arch, chosen.layout.prefix, chosen.head)
+    layout = read_layout(checkpoint, chosen.structure.arch, chosen.layout.prefix, chosen.head)
     assert layout is not None  # a head more is no decoder less
     why = f"a {layout.arch} decoder under {layout.prefix!r} by its tensor names"
     kinds = dict(layout.kinds)
@@ -183,7 +183,7 @@ def _under(
     misfit: MappingError | None = None
     for structure in structures:
         try:
-            layout = read(checkpoint, structure.arch, prefix, "")
+            layout = read_layout(checkpoint, structure.arch, prefix, "")
         except MappingError as error:
             misfit = misfit or error
             continue

@@ -19,8 +19,8 @@ from typing import Any
 from ..errors import FormatError, HubError
 from ..hub import repository as hub
 from ..hub.remote_file import RemoteFile
-from . import safetensors_header as header
 from . import torch_bin
+from .safetensors_header import Header, read_header
 from .span import Span
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -39,7 +39,7 @@ OURS = frozenset({"README.md", "adamms.json", "report.html", "answers.jsonl"})
 class Checkpoint:
     """Every tensor of a checkpoint as a span, in the order of its shards and of their bytes.
 
-    repo: the repository it comes from; then shards need not lie on this disk (see `remote`).
+    repo: the repository it comes from; then shards need not lie on this disk (see `remote_files`).
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Checkpoint:
         stats = [(shard, shard.stat()) for shard in self.shards]
         return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
-    def remote(self) -> dict[Path, RemoteFile]:
+    def remote_files(self) -> dict[Path, RemoteFile]:
         """The shards that are not on this disk now."""
         return self.repo.missing(self.shards) if self.repo else {}
 
@@ -87,9 +87,9 @@ class Checkpoint:
         return own
 
     @property
-    def ties(self) -> list[bool]:
+    def tied_flags(self) -> list[bool]:
         """What its config says of tying the head to the embedding, level by level."""
-        said = (level.get("tie_word_embeddings") for level in self.levels)
+        said = (level.get("tie_word_embeddings") for level in self.config_levels)
         return [tied for tied in said if isinstance(tied, bool)]
 
     @property
@@ -99,10 +99,10 @@ class Checkpoint:
         Of llava-hf/llava-onevision-qwen2-0.5b-ov-hf the outer config says no and the language
         model's yes, and transformers ties.
         """
-        return any(self.ties) if self.ties else None
+        return any(self.tied_flags) if self.tied_flags else None
 
     @property
-    def levels(self) -> list[Mapping[str, Any]]:
+    def config_levels(self) -> list[Mapping[str, Any]]:
         """Its config, and the parts of it that are about the language model, outermost first."""
         outer = _language_configs(self.config)
         return [
@@ -154,14 +154,27 @@ def _is_sidecar(relative: Path) -> bool:
 
 
 def open_checkpoint(
-    ref: str | Path, *, cache: bool = True, bins: bool = False, quantized: bool = False
+    ref: str | Path,
+    *,
+    cache: bool = True,
+    download_bins: bool = False,
+    allow_quantized: bool = False,
 ) -> Checkpoint:
     """Open a folder, a bare file or `org/name[@revision]` by its headers.
 
-    What exists on disk is never looked for on the Hub. cache: keep the small files of a Hub id in
-    the ordinary cache. bins: download a repository that holds only .bin files, whose tensors cannot
-    be located otherwise. quantized: take quantized weights as well, to be looked at; they cannot be
-    blended. FormatError, or HubError, says what is missing or wrong.
+    What exists on disk is never looked for on the Hub.
+
+    Args:
+        ref: Where the checkpoint is.
+        cache: Keep the small files of a Hub id in the ordinary cache.
+        download_bins: Download a repository that holds only .bin files, whose tensors cannot be
+            located otherwise.
+        allow_quantized: Open quantized weights as well, to look at them; they cannot be blended.
+
+    Raises:
+        FormatError: A file is missing, damaged, or not of a kind that can be merged.
+        HubError: The repository cannot be read.
+
     """
     path = Path(ref)
     repo = None
@@ -172,9 +185,9 @@ def open_checkpoint(
         repo = hub.find(*asked, cache=cache)
         path = repo.folder
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if not quantized:
+    if not allow_quantized:
         _refuse_quantized_config(path, config)
-    names, weight_map = _hub_shards(repo, bins) if repo and repo.files else _shards(path)
+    names, weight_map = _hub_shards(repo, download_bins) if repo and repo.files else _shards(path)
     headers = hub.headers(repo.missing(names)) if repo else {}
     tensors: dict[str, Span] = {}
     home: dict[str, Path] = {}
@@ -190,7 +203,7 @@ def open_checkpoint(
         raise FormatError(f"{path}: no tensors in it")
     if all(name.startswith("base_model.model.") for name in tensors):  # as peft's save_pretrained
         raise FormatError(f"{path}: holds {_ADAPTER}")
-    if not quantized:
+    if not allow_quantized:
         _refuse_quantized_tensors(path, tensors)
     return Checkpoint(path, tuple(names), tensors, config, repo)
 
@@ -277,12 +290,12 @@ def _weight_map(index: Path, listed: Collection[str]) -> dict[str, str]:
     return weight_map
 
 
-def _spans(shard: Path, known: header.Header | None) -> Iterator[tuple[str, Span]]:
+def _spans(shard: Path, known: Header | None) -> Iterator[tuple[str, Span]]:
     """Name and span of every tensor of one weight file; known: its header, if it was read."""
     if shard.suffix in (".bin", ".pt", ".pth"):
         yield from torch_bin.read_spans(shard)
         return
-    for info in (known or header.read(shard)).tensors:
+    for info in (known or read_header(shard)).tensors:
         yield info.name, Span(shard, info.dtype, info.start, info.stop, info.shape)
 
 

@@ -67,7 +67,7 @@ _SPOKEN = {
 }
 
 
-def from_user(text: str) -> DType:
+def parse_dtype(text: str) -> DType:
     """The blendable dtype a user means by `bf16`, `bfloat16`, `torch.float16`, …."""
     spoken = text.lower().removeprefix("torch.")
     for name, words in _SPOKEN.items():

@@ -38,7 +38,7 @@ BLOCK = 8 << 20
 """Bytes brought in or let go at a time, from multiples of it on."""
 
 
-class Mapped:
+class MappedFile:
     """One file, mapped read-only for as long as the object is open."""
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +93,7 @@ def _cut(path: Path, size: int, needed: int) -> FormatError:
     )
 
 
-class Files(Closing):
+class MappedFiles(Closing):
     """Mapped files, opened on first use and closed together. Used by one thread.
 
     keep: leave what was brought in mapped, for whoever reads it again; the kernel still evicts it
@@ -102,7 +102,7 @@ class Files(Closing):
 
     def __init__(self, *, keep: bool = False) -> None:
         self.keep = keep
-        self._open: dict[Path, Mapped] = {}
+        self._open: dict[Path, MappedFile] = {}
         self._asked: set[tuple[Path, int]] = set()
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Files(Closing):
         self._open.clear()
         self._asked.clear()
 
-    def forget(self, path: Path) -> None:
+    def unmap(self, path: Path) -> None:
         """Unmap one file."""
         if path in self._open:
             self._open.pop(path).close()
@@ -123,7 +123,7 @@ class Files(Closing):
         view = self._mapped(span.path).view(span.start, span.stop)
         return view.copy() if span.start % span.dtype.itemsize else view
 
-    def ahead(self, span: Span) -> list[Callable[[], None]]:
+    def prefetch(self, span: Span) -> list[Callable[[], None]]:
         """Calls, for any thread, that bring in those blocks of a span nobody has asked for yet."""
         mapped = self._mapped(span.path)
         blocks = range(span.start // BLOCK, -(-span.stop // BLOCK))
@@ -131,7 +131,7 @@ class Files(Closing):
         self._asked.update((span.path, block) for block in fresh)
         return [partial(mapped.populate, block) for block in fresh]
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+    def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
         """A call, for any thread, that lets go of the blocks which end inside a span, if any do.
 
         evict: also from the page cache.
@@ -142,9 +142,9 @@ class Files(Closing):
         self._asked.difference_update((span.path, block) for block in range(first, last))
         return partial(self._mapped(span.path).release, first, last, evict=evict)
 
-    def _mapped(self, path: Path) -> Mapped:
+    def _mapped(self, path: Path) -> MappedFile:
         if path not in self._open:
-            self._open[path] = Mapped(path)
+            self._open[path] = MappedFile(path)
         return self._open[path]
 
 
@@ -172,7 +172,7 @@ def evict_range(fd: int, start: int, stop: int) -> None:
         os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
-def write_out(fd: int, start: int, stop: int, *, wait: bool = False) -> None:
+def flush_range(fd: int, start: int, stop: int, *, wait: bool = False) -> None:
     """Have dirty pages of a range written out now, so that fsync finds little left (Linux)."""
     if _libc_sync_file_range is not None and start < stop:
         length = ctypes.c_int64(stop - start)

@@ -48,7 +48,7 @@ class Header:
         return self.tensors[-1].stop if self.tensors else self.data_start
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_lfs_pointer(path: Path) -> None:
     """FormatError if a clone without Git LFS left a few lines of text where `path` should be."""
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
@@ -58,7 +58,7 @@ def refuse_pointer(path: Path) -> None:
             )
 
 
-def read(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     """The header of `path`, read without touching its data. FormatError names what is wrong."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -67,7 +67,7 @@ def read(path: Path) -> Header:
         if len(head) < 8:
             raise FormatError(f"{path}: {size} bytes is too short for a safetensors file")
         if length > MAX_HEADER_BYTES:
-            refuse_pointer(path)  # its first letters make a number as large
+            refuse_lfs_pointer(path)  # its first letters make a number as large
             raise FormatError(
                 f"{path}: header says it is {length} bytes long, at most {MAX_HEADER_BYTES} is"
                 " allowed; not a safetensors file?"
@@ -79,12 +79,12 @@ def read(path: Path) -> Header:
             )
         raw = file.read(length)
     try:
-        return parse(raw, size)
+        return parse_header(raw, size)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
 
 
-def parse(raw: bytes, file_size: int) -> Header:
+def parse_header(raw: bytes, file_size: int) -> Header:
     """Validate the JSON of a header that stands in a file of `file_size` bytes."""
     document = _json_object(raw)
     metadata = document.pop("__metadata__", {})
@@ -109,7 +109,7 @@ def parse(raw: bytes, file_size: int) -> Header:
     return Header(tuple(infos), metadata, data_start)
 
 
-def emit(
+def build_header(
     tensors: Iterable[tuple[str, DType, tuple[int, ...]]],
     metadata: Mapping[str, str],
     *,

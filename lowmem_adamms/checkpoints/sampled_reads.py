@@ -35,7 +35,7 @@ def evenly_spread(total: int, length: int, count: int) -> list[int]:
     return sorted({last * i // max(count - 1, 1) for i in range(count)})
 
 
-class Reads(Closing):
+class SampledReader(Closing):
     """Files opened for a few small reads each. remote: those that are on the Hub only."""
 
     def __init__(self, remote: Remote | None = None) -> None:
@@ -54,7 +54,7 @@ class Reads(Closing):
         """What `work`, which reads here, makes of each item, in their order."""
         return self._pool.map(work, items)
 
-    def raw(self, span: Span) -> bytes | bytearray:
+    def read_bytes(self, span: Span) -> bytes | bytearray:
         """A span's bytes."""
         path = span.path
         if path in self._remote:
@@ -63,19 +63,19 @@ class Reads(Closing):
             self._open[path] = self._stack.enter_context(path.open("rb", buffering=0))
         return _read_uncached(self._open[path], span.start, span.nbytes)
 
-    def bits(self, span: Span) -> Bits:
+    def read_bits(self, span: Span) -> Bits:
         """A span of a blendable dtype as a flat storage array."""
         import numpy as np
 
         from ..kernels import reference
 
-        return np.frombuffer(self.raw(span), reference.STORAGE[span.dtype.name])
+        return np.frombuffer(self.read_bytes(span), reference.STORAGE[span.dtype.name])
 
-    def floats(self, span: Span) -> Floats:
+    def read_floats(self, span: Span) -> Floats:
         """The same as float64."""
         from ..kernels import reference
 
-        return reference.widen(self.bits(span), span.dtype.name)
+        return reference.widen(self.read_bits(span), span.dtype.name)
 
 
 def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:

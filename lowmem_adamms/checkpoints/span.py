@@ -42,7 +42,7 @@ class Span:
         shape = (stop - start, *self.shape[1:])
         return replace(self, start=first, stop=last, shape=shape)
 
-    def stretch(self, first: int, count: int) -> Span:
+    def flat_slice(self, first: int, count: int) -> Span:
         """`count` elements of it from element `first`, flat."""
         start = self.start + first * self.dtype.bits // 8
         return replace(self, start=start, stop=start + self.dtype.nbytes(count), shape=(count,))

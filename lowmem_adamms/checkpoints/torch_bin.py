@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, first_line
-from . import safetensors_header as header
 from .dtypes import FROM_TORCH
+from .safetensors_header import refuse_lfs_pointer
 from .span import Span
 
 
@@ -23,7 +23,7 @@ def read_spans(shard: Path) -> Iterator[tuple[str, Span]]:
     On the meta device torch notes each storage's offset in the zip file (`_checkpoint_offset`),
     so nothing but the pickle of names is read. Needs the zip format of torch 1.6 and later.
     """
-    header.refuse_pointer(shard)
+    refuse_lfs_pointer(shard)
     import torch
 
     try:

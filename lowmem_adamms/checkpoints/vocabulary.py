@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, first_line
-from . import safetensors_header as header
+from .safetensors_header import refuse_lfs_pointer
 
 _SPACE = re.compile(r"[\s,:]*")
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
@@ -41,13 +41,13 @@ _QWEN_SPECIAL = (
 )
 """Ids behind those of qwen.tiktoken: hf.co/Qwen/Qwen-7B, tokenization_qwen.py."""
 _ABSENT = 0
-Known = dict[tuple[int, bytes], "array[int]"]
+KnownVocabularies = dict[tuple[int, bytes], "array[int]"]
 """Hashes by id of the `model.vocab` whose JSON has this length and digest."""
 _MOST_IDS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowRun:
     """`length` consecutive base rows from `base` take the donor's rows from `donor`."""
 
     base: int
@@ -55,7 +55,9 @@ class Run:
     length: int
 
 
-def vocabulary(folder: Path | None, known: Known | None = None) -> array[int] | None:
+def read_vocabulary(
+    folder: Path | None, known: KnownVocabularies | None = None
+) -> array[int] | None:
     """For each token id a 64-bit hash of its string (0: no such id), or None without a tokenizer.
 
     Hashes are Python's own, so they compare within one process only. known: what was read before,
@@ -86,7 +88,7 @@ def vocabulary(folder: Path | None, known: Known | None = None) -> array[int] | 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Whatever goes wrong with the content of a file becomes one FormatError that names it."""
-    header.refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         yield
     except UnicodeDecodeError as error:  # whose own words quote the whole file
@@ -100,7 +102,7 @@ def _reading(path: Path) -> Iterator[None]:
     raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again")
 
 
-def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[Run]:
+def join_rows(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[RowRun]:
     """Runs of base rows whose token the donor has too, in the order of the base's rows.
 
     Of a token that the donor has at several ids, as some added ones are, the same id is taken.
@@ -109,7 +111,7 @@ def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -
     pairs = zip(base, chain(donor, repeat(_ABSENT)), strict=False)
     elsewhere = {token for token, same in pairs if token != same} - {_ABSENT}
     where = {token: i for i, token in enumerate(donor) if token in elsewhere}
-    runs: list[Run] = []
+    runs: list[RowRun] = []
     first, end, shift = 0, 0, 0
     for i, (token, same) in enumerate(zip(base, chain(donor, repeat(_ABSENT)), strict=False)):
         j = i if token == same != _ABSENT else where.get(token)
@@ -117,9 +119,9 @@ def join(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -
             end += 1
         elif j is not None:
             if end > first:
-                runs.append(Run(first, first + shift, end - first))
+                runs.append(RowRun(first, first + shift, end - first))
             first, end, shift = i, i + 1, j - i
-    return [*runs, Run(first, first + shift, end - first)] if end > first else runs
+    return [*runs, RowRun(first, first + shift, end - first)] if end > first else runs
 
 
 def _fill(hashes: array[int], tokens: Mapping[str, int]) -> None:
@@ -185,7 +187,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     raise ValueError("a number of more than 64 bits")
 
 
-def _fill_from_json(hashes: array[int], text: str, known: Known) -> None:
+def _fill_from_json(hashes: array[int], text: str, known: KnownVocabularies) -> None:
     """Enter `model.vocab` (a map, of Unigram a list) and `added_tokens` of a tokenizer.json."""
     read = json.JSONDecoder().raw_decode
     top = _find(text, _after_space(text, 0), "added_tokens", "model")

@@ -13,10 +13,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..architectures import families as archs
     from ..reporting import terminal as show
 
-    known = (*declare.read_all(arguments.arch or ()), *archs.ARCHS)
-    one = declare.named(arguments.name, known) if arguments.name else None
+    known = (*declare.read_declarations(arguments.arch or ()), *archs.ARCHS)
+    one = declare.find_arch(arguments.name, known) if arguments.name else None
     if arguments.json:
-        print_json(declare.plain(one) if one else [declare.plain(arch) for arch in known])
+        print_json(one.to_json() if one else [arch.to_json() for arch in known])
     else:
         print(declare.to_toml(one) if one else show.archs(known), end="" if one else "\n")
     return 0

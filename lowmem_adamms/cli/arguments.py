@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """From base to donor; the command `plan` itself opens no `.bin` and fetches no shard."""
-    from ..architectures.declare import read_all
+    from ..architectures.declare import read_declarations
     from ..checkpoints.checkpoint import open_checkpoint
     from ..mapping import join
 
-    declared = read_all(arguments.arch or ())
+    declared = read_declarations(arguments.arch or ())
     fetch = fetching(arguments)
     bins = arguments.command != "plan" and fetch.cached
     base, donor = (
-        open_checkpoint(ref, cache=not fetch.no_cache, bins=bins)
+        open_checkpoint(ref, cache=not fetch.no_cache, download_bins=bins)
         for ref in (arguments.base, arguments.donor)
     )
     if not (fetch.cached or base.repo or donor.repo):

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, write the page if one is asked for, and print tables or one document."""
-    from ..architectures.declare import read_all
+    from ..architectures.declare import read_declarations
     from ..comparing import comparison as compare
     from ..comparing import pairing
     from ..mapping.join import make_plan
 
     check_page(arguments.html, "--html", arguments.a, arguments.b, *(arguments.arch or ()))
-    make = partial(make_plan, declared=read_all(arguments.arch or ()))
+    make = partial(make_plan, declared=read_declarations(arguments.arch or ()))
     joined = pairing.join(arguments.a, arguments.b, make=make)
     total = compare.bytes_read(joined) if arguments.full else None
     with progress_bar("comparing", total) as progress:

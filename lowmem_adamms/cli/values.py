@@ -42,7 +42,7 @@ def dtype(text: str) -> DType:
     from ..checkpoints import dtypes
 
     try:
-        return dtypes.from_user(text)
+        return dtypes.parse_dtype(text)
     except RecipeError as error:
         raise ArgumentTypeError(str(error)) from None
 

@@ -143,7 +143,7 @@ def pair_up(forth: Plan, back: Plan, misfits: Iterable[str] = ()) -> Pairing:
     pairs = (*_by_role(forth, back), *_by_name(forth))
     obstacles = dict.fromkeys(text.partition(";")[0] for text in misfits)
     a, b = _side(forth, back, pairs, 0), _side(back, forth, pairs, 1)
-    remote = forth.base.remote() | forth.donor.remote()
+    remote = forth.base.remote_files() | forth.donor.remote_files()
     return Pairing(a, b, pairs, tuple(obstacles), forth.notes, remote)
 
 

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.mapped_files import Files, read_ahead
-from ..checkpoints.sampled_reads import Reads, Remote
+from ..checkpoints.mapped_files import MappedFiles, read_ahead
+from ..checkpoints.sampled_reads import Remote, SampledReader
 from ..checkpoints.span import Span
 from ..mapping.kinship import RUN_ELEMENTS, cosine_of
 from ..merging import range_source as ranges
@@ -104,11 +104,13 @@ def sampled(
     def measured(pair: Pair) -> Measure:
         sums = [0.0] * len(reference.SUMS)
         for a, b in _sample(pair.pieces, sample, longest):
-            found = reference.relate(reads.bits(a), reads.bits(b), (a.dtype.name, b.dtype.name))
+            found = reference.relate(
+                reads.read_bits(a), reads.read_bits(b), (a.dtype.name, b.dtype.name)
+            )
             sums = [x + y for x, y in zip(sums, found, strict=True)]
         return _measure(pair, sums)
 
-    with Reads(remote) as reads:
+    with SampledReader(remote) as reads:
         return tuple(reads.map(measured, pairs))
 
 
@@ -129,15 +131,15 @@ def streamed(
         if remote:
             spans = (spans for _, *spans in _windows(pairs, window))
             far = stack.enter_context(ranges.RangeSource(remote, spans))
-        files: Source = far or stack.enter_context(Files())
+        files: Source = far or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
         windows = _windows(pairs, window)
-        for i, a, b in read_ahead(windows, _spans, files.ahead, readers, AHEAD):
+        for i, a, b in read_ahead(windows, _spans, files.prefetch, readers, AHEAD):
             found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
             sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
             for span in (a, b):
-                if let_go := files.behind(span, evict=False):
+                if let_go := files.release(span, evict=False):
                     releaser.submit(let_go)
             if progress:
                 progress(a.nbytes + b.nbytes)
@@ -153,9 +155,9 @@ def middles(held: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> 
     def middle(spans: Sequence[Span]) -> Any:
         alone = [Piece((span, span), ("", "")) for span in spans]
         found = _sample(alone, RUN_ELEMENTS, RUN_ELEMENTS)
-        return np.concatenate([reads.floats(span) for span, _ in found])
+        return np.concatenate([reads.read_floats(span) for span, _ in found])
 
-    with Reads(remote) as reads:
+    with SampledReader(remote) as reads:
         return list(reads.map(middle, held))
 
 
@@ -188,7 +190,7 @@ def _stretches(pieces: Sequence[Piece], first: int, count: int) -> Iterator[tupl
         stop = start + a.elements
         low, high = max(first, start), min(first + count, stop)
         if low < high:
-            yield a.stretch(low - start, high - low), b.stretch(low - start, high - low)
+            yield a.flat_slice(low - start, high - low), b.flat_slice(low - start, high - low)
         start = stop
 
 
@@ -201,7 +203,7 @@ def _windows(pairs: Sequence[Pair], size: int) -> Iterator[_Window]:
     for i, a, b in sorted(todo, key=lambda item: (str(item[1].path), item[1].start)):
         for first in range(0, a.elements, size):
             count = min(size, a.elements - first)
-            yield i, a.stretch(first, count), b.stretch(first, count)
+            yield i, a.flat_slice(first, count), b.flat_slice(first, count)
 
 
 def _spans(window: _Window) -> tuple[tuple[Span, Span]]:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..checkpoints import safetensors_header as header
 from ..checkpoints.mapped_files import file_digest
+from ..checkpoints.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
 from ..errors import DigestError, FormatError, HubError
 from .plain_http import hub_utils
 from .remote_file import RemoteFile, patiently
@@ -162,24 +162,24 @@ def without_bars() -> Iterator[None]:
         utils.enable_progress_bars()
 
 
-def headers(files: Mapping[Path, RemoteFile]) -> dict[Path, header.Header]:
+def headers(files: Mapping[Path, RemoteFile]) -> dict[Path, Header]:
     """The safetensors header of each file, by ranges, several at once."""
     with ThreadPoolExecutor(LANES) as pool:
         return dict(zip(files, pool.map(_header, files.values()), strict=True))
 
 
-def _header(file: RemoteFile) -> header.Header:
+def _header(file: RemoteFile) -> Header:
     """One header: a request for what nearly always holds it, another for what is beyond."""
     raw = file.read(0, min(file.size, _FIRST))
     length = int.from_bytes(raw[:8], "little")
     name = f"{file.repo_id}: {file.name}"
-    if len(raw) < 8 or 8 + length > file.size or length > header.MAX_HEADER_BYTES:
+    if len(raw) < 8 or 8 + length > file.size or length > MAX_HEADER_BYTES:
         raise FormatError(f"{name}: not a safetensors file, or a damaged one")
     if len(raw) < 8 + length:
         raw += file.read(len(raw), 8 + length)
     file.header = raw[: 8 + length]
     try:
-        return header.parse(file.header[8:], file.size)
+        return parse_header(file.header[8:], file.size)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
 

@@ -100,7 +100,9 @@ class Answerer:
     def _note_length(self, asked: Sequence[Prompt]) -> None:
         """Positions beyond those of the training give answers all the same, of whatever worth."""
         assert self._layout
-        said = [level.get("max_position_embeddings") for level in self._live.plan.base.levels]
+        said = [
+            level.get("max_position_embeddings") for level in self._live.plan.base.config_levels
+        ]
         most = next((number for number in reversed(said) if isinstance(number, int)), None)
         longest = max(self._layout[1], key=lambda batch: batch.length, default=None)
         if longest and most and (length := longest.length + self.settings.max_new_tokens) > most:

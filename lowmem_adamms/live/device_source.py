@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints.mapped_files import Files
+from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..mapping.plan import Plan
 from .placement import Placement, homes
@@ -37,7 +37,7 @@ class DeviceSource:
     everything else stays in the page cache.
     """
 
-    def __init__(self, plan: Plan, files: Files, placement: Placement, device: str) -> None:
+    def __init__(self, plan: Plan, files: MappedFiles, placement: Placement, device: str) -> None:
         self._files, self._device = files, torch.device(device)
         self._held: dict[Path, list[tuple[int, torch.Tensor]]] = {}  # by where they start
         for _, part, home in homes(plan, placement):
@@ -48,7 +48,7 @@ class DeviceSource:
                     self._hold(span, as_tensor(files.view(span)).to(self._device, copy=True))
                 else:
                     self._hold(span, self._page_locked(span))
-                if let_go := files.behind(span, evict=False):
+                if let_go := files.release(span, evict=False):
                     let_go()
 
     def view(self, span: Span) -> torch.Tensor:
@@ -58,15 +58,15 @@ class DeviceSource:
             return as_tensor(self._files.view(span)).to(self._device)
         return held.to(self._device, non_blocking=True)
 
-    def ahead(self, span: Span) -> list[Callable[[], None]]:
+    def prefetch(self, span: Span) -> list[Callable[[], None]]:
         """Bring in the pages of what is not held."""
-        return [] if self._find(span) is not None else self._files.ahead(span)
+        return [] if self._find(span) is not None else self._files.prefetch(span)
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+    def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
         """Unmap the pages of what is not held."""
         if self._find(span) is not None:
             return None
-        return self._files.behind(span, evict=evict)
+        return self._files.release(span, evict=evict)
 
     def _page_locked(self, span: Span) -> torch.Tensor:
         locked = self._device.type == "cuda"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..checkpoints.dtypes import DTYPES, from_user
-from ..checkpoints.mapped_files import Files
+from ..checkpoints.dtypes import DTYPES, parse_dtype
+from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..closing import Closing
 from ..errors import FormatError, PlacementError
@@ -65,7 +65,7 @@ class LiveModel(Closing):
         if not force:
             kinship.check(plan)
         download(plan)
-        spoken = from_user(dtype).name if dtype else plan.options["dtype"]
+        spoken = parse_dtype(dtype).name if dtype else plan.options["dtype"]
         self.plan, self.trust_remote_code = plan, trust_remote_code
         self.placement = placement or place(
             plan, measure(), device=device, quantize=quantize, dtype=spoken
@@ -75,7 +75,7 @@ class LiveModel(Closing):
         self._encoder: Encoder | None = None
         self._answerer: Any = None
         self.model = self._load(spoken)
-        self._files = Files(keep=self.placement.sources_stay)
+        self._files = MappedFiles(keep=self.placement.sources_stay)
         try:
             self._source, self._kernel = self._backend()
             self._sink, self.vision = self._join()
@@ -172,7 +172,9 @@ class LiveModel(Closing):
         return source, gpu.kernel(where, self.plan.dtypes)[0]
 
 
-def check_loaded(model: Any, plan: Plan, groups: Sequence[loading.Group], files: Files) -> None:
+def check_loaded(
+    model: Any, plan: Plan, groups: Sequence[loading.Group], files: MappedFiles
+) -> None:
     """Every parameter equals its bytes on disk, after transformers' own conversion, or FormatError.
 
     This proves that the join is right; a checkpoint that lacks a parameter is found here as well.
@@ -216,7 +218,7 @@ def _check_tied(plan: Plan, groups: Sequence[loading.Group], state: Mapping[str,
             )
 
 
-def _same(param: torch.Tensor, span: Span, files: Files) -> bool:
+def _same(param: torch.Tensor, span: Span, files: MappedFiles) -> bool:
     """Whether a parameter holds a span's numbers, cast to its dtype, compared chunk by chunk."""
     if tuple(param.shape) != span.shape:
         return False
@@ -227,7 +229,7 @@ def _same(param: torch.Tensor, span: Span, files: Files) -> bool:
         if not torch.equal(bytes_of(flat[start : start + len(values)]), bytes_of(values)):
             return False
         start += len(values)
-        if let_go := files.behind(piece, evict=False):
+        if let_go := files.release(piece, evict=False):
             let_go()
     return True
 
@@ -235,10 +237,10 @@ def _same(param: torch.Tensor, span: Span, files: Files) -> bool:
 def _chunks(span: Span) -> Iterator[Span]:
     count = CHUNK // span.dtype.itemsize
     for first in range(0, span.elements, count):
-        yield span.stretch(first, min(count, span.elements - first))
+        yield span.flat_slice(first, min(count, span.elements - first))
 
 
-def _tensor(span: Span, files: Files) -> torch.Tensor:
+def _tensor(span: Span, files: MappedFiles) -> torch.Tensor:
     """A span of a mapped file as a torch tensor over the same memory."""
     dtype = device.torch_dtype(span.dtype)
     return device.as_tensor(files.view(span)).view(dtype).view(span.shape)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..checkpoints.mapped_files import Files
+from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..errors import MappingError
 from ..mapping.plan import Plan, Step
@@ -33,7 +33,7 @@ class LiveSink:
         source: Source,
     ) -> None:
         self._source = source
-        self._host = isinstance(source, Files)
+        self._host = isinstance(source, MappedFiles)
         self._touched: list[_Target] = []
         self._targets: dict[str, _Target] = {}
         steps = {step.name: step for step in plan.steps}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
-from ..checkpoints.dtypes import DTYPES, DType, from_user
+from ..checkpoints.dtypes import DTYPES, DType, parse_dtype
 from ..errors import PlacementError, RecipeError
 from .free_memory import Memory
 
@@ -116,7 +116,7 @@ class _Option:
 def _live_dtype(plan: Plan, dtype: str | None) -> DType:
     """The one asked for, else that of most of the output's bytes."""
     if dtype is not None:
-        return from_user(dtype)
+        return parse_dtype(dtype)
     sizes: dict[str, int] = {}
     for step in plan.steps:
         if step.dtype.blendable:

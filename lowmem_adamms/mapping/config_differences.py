@@ -51,7 +51,7 @@ def differences(base: Checkpoint, donor: Checkpoint) -> Iterator[str]:
 def _settings(checkpoint: Checkpoint) -> dict[str, str]:
     """What a config says of its language model, as it is shown; what it leaves open is left out."""
     said: dict[str, Any] = {}
-    for level in checkpoint.levels:  # the inner ones are about the language model alone
+    for level in checkpoint.config_levels:  # the inner ones are about the language model alone
         said |= {key: value for key, value in level.items() if value is not None}
     rope = _rope(said)
     said |= {key: value for key, value in rope.items() if key == "rope_theta"}
@@ -63,7 +63,7 @@ def _settings(checkpoint: Checkpoint) -> dict[str, str]:
     }
     if "rope_theta" in found:  # such a config says all there is to say of the rotation
         found["rope_scaling"] = _scaling(rope)
-    if any("sliding_window" in level for level in checkpoint.levels):
+    if any("sliding_window" in level for level in checkpoint.config_levels):
         windowed = said.get("use_sliding_window", True) and _is_number(said.get("sliding_window"))
         found["sliding_window"] = str(said["sliding_window"]) if windowed else "none"
     return found

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from ..architectures import families as archs
-from ..architectures.layout import BUFFER, Arch, Block, Layout, span_of
+from ..architectures.layout import BUFFER, Arch, Block, Layout, block_span
 from ..architectures.recognise import recognise
-from ..checkpoints import vocabulary as tokens
+from ..checkpoints import vocabulary
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DType
 from ..checkpoints.span import Span
@@ -120,11 +120,11 @@ class _Join:
         self.base_tied, self.donor_tied = (
             self._tied(*side) for side in ((base, base_layout), (donor, donor_layout))
         )
-        self._runs: tuple[list[tokens.Run], str] | None = None
+        self._runs: tuple[list[vocabulary.RowRun], str] | None = None
 
     def _tied(self, checkpoint: Checkpoint, layout: Layout) -> bool | None:
         tied = is_tied(checkpoint, layout)
-        if checkpoint.ties[:1] == [True] and not tied:
+        if checkpoint.tied_flags[:1] == [True] and not tied:
             self.notes.append(
                 f"{checkpoint.path}: config.json ties the head to the embedding, but the two differ"
                 " on disk: taken for two, as transformers does"
@@ -156,7 +156,7 @@ class _Join:
                 f" {self.donor.path} has {donor_depth}; they do not share an ancestor"
             )
         (base_name, base_span), (donor_name, donor_span) = (
-            (name, span_of(checkpoint, name, block))
+            (name, block_span(checkpoint, name, block))
             for checkpoint, layout in sides
             for name, block in (layout.roles()["embed"],)
         )
@@ -308,37 +308,39 @@ class _Join:
         )
         return parts, how if reason == "same role" else f"{reason}; {how}"
 
-    def _token_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
+    def _token_runs(self, base_rows: int, donor_rows: int) -> tuple[list[vocabulary.RowRun], str]:
         """Runs of shared rows and by what they were found; worked out once for embed and head."""
         if self._runs is None:
             self._runs = self._find_runs(*map(_most_rows, (self.base_layout, self.donor_layout)))
         runs, by = self._runs
         return [
-            tokens.Run(run.base, run.donor, length)
+            vocabulary.RowRun(run.base, run.donor, length)
             for run in runs
             if (length := min(run.length, base_rows - run.base, donor_rows - run.donor)) > 0
         ], by
 
-    def _find_runs(self, base_rows: int, donor_rows: int) -> tuple[list[tokens.Run], str]:
-        known: tokens.Known = {}
-        base_ids = tokens.vocabulary(self.base.folder, known)
-        donor_ids = None if base_ids is None else tokens.vocabulary(self.donor.folder, known)
+    def _find_runs(self, base_rows: int, donor_rows: int) -> tuple[list[vocabulary.RowRun], str]:
+        known: vocabulary.KnownVocabularies = {}
+        base_ids = vocabulary.read_vocabulary(self.base.folder, known)
+        donor_ids = (
+            None if base_ids is None else vocabulary.read_vocabulary(self.donor.folder, known)
+        )
         if base_ids is not None and donor_ids is not None:
-            return tokens.join(base_ids, donor_ids, base_rows, donor_rows), "token"
+            return vocabulary.join_rows(base_ids, donor_ids, base_rows, donor_rows), "token"
         declared = [self.base_layout.shared_ids, self.donor_layout.shared_ids]
         shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])
         self.notes.append(
-            f"no tokenizer that can be read on both sides ({', '.join(tokens.FORMS)}): the first"
-            f" {shared} rows of embedding and head are assumed to be the same tokens,"
+            f"no tokenizer that can be read on both sides ({', '.join(vocabulary.FORMS)}): the"
+            f" first {shared} rows of embedding and head are assumed to be the same tokens,"
             f" {base_rows - shared} are kept"
         )
-        return [tokens.Run(0, 0, shared)], "position"
+        return [vocabulary.RowRun(0, 0, shared)], "position"
 
 
 def _shape(checkpoint: Checkpoint, pieces: _Pieces) -> tuple[int, ...]:
     """The shape of a role: of its pieces one behind the other."""
     name, block = pieces[0]
-    whole = span_of(checkpoint, name, block).shape
+    whole = block_span(checkpoint, name, block).shape
     return (sum(block.stop - block.start for _, block in pieces), *whole[1:]) if whole else ()
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.sampled_reads import Reads
+from ..checkpoints.sampled_reads import SampledReader
 from ..errors import MappingError
 from .plan import Part, Plan
 
@@ -54,7 +54,7 @@ def measure(plan: Plan) -> Kinship:
     parts = [
         part for _, part in plan.parts if part.donor and part.role and len(part.base.shape) > 1
     ]
-    with Reads(plan.base.remote() | plan.donor.remote()) as reads:
+    with SampledReader(plan.base.remote_files() | plan.donor.remote_files()) as reads:
         products = reads.map(lambda part: _products(part, reads), parts)
         for part, (found, lost) in zip(parts, products, strict=True):
             total = sums.setdefault(group_of(part.role or ""), [0.0, 0.0, 0.0])
@@ -93,7 +93,7 @@ def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _products(part: Part, reads: Reads) -> tuple[tuple[float, float, float], list[Path]]:
+def _products(part: Part, reads: SampledReader) -> tuple[tuple[float, float, float], list[Path]]:
     """Base . donor, base . base and donor . donor over the sampled elements that are finite.
 
     With it the files, of the two, whose sample has none.
@@ -103,8 +103,8 @@ def _products(part: Part, reads: Reads) -> tuple[tuple[float, float, float], lis
     assert part.donor is not None
     count = part.base.elements
     take = min(count, RUN_ELEMENTS)
-    middles = (span.stretch((count - take) // 2, take) for span in (part.base, part.donor))
-    base, donor = map(reads.floats, middles)
+    middles = (span.flat_slice((count - take) // 2, take) for span in (part.base, part.donor))
+    base, donor = map(reads.read_floats, middles)
     samples = ((part.base.path, np.isfinite(base)), (part.donor.path, np.isfinite(donor)))
     lost = [path for path, finite in samples if take and not finite.any()]
     both = samples[0][1] & samples[1][1]

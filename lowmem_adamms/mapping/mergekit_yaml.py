@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.layout import BUFFER
-from ..checkpoints.dtypes import DType, from_user
+from ..checkpoints.dtypes import DType, parse_dtype
 from ..errors import ConfigError, RecipeError, first_line
 from ..home import at_home
 from .alphas import DECIMALS, Alpha, at_depth, blended_roles, depth_of, from_roles
@@ -417,7 +417,7 @@ def _dtype(given: Mapping[str, Any], reader: _Reader) -> DType | None:
     for key in ("dtype", "out_dtype"):
         if key in given:
             try:
-                found = from_user(str(given[key]))
+                found = parse_dtype(str(given[key]))
             except RecipeError as error:
                 reader.wrong(key, str(error))
     return found

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..architectures import declare
 from ..architectures.layout import Arch, Layout
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DType
@@ -115,7 +114,7 @@ class Plan:
     def identity(self) -> list[Any]:
         """Plain data that tells this plan on these files, as they are now, from any other."""
         shards = [side.identity() for side in (self.base, self.donor)]
-        declared = [declare.plain(arch) for arch in self.declared]
+        declared = [arch.to_json() for arch in self.declared]
         rows = hashlib.sha256()  # the document of a step only counts the rows that are many
         for _, part in self.parts:
             donor = part.donor and (part.donor.start, part.donor.stop)

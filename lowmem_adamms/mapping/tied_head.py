@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..architectures.layout import Layout, span_of
+from ..architectures.layout import Layout, block_span
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.sampled_reads import Reads
+from ..checkpoints.sampled_reads import SampledReader
 from ..checkpoints.span import Span
 
 _STRETCHES, _STRETCH = 8, 2048  # elements
@@ -22,16 +22,19 @@ def is_tied(checkpoint: Checkpoint, layout: Layout) -> bool | None:
     Without a head on disk any level of the config may say so; with one only the outermost, as it
     depends on the class whether transformers heeds the others.
     """
-    roles, ties = layout.roles(), checkpoint.ties
+    roles, ties = layout.roles(), checkpoint.tied_flags
     if "head" not in roles or not ties:
         return checkpoint.tied
     if not ties[0]:
         return False
-    head, embed = (span_of(checkpoint, *roles[role]) for role in ("head", "embed"))
+    head, embed = (block_span(checkpoint, *roles[role]) for role in ("head", "embed"))
     if (head.shape, head.dtype) != (embed.shape, embed.dtype):
         return False
-    with Reads(checkpoint.remote()) as reads:
-        return all(reads.raw(one) == reads.raw(other) for one, other in _stretches(head, embed))
+    with SampledReader(checkpoint.remote_files()) as reads:
+        return all(
+            reads.read_bytes(one) == reads.read_bytes(other)
+            for one, other in _stretches(head, embed)
+        )
 
 
 def _stretches(head: Span, embed: Span) -> Iterator[tuple[Span, Span]]:
@@ -39,4 +42,4 @@ def _stretches(head: Span, embed: Span) -> Iterator[tuple[Span, Span]]:
     count = min(head.elements, _STRETCH)
     for i in range(_STRETCHES):
         first = (head.elements - count) * i // (_STRETCHES - 1)
-        yield head.stretch(first, count), embed.stretch(first, count)
+        yield head.flat_slice(first, count), embed.flat_slice(first, count)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
-from ..checkpoints import safetensors_header as header
-from ..checkpoints.mapped_files import BLOCK, Files, evict_range, write_out
+from ..checkpoints.mapped_files import BLOCK, MappedFiles, evict_range, flush_range
+from ..checkpoints.safetensors_header import parse_header
 from ..checkpoints.span import Span
 from .journal import WORK, Journal
 from .loop import WINDOW
@@ -258,9 +258,9 @@ class _Shard:
 
     def copy(self, at: int, span: Span) -> None:
         """Write and hash a span of another file, from where it is mapped."""
-        with Files() as files:
+        with MappedFiles() as files:
             self.write(at, files.view(span))
-            if let_go := files.behind(span, evict=self._evict):
+            if let_go := files.release(span, evict=self._evict):
                 let_go()
 
     def make_durable(self) -> int:
@@ -289,7 +289,7 @@ class _Shard:
         ]
         head = emit_header(entries, room=len(self.file.header))
         offsets, size = positions(entries, len(head))
-        header.parse(head[8:], size)
+        parse_header(head[8:], size)
         _pwrite_all(self._fd, memoryview(head), 0)
         for name, content in self.late.items():
             _pwrite_all(self._fd, memoryview(content), offsets[name])
@@ -314,13 +314,13 @@ class _Shard:
             self._see_off_blocks(at + nbytes)
             return
         self._end += nbytes
-        write_out(self._fd, at, at + nbytes)
+        flush_range(self._fd, at, at + nbytes)
         self._trail.append((at, nbytes))
         self._behind += nbytes
         while self._behind > TRAIL:
             at, nbytes = self._trail.popleft()
             self._behind -= nbytes
-            write_out(self._fd, at, at + nbytes, wait=True)
+            flush_range(self._fd, at, at + nbytes, wait=True)
             if self._evict:
                 evict_range(self._fd, at, at + nbytes)
 
@@ -328,9 +328,9 @@ class _Shard:
         """Of a file that is written in its order: whole blocks, which the cache can drop whole."""
         before, self._end = self._end // BLOCK, end
         first, last = before * BLOCK, self._end // BLOCK * BLOCK
-        write_out(self._fd, first, last)
+        flush_range(self._fd, first, last)
         first, last = max(0, first - TRAIL), max(0, last - TRAIL)
-        write_out(self._fd, first, last, wait=True)
+        flush_range(self._fd, first, last, wait=True)
         if self._evict and first < last:
             evict_range(self._fd, first, last)
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..checkpoints.mapped_files import Files, read_ahead
+from ..checkpoints.mapped_files import MappedFiles, read_ahead
 from ..checkpoints.span import Span
 from ..errors import RecipeError
 from ..mapping.alphas import Alpha, at, resolve
@@ -49,10 +49,10 @@ class Source(Protocol):
     def view(self, span: Span) -> Any:
         """A span's bytes, as the kernel takes them; valid until its window is done."""
 
-    def ahead(self, span: Span) -> list[Callable[[], None]]:
+    def prefetch(self, span: Span) -> list[Callable[[], None]]:
         """Calls, for any thread, that bring a span nearer before it is needed."""
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+    def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
         """A call, for any thread, that lets go of a span, if there is anything to let go of."""
 
 
@@ -144,18 +144,18 @@ def run(
 
         kernel, _ = select()
     with ExitStack() as stack:
-        source = source or stack.enter_context(Files())
+        source = source or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order.
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
         windows = _windows(plan, alpha, sink, window or WINDOW)
-        for todo in read_ahead(windows, _spans, source.ahead, readers, AHEAD):
+        for todo in read_ahead(windows, _spans, source.prefetch, readers, AHEAD):
             if isinstance(todo, Copy):
                 sink.copy(todo.step, todo.offset, todo.span)
             else:
                 _blend(todo, sink, source, kernel)
             for piece in _pieces(todo):
                 for span in piece.spans:
-                    if let_go := source.behind(span, evict=evict and isinstance(piece, Piece)):
+                    if let_go := source.release(span, evict=evict and isinstance(piece, Piece)):
                         releaser.submit(let_go)
             if progress:
                 progress(sum(piece.nbytes for piece in _pieces(todo)))
@@ -276,8 +276,8 @@ def _cut(whole: Piece, room: int, window: int) -> Iterator[Piece]:
         yield Piece(
             step,
             whole.offset + done * size,
-            base.stretch(done, take),
-            donor.stretch(done, take) if donor else None,
+            base.flat_slice(done, take),
+            donor.flat_slice(done, take) if donor else None,
             take * size,
             whole.alpha,
         )

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..architectures import declare
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
 from ..mapping.alphas import Alpha, Alphas, lines, to_json
@@ -168,7 +167,7 @@ def recipe(
         "formula": "(1 - alpha) * base + alpha * donor",
         "options": dict(plan.options),
         "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
-        "declared": [declare.plain(arch) for arch in plan.declared],
+        "declared": [arch.to_json() for arch in plan.declared],
         "counts": plan.to_json()["counts"],
         "notes": [*plan.notes, *search.get("notes", ())],
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.mapped_files import Files
+from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..closing import Closing
 from ..hub.remote_file import RemoteFile
@@ -106,7 +106,7 @@ class RangeSource(Closing):
     def __init__(
         self, remote: Mapping[Path, RemoteFile], windows: Iterable[Sequence[Span]]
     ) -> None:
-        self._remote, self._files = remote, Files()
+        self._remote, self._files = remote, MappedFiles()
         self._units = _units(remote, windows, self._register)
         self._uses: dict[tuple[Path, int, int], deque[_Unit]] = {}
         self._turn, self._changed = threading.Lock(), threading.Condition()
@@ -144,21 +144,21 @@ class RangeSource(Closing):
         ]
 
     def view(self, span: Span) -> Bytes:
-        """The span's bytes; waits for them. Valid until `behind`."""
+        """The span's bytes; waits for them. Valid until `release`."""
         if span.path not in self._remote:
             return self._files.view(span)
         view = self._unit(span).of(span)
         address = view.__array_interface__["data"][0]
         return view.copy() if address % span.dtype.itemsize else view
 
-    def ahead(self, span: Span) -> list[Callable[[], None]]:
+    def prefetch(self, span: Span) -> list[Callable[[], None]]:
         """Nothing for the Hub's, which are ahead already."""
-        return [] if span.path in self._remote else self._files.ahead(span)
+        return [] if span.path in self._remote else self._files.prefetch(span)
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+    def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
         """Digest a span, and let go of its unit with the last span in it."""
         if span.path not in self._remote:
-            return self._files.behind(span, evict=evict)
+            return self._files.release(span, evict=evict)
         with self._changed:
             self._used.add(span.path)
             unit = self._uses[_key(span)].popleft()

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoints import safetensors_header as header
 from ..checkpoints.dtypes import DType
+from ..checkpoints.safetensors_header import build_header, parse_header
 from ..mapping.plan import Plan, Step
 
 METADATA = {"format": "pt"}  # transformers refuses a file without it
@@ -92,7 +92,7 @@ def _in_order(name: str, entries: Sequence[Entry]) -> OutFile:
     """Tensors one after the other, as they are written."""
     head = emit_header(entries)
     offsets, size = positions(entries, len(head))
-    header.parse(head[8:], size)
+    parse_header(head[8:], size)
     return OutFile(name, head, offsets, size, offsets, size)
 
 
@@ -108,7 +108,7 @@ def _as_safetensors_does(name: str, entries: Sequence[Entry]) -> OutFile:
 def emit_header(entries: Sequence[Entry], room: int = 0) -> bytes:
     """The header of a file that holds these, of `room` bytes at least."""
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    return header.emit(tensors, METADATA, room=room)
+    return build_header(tensors, METADATA, room=room)
 
 
 def positions(entries: Sequence[Entry], position: int) -> tuple[dict[str, int], int]:

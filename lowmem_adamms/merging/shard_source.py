@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.mapped_files import Files
+from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..closing import Closing
 from ..errors import RecipeError
@@ -85,7 +85,7 @@ class ShardSource(Closing):
     ) -> None:
         stays = visits(remote, windows)
         check_budget(stays, budget)
-        self._work, self._budget, self._files = work, budget, Files()
+        self._work, self._budget, self._files = work, budget, MappedFiles()
         self._homes = {stay.path: work / _home(stay.file) for stay in stays}
         self._uses = {stay.path: stay.uses for stay in stays}
         self._changed, self._stop = threading.Condition(), threading.Event()
@@ -127,21 +127,21 @@ class ShardSource(Closing):
         """The span's bytes, mapped."""
         return self._files.view(self.here(span))
 
-    def ahead(self, span: Span) -> list[Callable[[], None]]:
+    def prefetch(self, span: Span) -> list[Callable[[], None]]:
         """Nothing for what was just fetched: it is still in the page cache."""
-        return [] if span.path in self._homes else self._files.ahead(span)
+        return [] if span.path in self._homes else self._files.prefetch(span)
 
-    def behind(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+    def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
         """Delete a shard with its last span."""
         if span.path not in self._homes:
-            return self._files.behind(span, evict=evict)
+            return self._files.release(span, evict=evict)
         at = self.here(span)
-        if let_go := self._files.behind(at, evict=False):
+        if let_go := self._files.release(at, evict=False):
             let_go()
         self._uses[span.path] -= 1
         if self._uses[span.path]:
             return None
-        self._files.forget(at.path)  # whose space is free only when nothing maps it
+        self._files.unmap(at.path)  # whose space is free only when nothing maps it
         at.path.unlink()
         with self._changed:
             self._there.discard(span.path)

@@ -52,7 +52,7 @@ BY_CACHE = Fetch()
 
 def remote(plan: Plan) -> dict[Path, RemoteFile]:
     """The shards of both sides that are not on this disk."""
-    return plan.base.remote() | plan.donor.remote()
+    return plan.base.remote_files() | plan.donor.remote_files()
 
 
 def download(plan: Plan, *, bars: bool = False) -> None:

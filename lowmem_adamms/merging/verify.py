@@ -17,11 +17,11 @@ from typing import Any
 from blake3 import blake3
 
 from ..architectures import declare
-from ..checkpoints import safetensors_header as header
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.mapped_files import file_digest
-from ..checkpoints.sampled_reads import Reads
+from ..checkpoints.safetensors_header import read_header
+from ..checkpoints.sampled_reads import SampledReader
 from ..checkpoints.span import Span
 from ..errors import FormatError, RecipeError
 from ..mapping.alphas import Alpha, at, from_json
@@ -63,7 +63,7 @@ def verify(
     out = Path(out)
     if (out / WORK / NAME).exists():
         raise FormatError(f"{out}: an unfinished merge; run its command again to resume")
-    checkpoint = open_checkpoint(out, quantized=True)
+    checkpoint = open_checkpoint(out, allow_quantized=True)
     recipe = _recipe(out)
     if "quantized" not in recipe:
         open_checkpoint(out)
@@ -122,7 +122,7 @@ def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) 
         if unlisted:
             raise FormatError(f"{out / INDEX}: does not list {sorted(unlisted)[0]}")
     for shard in checkpoint.shards:
-        if header.read(shard).metadata.get("format") != "pt":
+        if read_header(shard).metadata.get("format") != "pt":
             raise FormatError(f'{shard}: header metadata lacks {{"format": "pt"}}')
     listed = sorted(output["file"] for output in recipe["outputs"])
     if listed != sorted(shard.name for shard in checkpoint.shards):
@@ -143,7 +143,7 @@ def _check_bytes(
     """Digests of the outputs, then sampled rows against the inputs: how many, and notes."""
     _check_digests(out, recipe["outputs"], progress)
     plan, alpha = _plan_again(recipe), from_json(recipe)
-    with Reads(remote(plan)) as reads:
+    with SampledReader(remote(plan)) as reads:
         quantized = None
         if "quantized" in recipe:
             from ..quantizing.verify_quantized import Check
@@ -186,7 +186,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     options = recipe["options"]
     dtype = DTYPES[options["dtype"]] if options["dtype"] else None
     declared = [
-        declare.parse(table, f"adamms.json: declared[{i}]")
+        declare.parse_declaration(table, f"adamms.json: declared[{i}]")
         for i, table in enumerate(recipe.get("declared", ()))  # not in those of version 0.1
     ]
     plan = make_plan(
@@ -207,7 +207,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: Alpha, reads: Reads) -> int:
+def _check_step(step: Step, out: Span, alpha: Alpha, reads: SampledReader) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -221,7 +221,7 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reads: Reads) -> int:
         for first in sorted(
             {(count - take) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}
         ):
-            found = reads.raw(out.stretch(position + first, take))
+            found = reads.read_bytes(out.flat_slice(position + first, take))
             if found != _expected(reads, step, part, first, take, alpha):
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
@@ -232,7 +232,7 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reads: Reads) -> int:
     return done
 
 
-def _stretch(reads: Reads, step: Step, alpha: Alpha, first: int, count: int) -> bytes:
+def _stretch(reads: SampledReader, step: Step, alpha: Alpha, first: int, count: int) -> bytes:
     """What the reference makes of `count` elements of a tensor from element `first`."""
     made, position = b"", 0
     for part in step.parts:
@@ -245,14 +245,14 @@ def _stretch(reads: Reads, step: Step, alpha: Alpha, first: int, count: int) -> 
 
 
 def _expected(
-    reads: Reads, step: Step, part: Part, first: int, count: int, alpha: Alpha
+    reads: SampledReader, step: Step, part: Part, first: int, count: int, alpha: Alpha
 ) -> bytes | bytearray:
     """What the reference makes of `count` elements of a part from element `first`."""
     from ..kernels import reference
 
     if part.donor is None and part.base.dtype == step.dtype:
-        return reads.raw(part.base.stretch(first, count))
+        return reads.read_bytes(part.base.flat_slice(first, count))
     donor, weight = (part.donor, at(alpha, part.role)) if part.donor else (part.base, 0.0)
     dtypes = (part.base.dtype.name, donor.dtype.name, step.dtype.name)
-    sides = (reads.bits(span.stretch(first, count)) for span in (part.base, donor))
+    sides = (reads.read_bits(span.flat_slice(first, count)) for span in (part.base, donor))
     return bytes(reference.blend(*sides, dtypes, weight).tobytes())

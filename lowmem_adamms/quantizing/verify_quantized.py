@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
-from ..checkpoints.sampled_reads import Reads
+from ..checkpoints.sampled_reads import SampledReader
 from ..errors import FormatError
 from ..live.device_source import torch_dtype
 from ..mapping.plan import Plan, Step
@@ -43,7 +43,12 @@ class Check:
     """
 
     def __init__(
-        self, out: Path, checkpoint: Checkpoint, plan: Plan, paper: dict[str, Any], reads: Reads
+        self,
+        out: Path,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        paper: dict[str, Any],
+        reads: SampledReader,
     ) -> None:
         self._tensors, self._paper, self._reads = checkpoint.tensors, paper, reads
         names = {
@@ -142,7 +147,7 @@ class Check:
         """The mean of the scales, as the output states it."""
         span = self._tensors[state.name]
         try:
-            return float(json.loads(self._reads.raw(span))["nested_offset"])
+            return float(json.loads(self._reads.read_bytes(span))["nested_offset"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise FormatError(
                 f"{span.path}: {state.name} is not a quant state of bitsandbytes"
@@ -152,7 +157,7 @@ class Check:
         """Compare elements from `first` on, bit for bit."""
         span = self._tensors[entry.name]
         wanted = expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        if self._reads.raw(span.stretch(first, expected.numel())) != wanted:
+        if self._reads.read_bytes(span.flat_slice(first, expected.numel())) != wanted:
             now, then = version("bitsandbytes"), self._paper["bitsandbytes"]
             other = f" (made with bitsandbytes {then}, this is {now})" if now != then else ""
             raise FormatError(f"{span.path}: {entry.name} differs from its recipe{other}")

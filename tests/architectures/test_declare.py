@@ -25,8 +25,8 @@ from lowmem_adamms.architectures.layout import Arch
 from lowmem_adamms.errors import DeclarationError, OutputError, RecipeError
 from lowmem_adamms.merging.verify import verify
 
-LLAMA = declare.named("Llama", ARCHS)
-PLAIN = declare.plain(replace(LLAMA, name="Mine"))
+LLAMA = declare.find_arch("Llama", ARCHS)
+PLAIN = replace(LLAMA, name="Mine").to_json()
 Pair = tuple[Path, Path]
 Capture = pytest.CaptureFixture[str]
 
@@ -46,11 +46,11 @@ def test_every_known_declaration_comes_back_from_what_is_printed(
 ) -> None:
     assert run("archs", arch.name) == 0
     path = put(tmp_path, capsys.readouterr().out)
-    again = declare.read(path)
+    again = declare.read_declaration(path)
     assert again == arch
     assert list(again.decoder.items()) == list(arch.decoder.items())
     assert run("archs", arch.name, "--json") == 0
-    assert declare.parse(json.loads(capsys.readouterr().out), "x") == arch
+    assert declare.parse_declaration(json.loads(capsys.readouterr().out), "x") == arch
 
 
 names = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="#"), min_size=1)
@@ -81,7 +81,7 @@ whole = st.builds(
 @given(whole)
 def test_any_declaration_comes_back_from_toml_and_json(arch: Arch) -> None:
     assert declare.from_toml(declare.to_toml(arch).encode(), "x") == arch
-    assert declare.parse(json.loads(json.dumps(declare.plain(arch))), "x") == arch
+    assert declare.parse_declaration(json.loads(json.dumps(arch.to_json())), "x") == arch
 
 
 # like
@@ -96,8 +96,8 @@ def test_a_short_file_is_a_known_decoder_under_other_names(tmp_path: Path) -> No
     rename = { "self_attn." = "attention.", "attention.q_proj" = "attention.wq" }
     others = { "eye." = "vision tower", "visual." = "old tower" }
     """
-    arch = declare.read(put(tmp_path, text))
-    qwen = declare.named("Qwen2-VL", ARCHS)
+    arch = declare.read_declaration(put(tmp_path, text))
+    qwen = declare.find_arch("Qwen2-VL", ARCHS)
     assert arch.name == "Mine"
     assert arch.classes == ("MineForConditionalGeneration",)
     assert arch.spellings == (("lm.", "lm.out.weight"),)
@@ -111,8 +111,8 @@ def test_a_short_file_is_a_known_decoder_under_other_names(tmp_path: Path) -> No
 
 
 def test_the_shortest_file_inherits_all_but_classes_and_source(tmp_path: Path) -> None:
-    arch = declare.read(put(tmp_path, 'name = "Mine"\nlike = "CogVLM"\n'))
-    cog = declare.named("CogVLM", ARCHS)
+    arch = declare.read_declaration(put(tmp_path, 'name = "Mine"\nlike = "CogVLM"\n'))
+    cog = declare.find_arch("CogVLM", ARCHS)
     assert arch == replace(cog, name="Mine", classes=(), source="declared by the user")
 
 
@@ -126,7 +126,7 @@ def test_a_name_displaces_the_inherited_ones_of_its_roles(tmp_path: Path) -> Non
     "layers.#.extra.weight" = ""
     "norm.weight" = "norm"
     """
-    arch = declare.read(put(tmp_path, text))
+    arch = declare.read_declaration(put(tmp_path, text))
     expected = {name: held for name, held in LLAMA.decoder.items() if held not in fused.split()}
     assert {**arch.decoder} == {
         **expected,
@@ -214,7 +214,7 @@ def test_a_mistake_is_one_line_that_names_it(
 ) -> None:
     path = put(tmp_path, text)
     with pytest.raises(DeclarationError, match=words) as caught:
-        declare.read(path)
+        declare.read_declaration(path)
     assert str(caught.value).startswith(str(path))
     assert run("archs", "--arch", path) == 2
     captured = capsys.readouterr()
@@ -230,18 +230,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (Path("a\0b"), "null"),
     ):
         with pytest.raises(DeclarationError, match=words):
-            declare.read(path)
+            declare.read_declaration(path)
 
 
 def test_two_files_may_not_give_one_name(tmp_path: Path) -> None:
     first, second = put(tmp_path, SHORT, "a.toml"), put(tmp_path, SHORT, "b.toml")
     with pytest.raises(DeclarationError, match=r"b\.toml: name: 'Mine' is also that of .*a\.toml"):
-        declare.read_all([first, second])
-    assert declare.read_all([first])[0].name == "Mine"
+        declare.read_declarations([first, second])
+    assert declare.read_declarations([first])[0].name == "Mine"
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
-    assert declare.read(put(tmp_path, b"\xef\xbb\xbf" + SHORT.encode())).name == "Mine"
+    assert declare.read_declaration(put(tmp_path, b"\xef\xbb\xbf" + SHORT.encode())).name == "Mine"
 
 
 def read_or_refuse(parse: Callable[[], Arch], where: str) -> None:
@@ -263,7 +263,7 @@ def test_any_bytes_are_a_declaration_or_refused(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes
 ) -> None:
     path = put(tmp_path_factory.getbasetemp(), raw, "hostile.toml")
-    read_or_refuse(lambda: declare.read(path), str(path))
+    read_or_refuse(lambda: declare.read_declaration(path), str(path))
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
@@ -296,13 +296,13 @@ def test_any_value_anywhere_is_a_declaration_or_refused(data: st.DataObject) -> 
             del place[key]
         else:
             place[key] = data.draw(values)
-    read_or_refuse(lambda: declare.parse(table, "here"), "here")
+    read_or_refuse(lambda: declare.parse_declaration(table, "here"), "here")
 
 
 @given(values)
 def test_anything_in_place_of_a_table_is_refused(value: Any) -> None:
     with pytest.raises(DeclarationError, match=r"^here: "):
-        declare.parse(value, "here")
+        declare.parse_declaration(value, "here")
 
 
 # Fields that Arch may get
@@ -324,11 +324,11 @@ def test_a_further_field_can_be_given_and_printed_without_more_ado(
     monkeypatch.setattr(declare, "Arch", Wider)
     name = "layers.#.self_attn.q_proj.weight"
     table = {**PLAIN, "joined": [name], "width": 3, "flat": True, "foreign": {"a.#.b": "x"}}
-    arch = declare.parse(table, "x")
+    arch = declare.parse_declaration(table, "x")
     assert isinstance(arch, Wider)
     assert (arch.joined, arch.width, arch.flat, arch.foreign) == ((name,), 3, True, {"a.#.b": "x"})
     assert declare.from_toml(declare.to_toml(arch).encode(), "x") == arch
-    assert declare.plain(declare.parse(PLAIN, "x")) == PLAIN
+    assert declare.parse_declaration(PLAIN, "x").to_json() == PLAIN
     for key, value, words in (
         ("joined", ["layers.#.self_attn.q_proj"], "joined: 'layers.#.self_attn.q_proj' is no name"),
         ("joined", [3], r"joined\[0\]: found 3, expected a text"),
@@ -337,7 +337,7 @@ def test_a_further_field_can_be_given_and_printed_without_more_ado(
         ("foreign", {"a.b": "x"}, r'foreign\."a\.b": not a tensor'),
     ):
         with pytest.raises(DeclarationError, match=f"^x: {words}"):
-            declare.parse({**PLAIN, key: value}, "x")
+            declare.parse_declaration({**PLAIN, key: value}, "x")
 
 
 # archs
@@ -356,14 +356,14 @@ def test_archs_lists_every_declaration_with_the_users_first(
     assert run("archs", "--json", "--arch", path) == 0
     documents = json.loads(capsys.readouterr().out)
     assert [document["name"] for document in documents] == ["Mine", *(arch.name for arch in ARCHS)]
-    assert documents[1:] == [declare.plain(arch) for arch in ARCHS]
+    assert documents[1:] == [arch.to_json() for arch in ARCHS]
 
 
 def test_archs_knows_the_users_own_by_name(tmp_path: Path, capsys: Capture) -> None:
     path = put(tmp_path, SHORT)
     assert run("archs", "mine", "--arch", path) == 0
     again = put(tmp_path, capsys.readouterr().out, "again.toml")
-    assert declare.read(again) == declare.read(path)
+    assert declare.read_declaration(again) == declare.read_declaration(path)
 
 
 def test_archs_suggests_a_name(capsys: Capture) -> None:
@@ -372,7 +372,7 @@ def test_archs_suggests_a_name(capsys: Capture) -> None:
         "error: no declaration 'Qwen2VL'; did you mean 'Qwen2-VL'\\?\n", capsys.readouterr().err
     )
     with pytest.raises(RecipeError, match=r"expected one of Llama, .*Qwen2"):
-        declare.named("zzzzzz", ARCHS)
+        declare.find_arch("zzzzzz", ARCHS)
 
 
 # What a declaration does: a donor of an unheard-of spelling merges as the one it was made from
@@ -435,10 +435,10 @@ def test_verify_needs_no_file_for_what_was_declared(
 ) -> None:
     path = put(tmp_path, ODD)
     assert run(pair[0], odd, "--arch", path, "--alpha", "0.3", "-o", tmp_path / "out") == 0
-    arch = declare.read(path)
+    arch = declare.read_declaration(path)
     path.unlink()
     recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
-    assert [declare.parse(table, "x") for table in recipe["declared"]] == [arch]
+    assert [declare.parse_declaration(table, "x") for table in recipe["declared"]] == [arch]
     assert verify(tmp_path / "out", deep=True).rows
     recipe["declared"][0]["decoder"]["norm.weight"] = "norn"
     (tmp_path / "out" / "adamms.json").write_text(json.dumps(recipe))
@@ -453,7 +453,7 @@ def test_verify_needs_no_file_for_what_was_declared(
 def test_a_killed_merge_resumes_only_with_the_same_declaration(
     pair: Pair, odd: Path, tmp_path: Path
 ) -> None:
-    arch = declare.read(put(tmp_path, ODD))
+    arch = declare.read_declaration(put(tmp_path, ODD))
     other = replace(arch, others={**arch.others, "more.": "connector"})
     out = tmp_path / "out"
 

@@ -19,7 +19,7 @@ from families import (
 )
 
 from lowmem_adamms.architectures.families import ARCHS
-from lowmem_adamms.architectures.layout import UNKNOWN, Arch, Layout, read
+from lowmem_adamms.architectures.layout import UNKNOWN, Arch, Layout, read_layout
 from lowmem_adamms.architectures.recognise import ANOTHER, recognise
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.errors import MappingError
@@ -95,7 +95,7 @@ def test_every_known_decoder_is_found_under_any_prefix(
         tensors = spelled(arch.decoder, prefix, head) | {"eye.conv.weight": ("BF16", (2, 3))}
         checkpoint = hollow(tmp_path / str(number), tensors)
         layout = recognise(checkpoint, ARCHS)
-        expected = read(checkpoint, arch, prefix, head)
+        expected = read_layout(checkpoint, arch, prefix, head)
         assert expected is not None
         assert layout.blocks == expected.blocks
         assert layout.roles()["head"][0] == head

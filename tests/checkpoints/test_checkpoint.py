@@ -20,9 +20,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.numpy import save_file
 
-from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.safetensors_header import build_header
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.errors import FormatError
 
@@ -644,7 +644,7 @@ def test_quantized_by_its_tensor_names(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 def test_quantized_by_its_dtype(tmp_path: Path, dtype: str) -> None:
-    head = header.emit([("w.x", DTYPES[dtype], (4,))], {})
+    head = build_header([("w.x", DTYPES[dtype], (4,))], {})
     (tmp_path / "model.safetensors").write_bytes(head + bytes(4))
     assert f"w.x ({dtype})" in refused(tmp_path)
 

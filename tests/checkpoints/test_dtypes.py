@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lowmem_adamms.checkpoints import safetensors_header as header
-from lowmem_adamms.checkpoints.dtypes import DTYPES, FROM_TORCH, from_user
+from lowmem_adamms.checkpoints.dtypes import DTYPES, FROM_TORCH, parse_dtype
+from lowmem_adamms.checkpoints.safetensors_header import build_header
 from lowmem_adamms.errors import FormatError, RecipeError
 
 
@@ -32,7 +32,7 @@ def test_sizes_agree_with_torch(name: str) -> None:
 def test_safetensors_knows_every_name_and_its_size(name: str, tmp_path: Path) -> None:
     """The reader of safetensors refuses unknown names and data of the wrong length."""
     dtype = DTYPES[name]
-    head = header.emit([("a", dtype, (4, 4))], {"format": "pt"})
+    head = build_header([("a", dtype, (4, 4))], {"format": "pt"})
     (tmp_path / "a.safetensors").write_bytes(head + bytes(dtype.nbytes(16)))
     with safe_open(tmp_path / "a.safetensors", framework="np") as file:
         assert file.get_slice("a").get_dtype() == name
@@ -85,7 +85,7 @@ def test_itemsize_of_blendable_types() -> None:
     ],
 )
 def test_what_users_call_the_dtypes(text: str, name: str) -> None:
-    assert from_user(text).name == name
+    assert parse_dtype(text).name == name
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,4 @@ def test_what_users_call_the_dtypes(text: str, name: str) -> None:
 )
 def test_dtypes_that_are_not_written_are_refused_by_name(text: str) -> None:
     with pytest.raises(RecipeError, match=f"{text!r}.*bf16, fp16 or fp32"):
-        from_user(text)
+        parse_dtype(text)

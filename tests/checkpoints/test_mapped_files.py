@@ -53,7 +53,7 @@ def span(path: Path, start: int, stop: int, dtype: str = "BF16") -> Span:
 def test_views_show_the_files_bytes_and_are_copies_only_if_unaligned(
     path: Path, dtype: str, start: int, stop: int, copied: bool
 ) -> None:
-    with stream.Files() as files:
+    with stream.MappedFiles() as files:
         view = files.view(span(path, start, stop, dtype))
         assert view.tobytes() == path.read_bytes()[start:stop]
         assert view.flags.owndata == copied
@@ -63,7 +63,7 @@ def test_views_show_the_files_bytes_and_are_copies_only_if_unaligned(
 
 def test_views_are_read_only_or_private(path: Path) -> None:
     before = path.read_bytes()
-    with stream.Files() as files:
+    with stream.MappedFiles() as files:
         with pytest.raises(ValueError, match="read-only"):
             files.view(span(path, 0, 100))[0] = 1
         files.view(span(path, 1, 101))[0] = 1
@@ -73,49 +73,54 @@ def test_views_are_read_only_or_private(path: Path) -> None:
 @pytest.mark.parametrize("left", [0, 10, 2 * BLOCK])
 def test_a_file_that_was_cut_since_it_was_planned_is_named(path: Path, left: int) -> None:
     os.truncate(path, left)
-    with stream.Files() as files, pytest.raises(FormatError, match=f"file: {left} bytes, expected"):
-        for bring in files.ahead(span(path, BLOCK, 3 * BLOCK + 1000)):
+    with (
+        stream.MappedFiles() as files,
+        pytest.raises(FormatError, match=f"file: {left} bytes, expected"),
+    ):
+        for bring in files.prefetch(span(path, BLOCK, 3 * BLOCK + 1000)):
             bring()
         files.view(span(path, BLOCK, 3 * BLOCK + 1000))
 
 
 def test_each_block_is_asked_for_once(path: Path) -> None:
-    with stream.Files() as files:
-        assert len(files.ahead(span(path, 10, 20))) == 1  # block 0
-        assert files.ahead(span(path, 20, BLOCK)) == []
-        assert len(files.ahead(span(path, BLOCK - 2, 2 * BLOCK + 2))) == 2  # blocks 1 and 2
-        assert len(files.ahead(span(path, 2 * BLOCK, 3 * BLOCK + 1001))) == 1  # the short last one
+    with stream.MappedFiles() as files:
+        assert len(files.prefetch(span(path, 10, 20))) == 1  # block 0
+        assert files.prefetch(span(path, 20, BLOCK)) == []
+        assert len(files.prefetch(span(path, BLOCK - 2, 2 * BLOCK + 2))) == 2  # blocks 1 and 2
+        assert (
+            len(files.prefetch(span(path, 2 * BLOCK, 3 * BLOCK + 1001))) == 1
+        )  # the short last one
 
 
 def test_two_files_are_kept_apart(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(bytes(BLOCK))
-    with stream.Files() as files:
-        assert len(files.ahead(span(path, 0, 10))) == 1
-        assert len(files.ahead(span(other, 0, 10))) == 1
+    with stream.MappedFiles() as files:
+        assert len(files.prefetch(span(path, 0, 10))) == 1
+        assert len(files.prefetch(span(other, 0, 10))) == 1
         assert files.view(span(path, 0, 10)).tobytes() == path.read_bytes()[:10]
         assert files.view(span(other, 0, 10)).tobytes() == bytes(10)
 
 
 def calls_of(
-    files: stream.Files, what: Span, monkeypatch: pytest.MonkeyPatch, *, evict: bool
+    files: stream.MappedFiles, what: Span, monkeypatch: pytest.MonkeyPatch, *, evict: bool
 ) -> list[tuple[int, int, bool]]:
     """(first, last, evict) of each release that letting go of a span brings about."""
     found: list[tuple[int, int, bool]] = []
 
-    def note(_: stream.Mapped, first: int, last: int, *, evict: bool) -> None:
+    def note(_: stream.MappedFile, first: int, last: int, *, evict: bool) -> None:
         found.append((first, last, evict))
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Mapped, "release", note)
-        let_go(files.behind(what, evict=evict))
+        patch.setattr(stream.MappedFile, "release", note)
+        let_go(files.release(what, evict=evict))
     return found
 
 
 def test_a_block_is_let_go_by_the_span_it_ends_in(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stream.Files() as files:
+    with stream.MappedFiles() as files:
         for start, stop, blocks in (
             (0, BLOCK - 2, (0, 0)),
             (BLOCK - 2, BLOCK, (0, 1)),
@@ -127,20 +132,20 @@ def test_a_block_is_let_go_by_the_span_it_ends_in(
 
 
 def test_a_block_let_go_can_be_asked_for_again(path: Path) -> None:
-    with stream.Files() as files:
-        files.ahead(span(path, 0, 2 * BLOCK))
-        let_go(files.behind(span(path, 0, BLOCK + 2), evict=False))
-        assert len(files.ahead(span(path, 0, 2 * BLOCK))) == 1
+    with stream.MappedFiles() as files:
+        files.prefetch(span(path, 0, 2 * BLOCK))
+        let_go(files.release(span(path, 0, BLOCK + 2), evict=False))
+        assert len(files.prefetch(span(path, 0, 2 * BLOCK))) == 1
 
 
 @pytest.mark.parametrize("evict", [False, True])
 def test_bytes_survive_populating_and_releasing(path: Path, evict: bool) -> None:
     whole = span(path, 0, 3 * BLOCK + 1000)
-    with stream.Files() as files:
-        for call in files.ahead(whole):
+    with stream.MappedFiles() as files:
+        for call in files.prefetch(whole):
             call()
         view = files.view(whole)
-        let_go(files.behind(whole, evict=evict))
+        let_go(files.release(whole, evict=evict))
         assert view.tobytes() == path.read_bytes()[: whole.stop]
         del view
 
@@ -152,7 +157,7 @@ def test_release_unmaps_the_pages(path: Path) -> None:
         at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
         return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
 
-    mapped = stream.Mapped(path)
+    mapped = stream.MappedFile(path)
     for block in range(4):
         mapped.populate(block)
     assert resident() * 1024 >= 3 * BLOCK
@@ -166,8 +171,8 @@ def test_without_populate_plain_advice_is_given(
 ) -> None:
     monkeypatch.setattr(stream, "_libc_madvise", None)
     whole = span(path, 0, 3 * BLOCK + 1000)
-    with stream.Files() as files:
-        for call in files.ahead(whole):
+    with stream.MappedFiles() as files:
+        for call in files.prefetch(whole):
             call()
         assert files.view(whole).tobytes() == path.read_bytes()[: whole.stop]
 
@@ -182,16 +187,16 @@ def test_a_kernel_that_refuses_populate_is_no_error(
         return -1
 
     monkeypatch.setattr(stream, "_madvise", refuse)
-    with stream.Files() as files:
-        for call in files.ahead(span(path, 0, 3 * BLOCK + 1000)):
+    with stream.MappedFiles() as files:
+        for call in files.prefetch(span(path, 0, 3 * BLOCK + 1000)):
             call()
     assert asked == [BLOCK, BLOCK, BLOCK, 1001]  # never past the end of the file
 
 
 def test_files_without_fadvise_are_not_evicted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    with stream.Files() as files:
-        let_go(files.behind(span(path, 0, 3 * BLOCK), evict=True))
+    with stream.MappedFiles() as files:
+        let_go(files.release(span(path, 0, 3 * BLOCK), evict=True))
         assert files.view(span(path, 0, 64)).tobytes() == path.read_bytes()[:64]
 
 
@@ -206,29 +211,29 @@ def test_write_out_only_asks_for_ranges_that_are_not_empty(
 
     monkeypatch.setattr(stream, "_libc_sync_file_range", note)
     with path.open("rb") as file:
-        stream.write_out(file.fileno(), 10, 10)
-        stream.write_out(file.fileno(), 10, 30)
-        stream.write_out(file.fileno(), 0, 30, wait=True)
+        stream.flush_range(file.fileno(), 10, 10)
+        stream.flush_range(file.fileno(), 10, 30)
+        stream.flush_range(file.fileno(), 0, 30, wait=True)
         monkeypatch.setattr(stream, "_libc_sync_file_range", None)
-        stream.write_out(file.fileno(), 0, 30)
+        stream.flush_range(file.fileno(), 0, 30)
     assert asked == [(10, 20, 2), (0, 30, 7)]
 
 
 def test_closing_with_a_view_still_held_is_harmless(path: Path) -> None:
-    with stream.Files() as files:
+    with stream.MappedFiles() as files:
         view = files.view(span(path, 0, 100))
     assert view.tobytes() == path.read_bytes()[:100]
 
 
 def test_what_is_to_be_kept_is_brought_in_once_and_not_let_go(path: Path) -> None:
     whole = span(path, 0, 3 * BLOCK)
-    with stream.Files(keep=True) as files:
-        assert len(files.ahead(whole)) == 3
-        assert files.behind(whole, evict=True) is None
-        assert files.ahead(whole) == []
+    with stream.MappedFiles(keep=True) as files:
+        assert len(files.prefetch(whole)) == 3
+        assert files.release(whole, evict=True) is None
+        assert files.prefetch(whole) == []
         assert bytes(files.view(whole)) == path.read_bytes()[: 3 * BLOCK]
 
 
 def test_a_stretch_that_ends_no_block_lets_nothing_go(path: Path) -> None:
-    with stream.Files() as files:
-        assert files.behind(span(path, 0, BLOCK - 2), evict=False) is None
+    with stream.MappedFiles() as files:
+        assert files.release(span(path, 0, BLOCK - 2), evict=False) is None

@@ -18,8 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.dtypes import DTYPES, DType
+from lowmem_adamms.checkpoints.safetensors_header import (
+    Header,
+    build_header,
+    parse_header,
+    read_header,
+)
 from lowmem_adamms.errors import FormatError
 
 Tensor = tuple[str, DType, tuple[int, ...]]
@@ -50,14 +55,14 @@ def refused(tmp_path: Path, content: bytes) -> str:
     path = tmp_path / "lie.safetensors"
     path.write_bytes(content)
     with pytest.raises(FormatError) as caught:
-        header.read(path)
+        read_header(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     return message.removeprefix(f"{path}: ")
 
 
-def check_valid(parsed: header.Header, file_size: int) -> None:
+def check_valid(parsed: Header, file_size: int) -> None:
     """What a Header promises: spans in order, inside the file, without overlap or hole."""
     position = parsed.data_start
     for info in parsed.tensors:
@@ -82,9 +87,9 @@ metadata = st.dictionaries(st.text(), names, max_size=3)
 def test_emitted_headers_parse_to_what_was_put_in(
     wanted: list[Tensor], notes: dict[str, str]
 ) -> None:
-    raw = header.emit(wanted, notes)
+    raw = build_header(wanted, notes)
     size = len(raw) + sum(dtype.bits // 8 * math.prod(shape) for _, dtype, shape in wanted)
-    parsed = header.parse(raw[8:], size)
+    parsed = parse_header(raw[8:], size)
     assert int.from_bytes(raw[:8], "little") == len(raw) - 8
     assert len(raw) % 8 == 0
     assert parsed.data_start == len(raw)
@@ -110,7 +115,7 @@ def test_safetensors_opens_what_we_emit(
     described = [(n, DTYPES[k], s) for (n, s), k in zip(wanted, kinds, strict=True)]
     path = tmp_path_factory.getbasetemp() / "ours.safetensors"
     body = b"".join(array.tobytes() for array in arrays.values())
-    path.write_bytes(header.emit(described, {"format": "pt"}) + body)
+    path.write_bytes(build_header(described, {"format": "pt"}) + body)
     with safe_open(path, framework="np") as file:
         assert file.metadata() == {"format": "pt"}
         assert sorted(file.keys()) == sorted(arrays)
@@ -132,7 +137,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     }
     path = tmp_path / "model.safetensors"
     save_file(arrays, path, metadata={"format": "pt", "by": "Ω"})
-    parsed = header.read(path)
+    parsed = read_header(path)
     check_valid(parsed, path.stat().st_size)
     assert parsed.metadata == {"format": "pt", "by": "Ω"}
     raw = path.read_bytes()
@@ -153,7 +158,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
 def test_bfloat16_from_torch_is_read(tmp_path: Path) -> None:
     tensor = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
     save_torch_file({"a": tensor}, tmp_path / "a.safetensors")
-    (info,) = header.read(tmp_path / "a.safetensors").tensors
+    (info,) = read_header(tmp_path / "a.safetensors").tensors
     assert (info.dtype.name, info.shape) == ("BF16", (1, 2))
     assert (tmp_path / "a.safetensors").read_bytes()[info.start : info.stop] == b"\x80\x3f\x00\xc0"
 
@@ -166,20 +171,20 @@ def test_tensors_come_in_the_order_of_their_bytes() -> None:
         "middle": entry("U8", [1], [4, 5]),
     }
     raw = json.dumps(document).encode()
-    parsed = header.parse(raw, 8 + len(raw) + 8)
+    parsed = parse_header(raw, 8 + len(raw) + 8)
     assert [info.name for info in parsed.tensors] == ["first", "none", "middle", "last"]
     assert parsed.tensors[-1].start == 8 + len(raw) + 5
 
 
 def test_no_tensors_at_all_is_a_valid_file(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(file_of({"__metadata__": {"format": "pt"}}))
-    parsed = header.read(tmp_path / "a.safetensors")
+    parsed = read_header(tmp_path / "a.safetensors")
     assert (parsed.tensors, parsed.metadata) == ((), {"format": "pt"})
 
 
 def test_spaces_behind_the_json_are_padding() -> None:
     raw = json.dumps({"a": entry()}).encode() + b"  \n "
-    assert header.parse(raw, 8 + len(raw) + 24).tensors[0].start == 8 + len(raw)
+    assert parse_header(raw, 8 + len(raw) + 24).tensors[0].start == 8 + len(raw)
 
 
 # Lies about the file
@@ -207,7 +212,7 @@ def test_absurd_length_that_the_file_has(tmp_path: Path) -> None:
         file.write((150_000_000).to_bytes(8, "little") + b"{")
         file.truncate(200_000_000)
     with pytest.raises(FormatError, match="150000000"):
-        header.read(path)
+        read_header(path)
 
 
 @pytest.mark.parametrize("missing", [1, 23, 24])
@@ -397,7 +402,7 @@ def test_an_empty_tensor_inside_another(tmp_path: Path) -> None:
 # Anything else: random damage
 
 
-VALID = header.emit(
+VALID = build_header(
     [
         ("model.embed_tokens.weight", DTYPES["BF16"], (4, 3)),
         ("größe", DTYPES["F32"], ()),
@@ -423,7 +428,7 @@ def test_damaged_bytes_never_raise_anything_else(
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     path.write_bytes(content)
     try:
-        parsed = header.read(path)
+        parsed = read_header(path)
     except FormatError as error:
         assert str(path) in str(error)
     else:
@@ -441,7 +446,7 @@ def test_changed_digits_never_make_a_false_span(changes: list[tuple[int, int]]) 
     for position, value in changes:
         raw[position - 8] = value
     try:
-        parsed = header.parse(bytes(raw), len(VALID))
+        parsed = parse_header(bytes(raw), len(VALID))
     except FormatError:
         return
     check_valid(parsed, len(VALID))
@@ -475,7 +480,7 @@ near_entries = st.fixed_dictionaries(
 def test_any_json_is_either_refused_or_consistent(document: dict[str, Any], data: int) -> None:
     raw = json.dumps(document).encode()
     try:
-        parsed = header.parse(raw, 8 + len(raw) + data)
+        parsed = parse_header(raw, 8 + len(raw) + data)
     except FormatError:
         return
     check_valid(parsed, 8 + len(raw) + data)

@@ -16,7 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lowmem_adamms.checkpoints.vocabulary import Known, Run, join, vocabulary
+from lowmem_adamms.checkpoints.vocabulary import (
+    KnownVocabularies,
+    RowRun,
+    join_rows,
+    read_vocabulary,
+)
 from lowmem_adamms.errors import FormatError
 
 VOCAB = {"a": 0, "b": 1, "ab": 2, '"': 3, "\\": 4, "{": 5, "]": 6}
@@ -50,7 +55,7 @@ def fast(vocab: object, added: Mapping[str, int], **model: Any) -> dict[str, Any
 
 
 def read(folder: Path) -> array[int]:
-    hashes = vocabulary(folder)
+    hashes = read_vocabulary(folder)
     assert hashes is not None
     return hashes
 
@@ -61,12 +66,12 @@ def oracle(base: Mapping[int, str], donor: Mapping[int, str], rows: int, other: 
     return {(i, where[token]) for i, token in base.items() if i < rows and token in where}
 
 
-def pairs(runs: list[Run]) -> list[tuple[int, int]]:
+def pairs(runs: list[RowRun]) -> list[tuple[int, int]]:
     return [(run.base + k, run.donor + k) for run in runs for k in range(run.length)]
 
 
 def shared(base: Path, donor: Path, rows: int = 1000, other: int = 1000) -> list[tuple[int, ...]]:
-    runs = join(read(base), read(donor), rows, other)
+    runs = join_rows(read(base), read(donor), rows, other)
     return [(run.base, run.donor, run.length) for run in runs]
 
 
@@ -181,8 +186,10 @@ def test_a_vocabulary_that_two_tokenizers_share_is_parsed_once(tmp_path: Path) -
             ("more", words | {"d": 5}, {}),
         ]
     ]
-    known: Known = {}
-    assert [vocabulary(folder, known) for folder in folders] == [read(each) for each in folders]
+    known: KnownVocabularies = {}
+    assert [read_vocabulary(folder, known) for folder in folders] == [
+        read(each) for each in folders
+    ]
     assert len(known) == 2
 
 
@@ -291,7 +298,7 @@ def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
 def test_a_broken_tokenizer_model_names_the_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(FormatError, match=f"^{tmp_path / 'tokenizer.model'}: "):
-        vocabulary(tmp_path)
+        read_vocabulary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +319,7 @@ def test_which_file_of_a_tokenizer_is_broken_and_how_is_one_short_line(
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=reason) as caught:
-        vocabulary(tmp_path)
+        read_vocabulary(tmp_path)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / name}: ")
     assert "\n" not in message
@@ -338,11 +345,11 @@ def test_random_bytes_raise_nothing_else(
 def test_no_vocabulary_in_the_folder(tmp_path: Path, files: list[str]) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
-    assert vocabulary(tmp_path) is None
+    assert read_vocabulary(tmp_path) is None
 
 
 def test_a_bare_file_has_no_vocabulary() -> None:
-    assert vocabulary(None) is None
+    assert read_vocabulary(None) is None
 
 
 def trained(special: list[str]) -> Tokenizer:
@@ -404,7 +411,7 @@ def test_absurd_ids_are_refused_not_allocated(tmp_path: Path, form: str, i: Any)
         vocab = VOCAB | {"x": i}
         content = {"vocab": vocab} if form == "vocab" else {"tokenizer": fast(vocab, {})}
     with pytest.raises(FormatError, match=str(tmp_path)):
-        vocabulary(put(tmp_path, **content))
+        read_vocabulary(put(tmp_path, **content))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +443,7 @@ def test_absurd_ids_are_refused_not_allocated(tmp_path: Path, form: str, i: Any)
 def test_a_broken_tokenizer_json_names_the_folder(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(FormatError, match=str(tmp_path)):
-        vocabulary(tmp_path)
+        read_vocabulary(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json", "tokenizer_config.json"])
@@ -445,13 +452,13 @@ def test_broken_slow_files_name_the_folder(tmp_path: Path, file: str, raw: bytes
     put(tmp_path, vocab=VOCAB)
     (tmp_path / file).write_bytes(raw)
     with pytest.raises(FormatError, match=str(tmp_path)):
-        vocabulary(tmp_path)
+        read_vocabulary(tmp_path)
 
 
 def test_a_tokenizer_json_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b'{"model": {"vocab": {"\xff": 0}}}')
     with pytest.raises(FormatError, match=str(tmp_path)):
-        vocabulary(tmp_path)
+        read_vocabulary(tmp_path)
 
 
 @given(st.data())
@@ -544,7 +551,7 @@ def test_join_agrees_with_a_plain_dictionary(
             "q", [hash(ids[i]) if i in ids else 0 for i in range(max(ids, default=-1) + 1)]
         )
 
-    runs = join(hashes(base), hashes(donor), rows, other)
+    runs = join_rows(hashes(base), hashes(donor), rows, other)
     found = pairs(runs)
     assert len(found) == len(set(found))
     assert set(found) == oracle(base, donor, rows, other)
@@ -571,4 +578,4 @@ def test_files_and_join_together_agree_with_a_plain_dictionary(
     rest = {token: i for i, token in donor.items() if i >= added}
     one = put(root / "joined-base", vocab={token: i for i, token in base.items()})
     two = put(root / "joined-donor", tokenizer=fast(split, rest))
-    assert set(pairs(join(read(one), read(two), 12, 12))) == oracle(base, donor, 12, 12)
+    assert set(pairs(join_rows(read(one), read(two), 12, 12))) == oracle(base, donor, 12, 12)

@@ -1109,12 +1109,12 @@ def on_a_terminal(words: tuple[object, ...]) -> tuple[int, str, str]:
     )
     os.close(theirs)
     with process:
-        stderr = b"".join(read_all(mine))
+        stderr = b"".join(read_declarations(mine))
         assert process.stdout is not None
         return process.wait(), process.stdout.read().decode(), stderr.decode()
 
 
-def read_all(terminal: int) -> Iterator[bytes]:
+def read_declarations(terminal: int) -> Iterator[bytes]:
     """Until the other side is closed, which Linux reports as an error."""
     try:
         while block := os.read(terminal, 1 << 16):

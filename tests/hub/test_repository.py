@@ -19,9 +19,9 @@ import random_pair
 from hub_server import HubServer, use
 
 from lowmem_adamms import make_plan, merge
-from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.safetensors_header import build_header
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.cli import main
 from lowmem_adamms.comparing import comparison as compare
@@ -660,7 +660,7 @@ def sparse_llama(folder: Path) -> Path:
         "lm_head.weight": (rows, wide),
     }
     folder.mkdir()
-    head = header.emit(
+    head = build_header(
         [(name, DTYPES["BF16"], shape) for name, shape in shapes.items()], {"format": "pt"}
     )
     with (folder / "model.safetensors").open("wb") as file:

@@ -457,7 +457,7 @@ def test_a_prompt_too_long_for_the_base_is_noted_once(
     talker: Talkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = talker("llava")
-    monkeypatch.setitem(live.plan.base.levels[-1], "max_position_embeddings", 40)
+    monkeypatch.setitem(live.plan.base.config_levels[-1], "max_position_embeddings", 40)
     prompts = [Prompt("red", (), "a.jsonl:1"), Prompt("red " * 40, (), "a.jsonl:2")]
     answerer = Answerer(live, Settings(1, 1))
     answerer(prompts[:1])

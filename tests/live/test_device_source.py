@@ -18,7 +18,7 @@ import torch
 
 from lowmem_adamms import make_plan
 from lowmem_adamms.checkpoints.dtypes import DTYPES
-from lowmem_adamms.checkpoints.mapped_files import Files
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.live.device_source import DeviceSource, as_tensor
 from lowmem_adamms.live.free_memory import Memory
@@ -38,7 +38,7 @@ def files() -> Iterator[Spy]:
         yield spy
 
 
-class Spy(Files):
+class Spy(MappedFiles):
     """Mapped files that note what is asked of them."""
 
     def __init__(self) -> None:
@@ -97,8 +97,8 @@ def test_what_is_held_needs_its_file_no_more(
             source.view(span)
             assert (span in files.seen) == (home == "cache")
             if home != "cache":
-                assert source.ahead(span) == []
-                if let_go := source.behind(span, evict=True):
+                assert source.prefetch(span) == []
+                if let_go := source.release(span, evict=True):
                     let_go()
     expected = {(0.0, 0.0): {"cache"}, (1.0, 0.0): {"vram"}, (0.0, 1.0): {"pinned"}}
     assert kept == expected.get(shares, {"vram", "pinned", "cache"})
@@ -107,9 +107,9 @@ def test_what_is_held_needs_its_file_no_more(
 def test_what_is_not_held_is_read_ahead_and_let_go(plan: Plan, files: Spy) -> None:
     source = DeviceSource(plan, files, placed(plan, 0, 0), "cpu")
     first = next(plan.spans)
-    calls = source.ahead(first)
+    calls = source.prefetch(first)
     assert calls
-    let_go = source.behind(first, evict=False)
+    let_go = source.release(first, evict=False)
     for call in (*calls, let_go) if let_go else calls:
         call()
     assert bytes(source.view(first).numpy()) == bytes_of(first)
@@ -118,7 +118,7 @@ def test_what_is_not_held_is_read_ahead_and_let_go(plan: Plan, files: Spy) -> No
 def test_vision_is_not_held(plan: Plan, files: Spy) -> None:
     source = DeviceSource(plan, files, placed(plan, 1, 0), "cpu")
     vision = next(step for step in plan.steps if step.action == "copy").parts[0].base
-    assert source.ahead(vision)
+    assert source.prefetch(vision)
     assert bytes(source.view(vision).numpy()) == bytes_of(vision)
 
 

@@ -28,8 +28,8 @@ from tiny import raw
 
 from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
-from lowmem_adamms.checkpoints.dtypes import from_user
-from lowmem_adamms.checkpoints.mapped_files import Files
+from lowmem_adamms.checkpoints.dtypes import parse_dtype
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
 from lowmem_adamms.live import live_model as live
@@ -265,13 +265,15 @@ PAIRS = {
     "donor of more rows": Pair(("qwen2_vl", "tokens"), ("qwen2", "tokens"), {}, {"vocab": 400}),
     "keep": Pair(("qwen2_vl",), ("llava_onevision",), plan={"embeddings": "keep"}),
     "keep silent": Pair(("llama", "gemma"), ("llava",), TIED, plan={"embeddings": "keep"}),
-    "plan fp16": Pair(("qwen2_vl",), ("llava_onevision",), plan={"dtype": from_user("fp16")}),
-    "plan fp32": Pair(("llava",), ("llava_next",), plan={"dtype": from_user("fp32")}),
-    "plan fp32 mixed": Pair(("llava", "mixed"), ("llava_next",), plan={"dtype": from_user("fp32")}),
+    "plan fp16": Pair(("qwen2_vl",), ("llava_onevision",), plan={"dtype": parse_dtype("fp16")}),
+    "plan fp32": Pair(("llava",), ("llava_next",), plan={"dtype": parse_dtype("fp32")}),
+    "plan fp32 mixed": Pair(
+        ("llava", "mixed"), ("llava_next",), plan={"dtype": parse_dtype("fp32")}
+    ),
     "live fp32": Pair(("qwen2_vl",), ("llava_onevision",), dtype="fp32"),
     "live fp16": Pair(("llava",), ("llava_next",), dtype="fp16"),
     "plan fp32, live bf16": Pair(
-        ("qwen2_vl",), ("llava_onevision",), plan={"dtype": from_user("fp32")}, dtype="bf16"
+        ("qwen2_vl",), ("llava_onevision",), plan={"dtype": parse_dtype("fp32")}, dtype="bf16"
     ),
     "fp32-bf16": Pair(("qwen2_vl",), ("llava_onevision",), FP32),
     "bf16-fp32": Pair(("llava",), ("llava_next",), donor_options=FP32),
@@ -535,12 +537,14 @@ def own_sink(kind: type[S], model: LiveModel, source: Any) -> S:
 
 
 @pytest.fixture
-def files() -> Iterator[Files]:
-    with Files() as opened:
+def files() -> Iterator[MappedFiles]:
+    with MappedFiles() as opened:
         yield opened
 
 
-def test_blends_go_straight_into_the_parameters(ready: Callable[..., Ready], files: Files) -> None:
+def test_blends_go_straight_into_the_parameters(
+    ready: Callable[..., Ready], files: MappedFiles
+) -> None:
     pair = ready("qwen2_vl-ov")
     sink = own_sink(Watching, pair.live, files).watch()
     loop.run(pair.plan, 0.3, sink, source=files)
@@ -548,7 +552,9 @@ def test_blends_go_straight_into_the_parameters(ready: Callable[..., Ready], fil
     assert_same(contents(pair.live.model), pair.expected(0.3))
 
 
-def test_casting_stages_one_window_at_a_time(ready: Callable[..., Ready], files: Files) -> None:
+def test_casting_stages_one_window_at_a_time(
+    ready: Callable[..., Ready], files: MappedFiles
+) -> None:
     pair = ready("live fp32")
     sink = own_sink(Watching, pair.live, files).watch()
     loop.run(pair.plan, 0.3, sink, source=files, window=4096)
@@ -559,7 +565,7 @@ def test_casting_stages_one_window_at_a_time(ready: Callable[..., Ready], files:
 
 
 def test_steps_that_alpha_cannot_change_are_left_alone(
-    ready: Callable[..., Ready], files: Files
+    ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready("qwen2_vl-ov")
     sink = own_sink(LiveSink, pair.live, files)
@@ -577,7 +583,7 @@ DEVICE_PAIRS = ["qwen2_vl-ov, by token", "untied-tied", "live fp16", "mixed-bf16
 @pytest.mark.parametrize("name", DEVICE_PAIRS)
 @pytest.mark.parametrize("shares", [(0, 0), (1, 0), (0, 1), (0.4, 0.3)])
 def test_sources_on_a_device_change_no_bit(
-    name: str, shares: tuple[float, float], ready: Callable[..., Ready], files: Files
+    name: str, shares: tuple[float, float], ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready(name)
     where = pair.live.placement
@@ -603,7 +609,7 @@ QUANTIZED = {
     # Biases in fp16, which bitsandbytes casts for a bf16 product
     "live fp16": Pair(("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, dtype="fp16"),
     "plan fp16": Pair(
-        ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": from_user("fp16")}
+        ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": parse_dtype("fp16")}
     ),
     "cogvlm": PAIRS["cogvlm-llava"],
 }
@@ -713,7 +719,7 @@ def test_an_interrupted_quantizing_apply_leaves_nothing_behind(
 
 
 def test_quantizing_stages_one_tensor_at_a_time(
-    quantized: Callable[..., Ready], files: Files
+    quantized: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = quantized("qwen2_vl-ov", "nf4")
     sink = own_sink(Watching, pair.live, files).watch()
@@ -783,7 +789,7 @@ def test_fused_tensors_are_what_the_merged_checkpoint_loads_as(
     name: str,
     make: Make,
     registered: Callable[[str, list[Any]], None],
-    files: Files,
+    files: MappedFiles,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1036,7 +1042,7 @@ def test_a_config_that_ties_what_differs_on_disk_is_searched_as_it_is_merged(
         pair.check((0.3, 0))
 
 
-# Files as they come
+# MappedFiles as they come
 
 
 def test_tensors_at_odd_offsets_are_read_right(make: Make, tmp_path: Path) -> None:
@@ -1061,7 +1067,9 @@ def unpad(path: Path) -> None:
     path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
 
 
-def test_numpy_sees_the_parameters_themselves(ready: Callable[..., Ready], files: Files) -> None:
+def test_numpy_sees_the_parameters_themselves(
+    ready: Callable[..., Ready], files: MappedFiles
+) -> None:
     pair = ready("qwen2_vl-ov")
     sink = own_sink(LiveSink, pair.live, files)
     step = next(

@@ -112,7 +112,7 @@ def test_a_head_on_the_hub_is_looked_at_by_ranges(
         use(server, monkeypatch, tmp_path)
         server.add("org/tied-in-word", folder)
         plan = make_plan(open_checkpoint("org/tied-in-word", cache=False), donor)
-    assert plan.base.remote()
+    assert plan.base.remote_files()
     assert donor_of(plan, "lm_head.weight") == "lm_head.weight"
 
 

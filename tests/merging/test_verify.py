@@ -15,8 +15,8 @@ import torch
 from blake3 import blake3
 
 from lowmem_adamms import make_plan, merge
-from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.safetensors_header import build_header, read_header
 from lowmem_adamms.errors import FormatError
 from lowmem_adamms.merging.journal import NAME, WORK
 from lowmem_adamms.merging.verify import verify
@@ -69,7 +69,7 @@ def fix_digests(out: Path) -> None:
 def place_of(out: Path, name: str) -> tuple[Path, int]:
     """The shard and the first byte of a tensor."""
     for shard in out.glob("*.safetensors"):
-        for info in header.read(shard).tensors:
+        for info in read_header(shard).tensors:
             if info.name == name:
                 return shard, info.start
     raise KeyError(name)
@@ -203,8 +203,8 @@ def unfinished(out: Path) -> None:
 def metadata_lost(out: Path) -> None:
     """Rewrite one shard without the format transformers asks for."""
     shard = min(out.glob("*.safetensors"))
-    info = header.read(shard)
-    head = header.emit([(t.name, t.dtype, t.shape) for t in info.tensors], {})
+    info = read_header(shard)
+    head = build_header([(t.name, t.dtype, t.shape) for t in info.tensors], {})
     shard.write_bytes(head + shard.read_bytes()[info.data_start :])
     edit(
         out / "adamms.json",
@@ -260,7 +260,7 @@ def test_folders_that_are_not_ours_are_refused(made: Models, tmp_path: Path) -> 
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_a_flipped_bit_is_found_by_the_digest(out: Path, where: str) -> None:
     shard = min(out.glob("*.safetensors"))
-    flip(shard, -1 if where == "last" else header.read(shard).data_start)
+    flip(shard, -1 if where == "last" else read_header(shard).data_start)
     verify(out)  # its structure is sound
     with pytest.raises(FormatError, match=rf"{shard.name}: BLAKE3 is .*, adamms.json says"):
         verify(out, deep=True)

@@ -28,8 +28,8 @@ from tiny import seen
 
 from lowmem_adamms import __version__, make_plan, merge
 from lowmem_adamms.checkpoints import mapped_files as stream
-from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.safetensors_header import read_header
 from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, MappingError, OutputError, RecipeError
 from lowmem_adamms.mapping import kinship
@@ -106,7 +106,7 @@ def test_the_base_shards_are_kept(pair: Pair, merged: Path) -> None:
     assert len(shards) > 1
     assert sorted(path.name for path in merged.glob("*.safetensors")) == shards
     for shard in shards:
-        ours, theirs = (header.read(folder / shard) for folder in (merged, pair[0]))
+        ours, theirs = (read_header(folder / shard) for folder in (merged, pair[0]))
         assert dict(ours.metadata) == {"format": "pt"}
         assert [(i.name, i.dtype, i.shape) for i in ours.tensors] == [
             (i.name, i.dtype, i.shape) for i in theirs.tensors
@@ -208,7 +208,7 @@ def tensor_bytes(folder: Path) -> Files:
     found: Files = {}
     for shard in folder.glob("*.safetensors"):
         content = shard.read_bytes()
-        for info in header.read(shard).tensors:
+        for info in read_header(shard).tensors:
             found[info.name] = content[info.start : info.stop]
     return found
 
@@ -226,7 +226,7 @@ def test_max_shard_size_regroups(pair: Pair, merged: Path, size: int, tmp_path: 
         expected = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
         assert [shard.name for shard in shards] == expected
         for shard in shards:
-            info = header.read(shard)
+            info = read_header(shard)
             assert len(info.tensors) == 1 or info.file_size - info.data_start <= size
         index = json.loads((out / INDEX).read_bytes())
         assert set(index["weight_map"].values()) == set(expected)

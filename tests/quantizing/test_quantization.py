@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from tiny import raw, seen
 
 from lowmem_adamms import LiveModel, make_plan, merge
-from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
-from lowmem_adamms.checkpoints.dtypes import DTYPES, from_user
+from lowmem_adamms.checkpoints.dtypes import DTYPES, parse_dtype
+from lowmem_adamms.checkpoints.safetensors_header import build_header, read_header
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, MappingError, MergeError, RecipeError
@@ -178,7 +178,7 @@ def test_it_loads_as_the_merged_checkpoint_does_quantized(
 ) -> None:
     """Other dtypes on disk than in memory, and names that transformers changes as it loads."""
     base = change(tiny.make_qwen2_vl(tmp_path / "base", ancestor=ancestors["qwen2"]))
-    wanted = from_user(dtype) if dtype else None
+    wanted = parse_dtype(dtype) if dtype else None
     plan = make_plan(base, tiny_models["llava_onevision"], dtype=wanted)
     unquantized = merge(plan, 0.3, tmp_path / "plain")
     out = merge(plan, 0.3, tmp_path / "out", quantize=method)
@@ -326,7 +326,7 @@ def test_shards_are_the_bases_unless_a_size_is_given(
     assert len(names) > 1
     assert sorted(path.name for path in kept.glob("*.safetensors")) == names
     out = merge(plan, 0.3, tmp_path / "out", quantize=method, max_shard_size=60_000)
-    made = [header.read(shard) for shard in out.glob("*.safetensors")]
+    made = [read_header(shard) for shard in out.glob("*.safetensors")]
     assert len(made) > len(names)
     assert all(head.file_size - head.data_start <= 60_000 for head in made)
     assert contents(tiny.load(out)) == contents(tiny.load(kept))
@@ -348,7 +348,7 @@ def test_index_and_headers_fit_and_every_tensor_is_aligned(
     index = json.loads((out / INDEX).read_bytes())
     total = 0
     for shard in out.glob("*.safetensors"):
-        head = header.read(shard)
+        head = read_header(shard)
         assert dict(head.metadata) == {"format": "pt"}
         for info in head.tensors:
             assert info.start * 8 % info.dtype.bits == 0
@@ -637,7 +637,7 @@ def test_parts_and_other_dtypes_are_verified(
     tmp_path: Path,
 ) -> None:
     """CogVLM's fused tensors have three parts."""
-    plan = make_plan(talking["cogvlm"], tiny_models["llava"], dtype=from_user("fp32"))
+    plan = make_plan(talking["cogvlm"], tiny_models["llava"], dtype=parse_dtype("fp32"))
     out = merge(plan, alpha, tmp_path / "out", quantize=method, trust_remote_code=True)
     assert verify(out, deep=True).rows
 
@@ -645,7 +645,7 @@ def test_parts_and_other_dtypes_are_verified(
 def flipped(out: Path, name: str) -> None:
     """Change the last bit of a tensor's last byte but one, and mend the digest."""
     for shard in out.glob("*.safetensors"):
-        for info in header.read(shard).tensors:
+        for info in read_header(shard).tensors:
             if info.name == name:
                 content = bytearray(shard.read_bytes())
                 content[max(info.start, info.stop - 2)] ^= 1
@@ -767,7 +767,7 @@ def a_layer_of_seven_billion(folder: Path) -> Path:
         "model.norm": (wide,),
         "lm_head": (rows, wide),
     }
-    head = header.emit([(f"{n}.weight", bf16, s) for n, s in shapes.items()], {"format": "pt"})
+    head = build_header([(f"{n}.weight", bf16, s) for n, s in shapes.items()], {"format": "pt"})
     folder.mkdir()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(head)
