@@ -7,12 +7,21 @@ classes they need, never a namespace of argparse.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from .values import parse_count, parse_grid, parse_natural, parse_size, parse_size_or_zero
+from .values import (
+    parse_count,
+    parse_dtype,
+    parse_grid,
+    parse_natural,
+    parse_size,
+    parse_size_or_zero,
+)
 
+S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
 Measure = Literal["pairwise", "joint", "embedding", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -27,6 +36,7 @@ class Option:
 
     parse: turns a word into a value. choices: the words that are allowed. off: the option is
     spelled `--no-NAME` and turns the setting off. repeated: it may be given several times.
+    positional: it is no option but a word in its place; optional where `nargs` is "?".
     """
 
     help: str
@@ -35,11 +45,36 @@ class Option:
     choices: tuple[str, ...] | None = None
     off: bool = False
     repeated: bool = False
+    positional: bool = False
+    nargs: str | None = None
+    short: str | None = None
+    required: bool = False
 
 
 def setting(default: Any, help: str, **how: Any) -> Any:
     """A dataclass field with the Option that describes it."""
     return field(default=default, metadata={"option": Option(help, **how)})
+
+
+def combine(kind: type[S], settings: S | None, fields: Mapping[str, Any]) -> S:
+    """Settings of one kind: those given, or the defaults, with `fields` replaced.
+
+    TypeError for a field that the kind does not have.
+    """
+    known = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(fields) - set(known)):
+        raise TypeError(f"no setting is called {unknown[0]!r}; there are {', '.join(known)}")
+    settings = settings or kind()
+    return dataclasses.replace(settings, **fields) if fields else settings  # type: ignore[type-var]
+
+
+def changed(settings: object, kind: type) -> list[str]:
+    """Names of the fields of `kind` that differ from their defaults."""
+    return [
+        item.name
+        for item in dataclasses.fields(kind)
+        if getattr(settings, item.name) != item.default
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +87,9 @@ class PlanSettings:
         choices=("merge", "keep"),
     )
     dtype: str | None = setting(
-        None, "of the output: bf16, fp16 or fp32; default: each base tensor's own"
-    )
-    quantize: Quantization | None = setting(
         None,
-        "the output's linear layers, with bitsandbytes, and the search's model; default: none",
-        choices=("none", "int8", "nf4"),
+        "of the output: bf16, fp16 or fp32; default: each base tensor's own",
+        parse=parse_dtype,
     )
     arch: tuple[str, ...] = setting(
         (),
@@ -66,6 +98,23 @@ class PlanSettings:
         metavar="FILE",
         repeated=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """Whether the output is quantized."""
+
+    quantize: Quantization | None = setting(
+        None,
+        "the output's linear layers, with bitsandbytes, and the search's model; default: none",
+        choices=("none", "int8", "nf4"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How weights that lie on the Hub are read."""
+
     no_cache: bool = setting(False, "of Hub ids: stream the tensors and store nothing")
 
 
@@ -94,7 +143,10 @@ class PlacementSettings:
         choices=("none", "int8", "nf4"),
     )
     live_dtype: str | None = setting(
-        None, "of the loaded model alone; default: the output's", metavar="DTYPE"
+        None,
+        "of the loaded model alone; default: the output's",
+        metavar="DTYPE",
+        parse=parse_dtype,
     )
     vram: int | None = setting(
         None,
@@ -195,7 +247,7 @@ class SearchSettings(
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings(PermissionSettings):
+class OutputSettings(QuantizeSettings, StreamSettings, PermissionSettings):
     """How a merge is written."""
 
     max_shard_size: int | None = setting(

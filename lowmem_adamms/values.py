@@ -17,6 +17,11 @@ from .errors import RecipeError
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", re.IGNORECASE)
 _SMALLEST_PLAIN_SIZE = 10_000  # a smaller number without a unit is a unit forgotten
 _MOST_ALPHAS = 1001
+_DTYPE_WORDS = {
+    "BF16": ("bf16", "bfloat16"),
+    "F16": ("fp16", "f16", "float16", "half"),
+    "F32": ("fp32", "f32", "float32", "float"),
+}
 
 
 def format_size(nbytes: int) -> str:
@@ -50,6 +55,15 @@ def parse_size_or_zero(text: str | int) -> int:
         raise RecipeError(f"{text!r}: that many bytes? Give a unit, as in {digits}GB")
     factor = 1024 if binary else 1000
     return int(number * factor ** " KMGT".index((unit or " ").upper()))
+
+
+def parse_dtype(dtype: object) -> str:
+    """The safetensors name of a dtype that can be written: `bf16`, `torch.bfloat16`, …: `BF16`."""
+    word = str(dtype).lower().removeprefix("torch.")
+    for name, words in _DTYPE_WORDS.items():
+        if word in words:
+            return name
+    raise RecipeError(f"dtype {dtype!r} cannot be written; expected bf16, fp16 or fp32")
 
 
 def parse_count(text: str | int) -> int:
