@@ -79,7 +79,7 @@ def _summary(output: Output) -> str:
     """What was written, in a line."""
     from ..reporting.terminal import size
 
-    counts, how = output.plan.to_json()["counts"], output.how
+    counts, how = output.plan.counts, output.how
     written = output.plan.bytes_written
     if how:
         written = sum(path.stat().st_size for path in output.folder.glob("*.safetensors"))

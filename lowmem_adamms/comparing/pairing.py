@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from ..architectures.layout import BUFFER
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
-from ..mapping.join import Embeddings, make_plan
+from ..mapping.join import make_plan
 from ..mapping.kinship import group_of
 from ..mapping.plan import Part, Plan, Step
+from ..settings import Embeddings
 
 if TYPE_CHECKING:
     from ..hub.remote_file import RemoteFile
@@ -129,19 +130,18 @@ def join(
     make: `make_plan`, or the same with more of its options bound.
     FormatError for a broken or quantized one, MappingError for one without a known decoder.
     """
-    misfits: list[str] = []
-    forth = make(a, b, misfits=misfits)
+    forth = make(a, b, allow_misfits=True)
     # Rows of tokens were joined on the way forth, unless only the way back has a head to join
     heads = ["head" in layout.roles() for layout in (forth.base_layout, forth.donor_layout)]
     embeddings: Embeddings = "merge" if heads == [False, True] else "keep"
-    back = make(forth.donor, forth.base, embeddings=embeddings, misfits=[])
-    return pair_up(forth, back, misfits)
+    back = make(forth.donor, forth.base, embeddings=embeddings, allow_misfits=True)
+    return pair_up(forth, back)
 
 
-def pair_up(forth: Plan, back: Plan, misfits: Iterable[str] = ()) -> Pairing:
+def pair_up(forth: Plan, back: Plan) -> Pairing:
     """Join by two plans, each side once the base; both made so that they note misfits."""
     pairs = (*_by_role(forth, back), *_by_name(forth))
-    obstacles = dict.fromkeys(text.partition(";")[0] for text in misfits)
+    obstacles = dict.fromkeys(text.partition(";")[0] for text in forth.misfits)
     a, b = _side(forth, back, pairs, 0), _side(back, forth, pairs, 1)
     remote = forth.base.remote_files() | forth.donor.remote_files()
     return Pairing(a, b, pairs, tuple(obstacles), forth.notes, remote)

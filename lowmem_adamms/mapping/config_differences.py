@@ -33,7 +33,7 @@ _PLAIN_ROPE = ("default", "mrope", "dynamic")
 """Rotary scalings that, at the lengths a model was trained for, are none."""
 
 
-def differences(base: Checkpoint, donor: Checkpoint) -> Iterator[str]:
+def describe_differences(base: Checkpoint, donor: Checkpoint) -> Iterator[str]:
     """A note on what the two configs say otherwise, if there is anything."""
     ours, theirs = _settings(base), _settings(donor)
     found = [

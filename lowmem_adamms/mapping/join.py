@@ -1,35 +1,57 @@
-"""The join: base x donor -> Plan, from headers alone.
+"""AdaMMS's mapping step (arXiv 2503.23733, section 3.1): two checkpoints -> a plan, by headers.
 
-Roles are joined by AdaMMS's mapping step (arXiv 2503.23733, section 3.1): a role takes its like, a
-duplicated role (`q@vision`) the weight it was duplicated from, and what has no counterpart stays
-the base's. Embedding and head rows are joined by token. Leaves to others: which roles a tensor
-holds (`recognise.py`), vocabularies (`tokens.py`), the arithmetic (`merge.py`).
+A role of the base is blended with the same role of the donor, a duplicated role (`q@vision`) with
+the weight it was duplicated from, rows of embedding and head with the row of the same token. What
+has no counterpart stays the base's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING
 
-from ..architectures import families as archs
-from ..architectures.layout import BUFFER, Arch, Block, Layout, block_span
-from ..architectures.recognise import recognise
-from ..checkpoints import vocabulary
+from ..architectures.layout import BUFFER, Arch, Block
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.dtypes import DType
-from ..checkpoints.span import Span
-from ..errors import FormatError, MappingError
-from . import config_differences as settings
+from ..checkpoints.dtypes import DTYPES, DType
+from ..errors import MappingError
+from ..settings import Embeddings
+from ..values import parse_dtype
+from .config_differences import describe_differences
 from .plan import Part, Plan, Step, count_rows
-from .tied_head import is_tied
+from .side import Piece, Side, read_side
+from .tied_head import describe_ties
+from .token_rows import TOKEN_ROLES, TokenRows, find_token_rows
 
-_T = TypeVar("_T")
-Embeddings = Literal["merge", "keep"]
-_Pieces = list[tuple[str, Block]]
-_Rows = tuple[int, int]
+if TYPE_CHECKING:
+    import torch
+
+SAME_ROLE = "same role"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the donor has for one role of the base, and the rule it was found by.
+
+    pieces: where the role's rows are in the donor; none if it stays the base's. misfit: what does
+    not fit, where that is why.
+    """
+
+    pieces: Sequence[Piece]
+    reason: str
+    misfit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Both sides, the match of each of the base's roles, and which rows hold the same tokens."""
+
+    base: Side
+    donor: Side
+    matches: Mapping[str, Match]
+    token_rows: TokenRows
 
 
 def make_plan(
@@ -37,330 +59,264 @@ def make_plan(
     donor: str | Path | Checkpoint,
     *,
     embeddings: Embeddings = "merge",
-    dtype: DType | None = None,
+    dtype: str | DType | torch.dtype | None = None,
     declared: Sequence[Arch] = (),
-    misfits: list[str] | None = None,
+    allow_misfits: bool = False,
 ) -> Plan:
-    """Plan the merge of two checkpoints from their headers.
+    """Plan the merge of two checkpoints.
 
-    embeddings: "merge" joins the rows of embed and head by token, "keep" leaves the base's.
-    dtype: of the output's floating tensors; None keeps each base tensor's own.
-    declared: the user's own declarations (`declare.read`), which go before the known ones.
-    misfits: takes what would be a MappingError for the two; such tensors then stay the base's.
-    Raises FormatError for a broken or quantized input, MappingError where the two do not fit.
+    Reads headers, configs and tokenizers: a second or less, whatever the size.
+
+    Args:
+        base: Checkpoint whose architecture, vision encoder and tokenizer the output keeps: a
+            folder, a safetensors file, a Hub id `org/name[@revision]`, or one that is open.
+        donor: Checkpoint whose language weights are blended in, given likewise.
+        embeddings: "merge" joins the rows of embedding and head by token, "keep" leaves the
+            base's.
+        dtype: Of the output's floating-point tensors, such as "bf16", "fp16" or "fp32"; None
+            keeps the dtype of each base tensor.
+        declared: Declarations of families that are not built in; they go before those that are.
+        allow_misfits: Leave tensors that do not fit as the base's, and list them in
+            `plan.misfits`, where a merge must be refused. For comparing two checkpoints.
+
+    Raises:
+        FormatError: A checkpoint is damaged, incomplete or quantized.
+        HubError: A repository cannot be read.
+        MappingError: A checkpoint has no decoder that is known, or the two do not fit.
+        RecipeError: `dtype` is none that can be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from lowmem_adamms import demo, make_plan
+        >>> pair = demo.export(Path("demo"))
+        >>> plan = make_plan(pair.base, pair.donor)
+        >>> plan.counts
+        {'interpolate': 75, 'copy': 22}
     """
-    base, donor = _opened(base), _opened(donor)
-    base_layout, donor_layout = (
-        recognise(checkpoint, archs.ARCHS, declared) for checkpoint in (base, donor)
+    output_dtype = None if dtype is None else _find_dtype(dtype)
+    base_opened, donor_opened = _open(base), _open(donor)
+    base_side, donor_side = read_side(base_opened, declared), read_side(donor_opened, declared)
+    matches = {
+        role: _match_role(role, base_side, donor_side, embeddings)
+        for role in base_side.pieces
+        if not (role == "head" and base_side.tied)  # then it is the embedding
+    }
+    misfits = list(_find_misfits(base_side, donor_side, matches))
+    if misfits and not allow_misfits:
+        raise MappingError(misfits[0])
+    by_token = any(matches[role].pieces for role in TOKEN_ROLES if role in matches)
+    token_rows = find_token_rows(base_side, donor_side) if by_token else TokenRows()
+    join = Join(base_side, donor_side, matches, token_rows)
+    tied_heads = [name for name in base_side.tensors if _is_tied_head(base_side, name)]
+    steps = tuple(
+        _make_step(join, name, output_dtype) for name in base_side.tensors if name not in tied_heads
     )
-    join = _Join(base, donor, base_layout, donor_layout, embeddings)
-    join.misfits = misfits
-    join.fitting(join.check_sizes, None)
-    steps = tuple(step for name in base.tensors if (step := join.step(name, dtype)) is not None)
-    if misfits is None and not any(step.action == "interpolate" for step in steps):
-        raise MappingError(f"{base.path} and {donor.path} have no parameter in common")
+    if not allow_misfits and all(step.action == "copy" for step in steps):
+        raise MappingError(f"{base_side.path} and {donor_side.path} have no parameter in common")
     return Plan(
-        base,
-        donor,
-        base_layout,
-        donor_layout,
+        base_opened,
+        donor_opened,
+        base_side.layout,
+        donor_side.layout,
         steps,
-        join.leftover(),
-        (
-            *join.notes,
-            *settings.differences(base, donor),
-            *_unused(declared, base_layout, donor_layout),
-        ),
-        {"embeddings": embeddings, "dtype": dtype.name if dtype else None},
+        _find_leftover(join),
+        tuple(_notes(join, tied_heads, declared)),
+        {"embeddings": embeddings, "dtype": output_dtype.name if output_dtype else None},
         tuple(declared),
+        tuple(misfits),
     )
 
 
-def _unused(declared: Sequence[Arch], *layouts: Layout) -> list[str]:
-    """A note for each of the user's declarations that neither checkpoint is of."""
-    taken = {layout.arch for layout in layouts if layout.declared}
-    return [
-        f"--arch {arch.name}: neither checkpoint is taken for it, by its classes"
-        f" ({', '.join(arch.classes) or 'none'}) or by its tensor names"
-        for arch in declared
-        if arch.name not in taken
-    ]
+def _open(checkpoint: str | Path | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
 
 
-def _opened(ref: str | Path | Checkpoint) -> Checkpoint:
-    return ref if isinstance(ref, Checkpoint) else open_checkpoint(ref)
+def _find_dtype(dtype: str | DType | torch.dtype) -> DType:
+    return DTYPES[parse_dtype(dtype.name if isinstance(dtype, DType) else dtype)]
 
 
-class _Join:
-    """The join under way: looks up counterparts and remembers which donor tensors were used."""
+# Roles
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        donor: Checkpoint,
-        base_layout: Layout,
-        donor_layout: Layout,
-        embeddings: Embeddings,
-    ) -> None:
-        self.base, self.donor = base, donor
-        self.base_layout, self.donor_layout = base_layout, donor_layout
-        self.embeddings = embeddings
-        self.base_roles, self.donor_roles = base_layout.pieces(), donor_layout.pieces()
-        self.used: set[str] = set()
-        self.misfits: list[str] | None = None
-        self.notes = [
-            f"{side}: {layout.assumed or f'{layout.arch}, as --arch declares it'}"
-            for side, layout in (("base", base_layout), ("donor", donor_layout))
-            if layout.assumed or layout.declared
-        ]
-        # In a .bin two names may share bytes, as Phi-3-vision's second name of its embedding does
-        self._same_bytes = {
-            _place(base.tensors[name]): blocks for name, blocks in base_layout.blocks.items()
-        }
-        self.base_tied, self.donor_tied = (
-            self._tied(*side) for side in ((base, base_layout), (donor, donor_layout))
+
+def _match_role(role: str, base: Side, donor: Side, embeddings: Embeddings) -> Match:
+    """Look up what the donor has for one role of the base."""
+    if role in TOKEN_ROLES and embeddings == "keep":
+        return Match((), "--embeddings keep")
+    found = [rule for rule in _candidates(role, donor) if rule[0] in donor.pieces]
+    if not found:
+        return Match((), "no counterpart in the donor")
+    donor_role, reason = found[0]
+    pieces = donor.pieces[donor_role]
+    for name, _ in pieces:
+        donor.require_blendable(name)
+    base_shape, donor_shape = base.shape_of(role), donor.shape_of(donor_role)
+    first_axis = 1 if role in TOKEN_ROLES else 0  # however many tokens each side has
+    if base_shape[first_axis:] != donor_shape[first_axis:]:
+        misfit = (
+            f"shapes differ for {role}: {base.pieces[role][0][0]} in {base.path} is"
+            f" {list(base_shape)}, {pieces[0][0]} in {donor.path} is {list(donor_shape)}"
         )
-        self._runs: tuple[list[vocabulary.RowRun], str] | None = None
+        return Match((), "another shape in the donor", misfit)
+    return Match(pieces, reason)
 
-    def _tied(self, checkpoint: Checkpoint, layout: Layout) -> bool | None:
-        tied = is_tied(checkpoint, layout)
-        if checkpoint.tied_flags[:1] == [True] and not tied:
-            self.notes.append(
-                f"{checkpoint.path}: config.json ties the head to the embedding, but the two differ"
-                " on disk: taken for two, as transformers does"
-            )
-        if tied is False and "head" not in layout.roles():
-            self.notes.append(
-                f"{checkpoint.path}: holds no head; if its embedding is one, say"
-                " tie_word_embeddings: true in its config.json"
-            )
-        return tied
 
-    def fitting(self, try_this: Callable[[], _T], instead: _T) -> _T:
-        """A result; where the two do not fit, `instead`, if misfits are noted and not raised."""
-        try:
-            return try_this()
-        except MappingError as error:
-            if self.misfits is None:
-                raise
-            self.misfits.append(str(error))
-            return instead
+def _candidates(role: str, donor: Side) -> list[tuple[str, str]]:
+    """The donor's roles that may stand for a role, the best first, each with the rule for it."""
+    if role == "head" and (donor.tied or (donor.tied is None and "head" not in donor.pieces)):
+        return [("embed", "tied donor lends its embedding")]
+    plain, _, stream = role.partition("@")
+    if stream:
+        return [(role, SAME_ROLE), (plain, f"{stream} copy takes the plain weight")]
+    return [(role, SAME_ROLE), (f"{role}@text", "takes the donor's text copy")]
 
-    def check_sizes(self) -> None:
-        """Depth and width must agree before anything is joined; MappingError names the tensors."""
-        sides = ((self.base, self.base_layout), (self.donor, self.donor_layout))
-        (base_depth, donor_depth) = (layout.layers for _, layout in sides)
-        if base_depth != donor_depth:
-            raise MappingError(
-                f"layer counts differ: {self.base.path} has {base_depth} decoder layers,"
-                f" {self.donor.path} has {donor_depth}; they do not share an ancestor"
-            )
-        (base_name, base_span), (donor_name, donor_span) = (
-            (name, block_span(checkpoint, name, block))
-            for checkpoint, layout in sides
-            for name, block in (layout.roles()["embed"],)
+
+def _find_misfits(base: Side, donor: Side, matches: Mapping[str, Match]) -> Iterator[str]:
+    """Why the two cannot be merged: depth or width of the decoder, then single roles."""
+    if base.layout.layers != donor.layout.layers:
+        yield (
+            f"layer counts differ: {base.path} has {base.layout.layers} decoder layers,"
+            f" {donor.path} has {donor.layout.layers}; they do not share an ancestor"
         )
-        if base_span.shape[1:] != donor_span.shape[1:]:
-            raise MappingError(
-                f"widths differ: {base_name} in {self.base.path} is {list(base_span.shape)},"
-                f" {donor_name} in {self.donor.path} is {list(donor_span.shape)}"
-            )
+    elif base.shape_of("embed")[1:] != donor.shape_of("embed")[1:]:
+        base_name, donor_name = base.pieces["embed"][0][0], donor.pieces["embed"][0][0]
+        yield (
+            f"widths differ: {base_name} in {base.path} is {list(base.shape_of('embed'))},"
+            f" {donor_name} in {donor.path} is {list(donor.shape_of('embed'))}"
+        )
+    yield from (match.misfit for match in matches.values() if match.misfit)
 
-    def step(self, name: str, dtype: DType | None) -> Step | None:
-        """The step of one base tensor; None for the head of a tied base, which must not be written.
 
-        transformers refuses to tie a head that is on disk and differs from the embedding.
-        """
-        span = self.base.tensors[name]
-        blocks = self.base_layout.blocks.get(name, self._same_bytes.get(_place(span)))
-        if blocks is None:
-            kind = self.base_layout.kinds[name]
-            out = dtype if dtype and span.dtype.blendable and kind != BUFFER else span.dtype
-            reason = "rotary buffer: never blended" if kind == BUFFER else f"base's {kind}"
-            return Step(name, out, span.shape, kind, reason, (Part(_rows(span), None, span),))
-        if blocks[0].role == "head" and self.base_tied:
-            self.notes.append(f"{name} is left out: the base ties its head to the embedding")
-            return None
-        if not span.dtype.blendable:
-            raise FormatError(
-                f"{self.base.path}: {name} is {span.dtype.name}; expected BF16, F16 or F32"
-            )
-        parts: list[Part] = []
-        reasons: list[str] = []
-        for block in blocks:
-            alone = [self._part(name, block.role, (block.start, block.stop))]
-            found, reason = self.fitting(
-                partial(self._parts, name, block, alone), (alone, "another shape in the donor")
-            )
-            parts += found
-            if reason not in reasons:
-                reasons.append(reason)
-        kind = kind_of(blocks[0].role)
-        return Step(name, dtype or span.dtype, span.shape, kind, "; ".join(reasons), tuple(parts))
+# Steps
 
-    def leftover(self) -> dict[str, str]:
-        """The donor's tensors that nothing takes, and what they are."""
-        kinds = self.donor_layout.kinds
-        return {
-            name: kinds.get(name, "no counterpart in the base")
-            for name in self.donor.tensors
-            if name not in self.used
-        }
 
-    def _part(
-        self,
-        name: str,
-        role: str,
-        rows: _Rows,
-        donor: str | None = None,
-        theirs: _Rows | None = None,
-    ) -> Part:
-        """Rows of a base tensor, and those of the donor's to blend into them, if any."""
-        base = self.base.tensors[name].rows(*rows)
-        lent = self.donor.tensors[donor].rows(*theirs) if donor and theirs else None
-        return Part(rows, role, base, lent, donor, theirs)
+def _is_tied_head(base: Side, name: str) -> bool:
+    """Whether a tensor is the head of a tied base.
 
-    def _parts(self, name: str, block: Block, alone: list[Part]) -> tuple[list[Part], str]:
-        """The parts of one block of a base tensor, and why they are what they are.
+    The output does not have it: once it differs from the blended embedding, transformers refuses to
+    tie the two.
+    """
+    return bool(base.tied) and any(block.role == "head" for block in base.blocks.get(name, ()))
 
-        alone: what they are if nothing is blended in.
-        """
-        if block.role in ("embed", "head") and self.embeddings == "keep":
-            return alone, "--embeddings keep"
-        found = self._counterpart(block.role)
-        if found is None:
-            return alone, "no counterpart in the donor"
-        pieces, reason = found
-        for donor_name, _ in pieces:
-            donor_span = self.donor.tensors[donor_name]
-            if not donor_span.dtype.blendable:
-                raise FormatError(
-                    f"{self.donor.path}: {donor_name} is {donor_span.dtype.name};"
-                    " expected BF16, F16 or F32"
-                )
-            self.used.add(donor_name)
-        if block.role in ("embed", "head"):
-            return self._token_parts(name, block, *pieces[0], reason)
-        self._check_shapes(block.role, pieces)
-        return list(self._overlaps(name, block, pieces)), reason
 
-    def _check_shapes(self, role: str, pieces: _Pieces) -> None:
-        """MappingError unless a role has the same shape on both sides, in however many pieces."""
-        ours, theirs = self.base_roles[role], pieces
-        base_shape, donor_shape = _shape(self.base, ours), _shape(self.donor, theirs)
-        if base_shape != donor_shape:
-            raise MappingError(
-                f"shapes differ for {role}: {ours[0][0]} in {self.base.path} is"
-                f" {list(base_shape)}, {theirs[0][0]} in {self.donor.path} is {list(donor_shape)}"
-            )
+def _make_step(join: Join, name: str, dtype: DType | None) -> Step:
+    """Say what becomes of one tensor of the base."""
+    if name not in join.base.blocks:
+        return _copy_tensor(join.base, name, dtype)
+    join.base.require_blendable(name)
+    span, blocks = join.base.tensors[name], join.base.blocks[name]
+    parts: list[Part] = []
+    reasons: list[str] = []
+    for block in blocks:
+        block_parts, reason = _join_block(join, name, block)
+        parts += block_parts
+        reasons.append(reason)
+    kind, reason = kind_of_role(blocks[0].role), "; ".join(dict.fromkeys(reasons))
+    return Step(name, dtype or span.dtype, span.shape, kind, reason, tuple(parts))
 
-    def _overlaps(self, name: str, block: Block, pieces: _Pieces) -> Iterator[Part]:
-        """One part for each piece of the donor's that holds rows of a base block's."""
-        for donor_name, theirs in pieces:
-            first, last = max(block.first, theirs.first), min(block.last, theirs.last)
-            if first < last:
-                shift, donor_shift = block.start - block.first, theirs.start - theirs.first
-                rows = (first + shift, last + shift)
-                donor_rows = (first + donor_shift, last + donor_shift)
-                yield self._part(name, block.role, rows, donor_name, donor_rows)
 
-    def _counterpart(self, role: str) -> tuple[_Pieces, str] | None:
-        """The donor's tensors and blocks for a base role, by the design's joining rules."""
-        plain, _, stream = role.partition("@")
-        candidates = [(role, "same role")]
-        if stream:
-            candidates.append((plain, f"{stream} copy takes the plain weight"))
-        else:
-            candidates.append((f"{plain}@text", "takes the donor's text copy"))
-        tied = self.donor_tied
-        if role == "head" and (tied or (tied is None and "head" not in self.donor_roles)):
-            candidates = [("embed", "tied donor lends its embedding")]
-        for candidate, reason in candidates:
-            if candidate in self.donor_roles:
-                return self.donor_roles[candidate], reason
-        return None
+def _copy_tensor(base: Side, name: str, dtype: DType | None) -> Step:
+    """Copy a tensor outside the decoder; a rotary buffer keeps its dtype as well."""
+    span, kind = base.tensors[name], base.layout.kinds[name]
+    part = Part((0, span.shape[0] if span.shape else 1), None, span)
+    if kind == BUFFER:
+        return Step(name, span.dtype, span.shape, kind, "rotary buffer: never blended", (part,))
+    output_dtype = dtype if dtype and span.dtype.blendable else span.dtype
+    return Step(name, output_dtype, span.shape, kind, f"base's {kind}", (part,))
 
-    def _token_parts(
-        self, name: str, block: Block, donor_name: str, donor_block: Block, reason: str
-    ) -> tuple[list[Part], str]:
-        """Rows of embed or head, joined by token; rows between the runs stay the base's."""
-        base_span, donor_span = self.base.tensors[name], self.donor.tensors[donor_name]
-        if base_span.shape[1:] != donor_span.shape[1:]:
-            raise MappingError(
-                f"shapes differ for {block.role}: {name} in {self.base.path} is"
-                f" {list(base_span.shape)}, {donor_name} is {list(donor_span.shape)}"
-            )
-        runs, by = self._token_runs(block.stop, donor_block.stop)
-        parts: list[Part] = []
-        position = 0
-        for run in runs:
-            if run.base > position:
-                parts.append(self._part(name, block.role, (position, run.base)))
-            position = run.base + run.length
-            rows, partner = (run.base, position), (run.donor, run.donor + run.length)
-            parts.append(self._part(name, block.role, rows, donor_name, partner))
-        if position < block.stop:
-            parts.append(self._part(name, block.role, (position, block.stop)))
+
+def _join_block(join: Join, name: str, block: Block) -> tuple[list[Part], str]:
+    """The parts of one block of a base tensor, in the order of its rows, and the reason."""
+    match = join.matches[block.role]
+    if not match.pieces:
+        return [_copy_rows(join, name, block.role, block.start, block.stop)], match.reason
+    if block.role in TOKEN_ROLES:
+        parts = list(_join_tokens(join, name, block, match.pieces[0]))
         count = count_rows(parts)
-        how = (
-            f"rows by {by}: {count['shared']} shared, {count['moved']} of them moved,"
-            f" {count['kept']} kept"
+        reason = (
+            f"rows by {join.token_rows.joined_by}: {count['shared']} shared,"
+            f" {count['moved']} of them moved, {count['kept']} kept"
         )
-        return parts, how if reason == "same role" else f"{reason}; {how}"
-
-    def _token_runs(self, base_rows: int, donor_rows: int) -> tuple[list[vocabulary.RowRun], str]:
-        """Runs of shared rows and by what they were found; worked out once for embed and head."""
-        if self._runs is None:
-            self._runs = self._find_runs(*map(_most_rows, (self.base_layout, self.donor_layout)))
-        runs, by = self._runs
-        return [
-            vocabulary.RowRun(run.base, run.donor, length)
-            for run in runs
-            if (length := min(run.length, base_rows - run.base, donor_rows - run.donor)) > 0
-        ], by
-
-    def _find_runs(self, base_rows: int, donor_rows: int) -> tuple[list[vocabulary.RowRun], str]:
-        known: vocabulary.KnownVocabularies = {}
-        base_ids = vocabulary.read_vocabulary(self.base.folder, known)
-        donor_ids = (
-            None if base_ids is None else vocabulary.read_vocabulary(self.donor.folder, known)
-        )
-        if base_ids is not None and donor_ids is not None:
-            return vocabulary.join_rows(base_ids, donor_ids, base_rows, donor_rows), "token"
-        declared = [self.base_layout.shared_ids, self.donor_layout.shared_ids]
-        shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])
-        self.notes.append(
-            f"no tokenizer that can be read on both sides ({', '.join(vocabulary.FORMS)}): the"
-            f" first {shared} rows of embedding and head are assumed to be the same tokens,"
-            f" {base_rows - shared} are kept"
-        )
-        return [vocabulary.RowRun(0, 0, shared)], "position"
+        return parts, reason if match.reason == SAME_ROLE else f"{match.reason}; {reason}"
+    return list(_join_pieces(join, name, block, match.pieces)), match.reason
 
 
-def _shape(checkpoint: Checkpoint, pieces: _Pieces) -> tuple[int, ...]:
-    """The shape of a role: of its pieces one behind the other."""
-    name, block = pieces[0]
-    whole = block_span(checkpoint, name, block).shape
-    return (sum(block.stop - block.start for _, block in pieces), *whole[1:]) if whole else ()
+def _join_pieces(join: Join, name: str, block: Block, pieces: Sequence[Piece]) -> Iterator[Part]:
+    """One part for each piece of the donor's that holds rows of a base block's."""
+    for donor_name, piece in pieces:
+        first, last = max(block.first, piece.first), min(block.last, piece.last)
+        if first < last:
+            row, donor_row = block.start + first - block.first, piece.start + first - piece.first
+            yield _blend_rows(join, name, block.role, row, donor_name, donor_row, last - first)
 
 
-def kind_of(role: str) -> str:
+def _join_tokens(join: Join, name: str, block: Block, piece: Piece) -> Iterator[Part]:
+    """The rows of embedding or head: runs that the donor has too, and the base's between them."""
+    donor_name, donor_block = piece
+    position = 0
+    for run in join.token_rows.within(block.stop, donor_block.stop):
+        if run.base > position:
+            yield _copy_rows(join, name, block.role, position, run.base)
+        yield _blend_rows(join, name, block.role, run.base, donor_name, run.donor, run.length)
+        position = run.base + run.length
+    if position < block.stop:
+        yield _copy_rows(join, name, block.role, position, block.stop)
+
+
+def _copy_rows(join: Join, name: str, role: str, start: int, stop: int) -> Part:
+    return Part((start, stop), role, join.base.tensors[name].rows(start, stop))
+
+
+def _blend_rows(
+    join: Join, name: str, role: str, row: int, donor_name: str, donor_row: int, count: int
+) -> Part:
+    """Blend `count` rows of a donor tensor into as many of a base tensor."""
+    rows, donor_rows = (row, row + count), (donor_row, donor_row + count)
+    base = join.base.tensors[name].rows(*rows)
+    donor = join.donor.tensors[donor_name].rows(*donor_rows)
+    return Part(rows, role, base, donor, donor_name, donor_rows)
+
+
+def kind_of_role(role: str) -> str:
     """The group a role is shown under: embedding, head, attention, MLP or norm."""
-    rest = re.sub(r"^layers\.\d+\.", "", role.partition("@")[0])
+    plain = role.partition("@")[0]
+    first = re.sub(r"^layers\.\d+\.", "", plain).split(".")[0]
     kinds = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLP"}
-    return kinds.get(rest.split(".")[0], "norm")
+    return kinds.get(first, "norm")
 
 
-def _most_rows(layout: Layout) -> int:
-    """Rows of the larger of embedding and head."""
-    blocks = (blocks[0] for blocks in layout.blocks.values())
-    return max(block.stop for block in blocks if block.role in ("embed", "head"))
+# What the plan says
 
 
-def _place(span: Span) -> tuple[object, ...]:
-    """Where a span's bytes lie and as what; of one without bytes it tells nothing."""
-    return (span.path, span.start, span.stop, span.shape, span.dtype.name)
+def _find_leftover(join: Join) -> dict[str, str]:
+    """The donor's tensors that nothing takes, and what they are."""
+    used = {name for match in join.matches.values() for name, _ in match.pieces}
+    kinds = join.donor.layout.kinds
+    return {
+        name: kinds.get(name, "no counterpart in the base")
+        for name in join.donor.tensors
+        if name not in used
+    }
 
 
-def _rows(span: Span) -> tuple[int, int]:
-    return (0, span.shape[0] if span.shape else 1)
+def _notes(join: Join, tied_heads: Iterable[str], declared: Iterable[Arch]) -> Iterator[str]:
+    """What a user should know of the two checkpoints before merging them."""
+    base, donor = join.base, join.donor
+    for label, side in (("base", base), ("donor", donor)):
+        if side.layout.assumed:
+            yield f"{label}: {side.layout.assumed}"
+        elif side.layout.declared:
+            yield f"{label}: {side.layout.arch}, as --arch declares it"
+    for side in (base, donor):
+        yield from describe_ties(side.checkpoint, side.layout, side.tied)
+    if join.token_rows.assumption:
+        yield join.token_rows.assumption
+    for name in tied_heads:
+        yield f"{name} is left out: the base ties its head to the embedding"
+    yield from describe_differences(base.checkpoint, donor.checkpoint)
+    used = {side.layout.arch for side in (base, donor) if side.layout.declared}
+    for arch in declared:
+        if arch.name not in used:
+            yield (
+                f"--arch {arch.name}: neither checkpoint is taken for it, by its classes"
+                f" ({', '.join(arch.classes) or 'none'}) or by its tensor names"
+            )

@@ -1,8 +1,7 @@
 """A plan: what the merge of two checkpoints does at any alpha, as pure data.
 
-A plan has a step for each output tensor, a step has parts, a part has the base's bytes and the
-donor's to blend in. No alpha, no tensor bytes. Leaves to others: making one (`join.py`), carrying
-it out (`merge.py`).
+A plan has a step for each output tensor, a step has parts, and a part has a span of the base and
+the span of the donor to blend into it. There is no alpha in it and no tensor data.
 """
 
 from __future__ import annotations
@@ -16,14 +15,21 @@ from ..architectures.layout import Arch, Layout
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DType
 from ..checkpoints.span import Span
+from ..values import format_size
 
-MANY_RUNS = 16
-"""Above this many separate runs of rows `plan --json` says "tokens" and their count."""
+MAX_LISTED_PARTS = 16
+"""An embedding or head with more blended parts is summed up in `plan --json`, not listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one output tensor: the base's bytes, and the donor's to blend in (None: copy)."""
+    """Some rows of one output tensor, all treated alike.
+
+    rows: first row and the row behind the last, in the output (a scalar has one row).
+    role: what the rows are to the decoder; None outside of it.
+    donor: what is blended in, as many elements as `base`; None copies the base. Then
+    donor_name and donor_rows, which say where it is from, are None too.
+    """
 
     rows: tuple[int, int]
     role: str | None
@@ -35,7 +41,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One output tensor: its parts in order. `kind` groups steps for people to read."""
+    """One output tensor, its parts in the order of its rows.
+
+    kind: the group it is shown under, such as "attention". reason: why it is blended or copied.
+    """
 
     name: str
     dtype: DType
@@ -60,9 +69,17 @@ class Step:
         return self.dtype.nbytes(self.elements)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
-    """What a merge of `base` and `donor` does at any alpha, in the order of the base's bytes."""
+    """What a merge of `base` and `donor` does at any alpha, from `make_plan`.
+
+    steps: one for each output tensor, in the order of the base's bytes.
+    leftover: the donor's tensors that are not used, and what they are.
+    notes: what a user should know before merging.
+    options: the arguments `embeddings` and `dtype` (a name such as "BF16") it was made with.
+    declared: the user's own declarations.
+    misfits: why some tensors stay the base's that a merge would refuse; see `make_plan`.
+    """
 
     base: Checkpoint
     donor: Checkpoint
@@ -73,6 +90,20 @@ class Plan:
     notes: tuple[str, ...]
     options: Mapping[str, str | None]
     declared: tuple[Arch, ...] = ()
+    misfits: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {self.donor.name} into {self.base.name},"
+            f" {self.counts['interpolate']} tensors interpolated, {self.counts['copy']} copied,"
+            f" {format_size(self.bytes_written)}>"
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many output tensors are blended (`interpolate`) and how many are not (`copy`)."""
+        actions = [step.action for step in self.steps]
+        return {action: actions.count(action) for action in ("interpolate", "copy")}
 
     @property
     def parts(self) -> Iterator[tuple[Step, Part]]:
@@ -89,7 +120,7 @@ class Plan:
 
     @property
     def dtypes(self) -> set[tuple[str, str, str]]:
-        """The triples of dtypes, of base, donor and output, that are blended."""
+        """The dtypes that are blended, as triples of base, donor and output."""
         return {
             (part.base.dtype.name, part.donor.dtype.name, step.dtype.name)
             for step, part in self.parts
@@ -107,23 +138,24 @@ class Plan:
         return sum(step.nbytes for step in self.steps)
 
     def token_rows(self) -> dict[str, dict[str, int]]:
-        """Of embedding and head, by name: rows shared with the donor, moved among these, kept."""
-        ends = (step for step in self.steps if step.kind in ("embedding", "head"))
-        return {step.name: count_rows(step.parts) for step in ends}
+        """Rows of embedding and head, by tensor name; `count_rows` says what is counted."""
+        return {step.name: count_rows(step.parts) for step in self.steps if _has_token_rows(step)}
 
     def identity(self) -> list[Any]:
-        """Plain data that tells this plan on these files, as they are now, from any other."""
-        shards = [side.identity() for side in (self.base, self.donor)]
-        declared = [arch.to_json() for arch in self.declared]
-        rows = hashlib.sha256()  # the document of a step only counts the rows that are many
+        """Plain data that differs between any two plans, or after either checkpoint changed."""
+        spans = hashlib.sha256()  # the document of a step may sum up its parts
         for _, part in self.parts:
             donor = part.donor and (part.donor.start, part.donor.stop)
-            rows.update(repr((part.base.start, part.base.stop, donor)).encode())
-        return [shards, [_step_json(step) for step in self.steps], rows.hexdigest(), declared]
+            spans.update(repr((part.base.start, part.base.stop, donor)).encode())
+        return [
+            [self.base.identity(), self.donor.identity()],
+            [_step_to_json(step) for step in self.steps],
+            spans.hexdigest(),
+            [arch.to_json() for arch in self.declared],
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The document of `plan --json`."""
-        actions = [step.action for step in self.steps]
         return {
             "base": self.base.ref if self.base.repo else str(self.base.path),
             "donor": self.donor.ref if self.donor.repo else str(self.donor.path),
@@ -131,33 +163,40 @@ class Plan:
             "donor_arch": self.donor_layout.arch,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "counts": {word: actions.count(word) for word in ("interpolate", "copy")},
+            "counts": self.counts,
             "tokens": self.token_rows(),
-            "steps": [_step_json(step) for step in self.steps],
+            "steps": [_step_to_json(step) for step in self.steps],
             "leftover": dict(self.leftover),
             "notes": list(self.notes),
         }
 
 
 def count_rows(parts: Iterable[Part]) -> dict[str, int]:
-    """How many rows of embedding or head take a row of the donor's, another's, or none."""
+    """Count rows of an embedding or head.
+
+    `shared`: blended with a row of the donor; `moved`: those of them that the donor has at another
+    id; `kept`: the base's own.
+    """
     count = {"shared": 0, "moved": 0, "kept": 0}
     for part in parts:
         rows = part.rows[1] - part.rows[0]
         count["shared" if part.donor else "kept"] += rows
-        count["moved"] += rows if part.donor and part.rows != part.donor_rows else 0
+        if part.donor and part.rows != part.donor_rows:
+            count["moved"] += rows
     return count
 
 
-def _step_json(step: Step) -> dict[str, Any]:
+def _has_token_rows(step: Step) -> bool:
+    return step.kind in ("embedding", "head")
+
+
+def _step_to_json(step: Step) -> dict[str, Any]:
+    parts = [_part_to_json(part) for part in step.parts]
     blended = [part for part in step.parts if part.donor]
-    parts: list[dict[str, Any]]
-    if len(blended) > MANY_RUNS and step.kind in ("embedding", "head"):
-        count = sum(part.rows[1] - part.rows[0] for part in blended)
+    if _has_token_rows(step) and len(blended) > MAX_LISTED_PARTS:
         donor = {"name": blended[0].donor_name, "rows": "tokens"}
-        parts = [{"rows": "tokens", "count": count, "role": blended[0].role, "donor": donor}]
-    else:
-        parts = [_part_json(part) for part in step.parts]
+        shared = count_rows(step.parts)["shared"]
+        parts = [{"rows": "tokens", "count": shared, "role": blended[0].role, "donor": donor}]
     return {
         "name": step.name,
         "dtype": step.dtype.name,
@@ -168,6 +207,6 @@ def _step_json(step: Step) -> dict[str, Any]:
     }
 
 
-def _part_json(part: Part) -> dict[str, Any]:
+def _part_to_json(part: Part) -> dict[str, Any]:
     donor = {"name": part.donor_name, "rows": list(part.donor_rows)} if part.donor_rows else None
     return {"rows": list(part.rows), "role": part.role, "donor": donor}

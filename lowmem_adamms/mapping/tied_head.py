@@ -1,7 +1,7 @@
-"""Whether a checkpoint's head is its embedding: config.json's word, held against the bytes.
+"""Whether a checkpoint's head is its embedding: what config.json says, checked against the data.
 
-Of a config that ties what differs on disk transformers (5, `tie_weights`) keeps both, and so must a
-merge. Reads a few stretches, and only where config.json ties a head that is there all the same.
+Where config.json ties two tensors that differ on disk, transformers 5 (`tie_weights`) keeps both,
+and so must a merge. Data is read only where config.json ties a head that is on disk all the same.
 """
 
 from __future__ import annotations
@@ -10,36 +10,50 @@ from collections.abc import Iterator
 
 from ..architectures.layout import Layout, block_span
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.sampled_reads import SampledReader
+from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..checkpoints.span import Span
 
-_STRETCHES, _STRETCH = 8, 2048  # elements
+SAMPLES = 8
+SAMPLE_ELEMENTS = 2048
 
 
 def is_tied(checkpoint: Checkpoint, layout: Layout) -> bool | None:
-    """Whether head and embedding are one; None if nothing tells.
+    """Whether head and embedding are one tensor; None if nothing tells.
 
-    Without a head on disk any level of the config may say so; with one only the outermost, as it
-    depends on the class whether transformers heeds the others.
+    Without a head on disk any level of the config may say so. With one, only the outermost level
+    counts: whether transformers heeds the others depends on the class.
     """
     roles, ties = layout.roles(), checkpoint.tied_flags
     if "head" not in roles or not ties:
         return checkpoint.tied
     if not ties[0]:
         return False
-    head, embed = (block_span(checkpoint, *roles[role]) for role in ("head", "embed"))
-    if (head.shape, head.dtype) != (embed.shape, embed.dtype):
-        return False
-    with SampledReader(checkpoint.remote_files()) as reads:
-        return all(
-            reads.read_bytes(one) == reads.read_bytes(other)
-            for one, other in _stretches(head, embed)
+    head, embedding = (block_span(checkpoint, *roles[role]) for role in ("head", "embed"))
+    return _look_equal(checkpoint, head, embedding)
+
+
+def describe_ties(checkpoint: Checkpoint, layout: Layout, tied: bool | None) -> Iterator[str]:
+    """Notes on a config that does not agree with the tensors, given what `is_tied` found."""
+    if checkpoint.tied_flags[:1] == [True] and not tied:
+        yield (
+            f"{checkpoint.path}: config.json ties the head to the embedding, but the two differ on"
+            " disk: taken for two, as transformers does"
+        )
+    if tied is False and "head" not in layout.roles():
+        yield (
+            f"{checkpoint.path}: holds no head; if its embedding is one, say"
+            " tie_word_embeddings: true in its config.json"
         )
 
 
-def _stretches(head: Span, embed: Span) -> Iterator[tuple[Span, Span]]:
-    """A few elements of both, evenly spread, the first and the last included."""
-    count = min(head.elements, _STRETCH)
-    for i in range(_STRETCHES):
-        first = (head.elements - count) * i // (_STRETCHES - 1)
-        yield head.flat_slice(first, count), embed.flat_slice(first, count)
+def _look_equal(checkpoint: Checkpoint, head: Span, embedding: Span) -> bool:
+    """Compare samples of two tensors, evenly spread, their first and last elements included."""
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return False
+    count = min(head.elements, SAMPLE_ELEMENTS)
+    with SampledReader(checkpoint.remote_files()) as reads:
+        return all(
+            reads.read_bytes(head.flat_slice(first, count))
+            == reads.read_bytes(embedding.flat_slice(first, count))
+            for first in evenly_spread(head.elements, count, SAMPLES)
+        )

@@ -38,7 +38,7 @@ def model_card(plan: Plan, alpha: Alpha, papers: Mapping[str, Any]) -> str:
         *_quantization_tags(papers),
         *_licence(plan.base),
     ]
-    counts = plan.to_json()["counts"]
+    counts = plan.counts
     return "\n".join(
         [
             "---",
@@ -168,7 +168,7 @@ def recipe(
         "options": dict(plan.options),
         "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
         "declared": [arch.to_json() for arch in plan.declared],
-        "counts": plan.to_json()["counts"],
+        "counts": plan.counts,
         "notes": [*plan.notes, *search.get("notes", ())],
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
         "made_with": {"python": platform.python_version(), "kernel": kernel},

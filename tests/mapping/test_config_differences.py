@@ -10,7 +10,7 @@ from families import DecoderDims, Family, llama_decoder, write_headers
 
 from lowmem_adamms import make_plan
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from lowmem_adamms.mapping.config_differences import differences
+from lowmem_adamms.mapping.config_differences import describe_differences
 
 QWEN25_VL = {
     "num_attention_heads": 28,
@@ -70,7 +70,7 @@ def checkpoint(config: dict[str, Any]) -> Checkpoint:
     ],
 )
 def test_what_differs_is_told(base: Any, donor: Any, told: list[str]) -> None:
-    (note,) = differences(checkpoint(base), checkpoint(donor))
+    (note,) = describe_differences(checkpoint(base), checkpoint(donor))
     assert all(words in note for words in told)
     assert note.count(" is ") == len([words for words in told if " is " in words])
 
@@ -87,8 +87,8 @@ def test_what_differs_is_told(base: Any, donor: Any, told: list[str]) -> None:
     ],
 )
 def test_what_is_alike_or_unsaid_is_not_told(base: Any, donor: Any) -> None:
-    assert list(differences(checkpoint(base), checkpoint(donor))) == []
-    assert list(differences(checkpoint(donor), checkpoint(base))) == []
+    assert list(describe_differences(checkpoint(base), checkpoint(donor))) == []
+    assert list(describe_differences(checkpoint(donor), checkpoint(base))) == []
 
 
 def test_the_plan_tells_it(tmp_path: Path) -> None:

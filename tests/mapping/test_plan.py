@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.errors import FormatError, MappingError
-from lowmem_adamms.mapping.join import kind_of, make_plan
+from lowmem_adamms.mapping.join import kind_of_role, make_plan
 from lowmem_adamms.mapping.plan import Plan, Step
 
 Rows: TypeAlias = "tuple[int, int]"
@@ -477,7 +477,7 @@ def test_rotary_buffers_are_copied(true_size: dict[str, Checkpoint]) -> None:
     ],
 )
 def test_kinds_of_roles(role: str, kind: str) -> None:
-    assert kind_of(role) == kind
+    assert kind_of_role(role) == kind
 
 
 # Tied heads
