@@ -61,19 +61,17 @@ class Found:
 def load_prompts(arguments: argparse.Namespace) -> Prompts:
     """The sample of --prompts."""
     from .. import prompts
+    from ..settings import PromptSettings
 
-    columns = None
-    if arguments.text_column or arguments.image_column:
-        images = arguments.image_column
-        columns = prompts.Columns(arguments.text_column, tuple(images) if images else None)
-    return prompts.load_prompts(
-        arguments.prompts,
+    settings = PromptSettings(
         question=arguments.question,
-        sample=arguments.samples,
-        seed=arguments.seed,
         split=arguments.split,
-        columns=columns,
+        text_column=arguments.text_column,
+        image_column=tuple(arguments.image_column or ()),
+        samples=arguments.samples,
+        seed=arguments.seed,
     )
+    return prompts.load_prompts(arguments.prompts, settings)
 
 
 def search_for_alpha(

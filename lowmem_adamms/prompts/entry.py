@@ -1,4 +1,4 @@
-"""One entry of a prompt set, its parts checked, and the words that say what is wrong with one."""
+"""One entry of a prompt set, the checks of its parts, and the words for what is wrong with one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
-from ..home import at_home
 
 _URL = re.compile(r"(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One unlabelled question: its text, its images (a path, or an encoded file's bytes), in order.
+    """One unlabelled question.
 
-    id: where it stands, for people: "prompts.jsonl:3".
+    images: in order; each is a path or the bytes of an encoded image file. id: where the prompt
+    stands, for people: "prompts.jsonl:3".
     """
 
     text: str
@@ -28,7 +28,7 @@ class Prompt:
 
 
 class Prompts(tuple[Prompt, ...]):
-    """The prompts that were taken of a set.
+    """The prompts taken from a set.
 
     ref: which set: the path that was given, or `org/name[:config]@commit split`.
     """
@@ -37,62 +37,60 @@ class Prompts(tuple[Prompt, ...]):
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Which columns of a table hold the text and the images; None: found by their usual names.
-
-    Text: the first of TEXT_COLUMNS. Images: `image` or `images`, then `image_1`, `image_2` and so
-    on, as many as there are; () leaves all images out.
-    """
-
-    text: str | None = None
-    images: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PromptSet:
-    """How many entries a set has and how to read some; `place / prompt.id` names one in errors.
+    """What a reader returns: how many entries the set has, and a way to read some of them.
 
-    ref: which set it is, if what was asked for does not say.
+    read: takes ascending indices. Only the entries that it reads are held in memory.
+    folder: `folder / prompt.id` names an entry in errors.
+    ref: replaces the reference that the user gave, where that does not pin the content.
     """
 
     count: int
-    place: Path
+    folder: Path
     read: Callable[[Sequence[int]], Iterable[Prompt]]
     ref: str | None = None
 
 
-def checked_text(value: object, name: str, where: str) -> str:
-    """A prompt's text, as it stands. Lone surrogates can be written in JSON but not encoded."""
+def listed(prompts: Sequence[Prompt], folder: Path) -> PromptSet:
+    """The set of prompts that a reader holds all of."""
+    return PromptSet(len(prompts), folder, lambda picks: (prompts[pick] for pick in picks))
+
+
+def check_text(value: object, name: str, where: str) -> str:
+    """Return a prompt's text unchanged; PromptError unless it can be asked."""
     if value is None:
         raise PromptError(f'{where}: no "{name}"; expected a text there')
     if not isinstance(value, str):
         raise PromptError(f'{where}: "{name}" is {type_name(value)}; expected a text')
     if not value.strip():
         raise PromptError(f'{where}: "{name}" is empty; write it or take the entry out')
-    if re.search("[\ud800-\udfff]", value):
+    if re.search("[\ud800-\udfff]", value):  # JSON can spell what UTF-8 cannot encode
         raise PromptError(f'{where}: "{name}" holds half a surrogate pair; write it as UTF-8')
     return value
 
 
-def checked_path(value: object, folder: Path, where: str) -> Path:
-    """A file that an entry names, relative to `folder` or to the home folder; not a URL."""
+def check_path(value: object, folder: Path, where: str) -> Path:
+    """The file that an entry names, relative to `folder` unless it is absolute or begins with `~`.
+
+    Raises PromptError for a URL and for anything that is not text. The file need not exist.
+    """
     if not isinstance(value, str) or not value:
-        found = type_name(value) if not isinstance(value, str) else "empty"
+        found = "empty" if value == "" else type_name(value)
         raise PromptError(f"{where}: an image is {found}; expected a file's path")
     if _URL.match(value):
         raise PromptError(
             f"{where}: image {one_line(value, 80)} is a URL; download it and give the path"
         )
-    return folder / at_home(value)
+    return folder / Path(value).expanduser()
 
 
-def library(module: str, package: str) -> Any:
-    """An optional library, without its types: pyarrow and datasets have none."""
+def import_library(module: str, package: str, purpose: str) -> Any:
+    """An optional library; PromptError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise PromptError(
-            f"this prompt set needs {package} ({one_line(error)}): pip install {package}"
+            f"{purpose} needs {package} ({one_line(error)}): pip install {package}"
         ) from None
 
 

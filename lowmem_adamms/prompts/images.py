@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PromptError
-from .entry import Prompt, library, one_line
+from .entry import Prompt, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,48 +22,53 @@ _decoding = threading.Lock()  # the filters for warnings belong to the process, 
 def open_image(image: Path | bytes) -> Image.Image:
     """Decode an image file's first frame: RGB, upright by its EXIF orientation.
 
-    Transparent parts turn white, as on a page; 16-bit grey is scaled to 8 bits. PromptError if it
-    is missing, broken, of a format not in FORMATS, or larger than Pillow's MAX_IMAGE_PIXELS.
+    Transparent parts turn white, as on a page; 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        PromptError: The image is missing, broken, of a format not in FORMATS, or larger than
+            Pillow's MAX_IMAGE_PIXELS.
     """
-    name = f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
-    return _decode(image, name)
+    return _decode(
+        image, f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
+    )
 
 
 def check_images(prompt: Prompt, where: str, checked: set[Path]) -> None:
-    """Decode each image once and let it go. PromptError names the entry and the image."""
+    """Decode each image that is not in `checked` yet; PromptError names entry and image."""
     for number, image in enumerate(prompt.images, 1):
         if isinstance(image, bytes):
             _decode(image, f"{where}: image {number} of {len(prompt.images)}")
         elif image not in checked:
-            name = str(image)
-            _decode(image, name if name == where else f"{where}: image {one_line(name)}")
+            path = str(image)
+            _decode(image, path if path == where else f"{where}: image {one_line(path)}")
             checked.add(image)
 
 
 def _decode(image: Path | bytes, name: str) -> Image.Image:
-    """`open_image`, with the image's name in messages. Whatever a decoder raises is the image's."""
-    pillow, pil = library("PIL.Image", "pillow"), library("PIL", "pillow")
+    """`open_image`, with what the image is called in errors."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with _decoding, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             source = io.BytesIO(image) if isinstance(image, bytes) else image
-            with pillow.open(source, formats=FORMATS) as file:
+            with Image.open(source, formats=FORMATS) as file:
                 file.load()
-                return _rgb(_upright(file))
+                return _to_rgb(_turn_upright(file))
     except FileNotFoundError:
         reason = "no such file; correct the path (a relative one starts at the set's folder)"
-    except pil.UnidentifiedImageError:
+    except UnidentifiedImageError:
         reason = "not an image; expected JPEG, PNG, WebP, GIF, BMP or TIFF"
-    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError):
-        reason = f"more than {pillow.MAX_IMAGE_PIXELS} pixels; scale it down"
-    except Exception as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        reason = f"more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down"
+    except Exception as error:  # decoders raise anything at all for a broken file
         detail = one_line(getattr(error, "strerror", None) or error)
         reason = f"cannot be read ({detail}); replace it or take the entry out"
     raise PromptError(f"{one_line(name, 1000)}: {reason}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF block says; as it lies if that block is broken, as viewers do."""
     from PIL import ImageOps
 
@@ -73,7 +78,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Pillow's own conversions would clip 16-bit grey at 255 and bare what transparency hides."""
     from PIL import Image
 

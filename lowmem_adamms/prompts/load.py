@@ -1,0 +1,133 @@
+"""Load a prompt set: find its format, draw the sample, and check it before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import PromptError, RecipeError
+from ..settings import PromptSettings
+from .entry import Prompt, Prompts, PromptSet
+from .hub_dataset import DATASET, open_hub_dataset
+from .image_folder import open_image_folder
+from .images import check_images
+from .json_lines import open_json_lines
+from .parquet import open_parquet
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One kind of prompt set: its reader, and the settings that only some formats take."""
+
+    open: Callable[[str, PromptSettings], PromptSet]
+    settings: frozenset[str] = frozenset()
+
+
+IMAGE_FOLDER = Format(open_image_folder, frozenset({"question"}))
+HUB_DATASET = Format(open_hub_dataset, frozenset({"split", "text_column", "image_column"}))
+FILES = {
+    ".jsonl": Format(open_json_lines),
+    ".ndjson": Format(open_json_lines),
+    ".parquet": Format(open_parquet, frozenset({"text_column", "image_column"})),
+}
+"""Formats of files by suffix."""
+
+
+def load_prompts(ref: str | Path, settings: PromptSettings = PromptSettings()) -> Prompts:
+    """Read and check a prompt set, or a sample of it, in the set's order.
+
+    The sample is the same for a seed on every machine. Of JSON Lines every line is checked, of
+    tables only the sampled rows; of images only those of the sample, which are decoded once.
+
+    Args:
+        ref: One of
+            - a `.jsonl` or `.ndjson` file; each line is `{"prompt": str, "image": path}` or
+              `{"prompt": str, "images": [paths]}`. Other keys are ignored. Paths are relative to
+              the file's folder, or begin with `~/`;
+            - a folder: one prompt, `settings.question`, for each image in it and its subfolders;
+            - a `.parquet` file (needs pyarrow); an image is a Hub struct of bytes and path, bare
+              bytes, a path, or a list of those;
+            - `org/name[:config][@revision]`: that dataset of the Hub (needs datasets).
+        settings: Which sample, columns and split. Of a smaller set than `samples` all is taken.
+
+    Raises:
+        PromptError: The set cannot be read or used; in one line what is wrong, where, and what
+            to do.
+        RecipeError: A setting is out of range or does not go with this kind of set.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("prompts.jsonl").write_text('{"prompt": "What is two plus two?"}')
+        >>> load_prompts("prompts.jsonl")[0]
+        Prompt(text='What is two plus two?', images=(), id='prompts.jsonl:1')
+    """
+    if settings.samples < 1:
+        raise RecipeError(f"a sample of {settings.samples} prompts; expected at least 1")
+    format = _find_format(ref)
+    _check_settings(ref, settings, format)
+    found = format.open(str(ref), settings)
+    if not found.count:
+        raise PromptError(f"{ref}: no prompts in it")
+    prompts = []
+    checked_images: set[Path] = set()
+    for prompt in found.read(_draw(found.count, settings.samples, settings.seed)):
+        check_images(prompt, str(found.folder / prompt.id), checked_images)
+        prompts.append(prompt)
+    taken = Prompts(prompts)
+    taken.ref = found.ref or str(ref)
+    return taken
+
+
+def _find_format(ref: str | Path) -> Format:
+    path = Path(ref)
+    if path.is_dir():
+        return IMAGE_FOLDER
+    format = FILES.get(path.suffix.lower())
+    if path.is_file():
+        if format:
+            return format
+        raise PromptError(
+            f"{ref}: not a prompt set; expected .jsonl (a JSON object on each line), .parquet,"
+            " a folder of images or a Hub dataset"
+        )
+    if not format and DATASET.fullmatch(str(ref)):
+        return HUB_DATASET
+    raise PromptError(f"{ref}: no such file or folder, nor a Hub dataset's name (org/name)")
+
+
+def _check_settings(ref: str | Path, settings: PromptSettings, format: Format) -> None:
+    """RecipeError for a setting that this format has no use for."""
+    for name in ("question", "split", "text_column", "image_column"):
+        if getattr(settings, name) not in (None, ()) and name not in format.settings:
+            raise RecipeError(f"{ref}: {name} does not go with this kind of prompt set")
+
+
+def _draw(count: int, samples: int, seed: int) -> Sequence[int]:
+    """Ascending indices of the sample; by Python's own generator, which no library changes."""
+    if samples >= count:
+        return range(count)
+    return sorted(random.Random(seed).sample(range(count), samples))
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """A sha256 in hex over texts and image contents in order, wherever the files lie."""
+    total = hashlib.sha256()
+    for prompt in prompts:
+        text = prompt.text.encode()
+        total.update(b"%d %d\n" % (len(text), len(prompt.images)) + text)
+        for image in prompt.images:
+            total.update(_content_hash(image))
+    return total.hexdigest()
+
+
+def _content_hash(image: Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    try:
+        with image.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise PromptError(f"image {image}: {error.strerror}; put it back") from None
