@@ -1,7 +1,7 @@
 """Recorded answers of one ordered pair, and how good each alpha is by their labels.
 
-`load` reads what `bench/zoo` collects; `Pair.view` is all that a rule may see of it, `Pair.right`
-and what follows is for judging. Leaves to others: rules (`rules.py`), what is shown (`study.py`).
+`load` reads what `bench/zoo/ask.py` collects. `Pair.view` is all that a rule may see of it;
+`Pair.right` and what follows are for judging.
 
 A file: {"base", "donor", "seed", "alphas": [A], "questions": [{"task", "prompt", "answer"}],
 "half": [0 search, 1 evaluation], "answers", "confidence", "entropy": [A][N], "parent": {"answers",
@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rules import Bools, Floats, Ints, View, ranks
+from rules import Bools, Floats, Ints, View
 
 from lowmem_adamms.searching.answer_text import is_degenerate, normalise
 
@@ -204,6 +204,13 @@ def _degenerate(texts: Sequence[Sequence[str]]) -> Bools:
 
 def spearman(first: Floats, second: Floats) -> float:
     """Rank correlation, ties at their mean rank; nan where one of the two is constant."""
-    a, b = ranks(first) - 0.5, ranks(second) - 0.5
+    a, b = _centred_ranks(first), _centred_ranks(second)
     spread = np.sqrt((a**2).sum() * (b**2).sum())
     return float((a * b).sum() / spread) if spread > 1e-12 else float("nan")
+
+
+def _centred_ranks(values: Floats) -> Floats:
+    """Each value's rank less the mean rank; equal values share theirs."""
+    below = (values[None, :] < values[:, None]).sum(axis=1)
+    equal = (values[None, :] == values[:, None]).sum(axis=1)
+    return np.asarray(below + (equal - len(values)) / 2, np.float64)

@@ -1,20 +1,18 @@
 """Does the label-free alpha hold? The paper's rule and others on recorded answers of trained pairs.
 
-    python bench/study.py FOLDER [--plots DIR] [--json] [--samples 20] [--size 100]
+    python bench/study.py FOLDER [--json] [--samples 20] [--size 100]
 
 FOLDER holds one JSON file for each ordered pair and training seed (see `evidence.py`). Every sample
 of unlabelled prompts is one search, judged on the labelled other half. Sections: 1 accuracy over
 alpha; 2 ablations (shrunken, kept embeddings; duplicates left alone); 3 weak points of the paper's
-rule, on constructed pairs too; 4 rules on the same answers, the best one elected by leaving out the
-pair it is judged on; 5 number of prompts and step. Prints tables and, last, one line of JSON;
---plots writes SVG files (needs matplotlib).
+rule, on constructed pairs too; 4 rules on the same answers, the best one chosen without the pair it
+is judged on; 5 number of prompts and step. Prints tables and, last, one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +21,21 @@ from typing import Any
 
 import cases
 import numpy as np
-import pictures
 import trials
 from evidence import load, spearman
 from rich.console import Console
 from rich.table import Table
 from rules import FIXED, RULES, Floats, Ints, Rule, fixed, joint, pairwise
-from trials import Judge, Verdict, elect, elected, lines, pooled, run, run_by_task
+from trials import (
+    Judge,
+    Outcome,
+    best_elsewhere,
+    lines,
+    outcomes_elsewhere,
+    pooled,
+    run,
+    run_by_task,
+)
 
 PAPER = 0.6  # where the paper's grid ends
 SIZES, STEPS = (10, 25, 50, 100, 200), (0.02, 0.05, 0.1)
@@ -74,7 +80,6 @@ def main() -> None:
     """Study a folder of recorded answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--plots", type=Path)
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--size", type=int, default=100)
@@ -95,11 +100,6 @@ def main() -> None:
         "weak": weak_points(study), "cases": constructed(study), "misled": misled(warned),
         "rules": compare(study), "budgets": budgets(study),
     }  # fmt: skip
-    if given.plots:
-        try:
-            pictures.draw(given.plots, judges, figures)
-        except ModuleNotFoundError as error:
-            print(f"no plots: {error}", file=sys.stderr)
     print(json.dumps(_rounded(figures)))
 
 
@@ -249,8 +249,7 @@ def weak_points(study: Study) -> Figures:
 
 def constructed(study: Study) -> Figures:
     """Pairs made so that one can see why a rule fails."""
-    names = ("pairwise", "per-distance", "one-sided", "surer", "surer-rank", "surer, guarded",
-             "balanced", "posterior", "log-pool", "log-pool, guarded")  # fmt: skip
+    names = ("pairwise", "per-distance", "one-sided", "surer", "surer, guarded", "nuclear")
     rules = {name: RULES[name] for name in names}
     out: Figures = {}
     rows = []
@@ -297,51 +296,51 @@ def misled(study: Study) -> Figures:
 
 
 def compare(study: Study) -> Figures:
-    """All rules on the same answers, grid by grid; and rules elected without the judged pair."""
+    """All rules on the same answers, grid by grid; and the rule that is best on the other pairs."""
     out: Figures = {}
     for name in study.grids(study.judges[0]):
-        verdicts, alphas = [], []
+        outcomes, alphas = [], []
         for judge in study.judges:
             grid, draws = study.grids(judge)[name], study.draws(judge)
-            verdicts.append(run(judge, {**FIXED, **RULES}, grid, draws))
+            outcomes.append(run(judge, {**FIXED, **RULES}, grid, draws))
             still: dict[str, Rule] = {f"{a:g}": fixed(float(a)) for a in judge.pair.alphas[grid]}
             alphas.append(run(judge, still, grid, draws[:1]))
-        by_rule = {rule: [found[rule] for found in verdicts] for rule in verdicts[0]}
+        by_rule = {rule: [found[rule] for found in outcomes] for rule in outcomes[0]}
         out[name] = {
             "rules": {rule: summary(found) for rule, found in by_rule.items()},
             "pairs": {
                 judge.pair.name: {rule: summary([one]) for rule, one in found.items()}
-                for judge, found in zip(study.judges, verdicts, strict=True)
+                for judge, found in zip(study.judges, outcomes, strict=True)
             },
-            "elected": _elections(study, verdicts, alphas),
+            "elsewhere": _chosen_elsewhere(study, outcomes, alphas),
         }
         _show_rules(study, name, out[name])
     return out
 
 
-def _elections(
+def _chosen_elsewhere(
     study: Study,
-    verdicts: Sequence[Mapping[str, Verdict]],
-    alphas: Sequence[Mapping[str, Verdict]],
+    outcomes: Sequence[Mapping[str, Outcome]],
+    alphas: Sequence[Mapping[str, Outcome]],
 ) -> Figures:
-    """The elected rule, and the alpha that was best elsewhere, never with the pair they serve."""
+    """The rule and the alpha that were best on other pairs, for each pair."""
     kins = [judge.pair.kin for judge in study.judges]
-    real = [{name: one[name] for name in RULES} for one in verdicts]
+    real = [{name: one[name] for name in RULES} for one in outcomes]
     out: Figures = {}
     for what, candidates, groups in (
-        ("rule elected on other pairs", real, kins),
-        ("rule elected on other lines", real, lines(kins)),
+        ("rule best on other pairs", real, kins),
+        ("rule best on other lines", real, lines(kins)),
         ("alpha best on other pairs", alphas, kins),
     ):
-        found = elected(candidates, groups)
+        found = outcomes_elsewhere(candidates, groups)
         if found is not None:
-            out[what] = {**summary(found), "names": elect(candidates, groups)}
+            out[what] = {**summary(found), "names": best_elsewhere(candidates, groups)}
     return out
 
 
 def _show_rules(study: Study, name: str, found: Figures) -> None:
     heads = ("rule", "mean regret", "median", "quartiles", "worst", "< base %", "lowest gain",
-             "gain", "corr.", "elected")  # fmt: skip
+             "gain", "corr.", "elsewhere")  # fmt: skip
     ranked = sorted(found["rules"].items(), key=lambda item: float(item[1]["mean"]))
     rows = [
         (
@@ -349,22 +348,22 @@ def _show_rules(study: Study, name: str, found: Figures) -> None:
             one["worst"], one["worse"] * 100, one["lowest_gain"], one["gain"],
             f"{one['correlation']:.2f}", ", ".join(dict.fromkeys(one.get("names", ()))),
         )
-        for rule, one in (*found["elected"].items(), *ranked)
+        for rule, one in (*found["elsewhere"].items(), *ranked)
     ]  # fmt: skip
     study.show(f"Rules, {name}: regret in points over {len(study.judges)} pairs of"
                f" {study.samples} searches with {study.size} prompts", heads, rows)  # fmt: skip
 
 
-def summary(verdicts: Sequence[Verdict]) -> Figures:
+def summary(outcomes: Sequence[Outcome]) -> Figures:
     """Figures over all searches of all pairs; the mean is of the pairs' means."""
-    regret, gain = pooled(verdicts, lambda v: v.regret), pooled(verdicts, lambda v: v.gain)
+    regret, gain = pooled(outcomes, lambda v: v.regret), pooled(outcomes, lambda v: v.gain)
     low, median, high = np.percentile(regret, (25, 50, 75))
-    found = pooled(verdicts, lambda v: v.correlation)
+    found = pooled(outcomes, lambda v: v.correlation)
     return {
-        "mean": float(np.mean([v.regret.mean() for v in verdicts])), "median": median,
+        "mean": float(np.mean([v.regret.mean() for v in outcomes])), "median": median,
         "low": low, "high": high, "worst": regret.max(), "gain": gain.mean(),
         "lowest_gain": gain.min(),
-        "worse": float(np.mean([v.worse.mean() for v in verdicts])),
+        "worse": float(np.mean([v.worse.mean() for v in outcomes])),
         "correlation": float(np.nanmedian(found)) if np.isfinite(found).any() else float("nan"),
     }  # fmt: skip
 

@@ -1,8 +1,7 @@
-"""Searches on recorded answers, judged: what each rule chooses, what that costs, which to elect.
+"""Searches on recorded answers, judged: which alpha each rule chooses, and what that costs.
 
 Every sample of prompts is one search. Regret is what the chosen alpha lacks to the best one of all
-recorded alphas, in points of the mean accuracy over tasks on the evaluation half. Leaves to others:
-rules (`rules.py`), reading (`evidence.py`), what is shown (`study.py`).
+recorded alphas, in points of the mean accuracy over tasks on the evaluation half.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ NOISE = 2.0  # standard errors that a loss against the base must exceed to count
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Outcome:
     """One rule on one pair, S searches.
 
     place: of the chosen alphas in the pair's. regret: points below the best alpha. gain: points
@@ -50,11 +49,11 @@ class Judge:
         """Place of the best alpha; the smaller of equals."""
         return int(self.accuracy.argmax())
 
-    def __call__(self, places: Sequence[int], correlation: Sequence[float] = ()) -> Verdict:
+    def __call__(self, places: Sequence[int], correlation: Sequence[float] = ()) -> Outcome:
         """What these choices are worth."""
         place = np.array(places, np.int64)
         gain = self.accuracy[place] - self.accuracy[0]
-        return Verdict(
+        return Outcome(
             place,
             self.accuracy.max() - self.accuracy[place],
             gain,
@@ -65,7 +64,7 @@ class Judge:
 
 def run(
     judge: Judge, rules: Mapping[str, Rule], grid: Ints, draws: Sequence[Ints]
-) -> dict[str, Verdict]:
+) -> dict[str, Outcome]:
     """Every rule on every sample of prompts, over the alphas at these places."""
     places: dict[str, list[int]] = {name: [] for name in rules}
     found: dict[str, list[float]] = {name: [] for name in rules}
@@ -100,7 +99,7 @@ def run_by_task(
 
 def run_product(
     judge: Judge, grid: Ints, draws: Sequence[Ints], measure: Measure = "pairwise"
-) -> tuple[Verdict, float]:
+) -> tuple[Outcome, float]:
     """`choose` on the same answers; and the share of searches with ties."""
     places, ties = [], 0
     for prompts in draws:
@@ -113,16 +112,16 @@ def run_product(
     return judge(places), ties / max(len(draws), 1)
 
 
-def elect(
-    verdicts: Sequence[Mapping[str, Verdict]], groups: Sequence[Hashable]
+def best_elsewhere(
+    outcomes: Sequence[Mapping[str, Outcome]], groups: Sequence[Hashable]
 ) -> list[str | None]:
     """For each pair the rule with the least mean regret on all pairs of other groups.
 
-    verdicts: one mapping by rule for each pair; groups: one for each pair. None where no other
+    outcomes: one mapping by rule for each pair; groups: one for each pair. None where no other
     group is there to learn from. The rules' order breaks ties.
     """
-    means = np.array([[v.regret.mean() for v in by_rule.values()] for by_rule in verdicts])
-    names = list(verdicts[0])
+    means = np.array([[v.regret.mean() for v in by_rule.values()] for by_rule in outcomes])
+    names = list(outcomes[0])
     out: list[str | None] = []
     for group in groups:
         others = [i for i, other in enumerate(groups) if other != group]
@@ -132,13 +131,13 @@ def elect(
     return out
 
 
-def elected(
-    verdicts: Sequence[Mapping[str, Verdict]], groups: Sequence[Hashable]
-) -> list[Verdict] | None:
-    """The elected rules' verdicts, each on the pair it was not elected on."""
-    names = elect(verdicts, groups)
-    found = [by_rule[name] for by_rule, name in zip(verdicts, names, strict=True) if name]
-    return found if len(found) == len(verdicts) else None
+def outcomes_elsewhere(
+    outcomes: Sequence[Mapping[str, Outcome]], groups: Sequence[Hashable]
+) -> list[Outcome] | None:
+    """The outcomes of those rules, each on the pair that had no say in its choice."""
+    names = best_elsewhere(outcomes, groups)
+    found = [by_rule[name] for by_rule, name in zip(outcomes, names, strict=True) if name]
+    return found if len(found) == len(outcomes) else None
 
 
 def lines(kins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
@@ -150,6 +149,6 @@ def lines(kins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
     return [next(group for group in groups if kin <= group) for kin in kins]
 
 
-def pooled(verdicts: Sequence[Verdict], part: Callable[[Verdict], Floats]) -> Floats:
+def pooled(outcomes: Sequence[Outcome], part: Callable[[Outcome], Floats]) -> Floats:
     """One figure of all searches of all pairs."""
-    return np.concatenate([part(verdict) for verdict in verdicts])
+    return np.concatenate([part(verdict) for verdict in outcomes])

@@ -5,8 +5,7 @@
 Writes OUT/BASE--DONOR--SEED.json (its keys are described in `bench/evidence.py`): alphas from 0
 to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. Confidence is
 the model's probability of its whole greedy answer, entropy the mean over its tokens, in nats.
-Blends are made by the product's own live model. Leaves to others: training (`train.py`), all
-judgement.
+Blends are made by the product's own live model.
 """
 
 from __future__ import annotations

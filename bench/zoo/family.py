@@ -1,8 +1,7 @@
 """The zoo's family, declared: two language models, and the multimodal ones built on each.
 
 A Member says which classes of transformers make it, how its pictures and conversations are spelled
-and what it is tuned on; `build` puts the common language model inside. Leaves to others: what the
-models are taught (`world.py`) and how (`train.py`).
+and what it is tuned on; `build` puts the common language model inside.
 """
 
 from __future__ import annotations

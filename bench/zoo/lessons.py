@@ -1,8 +1,7 @@
 """Lessons: what the zoo's models see in one step of training, as tensors.
 
 Every batch follows from a seed and its number alone, so that an interrupted stage goes on as if it
-had not been. Leaves to others: the world and its questions (`world.py`), what the models are
-(`family.py`), the training itself (`train.py`).
+had not been.
 """
 
 from __future__ import annotations

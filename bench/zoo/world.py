@@ -2,7 +2,7 @@
 
 A Scene is a picture of 48 by 48 pixels and what is true of it; every question has one short right
 answer. Digits are handwriting from scikit-learn's set (Alpaydin and Kaynak, 1998), words are set in
-real fonts. Everything follows from a seed. Leaves to others: models and training (`train.py`).
+real fonts. Everything follows from a seed.
 """
 
 from __future__ import annotations

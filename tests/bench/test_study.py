@@ -22,15 +22,10 @@ import rules
 import study
 import trials
 from evidence import load, spearman
-from rules import NEVER, Floats, Rule, View, Worth, chosen, guarded, mean_of, smoothed, together
+from rules import NEVER, Floats, Rule, View, Worth, chosen, guarded, mean_of
 
 from lowmem_adamms.searching.answer_text import is_degenerate
 from lowmem_adamms.searching.search import choose
-
-# Four prompts at four alphas, a letter an answer; x and z are the donor's, y is nobody's.
-ROWS = ("abcd", "abxd", "abxy", "zbxy")
-DONOR = "zbxq"
-BASE_SURE, DONOR_SURE = (0.9, 0.8, 0.2, 0.6), (0.5, 0.9, 0.7, 0.3)
 
 
 def view_of(
@@ -57,139 +52,47 @@ def view_of(
     )
 
 
-def family_view() -> View:
-    return view_of(ROWS, DONOR, BASE_SURE, DONOR_SURE)
-
-
-def means(worth: Worth, view: View) -> list[float]:
-    return [float(value) for value in worth(view).mean(axis=1)]
-
-
-# Consistency
-
-
-def test_pairwise_counts_both_neighbours_and_no_end_can_win() -> None:
-    view = view_of(["aaaa", "baaa", "caab", "caab"])
-    assert rules.pairwise(view).tolist() == [NEVER, -3, -2, NEVER]
-    assert chosen(rules.pairwise(view)) == 2
-
-
-def test_joint_counts_a_prompt_that_changes_twice_once() -> None:
-    view = view_of(["aaaa", "baaa", "caab", "caab"])
-    assert rules.joint(view).tolist() == [NEVER, -2, -2, NEVER]
-
-
-def test_ties_go_to_the_smaller_alpha() -> None:
-    assert chosen(rules.joint(view_of(["aaaa", "baaa", "caab", "caab"]))) == 1
-    assert chosen(np.full(3, NEVER)) == 0
-
-
-def test_one_sided_doubles_an_ends_difference_and_refuses_degenerate_answers() -> None:
-    view = view_of(["aaaa", "baaa", "ccca", "ccc ", "    "])
-    assert rules.one_sided(view).tolist() == [-2, -4, -4, NEVER, NEVER]
-
-
-def test_per_distance_divides_by_the_answers_that_left_the_base() -> None:
-    view = view_of(["aaaa", "baaa", "bbba", "bbbb"])
-    assert rules.per_distance(view).tolist() == [NEVER, -3, -1, NEVER]
-
-
-def test_flicker_does_not_blame_an_answer_that_changes_for_good() -> None:
-    # At 0.1 one prompt goes and returns (twice for nothing), one goes on to a third (once).
-    view = view_of(["aaa", "bba", "acb", "acb"])
-    assert rules.flicker(view).tolist() == [NEVER, -3, 0, NEVER]
-
-
-# Agreement
+# Rules
 
 
 @pytest.mark.parametrize(
-    ("worth", "expected"),
+    ("rule", "rows", "scores", "winner"),
     [
-        (rules.with_both, [5, 5, 4, 4]),
-        (rules.by_confidence, [3.4, 3.9, 3.3, 2.9]),
-        (rules.surer, [2.4, 3.1, 2.5, 1.6]),
-        (rules.margin, [0.2, 1.2, 0.9, 0.1]),
-        # Ranks of the base 7, 5, 1, 3 eighths, of the donor 3, 7, 5, 1
-        (rules.surer_rank, [17 / 8, 22 / 8, 19 / 8, 12 / 8]),
-        (rules.margin_rank, [0.25, 1.25, 1.0, 0.0]),
-        # Base surer on prompts 0 and 3, donor on 2; agreed on 1, which does not count
-        (rules.balanced, [2, 4, 3, 2]),
-        (rules.majority, [3, 4, 3, 2]),
+        # No end can win
+        (rules.pairwise, ["aaaa", "baaa", "caab", "caab"], [NEVER, -3, -2, NEVER], 2),
+        # A prompt that changes twice counts once; ties go to the smaller alpha
+        (rules.joint, ["aaaa", "baaa", "caab", "caab"], [NEVER, -2, -2, NEVER], 1),
+        # An end's one difference counts twice; degenerate answers (blank here) cannot win
+        (rules.one_sided, ["aaaa", "baaa", "ccca", "ccc ", "    "], [-2, -4, -4, NEVER, NEVER], 0),
+        # Divided by the answers that have left the base's
+        (rules.per_distance, ["aaaa", "baaa", "bbba", "bbbb"], [NEVER, -3, -1, NEVER], 2),
     ],
 )
-def test_worth_by_hand(worth: Worth, expected: list[float]) -> None:
-    assert means(worth, family_view()) == pytest.approx([value / 4 for value in expected])
+def test_consistency_by_hand(rule: Rule, rows: list[str], scores: list[float], winner: int) -> None:
+    view = view_of(rows)
+    assert rule(view).tolist() == scores
+    assert chosen(rule(view)) == winner
 
 
-def test_posterior_weighs_base_right_donor_right_and_neither() -> None:
-    worths = rules.posterior(family_view())
-    assert worths[0, 0] == pytest.approx(0.45 / 0.55)
-    assert worths[3, 0] == pytest.approx(0.05 / 0.55)
-    assert worths[:, 1] == pytest.approx(0.72 / 0.74)
-    assert worths[2, 3] == 0
+def test_where_no_alpha_may_win_the_smallest_is_taken() -> None:
+    assert chosen(np.full(3, NEVER)) == 0
 
 
-def test_log_odds_are_standardised_within_a_parent() -> None:
-    odds = rules.standard(np.array([[0.5, 0.8], [0.9, 0.9]]))
-    assert odds == pytest.approx(np.array([[-1, 1], [0, 0]]))
-    # Base one deviation down and up, donor at its mean throughout: sigmoid(0), then sigmoid(1)
-    view = view_of(["ab", "xy"], "xy", (0.5, 0.8), (0.9, 0.9))
-    up = 1 / (1 + math.exp(-1))
-    assert rules.surer_odds(view) == pytest.approx(np.array([[0, up], [0.5, 0]]))
+def test_surer_agrees_with_the_more_confident_parent() -> None:
+    # The donor says z and x on the first and third prompt, q on the last; where both say b, the
+    # donor is the surer one
+    view = view_of(
+        ["abcd", "abxd", "abxy", "zbxy"], "zbxq", (0.9, 0.8, 0.2, 0.6), (0.5, 0.9, 0.7, 0.3)
+    )
+    sums = rules.surer(view).sum(axis=1)
+    assert sums.tolist() == pytest.approx([2.4, 3.1, 2.5, 1.6])
 
 
-def test_posterior_rank_and_ranks_share_mean_ranks() -> None:
-    assert rules.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.75, 0.125, 0.75, 0.375]
-    view = view_of(["ab", "xb"], "xb", (0.9, 0.1), (0.1, 0.9))
-    # Ranks: base 3/4, 1/4; donor 1/4, 3/4
-    only, other = 9 / 16, 3 / 16
-    assert rules.posterior_rank(view)[0] == pytest.approx([only / (only + other + 1 / 16), 0.5])
-
-
-def test_taught_trusts_a_parent_as_often_as_merged_models_agree_nearby() -> None:
-    # Ten prompts, base ever surer; merged models agree with the base on the last five only.
-    sure = [0.05 + i / 20 for i in range(10)]
-    view = view_of(["a" * 10, "xxxxxaaaaa", "xxxxxaaaaa"], "x" * 10, sure, sure)
-    worths = rules.taught(view)
-    # Window of three in order of confidence: base 0 0 0 0 1/3 2/3 1 1 1 1, donor the complement
-    assert worths[0] == pytest.approx([0, 0, 0, 0, 0, 2 / 3, 1, 1, 1, 1])
-    assert worths[1] == pytest.approx([1, 1, 1, 1, 2 / 3, 2 / 3, 1, 1, 1, 1])
-
-
-# The merged models' own word, votes
-
-
-def test_own_word_rules_by_hand() -> None:
+def test_confidence_rules_by_hand() -> None:
     view = view_of(["abc", "aac", "kac"], "??c", confidence=[[0.6, 0.8, 0.5]] * 3)
     assert rules.certainty(view)[0] == pytest.approx(list(map(math.log, (0.6, 0.8, 0.5))))
+    assert rules.confidence(view)[0] == pytest.approx([0.6, 0.8, 0.5])
     assert rules.nuclear(view) == pytest.approx([1.9, 1.5, 1.9])
-    assert means(rules.confidence, view) == pytest.approx([1.9 / 3] * 3)
-    assert means(rules.kept_confidence, view) == pytest.approx([1.9 / 3, 1.1 / 3, 0.5 / 3])
-
-
-def test_sure_majority_hears_the_confident() -> None:
-    view = view_of(["a", "a", "b"], confidence=[[0.2], [0.2], [0.9]])
-    assert rules.majority(view).ravel().tolist() == [1, 1, 0]
-    assert rules.sure_majority(view).ravel().tolist() == [0, 0, 1]
-
-
-def test_linear_pool_adds_a_third_each() -> None:
-    view = view_of("aaxx", "x", (), (0.5,), [[0.6], [0.3], [0.9], [0.6]])
-    assert rules.linear_pool(view).ravel() == pytest.approx([0.7, 0.7, 1.0, 1.0])
-
-
-def test_log_pool_multiplies_and_normalises() -> None:
-    view = view_of("aab", "b", (), (0.9,), [[0.8], [0.8], [0.8]])
-    # The two merged models cancel; base 4 to 1 for a, donor 9 to 1 for b
-    assert rules.log_pool(view).ravel() == pytest.approx([4 / 13, 4 / 13, 9 / 13])
-
-
-# Made of others
-
-
-def constant(*scores: float) -> Rule:
-    return lambda view: np.array(scores)
 
 
 def steady(*rows: Sequence[float]) -> Worth:
@@ -203,19 +106,6 @@ def test_guarded_stays_with_the_base_unless_the_gain_exceeds_its_error() -> None
     assert guarded(worth)(view).tolist() == [0, 0.25, 0.5]
     assert guarded(worth, 1.2)(view).tolist() == [0, NEVER, NEVER]
     assert mean_of(worth)(view).tolist() == [0, 0.25, 0.5]
-
-
-def test_smoothed_averages_three_alphas() -> None:
-    view = view_of(["a", "b", "c"])
-    assert smoothed(steady([0], [3], [9]))(view).ravel() == pytest.approx([1, 4, 7])
-
-
-def test_together_adds_standard_scores_and_needs_every_rule() -> None:
-    view = view_of(["a", "b", "c"])
-    both = together(constant(1, 3, NEVER), constant(10, 0, 5))
-    assert both(view).tolist() == [0, 0, NEVER]
-    assert together(constant(1, NEVER, 5), constant(0, 3, 1))(view).tolist() == [-2, NEVER, 2]
-    assert (together(constant(NEVER, 1, 1), constant(1, NEVER, NEVER))(view) == NEVER).all()
 
 
 def test_fixed_takes_the_nearest_alpha() -> None:
@@ -234,7 +124,7 @@ def test_eligible_is_the_products_own(rows: list[str]) -> None:
 
 
 def test_every_rule_scores_every_alpha_and_leaves_one_to_win() -> None:
-    view = family_view()
+    view = view_of(["abcd", "abxd", "abxy", "zbxy"], "zbxq")
     for name, rule in {**rules.RULES, **rules.FIXED}.items():
         scores = rule(view)
         assert scores.shape == (4,), name
@@ -420,25 +310,25 @@ def test_the_products_choice_is_made_by_the_product(tmp_path: Path) -> None:
     assert 0 <= ties <= 1
 
 
-def verdict(*regret: float) -> trials.Verdict:
+def outcome(*regret: float) -> trials.Outcome:
     values = np.array(regret)
-    return trials.Verdict(values.astype(np.int64), values, -values, values > 5, values)
+    return trials.Outcome(values.astype(np.int64), values, -values, values > 5, values)
 
 
-def test_a_rule_is_never_elected_by_the_pair_it_serves() -> None:
+def test_a_rule_is_never_chosen_by_the_pair_it_serves() -> None:
     # Rule b is best but for pair 0, where it fails; a is best there.
     found = [
-        {"a": verdict(0, 0), "b": verdict(9, 9)},
-        {"a": verdict(2, 2), "b": verdict(1, 1)},
-        {"a": verdict(2, 4), "b": verdict(0, 0)},
+        {"a": outcome(0, 0), "b": outcome(9, 9)},
+        {"a": outcome(2, 2), "b": outcome(1, 1)},
+        {"a": outcome(2, 4), "b": outcome(0, 0)},
     ]
-    assert trials.elect(found, [0, 1, 2]) == ["b", "a", "a"]
-    chosen_ones = trials.elected(found, [0, 1, 2])
+    assert trials.best_elsewhere(found, [0, 1, 2]) == ["b", "a", "a"]
+    chosen_ones = trials.outcomes_elsewhere(found, [0, 1, 2])
     assert chosen_ones is not None
     assert [one.regret.mean() for one in chosen_ones] == [9, 2, 3]
     # Both directions of a pair stand together: pairs 0 and 1 are judged on pair 2 alone
-    assert trials.elect(found, ["x", "x", "y"]) == ["b", "b", "a"]
-    assert trials.elected(found, ["x", "x", "x"]) is None
+    assert trials.best_elsewhere(found, ["x", "x", "y"]) == ["b", "b", "a"]
+    assert trials.outcomes_elsewhere(found, ["x", "x", "x"]) is None
 
 
 def test_lines_link_models_through_any_pair() -> None:
@@ -447,7 +337,7 @@ def test_lines_link_models_through_any_pair() -> None:
 
 
 def test_summary_pools_searches_and_averages_pairs() -> None:
-    one = study.summary([verdict(0, 2, 4), verdict(10)])
+    one = study.summary([outcome(0, 2, 4), outcome(10)])
     assert (one["mean"], one["median"], one["worst"]) == (6, 3, 10)
     assert (one["worse"], one["lowest_gain"]) == (0.5, -10)
 
@@ -494,7 +384,7 @@ def test_the_study_tells_all_and_ends_in_json(run: Run) -> None:
     assert len(curve["mean"]) == 21
     assert np.mean(curve["marks"], axis=1).tolist() == pytest.approx(curve["mean"], abs=1e-3)
     assert set(figures["ablations"]["base ← complementary"]) == {"merged", "shrunken"}
-    named = figures["rules"]["0 to 1 by 0.1"]["elected"]["rule elected on other pairs"]["names"]
+    named = figures["rules"]["0 to 1 by 0.1"]["elsewhere"]["rule best on other pairs"]["names"]
     assert len(named) == 2
     assert set(named) <= set(rules.RULES)
     assert {"loud wrong donor", "collapse"} <= set(figures["cases"])
@@ -504,25 +394,6 @@ def test_the_study_tells_all_and_ends_in_json(run: Run) -> None:
     assert "pairwise, to 0.6 by 0.1, 25" in figures["budgets"]
     assert "pairwise, to 0.6 by 0.02, 25" not in figures["budgets"]  # Steps the files lack
     assert "Rules, 0 to 0.6 by 0.1" in printed
-
-
-def test_plots_are_drawn_or_their_absence_is_said(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    printed, _ = run("--json", "--plots", str(tmp_path / "none"))
-    assert "no plots: " in printed
-    assert len(printed.splitlines()) == 2
-    assert not (tmp_path / "none").exists()
-
-
-def test_plots_are_svg(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    run("--json", "--plots", str(tmp_path / "plots"))
-    names = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert {"rules.svg", "base-from-complementary.svg"} <= names
-    assert "base-from-complementary-ablations.svg" in names
-    assert all("</svg>" in path.read_text() for path in (tmp_path / "plots").iterdir())
 
 
 def test_constructed_answers_are_not_degenerate() -> None:
