@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Any, Literal, TypeVar
 
 from .values import (
@@ -68,10 +69,11 @@ def combine(kind: type[S], settings: S | None, fields: Mapping[str, Any]) -> S:
     return dataclasses.replace(settings, **fields) if fields else settings  # type: ignore[type-var]
 
 
-def changed(settings: object, kind: type) -> list[str]:
-    """Names of the fields of `kind` that differ from their defaults."""
+def changed(settings: object, *kinds: type) -> list[dataclasses.Field[Any]]:
+    """The fields of these kinds that differ from their defaults."""
     return [
-        item.name
+        item
+        for kind in kinds
         for item in dataclasses.fields(kind)
         if getattr(settings, item.name) != item.default
     ]
@@ -96,6 +98,7 @@ class PlanSettings:
         "a family declared in TOML, as `archs NAME` prints them; goes before the known ones;"
         " may be repeated",
         metavar="FILE",
+        parse=expanduser,
         repeated=True,
     )
 

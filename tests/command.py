@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 _KILLED = """
 import importlib, os, signal, sys
-from lowmem_adamms import cli, sink
+from lowmem_adamms import cli
+from lowmem_adamms.merging import disk_sink as sink
 rooms, *words = sys.argv[1:]
 for room in rooms.split(","):
     importlib.import_module(f"lowmem_adamms.{room}").WINDOW = 4096

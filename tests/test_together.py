@@ -120,7 +120,12 @@ def test_killed_while_it_quantizes_from_the_hub_it_resumes(
     out = tmp_path / "out"
     words = [*IDS, "-o", str(out), "--alpha-layers", ALPHAS, "--quantize", "nf4", *WAYS[way]]
     places = {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    rooms = ("sink", "quantized_sink", "ranges", "inputs")
+    rooms = (
+        "merging.disk_sink",
+        "quantizing.quantizing_sink",
+        "merging.range_source",
+        "merging.sources",
+    )
     run_until_killed(words, rooms=rooms, env=places | {"HF_HUB_OFFLINE": "0"})
     assert any((out / WORK).iterdir())
     server.seen.clear()

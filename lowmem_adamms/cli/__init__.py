@@ -1,44 +1,69 @@
-"""The command line: the only rooms that print.
+"""The command line: the only wing that prints.
 
 Results go to stdout, everything else to stderr; progress is drawn only on a terminal. Exit codes:
 0 done, 2 the user can fix it (one line, `error: …`), 130 interrupted. A bug keeps its traceback.
-Each command lies in the file of its name; what they take is in `options.py`.
+
+    options    a parser for each command, made from the dataclass of what it takes
+    console    what the commands print with
+    plan, merge, search, compare, verify, push, archs, demo    a command each
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..errors import MergeError
-from . import archs, compare, demo, merge, plan, push, search, speech, verify
-from .options import COMMANDS, parser
+from ..errors import MergeError, RecipeError
+from . import archs, compare, console, demo, merge, plan, push, search, verify
+from .options import Command, make_parser, read_options
 
-_RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "plan": plan.run,
-    "compare": compare.run,
-    "merge": merge.run,
-    "search": search.run,
-    "verify": verify.run,
-    "push": push.run,
-    "archs": archs.run,
-    "demo": demo.run,
+COMMANDS = {
+    "plan": plan.COMMAND,
+    "compare": compare.COMMAND,
+    "merge": merge.COMMAND,
+    "search": search.COMMAND,
+    "verify": verify.COMMAND,
+    "push": push.COMMAND,
+    "archs": archs.COMMAND,
+    "demo": demo.COMMAND,
 }
-_NOT_THERE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
-    *(errno.ENAMETOOLONG, errno.ELOOP),
+_ABOUT = """\
+Merges two multimodal LLMs of different architecture whose language models share
+an ancestor (AdaMMS, arXiv 2503.23733), in constant memory. BASE keeps its
+architecture, vision encoder, tokenizer and processor; DONOR's language weights
+are blended into it: out = (1 - alpha) * base + alpha * donor."""
+_EXAMPLES = """\
+examples:
+  python -m lowmem_adamms demo
+  python -m lowmem_adamms plan BASE DONOR
+  python -m lowmem_adamms BASE DONOR -o OUT --prompts questions.jsonl
+  python -m lowmem_adamms BASE DONOR -o OUT --alpha 0.3
+
+BASE and DONOR are folders, files or Hub ids (org/name[@revision]). Without a
+command, BASE DONOR ... is short for merge BASE DONOR ...
+COMMAND --help tells what a command takes.
+Exit codes: 0 done, 2 something you can fix, said in one line, 130 interrupted."""
+_NOT_ACCESSIBLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 
 
 def process() -> int:
-    """`main` as all that a process does, which spares it looking for garbage that is not there.
+    """Run `main` as all that a process does, with rare garbage collections.
 
-    Measured on a merge of 16 GB: 0.3 s of the start, spent in imports, and 0.3 s of the end.
+    Measured on a merge of 16 GB: saves 0.3 s of the start, spent in imports, and 0.3 s of the end.
     """
     gc.set_threshold(100_000, 50, 50)
     try:
@@ -48,50 +73,59 @@ def process() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    speech.prepare()
+    """Run one command and return its exit code."""
+    console.prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = argparse.Namespace()
-    if words and words[0] not in COMMANDS and not words[0].startswith("-"):
-        if "/" not in words[0] and not Path(words[0]).exists():
-            return _fail(
-                f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)});"
-                " see python -m lowmem_adamms --help"
-            )
-        words.insert(0, "merge")
+    taken: Any = None
     try:
-        arguments = parser().parse_args(words)
-        code = _RUN[arguments.command](arguments)
+        command, taken = parse(words)
+        code = command.run(taken)
         sys.stdout.flush()
         return code
     except MergeError as error:
-        return _fail(*error.lines)
+        return console.fail(*error.lines)
     except BrokenPipeError:  # such as `plan --json | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"disk full ({error}); free some and run the same command to resume")
-        if error.errno in _NOT_THERE:
-            return _fail(f"{error.filename}: {error.strerror}")
+            return console.fail(
+                f"disk full ({error}); free some and run the same command to resume"
+            )
+        if error.errno in _NOT_ACCESSIBLE:
+            return console.fail(f"{error.filename}: {error.strerror}")
         raise
     except KeyboardInterrupt:
-        print(f"interrupted{_way_back(arguments)}", file=sys.stderr)
+        print(f"interrupted{_way_to_resume(taken)}", file=sys.stderr)
         return 130
 
 
-def _way_back(arguments: argparse.Namespace) -> str:
+def parse(words: list[str]) -> tuple[Command, Any]:
+    """The command that the words name, and what it takes as an instance of its dataclass."""
+    parser = make_parser(COMMANDS, _ABOUT, _EXAMPLES)
+    namespace = parser.parse_args(_with_command(words))
+    command = COMMANDS[namespace.command]
+    return command, read_options(command, namespace)
+
+
+def _with_command(words: list[str]) -> list[str]:
+    """The words with `merge` before them where they begin with a model instead of a command."""
+    if not words or words[0] in COMMANDS or words[0].startswith("-"):
+        return words
+    if "/" not in words[0] and not Path(words[0]).exists():
+        raise RecipeError(
+            f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)});"
+            " see python -m lowmem_adamms --help"
+        )
+    return ["merge", *words]
+
+
+def _way_to_resume(taken: Any) -> str:
     """What to do after an interruption; nothing where there is nothing to resume."""
-    command = getattr(arguments, "command", None)
-    if command in ("merge", "push") or getattr(arguments, "journal", None):
+    if isinstance(taken, (merge.MergeOptions, push.PushOptions)):
         return ": run the same command again to resume"
-    return ": nothing was kept; with --journal FILE a search resumes" if command == "search" else ""
-
-
-def _fail(*messages: str) -> int:
-    """One line each, whatever a file's names put into it."""
-    for message in messages:
-        line = " ".join(message.split())
-        safe = "".join(letter if letter.isprintable() else "?" for letter in line)
-        print("error:", safe, file=sys.stderr)
-    return 2
+    if isinstance(taken, search.SearchOptions):
+        if taken.journal:
+            return ": run the same command again to resume"
+        return ": nothing was kept; with --journal FILE a search resumes"
+    return ""

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from os.path import expanduser
 
+from ..architectures import declare, families
+from ..settings import setting
 from .console import print_json
+from .options import Command
+from .pair import json_option
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """List the declarations, the user's before ours, or print one so that --arch takes it."""
-    from ..architectures import declare
-    from ..architectures import families as archs
-    from ..reporting import terminal as show
+@dataclass(frozen=True, kw_only=True)
+class ArchsOptions:
+    """What `archs` takes."""
 
-    known = (*declare.read_declarations(arguments.arch or ()), *archs.ARCHS)
-    one = declare.find_arch(arguments.name, known) if arguments.name else None
-    if arguments.json:
+    name: str | None = setting(
+        None, "print this one's declaration", metavar="NAME", positional=True, nargs="?"
+    )
+    json: bool = json_option()
+    arch: tuple[str, ...] = setting(
+        (),
+        "list a family declared in TOML too; may be repeated",
+        metavar="FILE",
+        parse=expanduser,
+        repeated=True,
+    )
+
+
+def run(options: ArchsOptions) -> int:
+    """List the declarations, the user's before ours, or print one in the form --arch takes."""
+    from ..reporting import terminal
+
+    known = (*declare.read_declarations(options.arch), *families.ARCHS)
+    one = declare.find_arch(options.name, known) if options.name else None
+    if options.json:
         print_json(one.to_json() if one else [arch.to_json() for arch in known])
+    elif one:
+        print(declare.to_toml(one), end="")
     else:
-        print(declare.to_toml(one) if one else show.archs(known), end="" if one else "\n")
+        print(terminal.archs(known))
     return 0
+
+
+COMMAND = Command(
+    takes=ArchsOptions,
+    run=run,
+    help="the known families, or one as a file for --arch",
+    description="Lists the families of models that are known, or prints one as TOML, to start"
+    " from for --arch.",
+)

@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
+from os.path import expanduser
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import check_page
-from .console import print_json, progress_bar, screen
+from ..settings import setting
+from ..values import parse_count
+from .console import print_json, screen
+from .options import Command
+from .pair import check_page, json_option, parse_path
 
 if TYPE_CHECKING:
     from ..comparing.comparison import Comparison
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What `compare` takes."""
+
+    a: str = setting(
+        None,
+        "folder, file or org/name[@revision] of a checkpoint",
+        metavar="A",
+        parse=expanduser,
+        positional=True,
+    )
+    b: str = setting(
+        None,
+        "another; distances are relative to A",
+        metavar="B",
+        parse=expanduser,
+        positional=True,
+    )
+    json: bool = json_option()
+    html: Path | None = setting(None, "write it as a page too", metavar="FILE", parse=parse_path)
+    sample: int = setting(
+        4096, "elements read of each tensor; default: 4096", metavar="N", parse=parse_count
+    )
+    arch: tuple[str, ...] = setting(
+        (),
+        "a family declared in TOML, as `archs NAME` prints them; may be repeated",
+        metavar="FILE",
+        parse=expanduser,
+        repeated=True,
+    )
+
+
+def run(options: CompareOptions) -> int:
     """Compare, write the page if one is asked for, and print tables or one document."""
     from ..architectures.declare import read_declarations
-    from ..comparing import comparison as compare
-    from ..comparing import pairing
+    from ..comparing import comparison, pairing
     from ..mapping.join import make_plan
 
-    check_page(arguments.html, "--html", arguments.a, arguments.b, *(arguments.arch or ()))
-    make = partial(make_plan, declared=read_declarations(arguments.arch or ()))
-    joined = pairing.join(arguments.a, arguments.b, make=make)
-    total = compare.bytes_read(joined) if arguments.full else None
-    with progress_bar("comparing", total) as progress:
-        sample = None if arguments.full else arguments.sample
-        found = compare.compare(joined, sample=sample, progress=progress)
-    if arguments.html:
+    check_page(options.html, "--html", options.a, options.b, *options.arch)
+    make = partial(make_plan, declared=read_declarations(options.arch))
+    joined = pairing.join(options.a, options.b, make=make)
+    found = comparison.compare(joined, sample=options.sample)
+    if options.html:
         from ..comparing import page as compare_page
-        from ..reporting import page as report_page
+        from ..reporting import page
 
-        report_page.write(arguments.html, compare_page.html(found))
-    if arguments.json:
+        page.write(options.html, compare_page.html(found))
+    if options.json:
         print_json(found.to_json())
     else:
         _show(found)
@@ -40,9 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(found: Comparison) -> None:
-    from ..comparing import table as compare_table
+    from ..comparing import table
 
     console = screen()
     ascii_only = console.options.ascii_only
-    for item in compare_table.drawn(found, width=console.width, ascii_only=ascii_only):
+    for item in table.drawn(found, width=console.width, ascii_only=ascii_only):
         console.print(item, soft_wrap=isinstance(item, str))
+
+
+COMMAND = Command(
+    takes=CompareOptions,
+    run=run,
+    help="how far apart two checkpoints are, and whether of one ancestor",
+    description="Compares the weights of two checkpoints tensor by tensor, layer by layer,"
+    " without\nmerging them.",
+)

@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from .. import demo
 from ..errors import RecipeError
+from ..settings import setting
+from ..values import parse_alpha
 from . import merge
 from .console import screen
-from .options import parser
+from .options import Command
+from .pair import out_option, parse_path
 from .plan import show_plan
 
-if TYPE_CHECKING:
-    from ..demo import Pair
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What `demo` takes."""
+
+    out: Path | None = out_option(
+        "keep pair, questions and result here; default: a new folder for temporary files"
+    )
+    alpha: float | None = setting(
+        None, "merge at this; default: search for it", metavar="ALPHA", parse=parse_alpha
+    )
+    export: Path | None = setting(
+        None,
+        "only write pair and questions there, for the other commands",
+        metavar="DIR",
+        parse=parse_path,
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """The embedded pair: write it out, or run the whole method on it and judge the result."""
-    from .. import demo
+def run(options: DemoOptions) -> int:
+    """Write the embedded pair out, or run the whole method on it and judge the result."""
+    from ..mapping.join import make_plan
 
-    if arguments.export:
-        if arguments.out or arguments.alpha is not None:
+    if options.export:
+        if options.out or options.alpha is not None:
             raise RecipeError("demo --export only writes the pair and its questions; give no more")
-        pair = demo.export(arguments.export)
+        pair = demo.export(options.export)
         for path in (pair.base, pair.donor, pair.prompts, pair.exam):
             print(path)
         return 0
-    folder = arguments.out or Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
+    folder = options.out or Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
     pair = demo.export(folder)
-    _show(pair, _merged(folder, pair, arguments.alpha))
+    out = folder / "merged"
+    show_plan(make_plan(pair.base, pair.donor), screen())
+    how: dict[str, Any] = {"alpha": options.alpha}
+    if options.alpha is None:
+        how = {"prompts": str(pair.prompts), "max_new_tokens": demo.LONGEST}
+    merge.run(merge.MergeOptions(base=str(pair.base), donor=str(pair.donor), out=out, **how))
+    _show(pair, out)
     return 0
 
 
-def _merged(folder: Path, pair: Pair, alpha: float | None) -> Path:
-    """What the command `merge` makes of the pair, the plan shown first."""
-    from .. import demo, make_plan
-
-    show_plan(make_plan(pair.base, pair.donor), screen())
-    out = folder / "merged"
-    how = ["--prompts", str(pair.prompts), "--max-new-tokens", str(demo.LONGEST)]
-    if alpha is not None:
-        how = ["--alpha", str(alpha)]
-    words = ["merge", str(pair.base), str(pair.donor), "-o", str(out), *how]
-    merge.run(parser().parse_args(words))
-    return out
-
-
-def _show(pair: Pair, out: Path) -> None:
+def _show(pair: demo.Pair, out: Path) -> None:
     """How many of the exam's questions base, donor and merged model answer right."""
-    from .. import demo
-    from ..reporting import terminal as show
+    from ..reporting import terminal
 
     exam = demo.load_exam(pair.exam)
     scores = _scores(out)
@@ -60,10 +70,10 @@ def _show(pair: Pair, out: Path) -> None:
     (donor,) = demo.judge(pair.donor, pair.donor, [0.0], exam)
     (merged,) = demo.judge(out, out, [0.0], exam)
     console = screen()
-    console.print(show.marks_table({"base": curve[0], "donor": donor, "merged": merged}))
+    console.print(terminal.marks_table({"base": curve[0], "donor": donor, "merged": merged}))
     if scores:
         rows = zip(scores.items(), curve, strict=True)
-        console.print(show.curve({a: (d, marks["mean"]) for (a, d), marks in rows}))
+        console.print(terminal.curve({a: (d, marks["mean"]) for (a, d), marks in rows}))
     print(f"right answers in per cent, {len(exam)} questions that the search has not seen")
     print(f"merged model: {out}")
     if scores:
@@ -74,3 +84,12 @@ def _scores(out: Path) -> dict[float, float | None]:
     """The D of each alpha of the search that a merged checkpoint records, if it had one."""
     found = json.loads((out / "adamms.json").read_text(encoding="utf-8"))
     return {row["alpha"]: row["score"] for row in found.get("candidates", ())}
+
+
+COMMAND = Command(
+    takes=DemoOptions,
+    run=run,
+    help="the whole method on the embedded pair, offline",
+    description="Maps, searches and merges a pair of tiny models that comes with the package,"
+    " and tells\nhow many questions base, donor and result answer right. Takes about a minute.",
+)

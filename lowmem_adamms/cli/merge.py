@@ -2,147 +2,174 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import OutputError, RecipeError
-from ..merging.journal import ANSWERS, NAME, WORK
-from .arguments import fetching, make_plan, quantizing
-from .console import print_notes, progress_bar
-from .options import OF_A_SEARCH, given
-from .push import finish, pushing
-from .searching import load_prompts, search_for_alpha, show_found
+from .. import api
+from ..errors import RecipeError
+from ..mapping.alphas import parse_layers
+from ..prompts import load_prompts
+from ..settings import (
+    AnswerSettings,
+    GridSettings,
+    PlacementSettings,
+    PlanSettings,
+    PromptSettings,
+    SearchSettings,
+    changed,
+    setting,
+)
+from ..values import format_size, parse_alpha
+from .console import print_note, print_notes, progress_bar, shows_progress
+from .options import Command, spelled
+from .pair import OptionalPairOptions, make_plan, out_option, parse_path, prompts_option
+from .push import show_upload
+from .search import find_alpha, show_found
 
 if TYPE_CHECKING:
+    from ..mapping.alphas import Alpha
     from ..mapping.mergekit_yaml import Recipe
     from ..mapping.plan import Plan
-    from ..merging.writer import Options, Output
+    from ..merging.writer import Output
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchSettings):
+    """What `merge` takes."""
+
+    out: Path = out_option("a new folder", required=True)
+    alpha: float | None = setting(
+        None,
+        "the donor's weight: 0 is the base, 1 the donor; without it give --prompts",
+        metavar="ALPHA",
+        parse=parse_alpha,
+    )
+    prompts: str | None = prompts_option()
+    alpha_layers: str | None = setting(
+        None,
+        "by layer: 0.1,0.3,0.5 is interpolated from the first layer to the last (the embedding"
+        " takes the first, norm and head the last, or --alpha); 0-9:0.2,10-27:0.5,head:0 names"
+        " layers, embed, norm and head, and the rest takes --alpha",
+        metavar="ALPHAS",
+    )
+    config: Path | None = setting(
+        None,
+        "instead of BASE, DONOR and --alpha: mergekit's recipe of a linear merge of two models"
+        " (the base is its base_model, else its first model); --dtype goes before its dtype",
+        metavar="YAML",
+        parse=parse_path,
+    )
+
+
+def run(options: MergeOptions) -> int:
     """Check what can be checked, search if that is asked for, write, upload."""
-    from ..merging import writer
-
-    recipe = _read_config(arguments)
-    _check_weights(arguments)
-    options = _options(arguments)
-    prompts = load_prompts(arguments) if arguments.prompts else None
+    _check_options(options)
+    recipe = _read_recipe(options)
+    if recipe:
+        dtype = options.dtype or (recipe.dtype.name if recipe.dtype else None)
+        options = replace(options, base=recipe.base, donor=recipe.donor, dtype=dtype)
+    if not (options.base and options.donor):
+        raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
+    prompts = load_prompts(options.prompts, options) if options.prompts else None
     if prompts is None:  # numpy's threads would spin as they start; a merge has no use for them
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    plan, out = make_plan(arguments), arguments.out
-    alpha = _given_alpha(arguments, plan, recipe)
+    plan = make_plan(options.base, options.donor, options)
+    given = _given_alpha(options, plan, recipe)
     print_notes(plan.notes)
-    upload = arguments.push_to_hub is not None
-    output = writer.prepare(plan, out, options)
-    output.check(room=options.fetch.disk_budget or 0, push=upload)
-    with pushing(arguments, plan) if upload else nullcontext() as push:
+    with api.prepare_merge(plan, options.out, options) as job:
+        alpha: Alpha | api.FoundAlpha | None = given
         if prompts:
-            found = search_for_alpha(arguments, plan, prompts, _answers_in(out))
-            show_found(found)
-            alpha, beside = found.alpha, {"report.html": found.page.encode()}
-            options = replace(options, search=found.to_json(), beside=beside)
+            quantize = options.quantize
+            alpha = find_alpha(plan, prompts, options, job.answers, quantize=quantize)
+            show_found(alpha)
+        assert alpha is not None
         with progress_bar("merging", plan.bytes_written) as progress:
-            writer.write(output, alpha, replace(options, push=push, progress=progress))
-        print(f"{out}: {_summary(output)}")
-        if push:
-            finish(arguments, push)
+            job.write(alpha, progress=progress, note=print_note, show_bars=shows_progress())
+        print(f"{options.out}: {_summary(job.output)}")
+        if job.upload:
+            show_upload(job.upload, options.out, job.finish_upload)
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> Options:
-    """How it is written, so far as the words say; RecipeError where they contradict each other."""
-    from ..merging.writer import Options
-
-    fetch = fetching(arguments)
-    if arguments.prompts and not fetch.cached:
-        raise RecipeError(
-            "a search loads the model from files: leave out --no-cache and --disk-budget, or search"
-            " first and merge at the --alpha it finds"
-        )
-    if arguments.push_to_hub is None and (arguments.private or arguments.replace_repo):
-        raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
-    return Options(
-        max_shard_size=arguments.max_shard_size,
-        quantize=quantizing(arguments),
-        trust_remote_code=arguments.trust_remote_code,
-        force=arguments.force,
-        fetch=fetch,
-        note=lambda line: print_notes([line]),
-    )
-
-
-def _summary(output: Output) -> str:
-    """What was written, in a line."""
-    from ..reporting.terminal import size
-
-    counts, how = output.plan.counts, output.how
-    written = output.plan.bytes_written
-    if how:
-        written = sum(path.stat().st_size for path in output.folder.glob("*.safetensors"))
-    quantized = f", {len(how.names)} of them quantized to {how.method}" if how else ""
-    return (
-        f"{counts['interpolate']} tensors interpolated, {counts['copy']} copied{quantized},"
-        f" {size(written)}"
-    )
-
-
-def _read_config(arguments: argparse.Namespace) -> Recipe | None:
-    """What --config says; models and dtype are then taken from it."""
-    if arguments.config is None:
-        return None
-    from ..mapping.mergekit_yaml import read
-
-    if names := given(arguments, ("base", "donor", "alpha", "alpha_layers", "prompts")):
-        raise RecipeError(f"--config names models and weights; leave out {', '.join(names)}")
-    recipe = read(arguments.config)
-    arguments.base, arguments.donor = recipe.base, recipe.donor
-    arguments.dtype = arguments.dtype or recipe.dtype
-    return recipe
-
-
-def _check_weights(arguments: argparse.Namespace) -> None:
-    """Two models and one way to their weights, so far as can be seen without opening anything."""
-    if arguments.donor is None:
+def _check_options(options: MergeOptions) -> None:
+    """RecipeError where the words contradict each other, before anything is opened."""
+    weights = options.alpha is not None or options.alpha_layers is not None
+    if options.config is not None:
+        names = ("base", "donor", "alpha", "alpha_layers", "prompts")
+        given = [item for item in changed(options, MergeOptions) if item.name in names]
+        if given:
+            raise RecipeError(f"--config names models and weights; leave out {spelled(given)}")
+    elif not (options.base and options.donor):
         raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
-    weights = given(arguments, ("alpha", "alpha_layers"))
-    if arguments.config is None and bool(weights) == (arguments.prompts is not None):
+    elif weights == (options.prompts is not None):
         raise RecipeError(
             "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
             " to search it with"
         )
-    if arguments.prompts is None and (idle := given(arguments, OF_A_SEARCH)):
+    if options.prompts is None:
+        kinds = (PromptSettings, GridSettings, AnswerSettings, PlacementSettings)
+        if unused := changed(options, *kinds):
+            raise RecipeError(
+                f"no search is made at a given alpha: leave out {spelled(unused)}, or give"
+                " --prompts instead of the alpha"
+            )
+    elif options.no_cache:
         raise RecipeError(
-            f"no search is made at a given alpha: leave out {', '.join(idle)}, or give --prompts"
-            " instead of the alpha"
+            "a search loads the model from files: leave out --no-cache, or search first and merge"
+            " at the --alpha it finds"
         )
 
 
-def _given_alpha(arguments: argparse.Namespace, plan: Plan, recipe: Recipe | None) -> Any:
+def _read_recipe(options: MergeOptions) -> Recipe | None:
+    """What --config says."""
+    if options.config is None:
+        return None
+    from ..mapping import mergekit_yaml
+
+    return mergekit_yaml.read(options.config)
+
+
+def _given_alpha(options: MergeOptions, plan: Plan, recipe: Recipe | None) -> Alpha | None:
     """What the command line or --config says about weights; None: they are to be searched."""
     if recipe is not None:
         alpha, notes = recipe.alphas(plan)
         print_notes(notes)
         return alpha
-    if arguments.alpha_layers is None:
-        return arguments.alpha
-    from ..mapping.alphas import parse_layers
-
-    return parse_layers(arguments.alpha_layers, plan.base_layout.layers, arguments.alpha)
+    if options.alpha_layers is None:
+        return options.alpha
+    return parse_layers(options.alpha_layers, plan.base_layout.layers, options.alpha)
 
 
-def _answers_in(out: Path) -> Path:
-    """Where the answers of a search for `out` are kept: at their final place once they got there.
+def _summary(output: Output) -> str:
+    """What was written, in a line."""
+    plan, quantizer = output.plan, output.how
+    written = plan.bytes_written
+    quantized = ""
+    if quantizer:
+        written = sum(path.stat().st_size for path in output.folder.glob("*.safetensors"))
+        quantized = f", {len(quantizer.names)} of them quantized to {quantizer.method}"
+    return (
+        f"{plan.counts['interpolate']} tensors interpolated, {plan.counts['copy']} copied"
+        f"{quantized}, {format_size(written)}"
+    )
 
-    OutputError if a merge at a given alpha was begun in `out`: it would be met only after hours.
-    """
-    final, ours = out / ANSWERS, out / WORK / ANSWERS
-    if (out / WORK / NAME).is_file() and not (final.is_file() or ours.is_file()):
-        raise OutputError(
-            f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or choose"
-            " another -o"
-        )
-    return final if final.is_file() else ours
+
+COMMAND = Command(
+    takes=MergeOptions,
+    run=run,
+    help="map and merge, at a given alpha or a searched one",
+    usage="%(prog)s BASE DONOR -o OUT (--alpha ALPHA | --prompts SET) [options]",
+    examples="""\
+examples:
+  alpha is known (0.1 to 0.3 is usual):
+    %(prog)s BASE DONOR -o OUT --alpha 0.3
+  alpha is searched for, with questions that need no answers:
+    %(prog)s BASE DONOR -o OUT --prompts questions.jsonl
+  of the Hub, without keeping the inputs on the disk:
+    %(prog)s org/base org/donor@main -o OUT --alpha 0.3 --no-cache
+
+A line of questions.jsonl: {"prompt": "What is this?", "image": "cat.png"}
+Killed or interrupted, the same command goes on where it was.""",
+)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import api
 from ..errors import PlacementError
-from ..live.placement import Quantize, stored_bytes
-from .arguments import make_plan, placing, quantizing
+from ..live.placement import stored_bytes
+from ..merging.sources import remote
+from ..settings import PlacementSettings, PlanSettings, QuantizeSettings, StreamSettings
+from ..values import format_size
 from .console import print_json, screen
+from .options import Command
+from .pair import PairOptions, json_option, make_plan, out_option
 
 if TYPE_CHECKING:
     from ..mapping.plan import Plan
@@ -21,19 +26,38 @@ _ANONYMOUS_MB = 128  # the bound that bench/merge.py checks, whole process
 _QUANTIZING_MB = 512  # of which torch, transformers and bitsandbytes take some 370
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(PairOptions, PlanSettings, QuantizeSettings, StreamSettings, PlacementSettings):
+    """What `plan` takes."""
+
+    out: Path | None = out_option("whose disk's free space to show")
+    json: bool = json_option()
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a merge would take, in bytes; keys of `plan --json`."""
+
+    disk_needed: int
+    disk_free: int
+    anonymous_memory: int
+    to_fetch: int
+    seconds_at_1_GB_per_s: int  # noqa: N815  (a key of the document)
+
+
+def run(options: PlanOptions) -> int:
     """Print the plan as tables or as one document."""
-    plan, quantize = make_plan(arguments), quantizing(arguments)
-    forecast = _forecast(plan, arguments.out or Path(), quantize)
+    plan = make_plan(options.base, options.donor, options, bins=False)
+    forecast = _forecast(plan, options)
     try:
-        lines = placing(arguments, plan).lines
+        lines = api.place_search(plan, options, quantize=options.quantize).lines
     except PlacementError as error:
         lines = (str(error),)
-    if arguments.json:
-        print_json(plan.to_json() | {"forecast": forecast, "search": list(lines)})
+    if options.json:
+        print_json(plan.to_json() | {"forecast": asdict(forecast), "search": list(lines)})
     else:
         show_plan(plan, screen())
-        _show_forecast(plan, forecast, quantize, lines)
+        _show_forecast(plan, forecast, options, lines)
     return 0
 
 
@@ -41,44 +65,52 @@ def show_plan(plan: Plan, console: Any) -> None:
     """The table, what is left over of the donor, and the notes."""
     from rich.markup import escape
 
-    from ..reporting import terminal as show
+    from ..reporting import terminal
 
-    console.print(show.plan_table(plan))
-    console.print(f"left over of the donor: {escape(show.leftover(plan))}", soft_wrap=True)
+    console.print(terminal.plan_table(plan))
+    console.print(f"left over of the donor: {escape(terminal.leftover(plan))}", soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
 
-def _forecast(plan: Plan, out: Path, quantize: Quantize | None) -> dict[str, int]:
-    from ..merging.sources import remote
-
+def _forecast(plan: Plan, options: PlanOptions) -> Forecast:
+    quantize = None if options.quantize == "none" else options.quantize
     written = stored_bytes(plan, quantize)
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    return {
-        "disk_needed": written,
-        "disk_free": shutil.disk_usage(there).free,
-        "anonymous_memory": (_QUANTIZING_MB if quantize else _ANONYMOUS_MB) << 20,
-        "to_fetch": sum(file.size for file in remote(plan).values()),
-        "seconds_at_1_GB_per_s": math.ceil((plan.bytes_read + written) / 1e9),
-    }
+    out = options.out or Path()
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    return Forecast(
+        disk_needed=written,
+        disk_free=shutil.disk_usage(place).free,
+        anonymous_memory=(_QUANTIZING_MB if quantize else _ANONYMOUS_MB) << 20,
+        to_fetch=sum(file.size for file in remote(plan).values()),
+        seconds_at_1_GB_per_s=math.ceil((plan.bytes_read + written) / 1e9),
+    )
 
 
 def _show_forecast(
-    plan: Plan, forecast: dict[str, int], quantize: Quantize | None, search: Sequence[str]
+    plan: Plan, forecast: Forecast, options: PlanOptions, search: Sequence[str]
 ) -> None:
-    from ..reporting.terminal import size
-
-    about = f" (about; {quantize} of bitsandbytes)" if quantize else ""
+    quantized = options.quantize not in (None, "none")
+    about = f" (about; {options.quantize} of bitsandbytes)" if quantized else ""
     print(
-        f"read {size(plan.bytes_read)}, write {size(forecast['disk_needed'])}{about};"
-        f" disk free {size(forecast['disk_free'])},"
-        f" needed {size(forecast['disk_needed'])}\n"
-        f"memory at most {forecast['anonymous_memory'] >> 20} MB besides file pages;"
-        f" about {forecast['seconds_at_1_GB_per_s']} s on a disk that moves 1 GB/s"
+        f"read {format_size(plan.bytes_read)}, write {format_size(forecast.disk_needed)}{about};"
+        f" disk free {format_size(forecast.disk_free)},"
+        f" needed {format_size(forecast.disk_needed)}\n"
+        f"memory at most {forecast.anonymous_memory >> 20} MB besides file pages;"
+        f" about {forecast.seconds_at_1_GB_per_s} s on a disk that moves 1 GB/s"
     )
-    if forecast["to_fetch"]:
+    if forecast.to_fetch:
         print(
-            f"from the Hub: {size(forecast['to_fetch'])} in shards that are not in the cache;"
+            f"from the Hub: {format_size(forecast.to_fetch)} in shards that are not in the cache;"
             " --no-cache streams what is needed of them"
         )
     print("a search for alpha would run so:", *search, sep="\n  ")
+
+
+COMMAND = Command(
+    takes=PlanOptions,
+    run=run,
+    help="what would be done, from headers alone",
+    description="Shows what a merge would do with each tensor, what it would take, and where a"
+    "\nsearch would run. Reads headers only and writes nothing.",
+)

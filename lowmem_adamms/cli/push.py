@@ -1,66 +1,52 @@
-"""The command `push`, and the upload of a merge: checked first, committed when all is there."""
+"""The command `push`: upload a merged folder, or finish its upload."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
+from .. import api
+from ..hub.upload import Push
+from ..hub.upload_check import pushed_files
+from ..settings import UploadSettings, setting
 from .console import print_notes, progress_bar
-
-if TYPE_CHECKING:
-    from ..hub.upload import Push
-    from ..mapping.plan import Plan
+from .options import Command
+from .pair import parse_path
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Upload a merged folder, or finish its upload."""
-    from ..merging.verify import verify
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(UploadSettings):
+    """What `push` takes."""
 
-    verify(arguments.out)
-    with pushing(arguments) as push:
-        finish(arguments, push)
+    out: Path = setting(None, "what merge wrote", metavar="OUT", parse=parse_path, positional=True)
+    push_to_hub: str | None = setting(
+        None, "a repository of models on the Hub", metavar="ORG/NAME", positional=True
+    )
+
+
+def run(options: PushOptions) -> int:
+    """Upload, with a bar where somebody sees it."""
+    with api.push(options.out, options) as upload:
+        show_upload(upload, options.out, upload.finish)
     return 0
 
 
-@contextmanager
-def pushing(arguments: argparse.Namespace, plan: Plan | None = None) -> Iterator[Push]:
-    """The upload that was asked for, once the Hub said that it can be; nothing is sent yet.
-
-    plan: what is to be merged; None if `arguments.out` is complete.
-    """
-    from ..hub.upload import Push, quiet
-    from ..hub.upload_check import check
-    from ..merging import model_card as card
-    from ..merging.journal import pending
-
-    complete = plan is None or pending(arguments.out)
-    paper, readme = None, arguments.out / "README.md"
-    if plan is not None:
-        paper = card.model_card(plan, arguments.alpha or 0.0, {})
-    elif readme.is_file():
-        paper = readme.read_text("utf-8", errors="replace")
-    with quiet():
-        target = check(
-            arguments.push_to_hub,
-            private=arguments.private,
-            replace=arguments.replace_repo,
-            card=paper,
-            out=arguments.out if complete else None,
-        )
-        with Push(target, arguments.out) as push:
-            yield push
-
-
-def finish(arguments: argparse.Namespace, push: Push) -> None:
-    """Send what is left of the complete output, and commit."""
-    from ..hub.upload_check import pushed_files
-    from ..merging.verify import verify
-
-    verify(arguments.out)
-    total = sum(path.stat().st_size for path in pushed_files(arguments.out).values())
+def show_upload(
+    upload: Push, out: Path, finish: Callable[[Callable[[int], None] | None], int]
+) -> None:
+    """Finish an upload and say where it is."""
+    total = sum(path.stat().st_size for path in pushed_files(out).values())
     with progress_bar("uploading", total) as progress:
-        files = push.finish(progress)
-    print_notes(push.notes)
-    print(f"{push.url}: {files} files")
+        files = finish(progress)
+    print_notes(upload.notes)
+    print(f"{upload.url}: {files} files")
+
+
+COMMAND = Command(
+    takes=PushOptions,
+    run=run,
+    help="upload a merged folder, or finish its upload",
+    description="Uploads a merged folder to the Hub in one commit. HF_TOKEN or a login of"
+    " huggingface_hub\nmust allow it.",
+)

@@ -1,65 +1,163 @@
-"""The command `search`: find alpha on a live model, or in answers that somebody recorded."""
+"""The command `search`: find alpha on a live model, or in answers that were recorded before."""
 
 from __future__ import annotations
 
-import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .. import api
 from ..errors import RecipeError
+from ..prompts import load_prompts
+from ..settings import (
+    PlanSettings,
+    Quantization,
+    QuantizeSettings,
+    SearchSettings,
+    changed,
+    setting,
+)
 from ..version import __version__
-from .arguments import check_page, make_plan
-from .console import print_json, print_notes
-from .options import NEED_A_MODEL, given
-from .searching import Found, load_prompts, search_for_alpha, show_found
+from .console import live_table, print_json, print_note, print_notes, screen, shows_progress
+from .options import Command, spelled
+from .pair import (
+    OptionalPairOptions,
+    check_page,
+    json_option,
+    make_plan,
+    parse_path,
+    prompts_option,
+)
+
+if TYPE_CHECKING:
+    from ..mapping.plan import Plan
+    from ..prompts import Prompts
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _parse_answers(text: str) -> tuple[float | None, Path]:
+    """`0.3=FILE`, or a FILE that names its alphas itself."""
+    from ..searching.recorded_answers import parse_spec
+
+    alpha, file = parse_spec(text)
+    return alpha, parse_path(str(file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(OptionalPairOptions, PlanSettings, QuantizeSettings, SearchSettings):
+    """What `search` takes."""
+
+    prompts: str | None = prompts_option()
+    answers: tuple[tuple[float | None, Path], ...] | None = setting(
+        None,
+        "instead of BASE, DONOR and --prompts: score answers that were recorded, in sample"
+        " logs of lmms-eval, predictions of VLMEvalKit, or an answers.jsonl of ours",
+        metavar="[ALPHA=]FILE",
+        parse=_parse_answers,
+        nargs="+",
+    )
+    json: bool = json_option()
+    report: Path | None = setting(
+        None, "write the report, an HTML page, here", metavar="FILE", parse=parse_path
+    )
+    journal: Path | None = setting(
+        None,
+        "keep the answers here; the same command then goes on from them",
+        metavar="FILE",
+        parse=parse_path,
+    )
+
+
+def run(options: SearchOptions) -> int:
     """Search, write the report if one is asked for, and print the curve or one document."""
-    inputs = (arguments.prompts, arguments.journal, *(file for _, file in arguments.answers or ()))
-    check_page(arguments.report, "--report", *inputs)
-    if arguments.answers:
-        return _recorded(arguments)
-    if not (arguments.donor and arguments.prompts):
-        raise RecipeError("search needs BASE, DONOR and --prompts, or --answers")
-    prompts = load_prompts(arguments)
-    plan = make_plan(arguments)
-    print_notes(plan.notes)
-    found = search_for_alpha(arguments, plan, prompts, arguments.journal)
-    return _conclude(arguments, found, plan.base.ref, plan.donor.ref)
-
-
-def _recorded(arguments: argparse.Namespace) -> int:
-    """Score answers that somebody recorded at each alpha."""
-    from ..prompts import Prompt
-    from ..reporting import search_page as report
-    from ..searching import recorded_answers as recorded
-    from ..searching.search import choose
-
-    _check_recorded(arguments)
-    answers, ids = recorded.read(arguments.answers)
-    result = choose(answers, measure=arguments.measure, seed=arguments.seed)
-    page = ""
-    if arguments.report:
-        prompts = [Prompt(name, id=name) for name in ids]
-        page = report.html(result, prompts, title="Recorded answers")
-    return _conclude(arguments, Found(result, None, page))
-
-
-def _check_recorded(arguments: argparse.Namespace) -> None:
-    if names := given(arguments, NEED_A_MODEL):
-        raise RecipeError(
-            f"--answers scores what is recorded and asks no model; leave out {', '.join(names)}"
-        )
-
-
-def _conclude(
-    arguments: argparse.Namespace, found: Found, base: str | None = None, donor: str | None = None
-) -> int:
-    if arguments.report:
-        from ..reporting import search_page as report
-
-        report.write(arguments.report, found.page)
-    if arguments.json:
-        print_json(found.to_json() | {"base": base, "donor": donor, "version": __version__})
+    answers = options.answers or ()
+    inputs = (options.prompts, options.journal, *(file for _, file in answers))
+    check_page(options.report, "--report", *inputs)
+    refs: dict[str, str | None] = {"base": None, "donor": None}
+    if answers:
+        _check_recorded(options)
+        found = api.choose_alpha(answers, measure=options.measure, seed=options.seed)
+    else:
+        if not (options.base and options.donor and options.prompts):
+            raise RecipeError("search needs BASE, DONOR and --prompts, or --answers")
+        prompts = load_prompts(options.prompts, options)
+        plan = make_plan(options.base, options.donor, options)
+        refs = {"base": plan.base.ref, "donor": plan.donor.ref}
+        print_notes(plan.notes)
+        found = find_alpha(plan, prompts, options, options.journal, quantize=options.quantize)
+    if options.report:
+        found.write_page(options.report)
+    if options.json:
+        print_json(found.to_json() | refs | {"version": __version__})
     else:
         show_found(found)
     return 0
+
+
+def _check_recorded(options: SearchOptions) -> None:
+    """RecipeError where something is given that only a search on a model has a use for."""
+    used = ("answers", "json", "report", "measure", "seed")
+    if unused := [item for item in changed(options, SearchOptions) if item.name not in used]:
+        raise RecipeError(
+            f"--answers scores what is recorded and asks no model; leave out {spelled(unused)}"
+        )
+
+
+def find_alpha(
+    plan: Plan,
+    prompts: Prompts,
+    settings: SearchSettings,
+    journal: Path | None,
+    *,
+    quantize: Quantization | None,
+) -> api.FoundAlpha:
+    """A search with its placement and progress on stderr."""
+    from ..merging.sources import download
+    from ..reporting import terminal
+
+    api.check_images(plan, prompts)
+    placement = api.place_search(plan, settings, quantize=quantize)
+    for line in placement.lines:
+        print(line, file=sys.stderr)
+    download(plan, bars=shows_progress())
+    progress = terminal.SearchProgress(len(settings.alphas), len(prompts))
+    with live_table(progress):
+        return api.find_alpha(
+            plan,
+            prompts,
+            settings,
+            journal=journal,
+            placement=placement,
+            progress=progress,
+            note=print_note,
+        )
+
+
+def show_found(found: api.FoundAlpha) -> None:
+    """The curve, the verdict, and what weakens it."""
+    from ..reporting import terminal
+
+    result = found.result
+    screen().print(terminal.search_table(result.rounds, result.alpha))
+    print(found)
+    if result.earlier:
+        print_note("D compares within a round: closer neighbours differ less")
+    print_notes(result.notes)
+
+
+COMMAND = Command(
+    takes=SearchOptions,
+    run=run,
+    help="find alpha by the consistency of the answers",
+    usage="%(prog)s BASE DONOR --prompts SET [options]\n"
+    "       %(prog)s --answers [ALPHA=]FILE ... [options]",
+    description="Answers unlabelled questions at each alpha of a grid, with one loaded model,"
+    " and takes\nthe alpha at which the answers change least (D) from one step to the next."
+    " Writes no\ncheckpoint: merge does the same and then merges.",
+    examples="""\
+examples:
+  %(prog)s BASE DONOR --prompts questions.jsonl --report report.html
+  %(prog)s BASE DONOR --prompts photos/ --question "What is this?" --samples 50
+  %(prog)s --answers OUT/answers.jsonl --measure joint
+  %(prog)s --answers 0=a.jsonl 0.2=b.jsonl 0.4=c.jsonl""",
+)

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
+from ..settings import setting
+from ..values import format_size
 from .console import print_notes, status_line
+from .options import Command
+from .pair import parse_path
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What `verify` takes."""
+
+    out: Path = setting(None, "what merge wrote", metavar="OUT", parse=parse_path, positional=True)
+    deep: bool = setting(
+        False, "also the digests of its files, and sampled rows, recomputed from BASE and DONOR"
+    )
+
+
+def run(options: VerifyOptions) -> int:
     """Check, and say in a line what was found."""
     from ..merging.verify import verify
-    from ..reporting.terminal import size
 
-    with status_line(arguments.deep) as say:
-        verdict = verify(arguments.out, deep=arguments.deep, progress=say)
+    with status_line(options.deep) as show:
+        verdict = verify(options.out, deep=options.deep, progress=show)
     deep = "" if verdict.rows is None else f", {verdict.rows} sampled rows equal to the recipe's"
     print(
-        f"{arguments.out}: ok, {verdict.tensors} tensors in {verdict.shards} shards,"
-        f" {size(verdict.bytes)}{deep}"
+        f"{options.out}: ok, {verdict.tensors} tensors in {verdict.shards} shards,"
+        f" {format_size(verdict.bytes)}{deep}"
     )
     print_notes(verdict.notes)
     return 0
+
+
+COMMAND = Command(
+    takes=VerifyOptions,
+    run=run,
+    help="check a merged folder",
+    description="Checks that a merged folder is whole and loads as what it says it is.",
+)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ from lowmem_adamms.live import transformers_model as loading
 from lowmem_adamms.live.prompt_encoder import load_processor
 from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK, AnswerJournal
 from lowmem_adamms.prompts import Prompt, load_prompts
+from lowmem_adamms.settings import (
+    AnswerSettings,
+    GridSettings,
+    PlacementSettings,
+    PromptSettings,
+    SearchSettings,
+)
 
 ROOT = Path(__file__).parents[2]
 GRID = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -333,7 +341,9 @@ def test_a_quantized_search_writes_whole_weights(
 
 DRIVER = """
 import importlib, os, pathlib, signal, sys
-from lowmem_adamms import cli, journal, sink
+from lowmem_adamms import cli
+from lowmem_adamms.merging import disk_sink as sink
+from lowmem_adamms.merging import journal
 
 home, name = {
     "answer": (journal.AnswerJournal, "note"),
@@ -592,7 +602,9 @@ def small(
     return searched(exact, prompts, folder / "journal.jsonl"), folder / "journal.jsonl"
 
 
-def searched(pair: tuple[Path, Path], prompts: Path, journal: Path, *more: str) -> dict[str, Any]:
+def searched(
+    pair: tuple[Path, Path], prompts: Path, journal: Path, *more: object
+) -> dict[str, Any]:
     """What `search --json` prints, in a process that sees nothing else of it."""
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -686,7 +698,7 @@ def test_a_seed_draws_the_same_sample(
         asked.append(tuple(prompt.id for prompt in prompts))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("lowmem_adamms.searching.search"), "search", note)
+    monkeypatch.setattr("lowmem_adamms.api.search", note)
     words = ("search", *exact, "--prompts", prompts, *QUICK, "--samples", "4")
     for seed in ("1", "1", "2"):
         assert run(*words, "--seed", seed) == 130
@@ -719,7 +731,9 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
 
     monkeypatch.setattr(report, "html", page)
     monkeypatch.setattr(features.FeatureCache, "over", used)
-    assert searched(exact, prompts, tmp_path / "journal.jsonl", switch) == small[0]
+    report_to = ("--report", tmp_path / "report.html")
+    found = searched(exact, prompts, tmp_path / "journal.jsonl", switch, *report_to)
+    assert found == small[0]
     assert answers_at(tmp_path / "journal.jsonl", 0.2) == answers_at(small[1], 0.2)
     assert [timing.alpha for timing in timings] == [0, 0.2, 0.4]
     saved = [timing.plain_tokens - timing.forward_tokens for timing in timings[1:]]
@@ -905,16 +919,20 @@ def test_alpha_or_prompts_but_not_both_and_not_neither(
     assert not list(tmp_path.iterdir())
 
 
+SEARCHING = (PromptSettings, GridSettings, AnswerSettings, PlacementSettings)
 SWITCHES = ("no-drafts", "no-vision-cache", "no-noise")
 WISHES = {"device": "cpu", "live-quantize": "int8", "live-dtype": "fp16", "alphas": "0:1:0.5"}
 WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0"}
 
 
-def options_of_a_search(capsys: Capture) -> list[str]:
-    """All that `merge --help` lists from the search on, but for what stands in for --alpha."""
-    assert run("merge", "--help") == 0
-    listed = capsys.readouterr().out.partition("\nsearch:\n")[2]
-    return [name for name in re.findall(r"^  --([a-z-]+)", listed, re.M) if name != "prompts"]
+def options_of_a_search() -> list[str]:
+    """All that only a search has a use for, as they are written."""
+    found = {item.name for kind in SEARCHING for item in fields(kind)}
+    options = [item for item in fields(SearchSettings) if item.name in found]
+    return [
+        ("no-" if item.metadata["option"].off else "") + item.name.replace("_", "-")
+        for item in options
+    ]
 
 
 @pytest.mark.parametrize(
@@ -928,15 +946,15 @@ def test_no_option_of_a_search_is_silently_ignored_at_a_given_alpha(
     recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
     (tmp_path / "x.yml").write_text(recipe)
     pair = () if "--config" in weights else ("no base", "no donor")
-    names = options_of_a_search(capsys)
-    assert len(names) >= 20
+    names = options_of_a_search()
+    assert len(names) >= 19
     for name in names:
         wish = () if name in SWITCHES else (WISHES.get(name, "7"),)
         assert run("merge", *pair, "-o", "out", *weights, f"--{name}", *wish) == 2
         assert_one_error(capsys, f"no search is made at a given alpha: leave out --{name}, or")
     wishes = ("--seed", "1", "--refine", "2", "--trust-remote-code")
     assert run("merge", *pair, "-o", "out", *weights, *wishes) == 2
-    assert_one_error(capsys, "leave out --seed, --refine, or give --prompts")
+    assert_one_error(capsys, "leave out --refine, --seed, or give --prompts")
     assert [path.name for path in tmp_path.iterdir()] == ["x.yml"]
 
 

@@ -22,9 +22,9 @@ from families import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from lowmem_adamms.cli.values import size, size_or_zero
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from lowmem_adamms.cli.values import size, size_or_zero
 from lowmem_adamms.errors import PlacementError, RecipeError
 from lowmem_adamms.live import free_memory as memory
 from lowmem_adamms.live.free_memory import Memory, available_ram, measure

@@ -610,7 +610,9 @@ def test_killed_it_resumes_to_the_same_bytes(
     out = tmp_path / "out"
     words = [str(plan.base.path), str(plan.donor.path), "-o", str(out), "--alpha", "0.3"]
     words += ["--quantize", "nf4"]
-    run_until_killed(words, rooms=("sink", "quantized_sink", "merge"))
+    run_until_killed(
+        words, rooms=("merging.disk_sink", "quantizing.quantizing_sink", "merging.loop")
+    )
     assert any((out / WORK).iterdir())
     assert main(words) == 0
     assert files(out) == files(outs["nf4"])

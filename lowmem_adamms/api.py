@@ -1,0 +1,543 @@
+"""The whole method for Python: map, search, merge. The command line is a thin layer above it.
+
+    plan = make_plan(base, donor)                  # which donor tensor goes into which of the base
+    found = find_alpha(plan, "questions.jsonl")    # loads the model, needs no labels
+    merge(plan, found, "merged")                   # loads no model
+
+Every function takes its settings as keywords (`find_alpha(plan, prompts, refine=1)`) or as the
+frozen dataclass of `settings.py` that declares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from . import prompts as prompt_sets
+from .architectures.declare import read_declarations
+from .architectures.layout import BUFFER, Arch
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .errors import OutputError, PromptError, RecipeError
+from .live.free_memory import measure
+from .live.placement import Placement, place
+from .mapping import join
+from .mapping.alphas import Alpha, to_json
+from .mapping.plan import Plan
+from .merging import model_card, writer
+from .merging.journal import ANSWERS, NAME, WORK, AnswerJournal, pending
+from .merging.sources import Fetch, download
+from .merging.verify import verify
+from .prompts import Prompt, Prompts
+from .searching.search import Candidate, Result, choose, search
+from .settings import (
+    OutputSettings,
+    PlacementSettings,
+    PlanSettings,
+    Quantization,
+    SearchSettings,
+    UploadSettings,
+    combine,
+)
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .hub.upload import Push
+    from .live.live_model import LiveModel
+    from .reporting.search_page import Timing
+    from .searching.session import Session
+
+
+# Map
+
+
+def make_plan(
+    base: str | Path | Checkpoint,
+    donor: str | Path | Checkpoint,
+    settings: PlanSettings | None = None,
+    *,
+    declared: Sequence[Arch] = (),
+    stream: bool = False,
+    bins: bool = True,
+    **fields: Any,
+) -> Plan:
+    """Plan the merge of two checkpoints from their headers; no tensor is read.
+
+    Args:
+        base: Folder, file or `org/name[@revision]` of the model that is kept.
+        donor: The same of the model whose language weights are blended in.
+        settings: Or its fields as keywords: `embeddings`, `dtype`, `arch`.
+        declared: Architectures declared in Python, before those of the files in `arch`.
+        stream: Leave nothing of a Hub id in the cache; its weights must be safetensors.
+        bins: Download a repository that has only `.bin` files, whose tensors cannot be located
+            otherwise.
+
+    Raises:
+        FormatError: A checkpoint is missing, broken or quantized.
+        HubError: A repository cannot be read.
+        MappingError: The two language models do not fit each other.
+
+    Example:
+        >>> plan = make_plan("Qwen2-VL-7B-Instruct", "llava-onevision-qwen2-7b-ov-hf")
+        >>> plan.counts
+        {'interpolate': 339, 'copy': 391}
+    """
+    settings = combine(PlanSettings, settings, fields)
+    return join.make_plan(
+        _opened(base, cache=not stream, bins=bins and not stream),
+        _opened(donor, cache=not stream, bins=bins and not stream),
+        embeddings=settings.embeddings,
+        dtype=settings.dtype,
+        declared=(*declared, *read_declarations(settings.arch)),
+    )
+
+
+def _opened(checkpoint: str | Path | Checkpoint, *, cache: bool, bins: bool) -> Checkpoint:
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return open_checkpoint(checkpoint, cache=cache, download_bins=bins)
+
+
+# Search
+
+
+class SearchProgress(Protocol):
+    """Who wants to follow a search."""
+
+    def asked(self, alpha: Alpha) -> None:
+        """The search has turned to an alpha."""
+
+    def answered(self, alpha: Alpha, tokens: int) -> None:
+        """One more answer, of so many tokens; 0 if it was known from an earlier run."""
+
+    def candidates(self, alpha: float, candidates: tuple[Candidate, ...]) -> None:
+        """All answers at an alpha are there; scores as far as they are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAlpha:
+    """A finished search.
+
+    result: every candidate with its score, the answers, and notes on what weakens the choice.
+    facts: sections of key and value for the report. prompts: what was asked, in order.
+    """
+
+    result: Result
+    prompts: Sequence[Prompt]
+    title: str
+    facts: Mapping[str, Mapping[str, str]]
+    timings: tuple[Timing, ...] = ()
+
+    @property
+    def alpha(self) -> float:
+        """The alpha to merge at."""
+        return self.result.alpha
+
+    @property
+    def page(self) -> str:
+        """The report as one self-contained HTML page."""
+        from .reporting import search_page
+
+        return search_page.html(
+            self.result,
+            self.prompts,
+            timings=self.timings,
+            facts=self.facts,
+            title=self.title,
+        )
+
+    def write_page(self, path: str | Path) -> None:
+        """Write the report to a file. OutputError if that is not possible."""
+        from .reporting import page
+
+        page.write(Path(path), self.page)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `search --json`, and what adamms.json says of the search."""
+        document = self.result.to_json() | to_json(self.alpha)
+        if isinstance(self.prompts, Prompts):
+            digest = prompt_sets.digest(self.prompts)
+            document["prompt_set"] = {"ref": self.prompts.ref, "sha256": digest}
+        return document
+
+    def __str__(self) -> str:
+        from .reporting import terminal
+
+        return terminal.verdict(self.result)
+
+
+def place_search(
+    plan: Plan,
+    settings: PlacementSettings | None = None,
+    *,
+    quantize: Quantization | None = None,
+    **fields: Any,
+) -> Placement:
+    """Where the model of a search goes: device, precision and batch, as asked for or as fits.
+
+    quantize: of the output; the model is loaded so too unless `live_quantize` says otherwise.
+    Raises PlacementError if the model does not fit into the memory that is free.
+    """
+    settings = combine(PlacementSettings, settings, fields)
+    memory = measure(ram=settings.ram, vram=settings.vram)
+    return place(
+        plan,
+        memory,
+        device=settings.device,
+        quantize=settings.live_quantize or quantize,
+        dtype=settings.live_dtype or plan.options["dtype"],
+        batch=settings.batch_size,
+    )
+
+
+def find_alpha(
+    plan: Plan,
+    prompts: str | Path | Prompts,
+    settings: SearchSettings | None = None,
+    *,
+    journal: str | Path | None = None,
+    placement: Placement | None = None,
+    progress: SearchProgress | None = None,
+    note: Callable[[str], object] | None = None,
+    **fields: Any,
+) -> FoundAlpha:
+    """Find the alpha at which the answers change least, without labels.
+
+    Loads the base once, answers every prompt at each alpha of the grid and compares neighbouring
+    alphas (AdaMMS, Algorithm 1).
+
+    Args:
+        plan: From `make_plan`.
+        prompts: A prompt set: JSON Lines, a folder of images, Parquet, a Hub dataset; or loaded.
+        settings: Or its fields as keywords: `alphas`, `refine`, `measure`, `samples`, `device`, ….
+        journal: File that keeps the answers; the same call then resumes from them.
+        placement: From `place_search`, if it was decided before.
+        progress: Follows the search.
+        note: Called with each sentence that the user should know.
+
+    Raises:
+        PlacementError: The model does not fit into memory.
+        PromptError: The prompts cannot be read, or have images that the base cannot see.
+        FormatError: The base cannot be loaded, or is not what its files hold.
+
+    Example:
+        >>> found = find_alpha(plan, "questions.jsonl", samples=50, journal="answers.jsonl")
+        >>> found.alpha
+        0.3
+        >>> found.write_page("report.html")
+    """
+    settings = combine(SearchSettings, settings, fields)
+    if not isinstance(prompts, Prompts):
+        prompts = prompt_sets.load_prompts(prompts, settings)
+    check_images(plan, prompts)
+    placement = placement or place_search(plan, settings)
+    download(plan)
+    with _session(plan, prompts, settings, placement, journal, progress) as session:
+        result = search(
+            session,
+            prompts,
+            settings.alphas,
+            measure=settings.measure,
+            refine=settings.refine,
+            noise=session.again if settings.noise else None,
+            seed=settings.seed,
+            progress=progress.candidates if progress else None,
+        )
+        for line in session.notes if note else ():
+            note(line)  # type: ignore[misc]
+        return FoundAlpha(
+            result,
+            prompts,
+            f"{plan.base.name} \N{LEFTWARDS ARROW} {plan.donor.name}",
+            _facts(plan, prompts, settings, placement),
+            tuple(session.timings),
+        )
+
+
+def choose_alpha(
+    files: Sequence[Path | tuple[float | None, Path]], *, measure: str = "pairwise", seed: int = 0
+) -> FoundAlpha:
+    """Choose alpha by answers that were recorded before; no model is loaded.
+
+    files: an answers.jsonl of ours, or a sample log of lmms-eval or predictions of VLMEvalKit for
+    each alpha, as (alpha, file). PromptError if they cannot be read or do not belong together.
+    """
+    from .searching import recorded_answers
+
+    answers, ids = recorded_answers.read(files)
+    result = choose(answers, measure=measure, seed=seed)  # type: ignore[arg-type]
+    return FoundAlpha(result, [Prompt(name, id=name) for name in ids], "Recorded answers", {})
+
+
+def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
+    """PromptError if a prompt has an image and the base is nothing but a decoder."""
+    if set(plan.base_layout.kinds.values()) <= {BUFFER}:
+        for prompt in prompts:
+            if prompt.images:
+                raise PromptError(f"{prompt.id}: has an image, but {plan.base.path} is text-only")
+
+
+@contextmanager
+def _session(
+    plan: Plan,
+    prompts: Prompts,
+    settings: SearchSettings,
+    placement: Placement,
+    journal: str | Path | None,
+    progress: SearchProgress | None,
+) -> Iterator[Session]:
+    """What asks the model and remembers its answers."""
+    from .live.draft_decoding import Settings
+    from .searching.session import Session, fingerprint
+
+    answer_settings = Settings(
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=placement.batch,
+        drafts=settings.drafts,
+        vision_cache=settings.vision_cache,
+    )
+    key = fingerprint(plan, prompts, answer_settings, placement)
+    with (
+        _journal(Path(journal), key) if journal else nullcontext() as answers,
+        Session(
+            partial(_load, plan, settings, placement),
+            answer_settings,
+            answers,
+            asked=progress.asked if progress else None,
+            answered=progress.answered if progress else None,
+        ) as session,
+    ):
+        yield session
+
+
+def _load(plan: Plan, settings: SearchSettings, placement: Placement) -> LiveModel:
+    """The live model, which takes a while."""
+    from .live.live_model import LiveModel
+    from .live.prompt_encoder import load_processor
+
+    # A base that cannot be asked anything is found out before its weights are read
+    trust = settings.trust_remote_code
+    processor = load_processor(plan.base.path, trust_remote_code=trust)
+    return LiveModel(
+        plan,
+        dtype=placement.dtype if settings.live_dtype else None,
+        placement=placement,
+        trust_remote_code=trust,
+        force=settings.force,
+        processor=processor,
+    )
+
+
+@contextmanager
+def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
+    """The journal of answers. If it ends without an answer, no trace of it is left."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    with AnswerJournal(path, key) as journal:
+        try:
+            yield journal
+        finally:
+            if not journal.answers:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # another run may have put something there
+                    for folder in made:
+                        folder.rmdir()
+
+
+def _facts(
+    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: Placement
+) -> dict[str, dict[str, str]]:
+    recipe = {
+        "base": f"{plan.base.ref} ({plan.base_layout.arch})",
+        "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
+        "prompts": f"{prompts.ref}, {len(prompts)} of them, seed {settings.seed}",
+        "answers": f"greedy, {settings.max_new_tokens} tokens at most",
+        "batch": str(placement.batch),
+        "embeddings": str(plan.options["embeddings"]),
+        "version": __version__,
+    }
+    lines = {str(i): line for i, line in enumerate(placement.lines, 1)}
+    return {"Recipe": recipe, "Placement": lines}
+
+
+# Merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(OutputSettings, UploadSettings):
+    """How a merge is written, and where it is uploaded to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge that was checked as far as possible before alpha is known.
+
+    upload: the upload that belongs to it, or None.
+    """
+
+    plan: Plan
+    settings: MergeSettings
+    output: writer.Output
+    upload: Push | None
+
+    @property
+    def answers(self) -> Path:
+        """Where a search for this output keeps its answers: in their final place once they are.
+
+        OutputError if a merge at a given alpha was begun there: it would be met only after hours.
+        """
+        out = self.output.folder
+        final, unfinished = out / ANSWERS, out / WORK / ANSWERS
+        if (out / WORK / NAME).is_file() and not (final.is_file() or unfinished.is_file()):
+            raise OutputError(
+                f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or choose"
+                " another -o"
+            )
+        return final if final.is_file() else unfinished
+
+    def write(
+        self,
+        alpha: Alpha | FoundAlpha,
+        *,
+        progress: Callable[[int], None] | None = None,
+        note: Callable[[str], object] | None = None,
+        show_bars: bool = False,
+    ) -> Path:
+        """Write the checkpoint, with the report of the search if alpha was searched for."""
+        found = alpha if isinstance(alpha, FoundAlpha) else None
+        options = _writer_options(self.settings)
+        return writer.write(
+            self.output,
+            alpha.alpha if isinstance(alpha, FoundAlpha) else alpha,
+            replace(
+                options,
+                fetch=Fetch(no_cache=self.settings.no_cache, bars=show_bars),
+                push=self.upload,
+                progress=progress,
+                note=note,
+                search=found.to_json() if found else None,
+                beside={"report.html": found.page.encode()} if found else None,
+            ),
+        )
+
+    def finish_upload(self, progress: Callable[[int], None] | None = None) -> int:
+        """Check the output, send what is left of it and commit; returns the number of files."""
+        if self.upload is None:
+            return 0
+        verify(self.output.folder)
+        return self.upload.finish(progress)
+
+
+@contextmanager
+def prepare_merge(
+    plan: Plan, out: str | Path, settings: MergeSettings | None = None, **fields: Any
+) -> Iterator[Merge]:
+    """Check everything that can be checked before alpha is known: folder, space, Hub.
+
+    Raises OutputError, RecipeError, FormatError or PushError; nothing has been written then.
+    """
+    settings = combine(MergeSettings, settings, fields)
+    out = Path(out)
+    if settings.push_to_hub is None and (settings.private or settings.replace_repo):
+        raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
+    output = writer.prepare(plan, out, _writer_options(settings))
+    output.check(push=settings.push_to_hub is not None)
+    with ExitStack() as stack:
+        upload = None
+        if settings.push_to_hub is not None:
+            card = model_card.model_card(plan, 0.0, {})
+            upload = stack.enter_context(_upload(out, settings, card, complete=bool(pending(out))))
+        yield Merge(plan, settings, output, upload)
+
+
+def merge(
+    plan: Plan,
+    alpha: Alpha | FoundAlpha,
+    out: str | Path,
+    settings: MergeSettings | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], object] | None = None,
+    **fields: Any,
+) -> Path:
+    """Write the merged checkpoint to a folder, and upload it if `push_to_hub` is given.
+
+    Streams both checkpoints once; peak memory does not depend on their size. A killed merge
+    resumes when it is called again with the same arguments.
+
+    Args:
+        plan: From `make_plan`.
+        alpha: Weight of the donor, 0 to 1, one for each layer or role (`Alphas`), or what
+            `find_alpha` found; then its report goes beside the weights.
+        out: Folder to create. It must be empty or hold the unfinished output of this merge.
+        settings: Or its fields as keywords: `quantize`, `max_shard_size`, `force`, `no_cache`,
+            `trust_remote_code`, `push_to_hub`, `private`, `replace_repo`.
+        progress: Called with the bytes of output produced since the last call.
+        note: Called with each sentence about the inputs that the user should know.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: `out` is not usable, or the disk is too small.
+        MappingError: The two language models are not related (unless `force`).
+        FormatError: An input is not what its header says.
+        PushError: The Hub cannot take the upload, or did not; what is on disk is unharmed.
+
+    Example:
+        >>> plan = make_plan("Qwen2-VL-7B-Instruct", "llava-onevision-qwen2-7b-ov-hf")
+        >>> merge(plan, 0.3, "merged", quantize="nf4")
+        PosixPath('merged')
+    """
+    with prepare_merge(plan, out, settings, **fields) as job:
+        folder = job.write(alpha, progress=progress, note=note)
+        job.finish_upload()
+    return folder
+
+
+def _writer_options(settings: OutputSettings) -> writer.Options:
+    return writer.Options(
+        max_shard_size=settings.max_shard_size,
+        quantize=None if settings.quantize == "none" else settings.quantize,
+        trust_remote_code=settings.trust_remote_code,
+        force=settings.force,
+    )
+
+
+# Upload
+
+
+@contextmanager
+def push(out: str | Path, settings: UploadSettings) -> Iterator[Push]:
+    """The upload of a merged folder, checked by the Hub; nothing is sent before its `finish()`.
+
+    FormatError if the folder is not a complete merge, PushError if the Hub will not take it.
+    """
+    out = Path(out)
+    verify(out)
+    readme = out / "README.md"
+    card = readme.read_text("utf-8", errors="replace") if readme.is_file() else None
+    with _upload(out, settings, card, complete=True) as upload:
+        yield upload
+
+
+@contextmanager
+def _upload(
+    out: Path, settings: UploadSettings, card: str | None, *, complete: bool
+) -> Iterator[Push]:
+    from .hub.upload import Push, quiet
+    from .hub.upload_check import check
+
+    assert settings.push_to_hub is not None
+    with quiet():
+        target = check(
+            settings.push_to_hub,
+            private=settings.private,
+            replace=settings.replace_repo,
+            card=card,
+            out=out if complete else None,
+        )
+        with Push(target, out) as upload:
+            yield upload

@@ -1,0 +1,95 @@
+"""What the commands that take a pair of models share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os.path import expanduser
+from pathlib import Path
+
+from .. import api
+from ..errors import OutputError
+from ..mapping.plan import Plan
+from ..settings import PlanSettings, StreamSettings, setting
+from .console import print_note
+
+
+def parse_path(text: str) -> Path:
+    """A file or folder."""
+    return Path(text).expanduser()
+
+
+def out_option(help: str, *, required: bool = False) -> Path:
+    """The option -o, --out."""
+    path: Path = setting(None, help, metavar="OUT", parse=parse_path, short="-o", required=required)
+    return path
+
+
+def json_option() -> bool:
+    """The option --json."""
+    flag: bool = setting(False, "one JSON document on stdout")
+    return flag
+
+
+def prompts_option() -> str | None:
+    """The option --prompts."""
+    text: str | None = setting(
+        None,
+        "unlabelled questions: JSON Lines, a folder of images, Parquet, or a Hub dataset"
+        " (org/name[:config][@revision])",
+        metavar="SET",
+        parse=expanduser,
+    )
+    return text
+
+
+def _model(metavar: str, what: str, nargs: str | None = None) -> str:
+    word: str = setting(
+        None,
+        f"folder, file or Hub id, org/name[@revision], of the model that is {what}",
+        metavar=metavar,
+        parse=expanduser,
+        positional=True,
+        nargs=nargs,
+    )
+    return word
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """The two models."""
+
+    base: str = _model("BASE", "kept")
+    donor: str = _model("DONOR", "blended in")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalPairOptions:
+    """The two models, where something else may stand in for them."""
+
+    base: str | None = _model("BASE", "kept", nargs="?")
+    donor: str | None = _model("DONOR", "blended in", nargs="?")
+
+
+def make_plan(base: str, donor: str, settings: PlanSettings, *, bins: bool = True) -> Plan:
+    """The plan of a pair, with a note where --no-cache has no effect.
+
+    bins: download a repository that has only .bin files, whose tensors cannot be located otherwise.
+    """
+    stream = isinstance(settings, StreamSettings) and settings.no_cache
+    plan = api.make_plan(base, donor, settings, stream=stream, bins=bins)
+    if stream and not (plan.base.repo or plan.donor.repo):
+        print_note("--no-cache is for Hub ids; both checkpoints lie here and are read in place")
+    return plan
+
+
+def check_page(path: Path | None, option: str, *others: str | Path | None) -> None:
+    """OutputError now, not after the work, if a page clearly cannot be written.
+
+    others: what the same command reads or keeps, which the page must not replace.
+    """
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"{option} {path}: expected a file in a folder that exists")
+    if path.resolve() in {Path(other).resolve() for other in others if other is not None}:
+        raise OutputError(f"{option} {path}: this command needs that file; name another")
