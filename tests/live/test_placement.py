@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +21,6 @@ from families import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from lowmem_adamms.cli.values import size, size_or_zero
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.errors import PlacementError, RecipeError
@@ -667,44 +665,6 @@ def test_an_nvidia_smi_that_fails_means_no_card(
 
 
 # Sizes
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("8GB", 8 * GB),
-        ("16GiB", 16 * GIB),
-        ("7.5 gib", 15 * GIB // 2),
-        ("500M", 500_000_000),
-        ("2ki", 2048),
-        ("1TB", 1000 * GB),
-        (" 12345 ", 12345),
-        ("12B", 12),
-        ("1.001GB", 1_001_000_000),
-    ],
-)
-def test_sizes_are_read(text: str, expected: int) -> None:
-    assert size(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "-5GB", "5 apples", "1e9", "5iB", "5PB", "0", "0.0GB", "9" * 400, "٣GB"]
-)
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match=r"^'.*': expected a size such as"):
-        size(text)
-
-
-@pytest.mark.parametrize("text", ["8", " 16", "7.5", "9999"])
-def test_a_number_without_its_unit_is_not_taken_for_bytes(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match=rf"^'{text}': .*unit, as in {text.strip()}GB"):
-        size_or_zero(text)
-
-
-def test_zero_passes_where_it_has_a_meaning() -> None:
-    assert size_or_zero("0") == size_or_zero("0GB") == 0
-    with pytest.raises(ArgumentTypeError):
-        size_or_zero("GB")
 
 
 def test_the_decision_needs_neither_torch_nor_transformers(qwen: Plan) -> None:
