@@ -7,6 +7,8 @@ import pytest
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.values import parse_size, parse_size_or_zero
 
+GB, GIB = 10**9, 1 << 30
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
