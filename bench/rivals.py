@@ -1,7 +1,7 @@
 """Measures what else a user could merge with, on a linear merge, half and half.
 
     python bench/synthetic.py PAIR --kind qwen2 --size full
-    python bench/rivals.py PAIR/base PAIR/donor OUT_DIR [--only NAME ...] [--env FOLDER]
+    python bench/rivals.py PAIR/base PAIR/donor OUT_DIR [--runs 3] [--only NAME ...] [--env FOLDER]
 
 BASE and DONOR must have the same architecture, as mergekit wants it. Every row starts with its
 inputs out of the page cache, its program's imports in it, and free memory settled; a copy limit
@@ -10,7 +10,8 @@ as `sync_s`) and deleted. mergekit gets an environment of its own, because it ma
 versions than we do; it is made on first use. The other rows, ours among them, run with this
 interpreter and need torch and safetensors. What else there is to say of ours: see merge.py.
 
-Prints a table and, last, one line of JSON.
+The rivals take turns, as often as --runs says. Prints a row a run, a table of medians and, last,
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from measure import all_files, copy_limit, drop_caches, evict, measure, settled
@@ -163,7 +165,8 @@ def run_row(name: str, rival: Rival, job: Job) -> dict[str, Any]:
     finally:
         shutil.rmtree(job.out, ignore_errors=True)
     costs = {key: value for key, value in asdict(run).items() if key in COSTS}
-    return {"name": name, **costs, "sync_s": sync_s, "copy_limit_s": limit}
+    ratio = (run.wall_s + sync_s) / limit
+    return {"name": name, **costs, "sync_s": sync_s, "copy_limit_s": limit, "ratio": ratio}
 
 
 def sync(folder: Path) -> float:
@@ -175,39 +178,51 @@ def sync(folder: Path) -> float:
     return time.perf_counter() - start
 
 
+HEADS = ("limit s", "wall s", "sync s", "x limit", "cpu s", "anon GB", "rss GB")
+
+
 def table_line(row: dict[str, Any]) -> str:
     """A row for people."""
     if "failed" in row:
         return f"{row['name']:<16}failed: {row['failed']}"
-    times = (row["copy_limit_s"], row["wall_s"], row["sync_s"])
-    ratio = (row["wall_s"] + row["sync_s"]) / row["copy_limit_s"]
+    times = (row["copy_limit_s"], row["wall_s"], row["sync_s"], row["ratio"], row["cpu_s"])
     memory = (row["peak_anon_bytes"] / 1e9, row["peak_rss_bytes"] / 1e9)
-    return f"{row['name']:<16}" + "".join(
-        f"{value:>12.2f}" for value in (*times, ratio, row["cpu_s"], *memory)
-    )
+    return f"{row['name']:<16}" + "".join(f"{value:>12.2f}" for value in (*times, *memory))
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One rival's runs as one row: the median of each figure, of the runs that worked."""
+    worked = [row for row in rows if "failed" not in row]
+    if not worked:
+        return rows[-1]
+    figures = {key: [row[key] for row in worked] for key in worked[0] if key != "name"}
+    return {"name": worked[0]["name"]} | {key: median(found) for key, found in figures.items()}
 
 
 def main() -> None:
-    """Measures the chosen rivals one after another."""
+    """Measures the chosen rivals in turn."""
     parser = argparse.ArgumentParser(description="Measure other mergers on the same merge.")
     parser.add_argument("base", type=Path)
     parser.add_argument("donor", type=Path)
     parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=RIVALS, nargs="+", default=list(RIVALS))
     parser.add_argument("--env", type=Path, default=CACHE / "lowmem-adamms-bench" / "mergekit")
     args = parser.parse_args()
     base, donor = args.base.resolve(), args.donor.resolve()
     out_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    heads = ("limit s", "wall s", "sync s", "x limit", "cpu s", "anon GB", "rss GB")
-    print(f"{'':<16}" + "".join(f"{head:>12}" for head in heads))
-    rows = []
-    for name in args.only:
+    print(f"{'':<16}" + "".join(f"{head:>12}" for head in HEADS))
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
+    for name in args.only * args.runs:
         with tempfile.TemporaryDirectory(dir=args.out_dir) as scratch:
             out = Path(scratch).resolve() / "merged"
             job = Job(base, donor, out, out_bytes, args.env.absolute())
-            rows.append(run_row(name, RIVALS[name], job))
-        print(table_line(rows[-1]), flush=True)
+            rows[name].append(run_row(name, RIVALS[name], job))
+        print(table_line(rows[name][-1]), flush=True)
+    print(f"medians of {args.runs} runs")
+    for found in rows.values():
+        print(table_line(medians(found)))
     print(json.dumps({"benchmark": "rivals", "bytes": out_bytes, "rows": rows}))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import anonymous_and_resident
 
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 
@@ -208,11 +210,8 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon in /proc/self/status")
+    """Anonymous memory of this process in bytes."""
+    return anonymous_and_resident(os.getpid())[0]
 
 
 @contextmanager
