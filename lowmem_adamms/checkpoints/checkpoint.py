@@ -1,17 +1,9 @@
-"""A checkpoint: folder, file or Hub id -> shards -> spans. Headers only; bytes are read elsewhere.
-
-Safetensors files are read by `header.py`. `pytorch_model*.bin` goes through torch's restricted
-unpickler onto the meta device, which executes no code of the file's and reads no tensor, but tells
-where each tensor's bytes lie; from there on a .bin is streamed like any other file.
-Of a Hub id the headers are read by ranges. Leaves to others: what the names mean (`arch.py`),
-reading data (`stream.py`), repositories (`hub.py`).
-"""
+"""A checkpoint: a folder, a file or a Hub id, opened by the headers of its weight files."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +14,29 @@ from ..hub.remote_file import RemoteFile
 from . import torch_bin
 from .safetensors_header import Header, read_header
 from .span import Span
-
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
-    *(".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tflite", ".pkl", ".pdparams", ".distcp"),
+from .weight_files import (
+    ADAPTER,
+    WeightFiles,
+    choose_weight_files,
+    explain_missing_weights,
+    find_weight_files,
+    is_sidecar,
+    read_json_object,
 )
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
-_ADAPTER = "a LoRA adapter: merge it into its model first (peft's merge_and_unload) and save that"
-OURS = frozenset({"README.md", "adamms.json", "report.html", "answers.jsonl"})
-"""Files of a checkpoint folder that describe that checkpoint only and are written anew."""
+
+_LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""What the part of a config about the language model may be called; language_config is Janus's."""
+_QUANTIZED_NAME = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale(_inv)?)$"
+)
+"""How tensors of GPTQ, AWQ, bitsandbytes and FP8 with block scales are called."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Every tensor of a checkpoint as a span, in the order of its shards and of their bytes.
 
-    repo: the repository it comes from; then shards need not lie on this disk (see `remote_files`).
+    repo: the repository it comes from; then its shards may be on the Hub only (`remote_files`).
     """
 
     path: Path
@@ -53,17 +50,6 @@ class Checkpoint:
         """What opens it again: `org/name@sha`, or its absolute path."""
         return self.repo.ref if self.repo else str(self.path.resolve())
 
-    def identity(self) -> list[Any]:
-        """Plain data that tells its weights, as they are now, from any others."""
-        if self.repo:
-            return [self.ref, [shard.name for shard in self.shards]]
-        stats = [(shard, shard.stat()) for shard in self.shards]
-        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-    def remote_files(self) -> dict[Path, RemoteFile]:
-        """The shards that are not on this disk now."""
-        return self.repo.missing(self.shards) if self.repo else {}
-
     @property
     def folder(self) -> Path | None:
         """Where its sidecars lie; None for a bare file."""
@@ -71,7 +57,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """`org/name` where path and config tell it, else the folder's or file's name.
+        """`org/name` where the path or the config tells it, else the folder's or file's name.
 
         The config's `_name_or_path` is what was loaded before it was saved: of a fine-tune, its
         parent. It is believed only where the folder bears the same name.
@@ -81,76 +67,73 @@ class Checkpoint:
         for part in self.path.absolute().parts:
             if part.startswith("models--"):  # a repository in the Hub's cache
                 return part.removeprefix("models--").replace("--", "/", 1)
-        own, spoken = self.path.absolute().name, self.config.get("_name_or_path")
-        if isinstance(spoken, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spoken):
-            return spoken if spoken.rpartition("/")[2] == own else own
-        return own
+        own_name, loaded_from = self.path.absolute().name, self.config.get("_name_or_path")
+        if isinstance(loaded_from, str):
+            repo_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/([\w.-]+)", loaded_from)
+            if repo_id and repo_id[1] == own_name:
+                return loaded_from
+        return own_name
+
+    def identity(self) -> list[Any]:
+        """Plain data that distinguishes its weights, as they are now, from any others."""
+        if self.repo:
+            return [self.ref, [shard.name for shard in self.shards]]
+        stats = [(shard, shard.stat()) for shard in self.shards]
+        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    @property
+    def config_levels(self) -> list[Mapping[str, Any]]:
+        """Its config, and the parts of it that are about the language model, outermost first."""
+        levels = [self.config]
+        outer = _language_configs(self.config)
+        levels += outer
+        for level in outer:
+            levels += _language_configs(level)
+        return levels
 
     @property
     def tied_flags(self) -> list[bool]:
         """What its config says of tying the head to the embedding, level by level."""
-        said = (level.get("tie_word_embeddings") for level in self.config_levels)
-        return [tied for tied in said if isinstance(tied, bool)]
+        flags = (level.get("tie_word_embeddings") for level in self.config_levels)
+        return [flag for flag in flags if isinstance(flag, bool)]
 
     @property
     def tied(self) -> bool | None:
         """Whether its config ties the head to the embedding at any level; None if it does not say.
 
-        Of llava-hf/llava-onevision-qwen2-0.5b-ov-hf the outer config says no and the language
+        The outer config of llava-hf/llava-onevision-qwen2-0.5b-ov-hf says no and the language
         model's yes, and transformers ties.
         """
         return any(self.tied_flags) if self.tied_flags else None
 
-    @property
-    def config_levels(self) -> list[Mapping[str, Any]]:
-        """Its config, and the parts of it that are about the language model, outermost first."""
-        outer = _language_configs(self.config)
-        return [
-            self.config,
-            *outer,
-            *(inner for level in outer for inner in _language_configs(level)),
-        ]
+    def remote_files(self) -> dict[Path, RemoteFile]:
+        """The shards that are not on this disk now."""
+        return self.repo.missing(self.shards) if self.repo else {}
 
     def sidecars(self) -> Iterator[Path]:
         """Relative paths of the files that belong to the model but hold no weights."""
         if self.repo and self.repo.files:
-            yield from (Path(name) for name in sorted(self.repo.files) if _is_sidecar(Path(name)))
+            yield from filter(is_sidecar, map(Path, sorted(self.repo.files)))
             return
         for path in sorted(self.folder.rglob("*")) if self.folder else ():
-            relative = path.relative_to(self.path)
-            if path.is_file() and _is_sidecar(relative):
-                yield relative
+            if path.is_file() and is_sidecar(path.relative_to(self.path)):
+                yield path.relative_to(self.path)
 
     def fetch_sidecars(self) -> None:
-        """Have them lie in its folder, if they do not."""
+        """Download those sidecars that do not lie in its folder."""
         if self.repo and self.repo.files:
             hub.fetch(self.repo, map(str, self.sidecars()))
 
     def download(self, *, bars: bool = False) -> None:
-        """Have everything of it lie in its folder. bars: show progress."""
+        """Download everything that does not lie in its folder. bars: show progress."""
         if self.repo:
             self.fetch_sidecars()
             hub.download(self.repo, self.shards, bars=bars)
 
 
-_LANGUAGE = ("text", "llm", "language", "thinker")
-"""What the part of a config about the language model may be called; language_config is Janus's."""
-
-
 def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    inner = (level.get(f"{name}_config") for name in _LANGUAGE)
-    return [config for config in inner if isinstance(config, dict)]
-
-
-def _is_sidecar(relative: Path) -> bool:
-    """Whether a file of a checkpoint folder is copied beside the merged weights."""
-    hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-    # Of ONNX the weights may lie beside the graph, as model.onnx_data or model.onnx_data_1
-    weights = relative.suffix in WEIGHT_SUFFIXES or relative.suffix.startswith(".onnx")
-    weights = weights or relative.name.endswith(".index.json")
-    # With this beside the weights transformers would load the model that it names instead
-    adapter = relative.name == "adapter_config.json"
-    return not (hidden or weights or adapter or str(relative) in OURS)
+    configs = (level.get(name) for name in _LANGUAGE_CONFIGS)
+    return [config for config in configs if isinstance(config, dict)]
 
 
 def open_checkpoint(
@@ -179,135 +162,63 @@ def open_checkpoint(
     path = Path(ref)
     repo = None
     if not path.exists():
-        asked = hub.parse(str(ref))
-        if asked is None:
+        repo_id = hub.parse(str(ref))
+        if repo_id is None:
             raise FormatError(f"{ref}: no such folder or file")
-        repo = hub.find(*asked, cache=cache)
+        repo = hub.find(*repo_id, cache=cache)
         path = repo.folder
-    config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    config_path = path / "config.json"
+    config = read_json_object(config_path) if config_path.is_file() else {}
     if not allow_quantized:
         _refuse_quantized_config(path, config)
-    names, weight_map = _hub_shards(repo, download_bins) if repo and repo.files else _shards(path)
-    headers = hub.headers(repo.missing(names)) if repo else {}
+    if repo and repo.files:
+        shards, weight_map = _repo_weight_files(repo, download_bins)
+    else:
+        shards, weight_map = find_weight_files(path)
+    headers = hub.headers(repo.missing(shards)) if repo else {}
     tensors: dict[str, Span] = {}
-    home: dict[str, Path] = {}
-    for shard in names:
-        for name, span in _spans(shard, headers.get(shard)):
-            if name in home:
-                raise FormatError(f"{path}: tensor {name} is in {home[name].name} and {shard.name}")
-            tensors[name], home[name] = span, shard
+    for shard in shards:
+        for name, span in _read_spans(shard, headers.get(shard)):
+            if name in tensors:
+                first = tensors[name].path.name
+                raise FormatError(f"{path}: tensor {name} is in {first} and {shard.name}")
+            tensors[name] = span
     for name, file in weight_map.items():
-        if name not in home or home[name].name != file:
+        if name not in tensors or tensors[name].path.name != file:
             raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
     if not tensors:
         raise FormatError(f"{path}: no tensors in it")
     if all(name.startswith("base_model.model.") for name in tensors):  # as peft's save_pretrained
-        raise FormatError(f"{path}: holds {_ADAPTER}")
+        raise FormatError(f"{path}: holds {ADAPTER}")
     if not allow_quantized:
         _refuse_quantized_tensors(path, tensors)
-    return Checkpoint(path, tuple(names), tensors, config, repo)
+    return Checkpoint(path, tuple(shards), tensors, config, repo)
 
 
-def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a checkpoint in order, and the index's weight map if there is one."""
-    if path.is_file():
-        if (shard := _SHARD.search(path.name)) and int(shard[1]) > 1:
-            raise FormatError(f"{path}: one of {int(shard[1])} shards; give the folder they are in")
-        if path.name.endswith(".json"):
-            raise FormatError(f"{path}: holds no weights; give the folder it is in")
-        return [path], {}
-    if found := _chosen(path, {file.name for file in path.glob("*") if file.is_file()}):
-        return found
-    names: list[str] = []
-    for depth in ("*", "*/*"):
-        names += sorted(file.relative_to(path).as_posix() for file in path.glob(depth))
-    raise FormatError(f"{path}: {_lacks_weights(names)}")
-
-
-def _chosen(folder: Path, listed: Collection[str]) -> tuple[list[Path], dict[str, str]] | None:
-    """Of the files there are, those of the weights and the index's map; None if there are none."""
-    for index, single in zip(INDEXES, SINGLES, strict=True):
-        if index in listed:
-            weight_map = _weight_map(folder / index, listed)
-            return [folder / name for name in sorted(set(weight_map.values()))], weight_map
-        if single in listed:
-            return [folder / single], {}
-    lone = [name for name in listed if _is_plain(name)]  # whatever it is called
-    return ([folder / lone[0]], {}) if len(lone) == 1 else None
-
-
-def _is_plain(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name and not name.startswith("adapter_")
-
-
-def _lacks_weights(names: Sequence[str]) -> str:
-    """What to say of a folder without weights that can be read, and of what lies there instead."""
-    said = f"no {SINGLES[0]}, no {INDEXES[0]} and no {SINGLES[1]} in it"
-    if several := sum(map(_is_plain, names)):
-        return (
-            f"{said}; found {several} other .safetensors files: get the index that tells which"
-            " tensor is in which, or name the one file that holds the whole model"
-        )
-    for name in names:
-        if name.startswith("adapter_model."):
-            return f"{said}; found {name}, {_ADAPTER}"
-        if name.endswith(".gguf"):
-            return f"{said}; found {name}: take the safetensors files that the GGUF was made from"
-    inside = {name.partition("/")[0] for name in names if name.endswith((*SINGLES, *INDEXES))}
-    if folders := sorted(inside):
-        more = ", …" if len(folders) > 3 else ""
-        return f"{said}; found weights one folder deeper: give {', '.join(folders[:3])}{more}"
-    return f"{said}, nor other weights that can be read"
-
-
-def _hub_shards(repo: hub.Repo, bins: bool) -> tuple[list[Path], dict[str, str]]:
-    """The same of a repository, by the names it lists."""
-    found = _chosen(repo.folder, repo.files)
-    if found is None:
-        there = [name for name in repo.files if "/" not in name]  # a Hub id names no folder in it
-        raise HubError(f"{repo.ref}: {_lacks_weights(sorted(there))}")
-    paths, _ = found
+def _repo_weight_files(repo: hub.Repo, download_bins: bool) -> WeightFiles:
+    """The weight files of a repository, by the names it lists."""
+    files = choose_weight_files(repo.folder, repo.files)
+    if files is None:
+        names = [name for name in repo.files if "/" not in name]  # a Hub id names no folder in it
+        raise HubError(f"{repo.ref}: {explain_missing_weights(sorted(names))}")
+    paths, _ = files
     if any(path.suffix != ".safetensors" for path in paths) and repo.missing(paths):
-        if not bins:
+        if not download_bins:
             raise HubError(
                 f"{repo.ref}: holds .bin files only, which cannot be read by ranges: merge them"
                 f" by way of the cache, or first: hf download {repo.id} --revision {repo.sha}"
             )
         hub.download(repo, paths)
-    return found
+    return files
 
 
-def _weight_map(index: Path, listed: Collection[str]) -> dict[str, str]:
-    """The index's map of tensor to file, every file a plain name of those that are listed."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index}: no weight_map in it")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise FormatError(f"{index}: {name} is said to be in {file!r}, outside the folder")
-        if file not in listed:
-            raise FormatError(f"{index}: {file} is missing beside it (it holds {name})")
-    return weight_map
-
-
-def _spans(shard: Path, known: Header | None) -> Iterator[tuple[str, Span]]:
-    """Name and span of every tensor of one weight file; known: its header, if it was read."""
+def _read_spans(shard: Path, header: Header | None) -> Iterator[tuple[str, Span]]:
+    """Name and span of every tensor of one weight file; header: if it was read already."""
     if shard.suffix in (".bin", ".pt", ".pth"):
         yield from torch_bin.read_spans(shard)
         return
-    for info in (known or read_header(shard)).tensors:
+    for info in (header or read_header(shard)).tensors:
         yield info.name, Span(shard, info.dtype, info.start, info.stop, info.shape)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; FormatError names the file."""
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise FormatError(f"{path}: expected a JSON object")
-    return document
 
 
 def _refuse_quantized_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -316,23 +227,17 @@ def _refuse_quantized_config(path: Path, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config") or inner
     if quantization:
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-        _refuse_quantized(path, f"config.json has a quantization_config ({method})")
-
-
-_QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale(_inv)?)$"
-)
+        raise _quantized(path, f"config.json has a quantization_config ({method})")
 
 
 def _refuse_quantized_tensors(path: Path, tensors: Mapping[str, Span]) -> None:
-    """GPTQ, AWQ, bitsandbytes and FP8 block scales betray themselves by their tensor names."""
     for name, span in tensors.items():
-        if _QUANTIZED.search(name) or span.dtype.name.startswith("F8_"):
-            _refuse_quantized(path, f"tensor {name} ({span.dtype.name})")
+        if _QUANTIZED_NAME.search(name) or span.dtype.name.startswith("F8_"):
+            raise _quantized(path, f"tensor {name} ({span.dtype.name})")
 
 
-def _refuse_quantized(path: Path, sign: str) -> None:
-    raise FormatError(
+def _quantized(path: Path, sign: str) -> FormatError:
+    return FormatError(
         f"{path}: quantized weights cannot be blended: {sign}; expected bf16, fp16 or fp32."
         " Merge the unquantized checkpoint and quantize the result"
     )

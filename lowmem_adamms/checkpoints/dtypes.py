@@ -25,7 +25,7 @@ class DType:
         return self.bits // 8
 
     def nbytes(self, elements: int) -> int:
-        """Bytes that hold `elements` of this type; FormatError where they do not fill the last."""
+        """Bytes of `elements` elements; FormatError where they do not fill the last byte."""
         bits = self.bits * elements
         if bits % 8:
             raise FormatError(f"{elements} elements of {self.name} do not fill whole bytes")
@@ -59,8 +59,7 @@ _TABLE = (
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 FROM_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch}
 
-
-_SPOKEN = {
+_USER_NAMES = {
     "BF16": ("bf16", "bfloat16"),
     "F16": ("fp16", "f16", "float16", "half"),
     "F32": ("fp32", "f32", "float32", "float"),
@@ -69,8 +68,8 @@ _SPOKEN = {
 
 def parse_dtype(text: str) -> DType:
     """The blendable dtype a user means by `bf16`, `bfloat16`, `torch.float16`, …."""
-    spoken = text.lower().removeprefix("torch.")
-    for name, words in _SPOKEN.items():
-        if spoken in words:
+    word = text.lower().removeprefix("torch.")
+    for name, user_names in _USER_NAMES.items():
+        if word in user_names:
             return DTYPES[name]
-    raise RecipeError(f"dtype {text!r} is not one to write; expected bf16, fp16 or fp32")
+    raise RecipeError(f"dtype {text!r} cannot be written; expected bf16, fp16 or fp32")

@@ -1,10 +1,9 @@
-"""Mapped reads of weight files: pages are brought in ahead of use and let go behind it.
+"""Mapped reads of weight files: pages are read ahead of use and released after it.
 
-A mapping costs no anonymous memory; its pages are the kernel's to evict. Reading ahead and letting
-go happen in aligned blocks, whatever the tensors' bounds: whole blocks make requests of full size,
-and hold the cache's large folios whole, which could not be dropped by halves. On Linux 5.14 and
-later a block is populated by an explicit call, elsewhere by advice. Leaves to others: what is read,
-in which order, and when it is done with.
+A mapping costs no anonymous memory; its pages are the kernel's to evict. Reading ahead and
+releasing happen in aligned blocks, whatever the tensors' bounds: whole blocks make requests of full
+size, and hold the cache's large folios whole, which could not be dropped by halves. On Linux 5.14
+and later a block is populated by an explicit call, elsewhere by advice.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..closing import Closing
 from ..errors import FormatError
 
 if TYPE_CHECKING:
@@ -33,9 +31,11 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 W = TypeVar("W")
-_POPULATE_READ = 22  # MADV_POPULATE_READ, linux/mman.h; not in Python's mmap module
 BLOCK = 8 << 20
-"""Bytes brought in or let go at a time, from multiples of it on."""
+"""Bytes read ahead or released at a time, from multiples of it on."""
+_MADV_POPULATE_READ = 22  # linux/mman.h; not in Python's mmap module
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
+_WAIT_WRITE_WAIT = 7  # SYNC_FILE_RANGE_WRITE_AND_WAIT
 
 
 class MappedFile:
@@ -48,7 +48,7 @@ class MappedFile:
         self._file = path.open("rb")
         if not os.fstat(self._file.fileno()).st_size:
             self._file.close()
-            raise _cut(path, 0, 1)
+            raise _too_short(path, 0, 1)
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes: Bytes = np.frombuffer(self._map, np.uint8)
         self._address: int = self._bytes.__array_interface__["data"][0]
@@ -59,25 +59,25 @@ class MappedFile:
         FormatError if the file ends before them, as one that was cut since its header was read.
         """
         if stop > self._bytes.size:
-            raise _cut(self._path, self._bytes.size, stop)
+            raise _too_short(self._path, self._bytes.size, stop)
         return self._bytes[start:stop]
 
-    def populate(self, block: int) -> None:
-        """Bring a block's pages in now, without the GIL. Only ever advice: errors are ignored."""
+    def populate_block(self, block: int) -> None:
+        """Read a block's pages now, without the GIL. Only ever advice: errors are ignored."""
         start = block * BLOCK
         length = min(BLOCK, self._bytes.size - start)
-        if length <= 0:  # said when the bytes are asked for
+        if length <= 0:  # `view` raises when the bytes are asked for
             return
-        if _madvise(self._address + start, length, _POPULATE_READ) != 0:
+        if _madvise(self._address + start, length, _MADV_POPULATE_READ) != 0:
             self._map.madvise(mmap.MADV_WILLNEED, start, length)
 
-    def release(self, first: int, last: int, *, evict: bool) -> None:
-        """Unmap blocks `first` to `last - 1`; with `evict` also drop them from the page cache."""
-        start, stop = first * BLOCK, min(last * BLOCK, self._bytes.size)
-        if start < stop:
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    def release_blocks(self, first: int, stop: int, *, evict: bool) -> None:
+        """Unmap blocks `first` to `stop - 1`; with `evict` also drop them from the page cache."""
+        start_byte, stop_byte = first * BLOCK, min(stop * BLOCK, self._bytes.size)
+        if start_byte < stop_byte:
+            self._map.madvise(mmap.MADV_DONTNEED, start_byte, stop_byte - start_byte)
             if evict:
-                evict_range(self._file.fileno(), start, stop)
+                evict_range(self._file.fileno(), start_byte, stop_byte)
 
     def close(self) -> None:
         """Unmap; views handed out before keep the mapping alive until they are gone."""
@@ -87,36 +87,39 @@ class MappedFile:
         self._file.close()
 
 
-def _cut(path: Path, size: int, needed: int) -> FormatError:
+def _too_short(path: Path, size: int, needed: int) -> FormatError:
     return FormatError(
         f"{path}: {size} bytes, expected {needed} or more as when the plan was made; put it back"
     )
 
 
-class MappedFiles(Closing):
+class MappedFiles(contextlib.AbstractContextManager["MappedFiles"]):
     """Mapped files, opened on first use and closed together. Used by one thread.
 
-    keep: leave what was brought in mapped, for whoever reads it again; the kernel still evicts it
-    when memory is short.
+    keep: leave pages mapped when they are released, for a later pass over the same files; the
+    kernel still evicts them when memory is short.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
         self.keep = keep
         self._open: dict[Path, MappedFile] = {}
-        self._asked: set[tuple[Path, int]] = set()
+        self._prefetched: set[tuple[Path, int]] = set()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Unmap all files; they are opened again if they are needed."""
         for mapped in self._open.values():
             mapped.close()
         self._open.clear()
-        self._asked.clear()
+        self._prefetched.clear()
 
     def unmap(self, path: Path) -> None:
         """Unmap one file."""
         if path in self._open:
             self._open.pop(path).close()
-        self._asked = {asked for asked in self._asked if asked[0] != path}
+        self._prefetched = {block for block in self._prefetched if block[0] != path}
 
     def view(self, span: Span) -> Bytes:
         """The span's bytes where they are mapped, or a copy where they are not aligned."""
@@ -124,23 +127,23 @@ class MappedFiles(Closing):
         return view.copy() if span.start % span.dtype.itemsize else view
 
     def prefetch(self, span: Span) -> list[Callable[[], None]]:
-        """Calls, for any thread, that bring in those blocks of a span nobody has asked for yet."""
+        """Calls, for any thread, that read the blocks of a span not prefetched before."""
         mapped = self._mapped(span.path)
         blocks = range(span.start // BLOCK, -(-span.stop // BLOCK))
-        fresh = [block for block in blocks if (span.path, block) not in self._asked]
-        self._asked.update((span.path, block) for block in fresh)
-        return [partial(mapped.populate, block) for block in fresh]
+        fresh = [block for block in blocks if (span.path, block) not in self._prefetched]
+        self._prefetched.update((span.path, block) for block in fresh)
+        return [partial(mapped.populate_block, block) for block in fresh]
 
     def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
-        """A call, for any thread, that lets go of the blocks which end inside a span, if any do.
+        """A call, for any thread, that releases the blocks which end inside a span, if any do.
 
-        evict: also from the page cache.
+        evict: also drop them from the page cache.
         """
-        first, last = span.start // BLOCK, span.stop // BLOCK
-        if self.keep or first == last:
+        first, stop = span.start // BLOCK, span.stop // BLOCK
+        if self.keep or first == stop:
             return None
-        self._asked.difference_update((span.path, block) for block in range(first, last))
-        return partial(self._mapped(span.path).release, first, last, evict=evict)
+        self._prefetched.difference_update((span.path, block) for block in range(first, stop))
+        return partial(self._mapped(span.path).release_blocks, first, stop, evict=evict)
 
     def _mapped(self, path: Path) -> MappedFile:
         if path not in self._open:
@@ -148,7 +151,7 @@ class MappedFiles(Closing):
         return self._open[path]
 
 
-def _libc_call(name: str) -> Callable[..., int] | None:
+def _libc_function(name: str) -> Callable[..., int] | None:
     """A libc function called without the GIL, or None where there is none of that name."""
     if not sys.platform.startswith("linux"):
         return None
@@ -156,8 +159,8 @@ def _libc_call(name: str) -> Callable[..., int] | None:
     return function  # type: ignore[no-any-return]
 
 
-_libc_madvise = _libc_call("madvise")
-_libc_sync_file_range = _libc_call("sync_file_range")
+_libc_madvise = _libc_function("madvise")
+_libc_sync_file_range = _libc_function("sync_file_range")
 
 
 def _madvise(address: int, length: int, advice: int) -> int:
@@ -173,11 +176,43 @@ def evict_range(fd: int, start: int, stop: int) -> None:
 
 
 def flush_range(fd: int, start: int, stop: int, *, wait: bool = False) -> None:
-    """Have dirty pages of a range written out now, so that fsync finds little left (Linux)."""
+    """Start writing a range's dirty pages to disk, so that fsync finds little left (Linux)."""
     if _libc_sync_file_range is not None and start < stop:
         length = ctypes.c_int64(stop - start)
-        flags = 7 if wait else 2  # WAIT_BEFORE | WRITE | WAIT_AFTER, or WRITE alone
-        _libc_sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), length, ctypes.c_uint(flags))
+        flags = ctypes.c_uint(_WAIT_WRITE_WAIT if wait else _WRITE)
+        _libc_sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), length, flags)
+
+
+def read_ahead(
+    windows: Iterable[W],
+    spans: Callable[[W], Iterable[Sequence[Span]]],
+    prefetch: Callable[[Span], Iterable[Callable[[], None]]],
+    readers: Sequence[ThreadPoolExecutor],
+    count: int,
+) -> Iterator[W]:
+    """The same windows, each with its pages read; those of the `count` after it are on their way.
+
+    spans: what a window reads, in groups; the nth span of each group goes to the nth reader.
+    prefetch: how a span's pages are read, as calls that may run in any order.
+    """
+    queue: deque[tuple[W, list[Future[None]]]] = deque()
+
+    def take_first() -> W:
+        window, reads = queue.popleft()
+        for read in reads:
+            read.result()
+        return window
+
+    for window in windows:
+        reads: list[Future[None]] = []
+        for group in spans(window):
+            for reader, span in zip(readers, group, strict=False):
+                reads += map(reader.submit, prefetch(span))
+        queue.append((window, reads))
+        if len(queue) > count:
+            yield take_first()
+    while queue:
+        yield take_first()
 
 
 def file_digest(path: Path, digest: Any) -> str:
@@ -186,35 +221,3 @@ def file_digest(path: Path, digest: Any) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return str(digest.hexdigest())
-
-
-def read_ahead(
-    windows: Iterable[W],
-    spans: Callable[[W], Iterable[Sequence[Span]]],
-    ahead: Callable[[Span], Iterable[Callable[[], None]]],
-    readers: Sequence[ThreadPoolExecutor],
-    count: int,
-) -> Iterator[W]:
-    """The same windows, each with its pages brought in; `count` more are under way behind it.
-
-    spans: what a window reads, in groups, the nth span of each for the nth reader. ahead: how a
-    span's pages are brought in, as calls that may run in any order.
-    """
-    queue: deque[tuple[W, list[Future[None]]]] = deque()
-
-    def first() -> W:
-        window, futures = queue.popleft()
-        for future in futures:
-            future.result()
-        return window
-
-    for window in windows:
-        futures: list[Future[None]] = []
-        for group in spans(window):
-            for reader, span in zip(readers, group, strict=False):
-                futures += map(reader.submit, ahead(span))
-        queue.append((window, futures))
-        if len(queue) > count:
-            yield first()
-    while queue:
-        yield first()

@@ -1,4 +1,4 @@
-"""One safetensors header: parse, validate, emit. Knows bytes and names, not folders or models.
+"""One safetensors header: parse, validate, build. Knows bytes and names, not folders or models.
 
 Follows the format description of huggingface/safetensors (README, "Format"): 8 bytes of
 little-endian length, that many bytes of JSON, then the data without holes. A Header that exists
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from ..errors import FormatError
 from .dtypes import DTYPES, DType
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
-MAX_SIZE = 1 << 64
-_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs/git-lfs, docs/spec.md
+_SIZE_LIMIT = 1 << 64  # safetensors counts in 64 bits
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs/git-lfs, docs/spec.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,9 @@ class Header:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """FormatError if a clone without Git LFS left a few lines of text where `path` should be."""
+    """Raise FormatError if `path` holds a Git LFS pointer instead of the file itself."""
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise FormatError(
                 f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
                 " or download it"
@@ -62,12 +64,12 @@ def read_header(path: Path) -> Header:
     """The header of `path`, read without touching its data. FormatError names what is wrong."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8:
+        length_field = file.read(8)
+        length = int.from_bytes(length_field, "little")
+        if len(length_field) < 8:
             raise FormatError(f"{path}: {size} bytes is too short for a safetensors file")
         if length > MAX_HEADER_BYTES:
-            refuse_lfs_pointer(path)  # its first letters make a number as large
+            refuse_lfs_pointer(path)  # whose first letters make a number as large
             raise FormatError(
                 f"{path}: header says it is {length} bytes long, at most {MAX_HEADER_BYTES} is"
                 " allowed; not a safetensors file?"
@@ -85,13 +87,15 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(raw: bytes, file_size: int) -> Header:
-    """Validate the JSON of a header that stands in a file of `file_size` bytes."""
-    document = _json_object(raw)
-    metadata = document.pop("__metadata__", {})
+    """Validate the JSON of a header, without its length field, of a file of `file_size` bytes."""
+    document = _parse_json(raw)
+    metadata = document.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not _is_string_map(metadata):
         raise FormatError("header __metadata__ is not a map of strings to strings")
     data_start = 8 + len(raw)
-    infos = [_entry(name, entry, data_start) for name, entry in document.items()]
+    infos = [_parse_entry(name, entry, data_start) for name, entry in document.items()]
     infos.sort(key=lambda info: (info.start, info.stop))
     position = data_start
     for info in infos:
@@ -113,11 +117,11 @@ def build_header(
     tensors: Iterable[tuple[str, DType, tuple[int, ...]]],
     metadata: Mapping[str, str],
     *,
-    room: int = 0,
+    min_bytes: int = 0,
 ) -> bytes:
-    """Length, JSON and padding for tensors laid out one after the other in the order given.
+    """Length field, JSON and padding for tensors laid out one after the other, in this order.
 
-    room: bytes, a multiple of 8, that it is padded to where it takes fewer.
+    min_bytes: a multiple of 8; a shorter header is padded to it.
     """
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -130,62 +134,96 @@ def build_header(
         }
         position = stop
     raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * max(-len(raw) % 8, room - 8 - len(raw))
+    raw += b" " * max(-len(raw) % 8, min_bytes - 8 - len(raw))
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
-    """The header as a dict; duplicate names, bad UTF-8 and non-objects are FormatErrors."""
-
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise FormatError(f"header names {twin!r} twice")
-        return found
-
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    """The header's JSON object, read as strictly as safetensors reads it."""
     try:
-        document = json.loads(raw.decode(), object_pairs_hook=no_twins)
+        document = json.loads(
+            raw.decode(),
+            object_pairs_hook=_refuse_twins,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_int,
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"header is not JSON ({error})") from None
     if not isinstance(document, dict):
         raise FormatError("header is not a JSON object")
-    try:
-        "".join(document).encode()
-    except UnicodeEncodeError:
-        raise FormatError("header has a tensor name that is not Unicode text") from None
+    if _ESCAPED_SURROGATE.search(raw):
+        _refuse_lone_surrogates(document)
     return document
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise FormatError(f"header names {twin!r} twice")
+    return found
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _parse_int(text: str) -> int | float:
+    """Safetensors takes `-0` for a fraction, which is no size."""
+    return -0.0 if text == "-0" else int(text)
+
+
+def _refuse_lone_surrogates(document: Mapping[str, Any]) -> None:
+    """Half a character outside the basic plane: no UTF-8 file could hold it again."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FormatError("header has a name that is not Unicode text") from None
 
 
 def _is_string_map(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
-def _is_naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < _SIZE_LIMIT for item in value
+    )
 
 
-def _entry(name: str, entry: Any, data_start: int) -> TensorInfo:
+def _parse_entry(name: str, entry: Any, data_start: int) -> TensorInfo:
     """One validated entry; the bytes it claims must be exactly dtype x shape."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FormatError(f"tensor {name}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise FormatError(f"tensor {name}: unknown dtype {entry['dtype']!r}")
-    if not _is_naturals(shape):
+    if not _is_sizes(shape):
         raise FormatError(f"tensor {name}: shape {shape!r} is not a list of sizes")
-    if not _is_naturals(offsets) or len(offsets) != 2:
+    if not _is_sizes(offsets) or len(offsets) != 2:
         raise FormatError(f"tensor {name}: data_offsets {offsets!r} is not a pair of positions")
-    if any(size > MAX_SIZE for size in (*shape, *offsets)):
-        raise FormatError(f"tensor {name}: sizes beyond 2**64 in shape or data_offsets")
     try:
-        expected = dtype.nbytes(math.prod(shape))
+        nbytes = dtype.nbytes(_count_elements(shape))
     except FormatError as error:
         raise FormatError(f"tensor {name}: {error}") from None
-    if offsets[1] - offsets[0] != expected:
+    start, stop = offsets
+    if stop - start != nbytes:
         raise FormatError(
-            f"tensor {name}: data_offsets hold {offsets[1] - offsets[0]} bytes,"
-            f" {dtype.name} of shape {shape} takes {expected}"
+            f"tensor {name}: data_offsets hold {stop - start} bytes,"
+            f" {dtype.name} of shape {shape} takes {nbytes}"
         )
-    return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _count_elements(shape: list[int]) -> int:
+    """The product of a shape; FormatError where it overflows on its way, as safetensors' does.
+
+    So [0, 2**63, 4] has no elements, and [2**63, 4, 0] is refused.
+    """
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= _SIZE_LIMIT:
+            raise FormatError(f"shape {shape} has more than 2**64 elements")
+    return elements

@@ -1,18 +1,16 @@
-"""Small reads at any place of any file, here or on the Hub: for samples and checks.
-
-Leaves to others: reading in order, ahead of use (`stream.py`, `ranges.py`).
-"""
+"""Small reads at any place of any file, here or on the Hub: for samples and checks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..closing import Closing
+from ..errors import FormatError
 from ..hub.remote_file import RemoteFile
 from ..hub.repository import LANES
 from .span import Span
@@ -35,18 +33,17 @@ def evenly_spread(total: int, length: int, count: int) -> list[int]:
     return sorted({last * i // max(count - 1, 1) for i in range(count)})
 
 
-class SampledReader(Closing):
+class SampledReader(AbstractContextManager["SampledReader"]):
     """Files opened for a few small reads each. remote: those that are on the Hub only."""
 
     def __init__(self, remote: Remote | None = None) -> None:
         self._remote = remote or {}
-        self._open: dict[Path, BinaryIO] = {}
+        self._open: dict[Path, FileIO] = {}
         self._stack = ExitStack()
         # One after the other from a disk, many requests at once to the Hub
         self._pool = ThreadPoolExecutor(LANES if remote else 1)
 
-    def close(self) -> None:
-        """Close all files, when nothing reads any more."""
+    def __exit__(self, *exception: object) -> None:
         self._pool.shutdown()
         self._stack.close()
 
@@ -60,11 +57,11 @@ class SampledReader(Closing):
         if path in self._remote:
             return self._remote[path].read(span.start, span.stop)
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(path.open("rb", buffering=0))
+            self._open[path] = self._stack.enter_context(FileIO(path))
         return _read_uncached(self._open[path], span.start, span.nbytes)
 
     def read_bits(self, span: Span) -> Bits:
-        """A span of a blendable dtype as a flat storage array."""
+        """A span of a blendable dtype as a flat array of its storage type, such as uint16."""
         import numpy as np
 
         from ..kernels import reference
@@ -72,15 +69,16 @@ class SampledReader(Closing):
         return np.frombuffer(self.read_bytes(span), reference.STORAGE[span.dtype.name])
 
     def read_floats(self, span: Span) -> Floats:
-        """The same as float64."""
+        """A span of a blendable dtype as a flat float64 array."""
         from ..kernels import reference
 
         return reference.widen(self.read_bits(span), span.dtype.name)
 
 
-def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:
-    """Bytes of a file, not left in the page cache where the system can: a lone page there splits
-    the large request that reads around it later.
+def _read_uncached(file: FileIO, start: int, nbytes: int) -> bytearray:
+    """Bytes of a file, not left in the page cache where the system can.
+
+    A lone page in the cache would split the large request that reads around it later.
     """
     raw = bytearray(nbytes)
     for flags in (_RWF_DONTCACHE, 0):  # neither moves the file's position, which threads share
@@ -90,5 +88,8 @@ def _read_uncached(file: BinaryIO, start: int, nbytes: int) -> bytearray:
         except (OSError, AttributeError, NotImplementedError):
             pass
     file.seek(start)
-    file.readinto(raw)  # type: ignore[attr-defined]
+    if file.readinto(raw) != nbytes:
+        raise FormatError(
+            f"{file.name}: ends before byte {start + nbytes}; cut since it was opened?"
+        )
     return raw

@@ -10,7 +10,7 @@ from .dtypes import DType
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of bytes in a file: absolute `start` and `stop`, and the tensor it stands for."""
+    """The bytes `start` to `stop` of a file, and dtype and shape of the tensor they hold."""
 
     path: Path
     dtype: DType
@@ -20,7 +20,7 @@ class Span:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the run."""
+        """Number of bytes."""
         return self.stop - self.start
 
     @property
@@ -34,15 +34,17 @@ class Span:
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
 
     def rows(self, start: int, stop: int) -> Span:
-        """The part of it between two indices along dim 0."""
+        """The part of it between two indices along dim 0; a scalar as it is."""
         if not self.shape or (start, stop) == (0, self.shape[0]):
             return self
-        first = self.start + start * self.row_bytes
-        last = self.start + stop * self.row_bytes
-        shape = (stop - start, *self.shape[1:])
-        return replace(self, start=first, stop=last, shape=shape)
+        return replace(
+            self,
+            start=self.start + start * self.row_bytes,
+            stop=self.start + stop * self.row_bytes,
+            shape=(stop - start, *self.shape[1:]),
+        )
 
     def flat_slice(self, first: int, count: int) -> Span:
-        """`count` elements of it from element `first`, flat."""
+        """`count` elements of it from element `first` on, as one dimension."""
         start = self.start + first * self.dtype.bits // 8
         return replace(self, start=start, stop=start + self.dtype.nbytes(count), shape=(count,))

@@ -1,4 +1,9 @@
-"""Tensors of a torch `.bin` file as spans, located without running code of the file's."""
+"""Tensors of a torch `.bin` file as spans, located without running code of the file's.
+
+torch's restricted unpickler, on the meta device, executes nothing and reads no tensor, but notes
+each storage's offset in the zip file (`_checkpoint_offset`). Needs the zip format of torch 1.6 and
+later.
+"""
 
 from __future__ import annotations
 
@@ -16,76 +21,76 @@ from .dtypes import FROM_TORCH
 from .safetensors_header import refuse_lfs_pointer
 from .span import Span
 
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    OSError,
+    RuntimeError,
+)
+"""What Python's zipfile raises on damaged files."""
 
-def read_spans(shard: Path) -> Iterator[tuple[str, Span]]:
-    """The tensors of a torch file, located through `torch.load(weights_only=True, mmap=True)`.
 
-    On the meta device torch notes each storage's offset in the zip file (`_checkpoint_offset`),
-    so nothing but the pickle of names is read. Needs the zip format of torch 1.6 and later.
-    """
-    refuse_lfs_pointer(shard)
+def read_spans(path: Path) -> Iterator[tuple[str, Span]]:
+    """Name and span of every tensor of a torch file, in the order of their bytes."""
+    refuse_lfs_pointer(path)
     import torch
 
     try:
-        if not zipfile.is_zipfile(shard):
+        if not zipfile.is_zipfile(path):
             raise FormatError(
-                f"{shard}: not a zip; truncated, or a torch file older than 1.6, which cannot be"
+                f"{path}: not a zip; truncated, or a torch file older than 1.6, which cannot be"
                 " mapped: load and save it once with a current torch"
             )
-        with zipfile.ZipFile(shard) as archive:
-            _check_zip(shard, archive)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:
-        raise FormatError(f"{shard}: damaged zip ({error}); download it again") from None
+        with zipfile.ZipFile(path) as archive:
+            _check_zip(path, archive)
+    except _ZIP_ERRORS as error:
+        raise FormatError(f"{path}: damaged zip ({error}); download it again") from None
     try:
-        state = torch.load(shard, map_location="meta", mmap=True, weights_only=True)
+        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:
         reason = first_line(error)
-        raise FormatError(f"{shard}: torch refuses it under weights_only=True: {reason}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+        raise FormatError(f"{path}: torch refuses it under weights_only=True: {reason}") from None
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
     if not isinstance(state, dict):
-        raise FormatError(f"{shard}: holds a {type(state).__name__}, expected a dict of tensors")
-    size = shard.stat().st_size
-    for name, tensor in sorted(state.items(), key=_storage_offset):
-        yield str(name), _bin_span(shard, size, str(name), tensor)
+        raise FormatError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
+    file_size = path.stat().st_size
+    for name, tensor in sorted(state.items(), key=_offset_and_name):
+        yield str(name), _span(path, file_size, str(name), tensor)
 
 
-def _check_zip(shard: Path, archive: zipfile.ZipFile) -> None:
+def _check_zip(path: Path, archive: zipfile.ZipFile) -> None:
     """What torch does not check before it maps: plain records, in our byte order."""
     for item in archive.infolist():
         if item.compress_type != zipfile.ZIP_STORED:
-            raise FormatError(f"{shard}: {item.filename} is compressed; expected stored records")
+            raise FormatError(f"{path}: {item.filename} is compressed; expected stored records")
         if item.filename.endswith("/byteorder") and archive.open(item).read(16) != b"little":
-            raise FormatError(f"{shard}: its numbers are not little-endian")
+            raise FormatError(f"{path}: its numbers are not little-endian")
 
 
 def _is_strided(tensor: Any) -> bool:
     return str(getattr(tensor, "layout", "")) == "torch.strided"
 
 
-def _storage_offset(item: tuple[str, Any]) -> tuple[int, str]:
+def _offset_and_name(item: tuple[Any, Any]) -> tuple[int, str]:
     name, tensor = item
     storage = tensor.untyped_storage() if _is_strided(tensor) else None
     return getattr(storage, "_checkpoint_offset", 0), str(name)
 
 
-def _bin_span(shard: Path, size: int, name: str, tensor: Any) -> Span:
-    """Where one torch tensor's bytes lie in the file; FormatError unless they are one plain run."""
+def _span(path: Path, file_size: int, name: str, tensor: Any) -> Span:
+    """Where one tensor's bytes lie in the file; FormatError unless they are one plain run."""
     dtype = FROM_TORCH.get(str(getattr(tensor, "dtype", "")).removeprefix("torch."))
     if dtype is None or not _is_strided(tensor) or not tensor.is_contiguous():
-        raise FormatError(f"{shard}: {name} is not a plain contiguous tensor")
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if offset is None or sys.byteorder != "little":
-        raise FormatError(f"{shard}: this torch cannot locate tensors in a .bin; use torch 2.13")
-    start = offset + tensor.storage_offset() * dtype.itemsize
+        raise FormatError(f"{path}: {name} is not a plain contiguous tensor")
+    storage_offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if storage_offset is None or sys.byteorder != "little":
+        raise FormatError(f"{path}: this torch cannot locate tensors in a .bin; use torch 2.13")
+    start = storage_offset + tensor.storage_offset() * dtype.itemsize
     shape = tuple(tensor.shape)
     stop = start + dtype.nbytes(math.prod(shape))
-    if not 0 <= start <= stop <= size:
-        raise FormatError(f"{shard}: {name} lies outside the file; truncated? Download it again")
-    return Span(shard, dtype, start, stop, shape)
+    if not 0 <= start <= stop <= file_size:
+        raise FormatError(f"{path}: {name} lies outside the file; truncated? Download it again")
+    return Span(path, dtype, start, stop, shape)

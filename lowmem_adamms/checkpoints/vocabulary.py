@@ -1,11 +1,13 @@
-"""Which row of the donor's embedding belongs to which row of the base's: joined by token string.
+"""Tokenizer files, and which rows of two embeddings hold the same token.
 
 Reads the first of FORMS that a folder has, then the added tokens of `added_tokens.json` and
 `tokenizer_config.json`. Byte-level vocabularies (tokenizer.json, vocab.json, .tiktoken) spell a
 token alike, and so do both forms of a SentencePiece one. Other forms (tekken.json, tokenizers that
-are Python code) are not read. A vocabulary is kept as one hash per id, and the merges of
-tokenizer.json are skipped unparsed: two 150 000-token vocabularies as Python objects would not fit
-the memory a whole merge is allowed.
+are Python code) are not read.
+
+A vocabulary is kept as one hash per id, and of tokenizer.json only the parts that name tokens are
+parsed: two of 150 000 tokens, merges included, would as Python objects not fit the memory a whole
+merge is allowed.
 """
 
 from __future__ import annotations
@@ -15,21 +17,25 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
 from ..errors import FormatError, first_line
 from .safetensors_header import refuse_lfs_pointer
 
-_SPACE = re.compile(r"[\s,:]*")
-_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 FORMS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
 """Where a vocabulary may stand, in the order they are looked for."""
-_PIECE = 0x0A  # protobuf: field 1, a run of bytes; ModelProto.pieces and SentencePiece.piece
+MAX_FILE_BYTES = 1 << 27
+"""Of a tokenizer's file; the largest known, of 262 000 tokens, has 33 MB."""
+MAX_IDS = 1 << 22
+KnownVocabularies = dict[bytes, "array[int]"]
+"""Hashes by id of a `model.vocab`, under the digest of its JSON."""
+_ABSENT = 0
+
+_PROTOBUF_PIECE = 0x0A  # field 1, a run of bytes; ModelProto.pieces and SentencePiece.piece
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_LEVEL = dict(
     zip((i for i in range(256) if i not in _PRINTABLE), range(256, 512), strict=False)
@@ -39,11 +45,7 @@ _QWEN_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{i}|>" for i in range(205)),
 )
-"""Ids behind those of qwen.tiktoken: hf.co/Qwen/Qwen-7B, tokenization_qwen.py."""
-_ABSENT = 0
-KnownVocabularies = dict[tuple[int, bytes], "array[int]"]
-"""Hashes by id of the `model.vocab` whose JSON has this length and digest."""
-_MOST_IDS = 1 << 22
+"""Tokens after those of qwen.tiktoken: hf.co/Qwen/Qwen-7B, tokenization_qwen.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,39 +62,80 @@ def read_vocabulary(
 ) -> array[int] | None:
     """For each token id a 64-bit hash of its string (0: no such id), or None without a tokenizer.
 
-    Hashes are Python's own, so they compare within one process only. known: what was read before,
-    and gains what is read now, as descendants of one model share most of their tokenizer.json.
+    Hashes are Python's own, so they compare within one process only. known: vocabularies read
+    before, to which this one is added; descendants of one model share most of their tokenizer.json.
     """
     if folder is None:
         return None
-    hashes = array("q")
     path = next((folder / name for name in FORMS if (folder / name).is_file()), None)
     if path is None:
         return None
-    with _reading(path):
+    hashes = array("q")
+    with _errors_name(path):
         if path.name == "tokenizer.json":
-            _fill_from_json(hashes, path.read_bytes().decode(), {} if known is None else known)
+            _add_tokenizer_json(hashes, path.read_bytes(), {} if known is None else known)
         elif path.name == "vocab.json":
-            _fill(hashes, json.loads(path.read_bytes()))
+            _add_tokens(hashes, json.loads(path.read_bytes()))
         else:
-            _fill_from_bytes(
-                hashes, path.read_bytes(), _QWEN_SPECIAL if "qwen" in path.name else ()
-            )
-    for name, added in _ADDED.items():
-        if (path := folder / name).is_file():
-            with _reading(path):
-                _fill(hashes, added(json.loads(path.read_bytes())))
+            special = _QWEN_SPECIAL if path.name == "qwen.tiktoken" else ()
+            _add_tokenizer_model(hashes, path.read_bytes(), special)
+    # Files of the slow tokenizer, which may mention tokens that its vocabulary lacks
+    if (path := folder / "added_tokens.json").is_file():
+        with _errors_name(path):
+            _add_tokens(hashes, json.loads(path.read_bytes()))
+    if (path := folder / "tokenizer_config.json").is_file():
+        with _errors_name(path):
+            decoder = json.loads(path.read_bytes()).get("added_tokens_decoder", {})
+            _add_tokens(hashes, {token["content"]: int(i) for i, token in decoder.items()})
     return hashes
 
 
+def join_rows(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[RowRun]:
+    """Runs of base rows whose token the donor has too, in the order of the base's rows.
+
+    base, donor: from `read_vocabulary`. Only rows that both matrices have are joined. Of a token
+    that the donor has at several ids, as some added ones are, the base's id is taken.
+    """
+    runs: list[RowRun] = []
+    start = shift = length = 0
+    for base_row, donor_row in _shared_rows(base[:base_rows], donor[:donor_rows]):
+        if length and base_row == start + length and donor_row == base_row + shift:
+            length += 1
+            continue
+        if length:
+            runs.append(RowRun(start, start + shift, length))
+        start, shift, length = base_row, donor_row - base_row, 1
+    if length:
+        runs.append(RowRun(start, start + shift, length))
+    return runs
+
+
+def _shared_rows(base: array[int], donor: array[int]) -> Iterator[tuple[int, int]]:
+    """Base row and donor row of every token of the base that the donor has too."""
+    moved = {token for token, same_row in _side_by_side(base, donor) if token != same_row}
+    moved.discard(_ABSENT)
+    donor_rows = {token: row for row, token in enumerate(donor) if token in moved}
+    for row, (token, same_row) in enumerate(_side_by_side(base, donor)):
+        if token == same_row != _ABSENT:
+            yield row, row
+        elif token in donor_rows:
+            yield row, donor_rows[token]
+
+
+def _side_by_side(base: array[int], donor: array[int]) -> Iterator[tuple[int, int]]:
+    return zip(base, chain(donor, repeat(_ABSENT)), strict=False)
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _errors_name(path: Path) -> Iterator[None]:
     """Whatever goes wrong with the content of a file becomes one FormatError that names it."""
     refuse_lfs_pointer(path)
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise FormatError(f"{path}: {size} bytes; a tokenizer's file has at most {MAX_FILE_BYTES}")
     try:
         yield
     except UnicodeDecodeError as error:  # whose own words quote the whole file
-        reason = f"byte {error.start + 1} is not UTF-8"
+        reason = f"not UTF-8: {error.reason}"
     except KeyError as error:
         reason = f"no {error} in it"
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -102,161 +145,147 @@ def _reading(path: Path) -> Iterator[None]:
     raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again")
 
 
-def join_rows(base: array[int], donor: array[int], base_rows: int, donor_rows: int) -> list[RowRun]:
-    """Runs of base rows whose token the donor has too, in the order of the base's rows.
-
-    Of a token that the donor has at several ids, as some added ones are, the same id is taken.
-    """
-    base, donor = base[:base_rows], donor[:donor_rows]
-    pairs = zip(base, chain(donor, repeat(_ABSENT)), strict=False)
-    elsewhere = {token for token, same in pairs if token != same} - {_ABSENT}
-    where = {token: i for i, token in enumerate(donor) if token in elsewhere}
-    runs: list[RowRun] = []
-    first, end, shift = 0, 0, 0
-    for i, (token, same) in enumerate(zip(base, chain(donor, repeat(_ABSENT)), strict=False)):
-        j = i if token == same != _ABSENT else where.get(token)
-        if i == end and j == i + shift:
-            end += 1
-        elif j is not None:
-            if end > first:
-                runs.append(RowRun(first, first + shift, end - first))
-            first, end, shift = i, i + 1, j - i
-    return [*runs, RowRun(first, first + shift, end - first)] if end > first else runs
-
-
-def _fill(hashes: array[int], tokens: Mapping[str, int]) -> None:
+def _add_tokens(hashes: array[int], tokens: Mapping[str, int]) -> None:
     """Enter a map of token to id; an id beyond any real vocabulary is refused, not allocated."""
     if not isinstance(tokens, dict):
         raise ValueError("expected a map of tokens to ids")
     if not tokens:
         return
     lowest, highest = min(tokens.values()), max(tokens.values())
-    if lowest < 0 or highest >= _MOST_IDS:
-        raise ValueError(f"token ids {lowest} to {highest}, at most {_MOST_IDS} are believed")
+    if lowest < 0 or highest >= MAX_IDS:
+        raise ValueError(f"found token ids {lowest} to {highest}, expected 0 to {MAX_IDS - 1}")
     hashes.extend([_ABSENT] * (highest + 1 - len(hashes)))
     for token, i in tokens.items():
-        hashes[i] = hash(token) or 1
+        hashes[i] = _hash(token)
 
 
-def _fill_from_bytes(hashes: array[int], data: bytes, special: tuple[str, ...]) -> None:
-    """Enter a SentencePiece model, or tiktoken's lines of base64 and rank, then what follows it."""
-    if data[:1] == bytes([_PIECE]):
-        hashes.extend(hash(piece) or 1 for piece in _sentence_pieces(data))
+def _hash(token: str) -> int:
+    return hash(token) or 1  # 0 is _ABSENT
+
+
+# tokenizer.model and qwen.tiktoken
+
+
+def _add_tokenizer_model(hashes: array[int], data: bytes, special: tuple[str, ...]) -> None:
+    """Enter a SentencePiece model, or tiktoken's lines of base64 and rank, then `special`."""
+    if data[:1] == bytes([_PROTOBUF_PIECE]):
+        hashes.extend(map(_hash, _sentence_pieces(data)))
         return
     for line in data.splitlines():
         word, rank = line.split()
-        token = base64.b64decode(word, validate=True).decode("latin-1").translate(_BYTE_LEVEL)
         if int(rank) != len(hashes):
             raise ValueError(f"token {len(hashes)} has rank {int(rank)}")
-        hashes.append(hash(token) or 1)
-    hashes.extend(hash(token) or 1 for token in special)
+        token = base64.b64decode(word, validate=True).decode("latin-1").translate(_BYTE_LEVEL)
+        hashes.append(_hash(token))
+    hashes.extend(map(_hash, special))
 
 
 def _sentence_pieces(data: bytes) -> Iterator[str]:
     """The pieces of a ModelProto: google/sentencepiece, sentencepiece_model.proto."""
-    for tag, start, stop in _fields(data, 0, len(data)):
-        if tag == _PIECE:
-            texts = (data[a:b] for name, a, b in _fields(data, start, stop) if name == _PIECE)
+    for tag, start, stop in _protobuf_fields(data, 0, len(data)):
+        if tag == _PROTOBUF_PIECE:
+            fields = _protobuf_fields(data, start, stop)
+            texts = (data[a:b] for inner, a, b in fields if inner == _PROTOBUF_PIECE)
             yield next(texts, b"").decode("utf-8")
 
 
-def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _protobuf_fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Tag, start and stop of each field of the protobuf message between two positions."""
     while position < end:
-        tag, position = _varint(data, position)
+        tag, position = _read_varint(data, position)
         size = {0: 0, 1: 8, 5: 4}.get(tag & 7)
         if tag & 7 == 0:
-            _, position = _varint(data, position)
+            _, position = _read_varint(data, position)
         elif tag & 7 == 2:
-            size, position = _varint(data, position)
+            size, position = _read_varint(data, position)
         if size is None or position + size > end:
             raise ValueError("unfinished protobuf")
         yield tag, position, position + size
         position += size
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 64:
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """A protobuf number, 7 bits a byte, and the position after it."""
+    value = 0
+    for shift in range(0, 64, 7):
         byte = data[position]
-        value |= (byte & 127) << shift
         position += 1
+        value |= (byte & 127) << shift
         if byte < 128:
             return value, position
-        shift += 7
     raise ValueError("a number of more than 64 bits")
 
 
-def _fill_from_json(hashes: array[int], text: str, known: KnownVocabularies) -> None:
+# tokenizer.json
+
+# Possessive (`++`, `*+`): what a text was matched as is never tried again, so that no text takes
+# more than linear time
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_SEPARATORS = re.compile(rb"[\s,:]*+")
+_SCALAR = re.compile(_STRING + rb'|[^"\[\]{},:\s]++', re.DOTALL)
+_TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb")*+", re.DOTALL)
+
+
+def _add_tokenizer_json(hashes: array[int], data: bytes, known: KnownVocabularies) -> None:
     """Enter `model.vocab` (a map, of Unigram a list) and `added_tokens` of a tokenizer.json."""
-    read = json.JSONDecoder().raw_decode
-    top = _find(text, _after_space(text, 0), "added_tokens", "model")
-    start = _find(text, top["model"], "vocab")["vocab"]
-    for (length, digest), same in known.items():
-        if _digest(text[start : start + length]) == digest:
-            hashes.extend(same)
-            break
-    else:
-        vocab, stop = read(text, start)
+    top = _find_members(data, 0, {"added_tokens", "model"})
+    start, stop = _find_members(data, top["model"][0], {"vocab"})["vocab"]
+    digest = hashlib.blake2b(data[start:stop]).digest()
+    if digest not in known:
+        vocab = json.loads(data[start:stop].decode())
         if isinstance(vocab, list):
             vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-        _fill(hashes, vocab)
-        known[stop - start, _digest(text[start:stop])] = hashes[:]
+        _add_tokens(hashes, vocab)
+        known[digest] = hashes[:]
+    else:
+        hashes.extend(known[digest])
     if "added_tokens" in top:
-        added, _ = read(text, top["added_tokens"])
-        _fill(hashes, {token["content"]: token["id"] for token in added})
+        start, stop = top["added_tokens"]
+        added = json.loads(data[start:stop].decode())
+        _add_tokens(hashes, {token["content"]: token["id"] for token in added})
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode()).digest()
+def _find_members(data: bytes, position: int, wanted: set[str]) -> dict[str, tuple[int, int]]:
+    """Where the values of the wanted keys of a JSON object start and stop, values unparsed.
 
-
-def _from_tokenizer_config(document: dict[str, Any]) -> dict[str, int]:
-    added = document.get("added_tokens_decoder", {})
-    return {token["content"]: int(i) for i, token in added.items()}
-
-
-_ADDED: dict[str, Callable[[Any], dict[str, int]]] = {
-    "added_tokens.json": lambda document: document,
-    "tokenizer_config.json": _from_tokenizer_config,
-}
-"""Files of the slow tokenizer that may mention tokens which its vocabulary lacks."""
-
-
-def _find(text: str, start: int, *wanted: str) -> dict[str, int]:
-    """Where the values of the wanted keys stand; what comes behind the last is not looked at."""
-    found: dict[str, int] = {}
-    for key, position in _members(text, start):
-        if key in wanted:
-            found[key] = position
-        if len(found) == len(wanted):
+    What follows the last wanted key is not looked at.
+    """
+    position = _skip_separators(data, position)
+    if data[position : position + 1] != b"{":
+        raise ValueError("expected a JSON object")
+    position += 1
+    found: dict[str, tuple[int, int]] = {}
+    while wanted - found.keys():
+        position = _skip_separators(data, position)
+        if data[position : position + 1] == b"}":
             break
+        key_start, position = position, _skip_value(data, position)
+        start = _skip_separators(data, position)
+        key = json.loads(data[key_start:position].decode())
+        position = _skip_value(data, start)
+        if key in wanted:
+            found[key] = start, position
     return found
 
 
-def _members(text: str, start: int) -> Iterator[tuple[str, int]]:
-    """Each key of the JSON object at `start`, with the position of its value; values unparsed."""
-    if text[start] != "{":
-        raise ValueError("expected a JSON object")
-    position = start + 1
-    while text[position := _after_space(text, position)] != "}":
-        key, position = json.JSONDecoder().raw_decode(text, position)
-        position = _after_space(text, position)
-        yield key, position
-        position = _skip(text, position)
+def _skip_separators(data: bytes, position: int) -> int:
+    match = _SEPARATORS.match(data, position)
+    assert match is not None  # the pattern matches nothing as well
+    return match.end()
 
 
-def _after_space(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
-
-
-def _skip(text: str, position: int) -> int:
-    """The position behind the JSON value at `position`."""
-    if text[position] not in "[{":
-        return json.JSONDecoder().raw_decode(text, position)[1]
+def _skip_value(data: bytes, position: int) -> int:
+    """The position after the JSON value that starts at `position`."""
+    if match := _SCALAR.match(data, position):
+        return match.end()
     depth = 0
-    for match in _STRUCTURE.finditer(text, position):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.end()
-    raise ValueError("unfinished JSON")
+    while True:
+        match = _TO_BRACKET.match(data, position)
+        assert match is not None  # the pattern matches nothing as well
+        position = match.end() + 1
+        bracket = data[match.end() : position]
+        if bracket not in (b"[", b"]", b"{", b"}"):  # the end, also within a string
+            raise ValueError("unfinished JSON")
+        depth += 1 if bracket in b"[{" else -1
+        if depth <= 0:
+            return position

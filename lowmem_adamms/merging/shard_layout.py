@@ -108,7 +108,7 @@ def _as_safetensors_does(name: str, entries: Sequence[Entry]) -> OutFile:
 def emit_header(entries: Sequence[Entry], room: int = 0) -> bytes:
     """The header of a file that holds these, of `room` bytes at least."""
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    return build_header(tensors, METADATA, room=room)
+    return build_header(tensors, METADATA, min_bytes=room)
 
 
 def positions(entries: Sequence[Entry], position: int) -> tuple[dict[str, int], int]:

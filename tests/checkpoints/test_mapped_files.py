@@ -1,4 +1,4 @@
-"""Mapped reads: views show the file's bytes, pages are asked for once and let go behind."""
+"""Mapped reads: views show the file's bytes, blocks are prefetched once and released."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowmem_adamms.checkpoints import mapped_files as stream
+from lowmem_adamms.checkpoints import mapped_files
 from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.mapped_files import MappedFile, MappedFiles, flush_range
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.errors import FormatError
 
@@ -19,7 +20,7 @@ BLOCK = 1 << 16
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BLOCK", BLOCK)
+    monkeypatch.setattr(mapped_files, "BLOCK", BLOCK)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def let_go(call: Callable[[], None] | None) -> None:
+def call_it(call: Callable[[], None] | None) -> None:
     if call is not None:
         call()
 
@@ -53,7 +54,7 @@ def span(path: Path, start: int, stop: int, dtype: str = "BF16") -> Span:
 def test_views_show_the_files_bytes_and_are_copies_only_if_unaligned(
     path: Path, dtype: str, start: int, stop: int, copied: bool
 ) -> None:
-    with stream.MappedFiles() as files:
+    with MappedFiles() as files:
         view = files.view(span(path, start, stop, dtype))
         assert view.tobytes() == path.read_bytes()[start:stop]
         assert view.flags.owndata == copied
@@ -63,7 +64,7 @@ def test_views_show_the_files_bytes_and_are_copies_only_if_unaligned(
 
 def test_views_are_read_only_or_private(path: Path) -> None:
     before = path.read_bytes()
-    with stream.MappedFiles() as files:
+    with MappedFiles() as files:
         with pytest.raises(ValueError, match="read-only"):
             files.view(span(path, 0, 100))[0] = 1
         files.view(span(path, 1, 101))[0] = 1
@@ -74,7 +75,7 @@ def test_views_are_read_only_or_private(path: Path) -> None:
 def test_a_file_that_was_cut_since_it_was_planned_is_named(path: Path, left: int) -> None:
     os.truncate(path, left)
     with (
-        stream.MappedFiles() as files,
+        MappedFiles() as files,
         pytest.raises(FormatError, match=f"file: {left} bytes, expected"),
     ):
         for bring in files.prefetch(span(path, BLOCK, 3 * BLOCK + 1000)):
@@ -82,70 +83,59 @@ def test_a_file_that_was_cut_since_it_was_planned_is_named(path: Path, left: int
         files.view(span(path, BLOCK, 3 * BLOCK + 1000))
 
 
-def test_each_block_is_asked_for_once(path: Path) -> None:
-    with stream.MappedFiles() as files:
+def test_each_block_is_prefetched_once(path: Path) -> None:
+    with MappedFiles() as files:
         assert len(files.prefetch(span(path, 10, 20))) == 1  # block 0
         assert files.prefetch(span(path, 20, BLOCK)) == []
         assert len(files.prefetch(span(path, BLOCK - 2, 2 * BLOCK + 2))) == 2  # blocks 1 and 2
-        assert (
-            len(files.prefetch(span(path, 2 * BLOCK, 3 * BLOCK + 1001))) == 1
-        )  # the short last one
+        assert len(files.prefetch(span(path, 2 * BLOCK, 3 * BLOCK + 1001))) == 1  # the short one
 
 
 def test_two_files_are_kept_apart(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(bytes(BLOCK))
-    with stream.MappedFiles() as files:
+    with MappedFiles() as files:
         assert len(files.prefetch(span(path, 0, 10))) == 1
         assert len(files.prefetch(span(other, 0, 10))) == 1
         assert files.view(span(path, 0, 10)).tobytes() == path.read_bytes()[:10]
         assert files.view(span(other, 0, 10)).tobytes() == bytes(10)
 
 
-def calls_of(
-    files: stream.MappedFiles, what: Span, monkeypatch: pytest.MonkeyPatch, *, evict: bool
-) -> list[tuple[int, int, bool]]:
-    """(first, last, evict) of each release that letting go of a span brings about."""
-    found: list[tuple[int, int, bool]] = []
-
-    def note(_: stream.MappedFile, first: int, last: int, *, evict: bool) -> None:
-        found.append((first, last, evict))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream.MappedFile, "release", note)
-        let_go(files.release(what, evict=evict))
-    return found
-
-
-def test_a_block_is_let_go_by_the_span_it_ends_in(
+def test_a_block_is_released_with_the_span_it_ends_in(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stream.MappedFiles() as files:
-        for start, stop, blocks in (
-            (0, BLOCK - 2, (0, 0)),
-            (BLOCK - 2, BLOCK, (0, 1)),
-            (BLOCK, 2 * BLOCK + 2, (1, 2)),
-            (2 * BLOCK + 2, 3 * BLOCK + 1001, (2, 3)),
+    released: list[tuple[int, int, bool]] = []
+
+    def note(_: MappedFile, first: int, stop: int, *, evict: bool) -> None:
+        released.append((first, stop, evict))
+
+    monkeypatch.setattr(MappedFile, "release_blocks", note)
+    with MappedFiles() as files:
+        assert files.release(span(path, 0, BLOCK - 2), evict=True) is None
+        for start, stop in (
+            (BLOCK - 2, BLOCK),
+            (BLOCK, 2 * BLOCK + 2),
+            (2 * BLOCK + 2, 3 * BLOCK + 1001),
         ):
-            found = calls_of(files, span(path, start, stop), monkeypatch, evict=True)
-            assert found == ([(*blocks, True)] if blocks != (0, 0) else [])
+            call_it(files.release(span(path, start, stop), evict=True))
+    assert released == [(0, 1, True), (1, 2, True), (2, 3, True)]
 
 
-def test_a_block_let_go_can_be_asked_for_again(path: Path) -> None:
-    with stream.MappedFiles() as files:
+def test_a_released_block_can_be_prefetched_again(path: Path) -> None:
+    with MappedFiles() as files:
         files.prefetch(span(path, 0, 2 * BLOCK))
-        let_go(files.release(span(path, 0, BLOCK + 2), evict=False))
+        call_it(files.release(span(path, 0, BLOCK + 2), evict=False))
         assert len(files.prefetch(span(path, 0, 2 * BLOCK))) == 1
 
 
 @pytest.mark.parametrize("evict", [False, True])
 def test_bytes_survive_populating_and_releasing(path: Path, evict: bool) -> None:
     whole = span(path, 0, 3 * BLOCK + 1000)
-    with stream.MappedFiles() as files:
+    with MappedFiles() as files:
         for call in files.prefetch(whole):
             call()
         view = files.view(whole)
-        let_go(files.release(whole, evict=evict))
+        call_it(files.release(whole, evict=evict))
         assert view.tobytes() == path.read_bytes()[: whole.stop]
         del view
 
@@ -157,11 +147,11 @@ def test_release_unmaps_the_pages(path: Path) -> None:
         at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
         return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
 
-    mapped = stream.MappedFile(path)
+    mapped = MappedFile(path)
     for block in range(4):
-        mapped.populate(block)
+        mapped.populate_block(block)
     assert resident() * 1024 >= 3 * BLOCK
-    mapped.release(0, 4, evict=False)
+    mapped.release_blocks(0, 4, evict=False)
     assert resident() == 0
     mapped.close()
 
@@ -169,9 +159,9 @@ def test_release_unmaps_the_pages(path: Path) -> None:
 def test_without_populate_plain_advice_is_given(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_libc_madvise", None)
+    monkeypatch.setattr(mapped_files, "_libc_madvise", None)
     whole = span(path, 0, 3 * BLOCK + 1000)
-    with stream.MappedFiles() as files:
+    with MappedFiles() as files:
         for call in files.prefetch(whole):
             call()
         assert files.view(whole).tobytes() == path.read_bytes()[: whole.stop]
@@ -186,8 +176,8 @@ def test_a_kernel_that_refuses_populate_is_no_error(
         asked.append(length)
         return -1
 
-    monkeypatch.setattr(stream, "_madvise", refuse)
-    with stream.MappedFiles() as files:
+    monkeypatch.setattr(mapped_files, "_madvise", refuse)
+    with MappedFiles() as files:
         for call in files.prefetch(span(path, 0, 3 * BLOCK + 1000)):
             call()
     assert asked == [BLOCK, BLOCK, BLOCK, 1001]  # never past the end of the file
@@ -195,12 +185,12 @@ def test_a_kernel_that_refuses_populate_is_no_error(
 
 def test_files_without_fadvise_are_not_evicted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    with stream.MappedFiles() as files:
-        let_go(files.release(span(path, 0, 3 * BLOCK), evict=True))
+    with MappedFiles() as files:
+        call_it(files.release(span(path, 0, 3 * BLOCK), evict=True))
         assert files.view(span(path, 0, 64)).tobytes() == path.read_bytes()[:64]
 
 
-def test_write_out_only_asks_for_ranges_that_are_not_empty(
+def test_only_ranges_that_are_not_empty_are_flushed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int, int]] = []
@@ -209,31 +199,26 @@ def test_write_out_only_asks_for_ranges_that_are_not_empty(
         asked.append((start.value, length.value, flags.value))  # type: ignore[attr-defined]
         return 0
 
-    monkeypatch.setattr(stream, "_libc_sync_file_range", note)
+    monkeypatch.setattr(mapped_files, "_libc_sync_file_range", note)
     with path.open("rb") as file:
-        stream.flush_range(file.fileno(), 10, 10)
-        stream.flush_range(file.fileno(), 10, 30)
-        stream.flush_range(file.fileno(), 0, 30, wait=True)
-        monkeypatch.setattr(stream, "_libc_sync_file_range", None)
-        stream.flush_range(file.fileno(), 0, 30)
+        flush_range(file.fileno(), 10, 10)
+        flush_range(file.fileno(), 10, 30)
+        flush_range(file.fileno(), 0, 30, wait=True)
+        monkeypatch.setattr(mapped_files, "_libc_sync_file_range", None)
+        flush_range(file.fileno(), 0, 30)
     assert asked == [(10, 20, 2), (0, 30, 7)]
 
 
 def test_closing_with_a_view_still_held_is_harmless(path: Path) -> None:
-    with stream.MappedFiles() as files:
+    with MappedFiles() as files:
         view = files.view(span(path, 0, 100))
     assert view.tobytes() == path.read_bytes()[:100]
 
 
-def test_what_is_to_be_kept_is_brought_in_once_and_not_let_go(path: Path) -> None:
+def test_what_is_kept_is_prefetched_once_and_not_released(path: Path) -> None:
     whole = span(path, 0, 3 * BLOCK)
-    with stream.MappedFiles(keep=True) as files:
+    with MappedFiles(keep=True) as files:
         assert len(files.prefetch(whole)) == 3
         assert files.release(whole, evict=True) is None
         assert files.prefetch(whole) == []
         assert bytes(files.view(whole)) == path.read_bytes()[: 3 * BLOCK]
-
-
-def test_a_stretch_that_ends_no_block_lets_nothing_go(path: Path) -> None:
-    with stream.MappedFiles() as files:
-        assert files.release(span(path, 0, BLOCK - 2), evict=False) is None

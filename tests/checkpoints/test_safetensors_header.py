@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
@@ -29,19 +29,9 @@ from lowmem_adamms.errors import FormatError
 
 Tensor = tuple[str, DType, tuple[int, ...]]
 
-NUMPY = {
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "I64": np.int64,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
 
 def file_of(document: object, data: int = 0) -> bytes:
-    """A file with this JSON (or these raw bytes) as its header and `data` zero bytes behind it."""
+    """A file with this JSON (or these raw bytes) as its header, then `data` zero bytes."""
     raw = document if isinstance(document, bytes) else json.dumps(document).encode()
     return len(raw).to_bytes(8, "little") + raw + bytes(data)
 
@@ -50,8 +40,11 @@ def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> di
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+ENTRY = json.dumps(entry()).encode()
+
+
 def refused(tmp_path: Path, content: bytes) -> str:
-    """The message `read` refuses a file with, which must name the file."""
+    """The message `read_header` refuses a file with, which must name the file."""
     path = tmp_path / "lie.safetensors"
     path.write_bytes(content)
     with pytest.raises(FormatError) as caught:
@@ -60,6 +53,11 @@ def refused(tmp_path: Path, content: bytes) -> str:
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     return message.removeprefix(f"{path}: ")
+
+
+def open_theirs(content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """What safetensors reads in a file; SafetensorError if it refuses it."""
+    return deserialize(content)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def check_valid(parsed: Header, file_size: int) -> None:
@@ -83,15 +81,16 @@ tensors = st.lists(st.tuples(names, whole_bytes, shapes), max_size=6, unique_by=
 metadata = st.dictionaries(st.text(), names, max_size=3)
 
 
-@given(tensors, metadata)
-def test_emitted_headers_parse_to_what_was_put_in(
-    wanted: list[Tensor], notes: dict[str, str]
+@given(tensors, metadata, st.sampled_from([0, 8, 512]))
+def test_built_headers_are_read_by_us_and_by_safetensors(
+    wanted: list[Tensor], notes: dict[str, str], min_bytes: int
 ) -> None:
-    raw = build_header(wanted, notes)
+    raw = build_header(wanted, notes, min_bytes=min_bytes)
     size = len(raw) + sum(dtype.bits // 8 * math.prod(shape) for _, dtype, shape in wanted)
     parsed = parse_header(raw[8:], size)
     assert int.from_bytes(raw[:8], "little") == len(raw) - 8
     assert len(raw) % 8 == 0
+    assert min_bytes <= len(raw) < max(min_bytes + 1, len(raw.rstrip(b" ")) + 8)
     assert parsed.data_start == len(raw)
     assert parsed.metadata == notes
     check_valid(parsed, size)
@@ -99,31 +98,10 @@ def test_emitted_headers_parse_to_what_was_put_in(
     assert found == {name: (dtype, shape) for name, dtype, shape in wanted}
     filled = [name for name, _, shape in wanted if math.prod(shape)]
     assert [info.name for info in parsed.tensors if info.start < info.stop] == filled
-
-
-@given(st.lists(st.tuples(names, shapes), max_size=5, unique_by=lambda it: it[0]), st.data())
-def test_safetensors_opens_what_we_emit(
-    tmp_path_factory: pytest.TempPathFactory,
-    wanted: list[tuple[str, tuple[int, ...]]],
-    data: st.DataObject,
-) -> None:
-    kinds = [data.draw(st.sampled_from(sorted(NUMPY))) for _ in wanted]
-    arrays: dict[str, npt.NDArray[Any]] = {
-        name: np.arange(math.prod(shape)).reshape(shape).astype(NUMPY[kind])
-        for (name, shape), kind in zip(wanted, kinds, strict=True)
+    theirs = open_theirs(raw + bytes(size - len(raw)))
+    assert {name: (info["dtype"], tuple(info["shape"])) for name, info in theirs} == {
+        name: (dtype.name, shape) for name, dtype, shape in wanted
     }
-    described = [(n, DTYPES[k], s) for (n, s), k in zip(wanted, kinds, strict=True)]
-    path = tmp_path_factory.getbasetemp() / "ours.safetensors"
-    body = b"".join(array.tobytes() for array in arrays.values())
-    path.write_bytes(build_header(described, {"format": "pt"}) + body)
-    with safe_open(path, framework="np") as file:
-        assert file.metadata() == {"format": "pt"}
-        assert sorted(file.keys()) == sorted(arrays)
-        for name, array in arrays.items():
-            loaded = file.get_tensor(name)
-            assert loaded.dtype == array.dtype
-            assert np.array_equal(loaded, array)
-            assert loaded.shape == array.shape
 
 
 def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
@@ -141,17 +119,11 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     check_valid(parsed, path.stat().st_size)
     assert parsed.metadata == {"format": "pt", "by": "Ω"}
     raw = path.read_bytes()
-    found = {info.name: raw[info.start : info.stop] for info in parsed.tensors}
-    assert found == {name: array.tobytes() for name, array in arrays.items()}
-    assert {info.name: info.shape for info in parsed.tensors} == {
-        name: array.shape for name, array in arrays.items()
-    }
-    assert {info.name: info.dtype.name for info in parsed.tensors} == {
-        "model.embed_tokens.weight": "F16",
-        "größe.数": "F32",
-        "scalar": "F64",
-        "empty": "I64",
-        "mask": "BOOL",
+    assert {i.name: (i.dtype.name, i.shape, raw[i.start : i.stop]) for i in parsed.tensors} == {
+        name: (dtype, array.shape, array.tobytes())
+        for (name, array), dtype in zip(
+            arrays.items(), ["F16", "F32", "F64", "I64", "BOOL"], strict=True
+        )
     }
 
 
@@ -176,21 +148,124 @@ def test_tensors_come_in_the_order_of_their_bytes() -> None:
     assert parsed.tensors[-1].start == 8 + len(raw) + 5
 
 
-def test_no_tensors_at_all_is_a_valid_file(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(file_of({"__metadata__": {"format": "pt"}}))
-    parsed = read_header(tmp_path / "a.safetensors")
-    assert (parsed.tensors, parsed.metadata) == ((), {"format": "pt"})
+# Where JSON leaves a choice, that of safetensors is ours
 
 
-def test_spaces_behind_the_json_are_padding() -> None:
-    raw = json.dumps({"a": entry()}).encode() + b"  \n "
-    assert parse_header(raw, 8 + len(raw) + 24).tensors[0].start == 8 + len(raw)
+def is_accepted(raw: bytes, data: int) -> bool:
+    """Whether we take a header; safetensors must agree."""
+    try:
+        check_valid(parse_header(raw, 8 + len(raw) + data), 8 + len(raw) + data)
+    except FormatError:
+        accepted = False
+    else:
+        accepted = True
+    try:
+        open_theirs(file_of(raw, data))
+    except SafetensorError as error:
+        assert not accepted, error
+    else:
+        assert accepted
+    return accepted
+
+
+def with_name(name: bytes) -> bytes:
+    return b'{"' + name + b'": ' + ENTRY + b"}"
+
+
+def with_more(more: bytes) -> bytes:
+    return b'{"a": {' + more + b", " + ENTRY[1:] + b"}"
+
+
+def with_metadata(value: bytes) -> bytes:
+    return b'{"__metadata__": ' + value + b', "a": ' + ENTRY + b"}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        with_name(b""),
+        with_name(b"\\u0000"),
+        with_name(b"\\ud83d\\ude00"),
+        with_name(b"\\\\ud800"),
+        with_name(b"a") + b" \n\t ",
+        b"\n" + with_name(b"a"),
+        with_more(b'"more": 1'),
+        with_more(b'"more": {"inner": [null, -0, 1.5e3, "x"]}'),
+        with_metadata(b"null"),
+        with_metadata(b"{}"),
+        with_metadata(b'{"format": "pt"}'),
+    ],
+)
+def test_headers_that_safetensors_takes_are_taken(raw: bytes) -> None:
+    assert is_accepted(raw, 24)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        with_name(b"\\ud800"),
+        with_name(b"\\udc00x"),
+        with_name(b"\\ude00\\ud83d"),
+        with_more(b'"more": "\\uD800"'),
+        with_more(b'"more": ["\\udFFF"]'),
+        with_more(b'"more": NaN'),
+        with_more(b'"more": -Infinity'),
+        with_more(b'"dtype": "F32"'),
+        with_metadata(b'{"a": "\\ud800"}'),
+        with_metadata(b'{"\\udbff": "a"}'),
+        *map(with_metadata, [b"[]", b'"pt"', b'""', b"0", b"false", b'{"a": 1}', b'{"a": null}']),
+    ],
+)
+def test_headers_that_safetensors_refuses_are_refused(raw: bytes) -> None:
+    assert not is_accepted(raw, 24)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets", "accepted"),
+    [
+        ("[0, 3]", "[0, 0]", True),
+        ("[-0, 3]", "[0, 0]", False),
+        ("[0, 3]", "[-0, 0]", False),
+        ("[0, 9223372036854775808, 4]", "[0, 0]", True),
+        ("[9223372036854775808, 4, 0]", "[0, 0]", False),
+        ("[18446744073709551615, 0]", "[0, 0]", True),
+        ("[18446744073709551616, 0]", "[0, 0]", False),
+        ("[0, 18446744073709551616]", "[0, 0]", False),
+        ("[0.0, 3]", "[0, 0]", False),
+        ("[]", "[0, 0]", False),
+    ],
+)
+def test_sizes_are_counted_as_safetensors_counts_them(
+    shape: str, offsets: str, accepted: bool
+) -> None:
+    raw = f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": {offsets}}}}}'
+    assert is_accepted(raw.encode(), 0) is accepted
+
+
+SMALL = (
+    b'{"__metadata__":{"f":"pt"},"a":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]},'
+    b'"b":{"dtype":"U8","shape":[0,4],"data_offsets":[8,8]},'
+    b'"c":{"dtype":"F32","shape":[],"data_offsets":[8,12]}}'
+)
+# No quote and no comma alone, which would make names twice or lists for entries: we are stricter
+SNIPPETS = rb'0 1 2 8 9 - . e { } [ ] : u \ -0 1.0 null true \ud800 "x":1, 18446744073709551616 U8'
+snippets = st.sampled_from([b" ", b"\n", b"\xff", *SNIPPETS.split()])
+
+
+@given(st.lists(st.tuples(st.integers(0, len(SMALL)), snippets), min_size=1, max_size=2))
+def test_damaged_headers_are_taken_or_refused_as_by_safetensors(
+    changes: list[tuple[int, bytes]],
+) -> None:
+    raw = SMALL
+    for position, snippet in changes:
+        raw = raw[:position] + snippet + raw[position + len(snippet) :]
+    is_accepted(raw, 12)
 
 
 # Lies about the file
 
 
-@pytest.mark.parametrize("size", [0, 1, 7])
+@pytest.mark.parametrize("size", [0, 7])
 def test_shorter_than_its_length_field(tmp_path: Path, size: int) -> None:
     assert re.search(f"{size} bytes is too short", refused(tmp_path, bytes(size)))
 
@@ -200,33 +275,25 @@ def test_header_longer_than_the_file(tmp_path: Path) -> None:
     assert "1000 bytes long, the file has 10" in message
 
 
-@pytest.mark.parametrize("length", [100_000_001, 2**63, 2**64 - 1])
-def test_header_longer_than_allowed_is_not_read(tmp_path: Path, length: int) -> None:
-    assert str(length) in refused(tmp_path, length.to_bytes(8, "little") + b"{}")
-
-
-def test_absurd_length_that_the_file_has(tmp_path: Path) -> None:
-    """A sparse file of 200 MB whose header would fill it: refused for its length alone."""
-    path = tmp_path / "wide.safetensors"
+@pytest.mark.parametrize("length", [100_000_001, 2**64 - 1])
+def test_a_header_longer_than_allowed_is_not_read(tmp_path: Path, length: int) -> None:
+    """Even where the file, a sparse one, is as long."""
+    path = tmp_path / "lie.safetensors"
     with path.open("wb") as file:
-        file.write((150_000_000).to_bytes(8, "little") + b"{")
+        file.write(length.to_bytes(8, "little") + b"{")
         file.truncate(200_000_000)
-    with pytest.raises(FormatError, match="150000000"):
+    with pytest.raises(FormatError, match=f"{length} bytes long, at most 100000000"):
         read_header(path)
 
 
-@pytest.mark.parametrize("missing", [1, 23, 24])
+@pytest.mark.parametrize("missing", [1, 24])
 def test_truncated_data(tmp_path: Path, missing: int) -> None:
-    message = refused(tmp_path, file_of({"a": entry()}, 24)[:-missing])
-    assert "truncated" in message
+    assert "truncated" in refused(tmp_path, file_of({"a": entry()}, 24)[:-missing])
 
 
-def test_trailing_bytes(tmp_path: Path) -> None:
-    assert "trailing bytes" in refused(tmp_path, file_of({"a": entry()}, 25))
-
-
-def test_trailing_bytes_without_tensors(tmp_path: Path) -> None:
-    assert "trailing bytes" in refused(tmp_path, file_of({}, 1))
+@pytest.mark.parametrize("document", [{"a": entry("U8", [3], [0, 3])}, {}])
+def test_trailing_bytes(tmp_path: Path, document: dict[str, Any]) -> None:
+    assert "trailing bytes" in refused(tmp_path, file_of(document, 4))
 
 
 # Lies about the JSON
@@ -236,10 +303,8 @@ def test_trailing_bytes_without_tensors(tmp_path: Path) -> None:
     "raw",
     [
         b"",
-        b"{",
         b"{}}",
         b"not json",
-        b'{"a": }',
         b"\xff\xfe{}",
         b'{"\xc3": {}}',
         b'{"a\xed\xa0\x80": {}}',
@@ -254,78 +319,40 @@ def test_not_json(tmp_path: Path, raw: bytes) -> None:
     assert "not JSON" in refused(tmp_path, file_of(raw))
 
 
-@pytest.mark.parametrize("document", [[], None, 3, "a", [{"a": entry()}]])
+@pytest.mark.parametrize("document", [None, 3, [{"a": entry()}]])
 def test_json_but_not_an_object(tmp_path: Path, document: object) -> None:
     assert "not a JSON object" in refused(tmp_path, file_of(document))
 
 
-def test_a_name_twice(tmp_path: Path) -> None:
-    one = json.dumps(entry())
-    raw = f'{{"x.weight": {one}, "b": {one}, "x.weight": {one}}}'.encode()
+@pytest.mark.parametrize("first", [b"x.weight", b"\\u0078.weight"])
+def test_a_name_twice(tmp_path: Path, first: bytes) -> None:
+    raw = b'{"%s": %s, "b": %s, "x.weight": %s}' % (first, ENTRY, ENTRY, ENTRY)
     assert "'x.weight' twice" in refused(tmp_path, file_of(raw, 24))
-
-
-def test_a_name_twice_under_different_escapes(tmp_path: Path) -> None:
-    one = json.dumps(entry())
-    raw = f'{{"ab": {one}, "\\u0061b": {one}}}'.encode()
-    assert "'ab' twice" in refused(tmp_path, file_of(raw, 24))
-
-
-def test_a_field_twice(tmp_path: Path) -> None:
-    raw = b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}'
-    assert "'dtype' twice" in refused(tmp_path, file_of(raw, 4))
-
-
-@pytest.mark.parametrize("value", [[], "pt", 3, {"format": 1}, {"a": None}, {"a": {"b": "c"}}])
-def test_metadata_that_is_not_strings(tmp_path: Path, value: object) -> None:
-    assert "__metadata__" in refused(tmp_path, file_of({"__metadata__": value, "a": entry()}, 24))
-
-
-def test_a_lone_surrogate_is_no_name(tmp_path: Path) -> None:
-    """No UTF-8 file could hold it again; safetensors refuses it as well."""
-    content = file_of(b'{"\\ud800": ' + json.dumps(entry()).encode() + b"}", 24)
-    refused(tmp_path, content)
-    with pytest.raises(SafetensorError):
-        safe_open(tmp_path / "lie.safetensors", framework="np")
 
 
 # Lies about a tensor: each message names it
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        [],
-        "F32",
-        {},
-        {"dtype": "F32", "shape": [2, 3]},
-        {"dtype": "F32", "data_offsets": [0, 24]},
-        {"shape": [2, 3], "data_offsets": [0, 24]},
-        {**entry(), "more": 1},
-    ],
-)
-def test_entries_without_their_three_fields(tmp_path: Path, value: object) -> None:
-    assert re.search("tensor w.x: .*dtype, shape", refused(tmp_path, file_of({"w.x": value}, 24)))
+@pytest.mark.parametrize("lacking", [None, "dtype", "shape", "data_offsets"])
+def test_entries_without_their_three_fields(tmp_path: Path, lacking: str | None) -> None:
+    value = {key: item for key, item in entry().items() if key != lacking} if lacking else [entry()]
+    assert "tensor w.x: expected dtype, shape" in refused(tmp_path, file_of({"w.x": value}, 24))
 
 
-@pytest.mark.parametrize("dtype", ["F33", "", "f32", "float32", None, 4, [], {}, True])
+@pytest.mark.parametrize("dtype", ["F33", "", "f32", None, 4, {}])
 def test_unknown_dtypes(tmp_path: Path, dtype: object) -> None:
     message = refused(tmp_path, file_of({"w.x": entry(dtype=dtype)}, 24))
     assert f"tensor w.x: unknown dtype {dtype!r}" in message
 
 
-@pytest.mark.parametrize(
-    "shape", [None, 6, "6", [2, -3], [-2, -3], [2.0, 3], [True, 6], ["2", 3], [[6]], [None], {}]
-)
+@pytest.mark.parametrize("shape", [None, 6, [2, -3], [-2, -3], [2.0, 3], [True, 6], ["2", 3], {}])
 def test_shapes_that_are_no_sizes(tmp_path: Path, shape: object) -> None:
     message = refused(tmp_path, file_of({"w.x": entry(shape=shape)}, 24))
     assert "tensor w.x: shape" in message
 
 
 @pytest.mark.parametrize(
-    "offsets",
-    [None, 24, [], [0], [0, 24, 24], [-24, 0], [0.0, 24], [False, 24], ["0", "24"], [None, 24]],
+    "offsets", [None, 24, [0], [0, 24, 24], [-24, 0], [0.0, 24], [False, 24], ["0", "24"]]
 )
 def test_offsets_that_are_no_positions(tmp_path: Path, offsets: object) -> None:
     message = refused(tmp_path, file_of({"w.x": entry(offsets=offsets)}, 24))
@@ -340,8 +367,7 @@ def test_offsets_that_are_no_positions(tmp_path: Path, offsets: object) -> None:
         ([2, 3], [24, 0], 24),
         ([], [0, 0], 0),
         ([0, 5], [0, 4], 4),
-        ([2**62, 4], [0, 0], 0),
-        ([2**63, 2**63], [0, 24], 24),
+        ([2**61], [0, 0], 0),
     ],
 )
 def test_shapes_that_do_not_fit_the_offsets(
@@ -351,11 +377,11 @@ def test_shapes_that_do_not_fit_the_offsets(
     assert "tensor w.x: data_offsets hold" in message
 
 
-def test_sizes_too_large_to_print(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["F32", "F4"])
+def test_sizes_too_large_to_print(tmp_path: Path, dtype: str) -> None:
     """Python refuses to write numbers of more than 4300 digits: a lie must not end in that."""
-    huge = 10**4000
-    message = refused(tmp_path, file_of({"w.x": entry("F32", [huge, huge], [0, 24])}, 24))
-    assert "tensor w.x" in message
+    odd = 10**4000 + 1
+    assert "tensor w.x" in refused(tmp_path, file_of({"w.x": entry(dtype, [odd, odd])}, 24))
 
 
 def test_sub_byte_elements_that_do_not_fill_a_byte(tmp_path: Path) -> None:
@@ -363,43 +389,28 @@ def test_sub_byte_elements_that_do_not_fill_a_byte(tmp_path: Path) -> None:
     assert "tensor w.x: 3 elements of F4" in message
 
 
-def test_sub_byte_sizes_too_large_to_print(tmp_path: Path) -> None:
-    odd = 10**4000 + 1
-    assert "tensor w.x" in refused(tmp_path, file_of({"w.x": entry("F4", [odd, odd], [0, 2])}, 2))
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ((0, 6), (4, 10), "tensor w.b overlaps"),
+        ((0, 10), (0, 10), "overlaps"),
+        ((0, 10), (3, 5), "tensor w.b overlaps"),
+        ((0, 10), (3, 3), "tensor w.b overlaps"),
+        ((0, 4), (6, 10), "tensor w.b follows a hole"),
+        ((4, 10), (2, 4), "tensor w.b follows a hole"),
+    ],
+)
+def test_overlaps_and_holes(
+    tmp_path: Path, a: tuple[int, int], b: tuple[int, int], message: str
+) -> None:
+    document = {
+        name: entry("U8", [stop - start], [start, stop])
+        for name, (start, stop) in (("w.a", a), ("w.b", b))
+    }
+    assert message in refused(tmp_path, file_of(document, 10))
 
 
-def test_overlap(tmp_path: Path) -> None:
-    document = {"w.a": entry("U8", [6], [0, 6]), "w.b": entry("U8", [6], [4, 10])}
-    assert "tensor w.b overlaps" in refused(tmp_path, file_of(document, 10))
-
-
-def test_the_same_bytes_twice(tmp_path: Path) -> None:
-    document = {"w.a": entry("U8", [6], [0, 6]), "w.b": entry("U8", [6], [0, 6])}
-    assert re.search(r"tensor w\.[ab] overlaps", refused(tmp_path, file_of(document, 6)))
-
-
-def test_a_tensor_inside_another(tmp_path: Path) -> None:
-    document = {"w.a": entry("U8", [9], [0, 9]), "w.b": entry("U8", [2], [3, 5])}
-    assert "tensor w.b overlaps" in refused(tmp_path, file_of(document, 9))
-
-
-def test_a_hole_between(tmp_path: Path) -> None:
-    document = {"w.a": entry("U8", [4], [0, 4]), "w.b": entry("U8", [4], [6, 10])}
-    assert "tensor w.b follows a hole" in refused(tmp_path, file_of(document, 10))
-
-
-def test_a_hole_before_the_first(tmp_path: Path) -> None:
-    assert "tensor w.b follows a hole" in refused(
-        tmp_path, file_of({"w.b": entry("U8", [4], [2, 6])}, 6)
-    )
-
-
-def test_an_empty_tensor_inside_another(tmp_path: Path) -> None:
-    document = {"w.a": entry("U8", [9], [0, 9]), "w.b": entry("U8", [0], [3, 3])}
-    assert "tensor w.b" in refused(tmp_path, file_of(document, 9))
-
-
-# Anything else: random damage
+# Anything else
 
 
 VALID = build_header(
@@ -411,14 +422,13 @@ VALID = build_header(
     ],
     {"format": "pt"},
 ) + bytes(24 + 4 + 0 + 5)
-HEAD = VALID[: -24 - 4 - 5]
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, len(HEAD) - 1), st.integers(0, 255)), max_size=4),
+    st.lists(st.tuples(st.integers(0, len(VALID) - 34), st.integers(0, 255)), max_size=4),
     st.integers(-40, 8),
 )
-def test_damaged_bytes_never_raise_anything_else(
+def test_damaged_files_never_raise_anything_else(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], longer: int
 ) -> None:
     content = bytearray(VALID)
@@ -433,23 +443,6 @@ def test_damaged_bytes_never_raise_anything_else(
         assert str(path) in str(error)
     else:
         check_valid(parsed, len(content))
-
-
-digits = st.sampled_from(
-    sorted({i for i, byte in enumerate(HEAD) if i > 8 and chr(byte) in "0123456789"})
-)
-
-
-@given(st.lists(st.tuples(digits, st.sampled_from(b"0123456789-.e")), min_size=1, max_size=3))
-def test_changed_digits_never_make_a_false_span(changes: list[tuple[int, int]]) -> None:
-    raw = bytearray(HEAD[8:])
-    for position, value in changes:
-        raw[position - 8] = value
-    try:
-        parsed = parse_header(bytes(raw), len(VALID))
-    except FormatError:
-        return
-    check_valid(parsed, len(VALID))
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(
