@@ -25,7 +25,7 @@ from .errors import OutputError, PromptError, RecipeError
 from .live.free_memory import measure
 from .live.placement import Placement, place
 from .mapping import join
-from .mapping.alphas import Alpha, to_json
+from .mapping.alphas import Alpha, alpha_to_json
 from .mapping.plan import Plan
 from .merging import model_card, writer
 from .merging.journal import ANSWERS, NAME, WORK, AnswerJournal, pending
@@ -157,7 +157,7 @@ class FoundAlpha:
 
     def to_json(self) -> dict[str, Any]:
         """The document of `search --json`, and what adamms.json says of the search."""
-        document = self.result.to_json() | to_json(self.alpha)
+        document = self.result.to_json() | alpha_to_json(self.alpha)
         if isinstance(self.prompts, Prompts):
             digest = prompt_sets.digest(self.prompts)
             document["prompt_set"] = {"ref": self.prompts.ref, "sha256": digest}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import api
 from ..errors import RecipeError
-from ..mapping.alphas import parse_layers
+from ..mapping.alphas import parse_alpha_layers
 from ..prompts import load_prompts
 from ..settings import (
     AnswerSettings,
@@ -139,7 +139,7 @@ def _given_alpha(options: MergeOptions, plan: Plan, recipe: Recipe | None) -> Al
         return alpha
     if options.alpha_layers is None:
         return options.alpha
-    return parse_layers(options.alpha_layers, plan.base_layout.layers, options.alpha)
+    return parse_alpha_layers(options.alpha_layers, plan.base_layout.layers, options.alpha)
 
 
 def _summary(output: Output) -> str:

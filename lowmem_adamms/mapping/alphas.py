@@ -1,108 +1,126 @@
-"""The donor's weight: one number, or one for each layer or role (`Alphas`), and how it is written.
-
-Whoever takes an alpha takes either. `resolve` brings both into the one form that a plan has for
-them, so that equal weights give equal bytes, journals and papers however they were spelled. Leaves
-to others: mergekit's YAML (`recipe.py`), choosing (`search.py`, `refine.py`).
-"""
+"""The donor's weight: one number, or one for each layer or role, and how it is written."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
+from ..values import parse_alpha
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-OUTSIDE = ("embed", "norm", "head")
+UNLAYERED = ("embed", "norm", "head")
 """The roles that belong to no layer."""
-DECIMALS = 12
-"""Of alphas that were computed: enough to drop the arithmetic's own dust, as in 0.1 + 0.2."""
-_SHOWN = 40  # lines; who has more reads adamms.json
+COMPUTED_DECIMALS = 12
+"""Computed alphas are rounded to so many, or 0.1 + 0.2 would not be 0.3."""
+MAX_LINES = 40
+"""What is shown to people is cut after so many lines; adamms.json holds all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alphas:
-    """The donor's weight by role, each in 0..1; RecipeError otherwise.
+    """The donor's weight by layer or role.
 
-    values: names a role, or its leading parts: `layers.3`, `layers.3.attn`, `embed`. Of several
-    that fit a role the longest counts; default: where none does.
+    Args:
+        default: Weight, 0 to 1, of everything that `values` does not name.
+        values: Weights by role, or by the leading parts of roles, such as "layers.3",
+            "layers.3.attn" or "embed". The longest name that fits a role counts.
+
+    Raises:
+        RecipeError: A weight is not in 0..1.
+
+    Example:
+        >>> from lowmem_adamms import Alphas
+        >>> alpha = Alphas(0.3, {"layers.0": 0.0, "layers.1": 0.0, "layers.1.mlp": 0.5})
+        >>> alpha.of("layers.1.mlp.up.weight")
+        0.5
+        >>> print(alpha)
+        0.3; layers 0-1: 0; layer 1 mlp: 0.5
     """
 
     default: float
     values: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        checked = {role: check_alpha(self.values[role], role) for role in self.values}
-        ordered = {role: checked[role] for role in sorted(checked, key=_order)}
-        object.__setattr__(self, "default", check_alpha(self.default))
-        object.__setattr__(self, "values", MappingProxyType(ordered))
+        ordered = sorted(self.values, key=_by_layer_number)
+        checked = {name: _check_value(name, self.values[name]) for name in ordered}
+        object.__setattr__(self, "default", parse_alpha(self.default))
+        object.__setattr__(self, "values", MappingProxyType(checked))
 
     def of(self, role: str | None) -> float:
-        """The weight of one role; a stream (`…@vision`) takes the plain role's unless it is named.
+        """The weight of one role; `default` for None.
 
-        None, what has no role, takes the default.
+        A stream (`…@vision`) has the plain role's weight unless it is named itself.
         """
-        name = role or ""
-        if name not in self.values:
-            name = name.partition("@")[0]
-        while name and name not in self.values:
-            name = name.rpartition(".")[0]
-        return self.values.get(name, self.default)
+        fitting = (self.values[name] for name in _names_for(role or "") if name in self.values)
+        return next(fitting, self.default)
 
     def __str__(self) -> str:
-        return "; ".join([f"{self.default:g}", *lines(self)])
+        return "; ".join([f"{self.default:g}", *format_lines(self)])
 
 
 Alpha = float | Alphas
-"""One weight for everything, or one by role."""
+"""One weight for everything, or one by layer or role."""
 
 
-def check_alpha(alpha: float, of: str | None = None) -> float:
-    """The donor's weight as a float in 0..1; RecipeError otherwise (NaN included)."""
-    alpha = float(alpha)
-    if math.isnan(alpha) or not 0 <= alpha <= 1:
-        whose = f"alpha of {of}" if of else "alpha"
-        raise RecipeError(f"{whose} is {alpha}; expected 0 (the base) to 1 (the donor)")
-    return alpha
-
-
-def at(alpha: Alpha, role: str | None) -> float:
+def alpha_of(alpha: Alpha, role: str | None) -> float:
     """The weight of one role."""
     return alpha.of(role) if isinstance(alpha, Alphas) else alpha
 
 
-def resolve(alpha: Alpha, plan: Plan) -> Alpha:
-    """The form of `alpha` that all spellings of the same weights share on this plan.
+def _check_value(name: str, value: float) -> float:
+    try:
+        return parse_alpha(value)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
 
-    That is a float where all that is blended has one weight. A tied head is the embedding and has
-    its weight. RecipeError for a weight outside 0..1 and a name that fits no role of the plan.
+
+def _by_layer_number(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _names_for(role: str) -> Iterator[str]:
+    """Every name that fits a role, the longest first."""
+    yield role
+    name = role.partition("@")[0]
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+# Alphas of a plan
+
+
+def resolve(alpha: Alpha, plan: Plan) -> Alpha:
+    """Bring equal weights, however they are spelled, into one form: a float where all are equal.
+
+    So they give equal bytes, journals and model cards. A tied head has the embedding's weight.
+    RecipeError for a weight outside 0..1, or a name that fits no role of the plan.
     """
     if not isinstance(alpha, Alphas):
-        return check_alpha(alpha)
+        return parse_alpha(alpha)
     roles = {part.role for _, part in plan.parts if part.role}
     # A tied base has no head of its own, which is no reason to refuse one that is named
-    names = {name for role in (*roles, *OUTSIDE) for name in _names(role)}
+    known = {name for role in (*roles, *UNLAYERED) for name in _names_for(role)}
     for name in alpha.values:
-        if name not in names:
+        if name not in known:
             raise RecipeError(
                 f"alpha of {name}: {plan.base.path} has no such role; expected"
-                f" layers.0 to layers.{plan.base_layout.layers - 1}, {', '.join(OUTSIDE)}"
+                f" layers.0 to layers.{plan.base_layout.layers - 1}, {', '.join(UNLAYERED)}"
                 " or a longer name such as layers.0.attn.q"
             )
-    blended = {role: alpha.of(role) for role in blended_roles(plan)}
-    return from_roles(blended, alpha.default)
+    return from_roles({role: alpha.of(role) for role in blended_roles(plan)}, alpha.default)
 
 
 def blended_roles(plan: Plan) -> dict[str, tuple[str, str]]:
-    """The roles that alpha is for, with the names of the base's and the donor's tensor."""
+    """The roles that a plan blends, each with the base's and the donor's tensor."""
     return {
         part.role: (step.name, part.donor_name or "")
         for step, part in plan.parts
@@ -111,170 +129,186 @@ def blended_roles(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def from_roles(by_role: Mapping[str, float], default: float | None = None) -> Alpha:
-    """One weight for each role, in short: by layer where a layer has one, as a float where all do.
+    """Turn one weight for each role into a float where all are equal, else into short Alphas.
 
-    default: the commonest unless given.
+    default: of the result; the commonest weight unless given.
     """
     weights = Counter(by_role.values())
     if len(weights) == 1:
-        return check_alpha(next(iter(weights)))
-    usual = weights.most_common(1)[0][0] if default is None else default
-    values = {name: alpha for name, alpha in _shortened(by_role).items() if alpha != usual}
-    short = Alphas(usual, values)
-    # A stream at the default, beside a plain role that is not, must be named after all.
+        return parse_alpha(next(iter(weights)))
+    if default is None:
+        default = weights.most_common(1)[0][0]
+    values = {name: alpha for name, alpha in _shorten(by_role).items() if alpha != default}
+    short = Alphas(default, values)
+    # A stream that has the default beside a plain role that has not must be named after all
     lost = {role: alpha for role, alpha in by_role.items() if short.of(role) != alpha}
-    return Alphas(usual, values | lost)
+    return Alphas(default, values | lost)
 
 
-def _shortened(by_role: Mapping[str, float], parts: int = 1) -> dict[str, float]:
-    """Names cut to as few leading parts as have one weight for all that begins so."""
+def _shorten(by_role: Mapping[str, float], length: int = 1) -> dict[str, float]:
+    """Cut names to as few leading parts as have one weight for every role that begins so."""
     groups: dict[str, dict[str, float]] = {}
     for role, alpha in by_role.items():
-        groups.setdefault(".".join(role.split(".")[:parts]), {})[role] = alpha
-    out: dict[str, float] = {}
-    for name, inside in groups.items():
-        first, *others = set(inside.values())
-        out |= _shortened(inside, parts + 1) if others else {name: first}
-    return out
+        name = ".".join(role.split(".")[:length])
+        groups.setdefault(name, {})[role] = alpha
+    shortened: dict[str, float] = {}
+    for name, members in groups.items():
+        weights = set(members.values())
+        shortened |= {name: weights.pop()} if len(weights) == 1 else _shorten(members, length + 1)
+    return shortened
 
 
-def _names(role: str) -> Iterator[str]:
-    """Every name that fits a role."""
-    yield role
-    name = role.partition("@")[0]
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+# Lists over depth, and --alpha-layers
 
 
-def _order(role: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in role.split(".")]
-
-
-# What people and files say
-
-
-def at_depth(values: Sequence[float], depth: float) -> float:
-    """A list of weights, evenly spread over depth 0..1 and interpolated linearly between them."""
-    scaled = depth * (len(values) - 1)
-    first = min(int(scaled), len(values) - 1)
-    last = min(first + 1, len(values) - 1)
-    return round(values[first] + (scaled - first) * (values[last] - values[first]), DECIMALS)
-
-
-def depth_of(layer: int, layers: int) -> float:
-    """Of layer 0 it is 0, of the last 1; of a lone layer 1, as in mergekit."""
+def relative_depth(layer: int, layers: int) -> float:
+    """0 for the first layer, 1 for the last; 1 for the only one, as in mergekit."""
     return layer / (layers - 1) if layers > 1 else 1.0
 
 
-def parse_layers(text: str, layers: int, alpha: float | None = None) -> Alphas:
-    """What `--alpha-layers` says, for a decoder of so many layers; RecipeError if it cannot be.
+def interpolate(values: Sequence[float], depth: float) -> float:
+    """The weight at a relative depth, of weights that are spread evenly over all depths."""
+    position = depth * (len(values) - 1)
+    before = min(int(position), len(values) - 1)
+    after = min(before + 1, len(values) - 1)
+    weight = values[before] + (position - before) * (values[after] - values[before])
+    return round(weight, COMPUTED_DECIMALS)
 
-    `0.1,0.3,0.5`: interpolated over depth; the embedding takes the first, final norm and head the
-    last, or all three `alpha`. `0-9:0.2,10-27:0.5,embed:0`: layers by number, both ends included,
-    and what is outside them by name; the rest takes `alpha`.
+
+def parse_alpha_layers(text: str, layers: int, alpha: float | None = None) -> Alphas:
+    """Read `--alpha-layers` for a decoder of `layers` layers; RecipeError if it makes no sense.
+
+    `0.1,0.3,0.5` is interpolated over depth; the embedding has the first weight, final norm and
+    head have the last, or all three have `alpha`. `0-9:0.2,10-27:0.5,embed:0` names layers, ends
+    included, and what is outside of them; the rest has `alpha`.
     """
     words = [word.strip() for word in text.split(",")]
-    if all(":" in word for word in words):
-        return _explicit(text, words, layers, alpha)
-    if any(":" in word for word in words):
-        raise _unclear(text, "it mixes a list over depth with ranges of layers")
-    values = [_weight(text, word) for word in words]
-    ends = dict(zip(OUTSIDE, (values[0], values[-1], values[-1]), strict=True))
-    if alpha is not None:
-        ends = dict.fromkeys(OUTSIDE, check_alpha(alpha))
-    spread = {f"layers.{i}": at_depth(values, depth_of(i, layers)) for i in range(layers)}
-    return Alphas(ends["embed"], ends | spread)
-
-
-def _explicit(text: str, words: Sequence[str], layers: int, alpha: float | None) -> Alphas:
-    values: dict[str, float] = {}
-    for word in words:
-        where, _, weight = word.rpartition(":")
-        for name in _named(text, where.strip(), layers):
-            if name in values:
-                raise _unclear(text, f"{_spoken(name)} is named twice")
-            values[name] = _weight(text, weight)
-    everything = [*(f"layers.{i}" for i in range(layers)), *OUTSIDE]
-    missing = [name for name in everything if name not in values]
-    if missing and alpha is None:
-        raise RecipeError(
-            f"--alpha-layers {text!r}: says nothing of {_some(missing)}; give --alpha for the rest"
-        )
-    return Alphas(0.0 if alpha is None else alpha, values)
-
-
-def _named(text: str, where: str, layers: int) -> list[str]:
-    if where in OUTSIDE:
-        return [where]
-    bounds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", where)
-    if bounds is None:
-        raise _unclear(text, f"{where!r} is neither a layer nor one of {', '.join(OUTSIDE)}")
-    first, last = int(bounds[1]), int(bounds[2] or bounds[1])
-    if not first <= last < layers:
-        raise _unclear(text, f"{where} is not within the decoder's layers 0-{layers - 1}")
-    return [f"layers.{i}" for i in range(first, last + 1)]
-
-
-def _weight(text: str, word: str) -> float:
+    named = [":" in word for word in words]
     try:
-        return check_alpha(float(word))
-    except ValueError:
-        raise _unclear(text, f"{word!r} is not a number") from None
+        if all(named):
+            return _parse_ranges(words, layers, alpha)
+        if any(named):
+            raise RecipeError(f"it mixes a list over depth with ranges of layers; {_EXPECTED}")
+        return _parse_list(words, layers, alpha)
     except RecipeError as error:
         raise RecipeError(f"--alpha-layers {text!r}: {error}") from None
 
 
-def _unclear(text: str, why: str) -> RecipeError:
-    return RecipeError(
-        f"--alpha-layers {text!r}: {why}; expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
+_EXPECTED = "expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
+
+
+def _parse_list(words: Sequence[str], layers: int, alpha: float | None) -> Alphas:
+    weights = [parse_alpha(word) for word in words]
+    values = {f"layers.{i}": interpolate(weights, relative_depth(i, layers)) for i in range(layers)}
+    if alpha is not None:
+        return Alphas(alpha, values | dict.fromkeys(UNLAYERED, alpha))
+    return Alphas(
+        weights[0], values | {"embed": weights[0], "norm": weights[-1], "head": weights[-1]}
     )
 
 
-def _spoken(name: str) -> str:
+def _parse_ranges(words: Sequence[str], layers: int, alpha: float | None) -> Alphas:
+    values: dict[str, float] = {}
+    for word in words:
+        where, _, weight = word.rpartition(":")
+        for name in _names_in(where.strip(), layers):
+            if name in values:
+                raise RecipeError(f"{_for_people(name)} is named twice")
+            values[name] = parse_alpha(weight)
+    everything = [*(f"layers.{i}" for i in range(layers)), *UNLAYERED]
+    missing = [_for_people(name) for name in everything if name not in values]
+    if missing and alpha is None:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RecipeError(
+            f"says nothing of {', '.join(missing[:3])}{more}; give --alpha for the rest"
+        )
+    return Alphas(0.0 if alpha is None else alpha, values)
+
+
+def _names_in(where: str, layers: int) -> list[str]:
+    """The names that `3`, `0-9` or `embed` stands for."""
+    if where in UNLAYERED:
+        return [where]
+    bounds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", where)
+    if bounds is None:
+        raise RecipeError(
+            f"{where!r} is neither a layer nor one of {', '.join(UNLAYERED)}; {_EXPECTED}"
+        )
+    first, last = int(bounds[1]), int(bounds[2] or bounds[1])
+    if not first <= last < layers:
+        raise RecipeError(f"{where} is not within the decoder's layers 0-{layers - 1}")
+    return [f"layers.{i}" for i in range(first, last + 1)]
+
+
+def _for_people(name: str) -> str:
     return name.replace("layers.", "layer ")
 
 
-def _some(names: Sequence[str]) -> str:
-    words = list(map(_spoken, names))
-    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
+# Files and people
 
 
-def to_json(alpha: Alpha) -> dict[str, Any]:
+def alpha_to_json(alpha: Alpha) -> dict[str, Any]:
     """`alpha`, and `alphas` beside it where there is more than one."""
     if not isinstance(alpha, Alphas):
         return {"alpha": alpha}
     return {"alpha": alpha.default, "alphas": dict(alpha.values)}
 
 
-def from_json(document: Mapping[str, Any]) -> Alpha:
-    """What `to_json` wrote. RecipeError for a weight outside 0..1, TypeError for no number."""
+def alpha_from_json(document: Mapping[str, Any]) -> Alpha:
+    """Read what `alpha_to_json` wrote; RecipeError for a weight outside 0..1."""
     values = document.get("alphas")
-    return Alphas(document["alpha"], values) if values else check_alpha(document["alpha"])
+    return Alphas(document["alpha"], values) if values else parse_alpha(document["alpha"])
 
 
-def lines(alpha: Alphas) -> list[str]:
-    """For people: what differs from the default, consecutive layers in one line."""
-    out: list[str] = []
-    spelled = [(*_layer(name), value) for name, value in alpha.values.items()]
-    spelled.sort(key=lambda item: (item[1], item[0] is None, item[0] or 0))
-    runs = groupby(enumerate(spelled), key=lambda item: (item[1][1:], (item[1][0] or 0) - item[0]))
-    for ((rest, value), _), run in runs:
-        layers = [layer for _, (layer, _, _) in run]
-        if layers[0] is None:
-            out.append(f"{rest}: {value:g}")
-            continue
-        out.append(f"{span(layers[0], layers[-1] or 0)}{rest and ' ' + rest}: {value:g}")
-    return out if len(out) <= _SHOWN else [*out[:_SHOWN], f"and {len(out) - _SHOWN} more"]
+def format_lines(alpha: Alphas) -> list[str]:
+    """Say for people what differs from the default, consecutive layers in one line."""
+    weights = [_read_name(name, value) for name, value in alpha.values.items()]
+    lines = [_format_run(run) for run in consecutive(weights)]
+    if len(lines) > MAX_LINES:
+        return [*lines[:MAX_LINES], f"and {len(lines) - MAX_LINES} more"]
+    return lines
 
 
-def span(first: int, last: int) -> str:
+def format_layers(first: int, last: int) -> str:
     """`layer 3`, `layers 3-5`."""
     return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
-def _layer(name: str) -> tuple[int | None, str]:
-    """`layers.3.attn` as (3, "attn"), `embed` as (None, "embed")."""
-    found = re.fullmatch(r"layers\.(\d+)(?:\.(.+))?", name)
-    return (int(found[1]), found[2] or "") if found else (None, name)
+@dataclass(frozen=True, slots=True)
+class LayerWeight:
+    """A weight of a role within a layer ("" is all of it), or outside of layers (None)."""
+
+    layer: int | None
+    role: str
+    value: float
+
+
+def _read_name(name: str, value: float) -> LayerWeight:
+    in_layer = re.fullmatch(r"layers\.(\d+)(?:\.(.+))?", name)
+    if in_layer is None:
+        return LayerWeight(None, name, value)
+    return LayerWeight(int(in_layer[1]), in_layer[2] or "", value)
+
+
+def consecutive(weights: Iterable[LayerWeight]) -> Iterator[list[LayerWeight]]:
+    """Yield runs of adjacent layers with equal role and value, sorted by role."""
+    run: list[LayerWeight] = []
+    for weight in sorted(weights, key=lambda weight: (weight.role, weight.layer or 0)):
+        if run and weight.layer is not None:
+            following = LayerWeight(weight.layer - 1, weight.role, weight.value)
+            if run[-1] == following:
+                run.append(weight)
+                continue
+        if run:
+            yield run
+        run = [weight]
+    if run:
+        yield run
+
+
+def _format_run(run: Sequence[LayerWeight]) -> str:
+    first, last = run[0], run[-1]
+    where = first.role
+    if first.layer is not None and last.layer is not None:
+        where = f"{format_layers(first.layer, last.layer)} {first.role}".strip()
+    return f"{where}: {first.value:g}"

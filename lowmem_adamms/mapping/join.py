@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from ..architectures.layout import BUFFER, Arch, Block
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES, DType
+from ..checkpoints.span import Span
 from ..errors import MappingError
 from ..settings import Embeddings
 from ..values import parse_dtype
 from .config_differences import describe_differences
-from .plan import Part, Plan, Step, count_rows
+from .plan import Part, Plan, Step
 from .side import Piece, Side, read_side
 from .tied_head import describe_ties
 from .token_rows import TOKEN_ROLES, TokenRows, find_token_rows
@@ -32,26 +33,26 @@ SAME_ROLE = "same role"
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """What the donor has for one role of the base, and the rule it was found by.
+class Run:
+    """Rows `start` to `stop` of a role, which one tensor of the donor holds from `donor_row` on."""
 
-    pieces: where the role's rows are in the donor; none if it stays the base's. misfit: what does
-    not fit, where that is why.
-    """
-
-    pieces: Sequence[Piece]
-    reason: str
-    misfit: str | None = None
+    start: int
+    stop: int
+    donor_name: str
+    donor_row: int
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
-    """Both sides, the match of each of the base's roles, and which rows hold the same tokens."""
+class Match:
+    """What the donor has for one role of the base, and the rule by which it was found.
 
-    base: Side
-    donor: Side
-    matches: Mapping[str, Match]
-    token_rows: TokenRows
+    runs: ascending; rows in none of them stay the base's. misfit: what does not fit, if that is
+    why there are none.
+    """
+
+    runs: Sequence[Run]
+    reason: str
+    misfit: str | None = None
 
 
 def make_plan(
@@ -96,22 +97,28 @@ def make_plan(
     output_dtype = None if dtype is None else _find_dtype(dtype)
     base_opened, donor_opened = _open(base), _open(donor)
     base_side, donor_side = read_side(base_opened, declared), read_side(donor_opened, declared)
-    matches = {
-        role: _match_role(role, base_side, donor_side, embeddings)
-        for role in base_side.pieces
-        if not (role == "head" and base_side.tied)  # then it is the embedding
-    }
-    misfits = list(_find_misfits(base_side, donor_side, matches))
+    misfits = list(_compare_sizes(base_side, donor_side))
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
-    by_token = any(matches[role].pieces for role in TOKEN_ROLES if role in matches)
-    token_rows = find_token_rows(base_side, donor_side) if by_token else TokenRows()
-    join = Join(base_side, donor_side, matches, token_rows)
-    tied_heads = [name for name in base_side.tensors if _is_tied_head(base_side, name)]
+    token_rows = None
+    if embeddings == "merge" and base_side.width == donor_side.width:
+        token_rows = find_token_rows(base_side, donor_side)
+    matches = {
+        role: Match((), "--embeddings keep")
+        if role in TOKEN_ROLES and embeddings == "keep"
+        else _match_role(role, base_side, donor_side, token_rows)
+        for role in base_side.pieces
+    }
+    misfits += [match.misfit for match in matches.values() if match.misfit]
+    if misfits and not allow_misfits:
+        raise MappingError(misfits[0])
     steps = tuple(
-        _make_step(join, name, output_dtype) for name in base_side.tensors if name not in tied_heads
+        _make_step(name, base_side, donor_side, matches, output_dtype)
+        for name in base_side.tensors
+        if name not in base_side.tied_heads
     )
-    if not allow_misfits and all(step.action == "copy" for step in steps):
+    donor_names = {part.donor_name for step in steps for part in step.parts}
+    if not (allow_misfits or donor_names - {None}):
         raise MappingError(f"{base_side.path} and {donor_side.path} have no parameter in common")
     return Plan(
         base_opened,
@@ -119,11 +126,15 @@ def make_plan(
         base_side.layout,
         donor_side.layout,
         steps,
-        _find_leftover(join),
-        tuple(_notes(join, tied_heads, declared)),
-        {"embeddings": embeddings, "dtype": output_dtype.name if output_dtype else None},
-        tuple(declared),
-        tuple(misfits),
+        leftover={
+            name: donor_side.layout.kinds.get(name, "no counterpart in the base")
+            for name in donor_side.tensors
+            if name not in donor_names
+        },
+        notes=tuple(_notes(base_side, donor_side, token_rows, declared)),
+        options={"embeddings": embeddings, "dtype": output_dtype.name if output_dtype else None},
+        declared=tuple(declared),
+        misfits=tuple(misfits),
     )
 
 
@@ -138,11 +149,28 @@ def _find_dtype(dtype: str | DType | torch.dtype) -> DType:
 # Roles
 
 
-def _match_role(role: str, base: Side, donor: Side, embeddings: Embeddings) -> Match:
+def _compare_sizes(base: Side, donor: Side) -> Iterator[str]:
+    """Say what is different if the two decoders do not have the same depth and width."""
+    if base.layout.layers != donor.layout.layers:
+        yield (
+            f"layer counts differ: {base.path} has {base.layout.layers} decoder layers,"
+            f" {donor.path} has {donor.layout.layers}; they do not share an ancestor"
+        )
+    elif base.width != donor.width:
+        yield f"widths differ: {_compare_shapes('embed', base, 'embed', donor)}"
+
+
+def _compare_shapes(role: str, base: Side, donor_role: str, donor: Side) -> str:
+    base_name, donor_name = base.pieces[role][0][0], donor.pieces[donor_role][0][0]
+    return (
+        f"{base_name} in {base.path} is {list(base.shape_of(role))},"
+        f" {donor_name} in {donor.path} is {list(donor.shape_of(donor_role))}"
+    )
+
+
+def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None) -> Match:
     """Look up what the donor has for one role of the base."""
-    if role in TOKEN_ROLES and embeddings == "keep":
-        return Match((), "--embeddings keep")
-    found = [rule for rule in _candidates(role, donor) if rule[0] in donor.pieces]
+    found = [rule for rule in _donor_roles(role, donor) if rule[0] in donor.pieces]
     if not found:
         return Match((), "no counterpart in the donor")
     donor_role, reason = found[0]
@@ -150,19 +178,19 @@ def _match_role(role: str, base: Side, donor: Side, embeddings: Embeddings) -> M
     for name, _ in pieces:
         donor.require_blendable(name)
     base_shape, donor_shape = base.shape_of(role), donor.shape_of(donor_role)
-    first_axis = 1 if role in TOKEN_ROLES else 0  # however many tokens each side has
-    if base_shape[first_axis:] != donor_shape[first_axis:]:
-        misfit = (
-            f"shapes differ for {role}: {base.pieces[role][0][0]} in {base.path} is"
-            f" {list(base_shape)}, {pieces[0][0]} in {donor.path} is {list(donor_shape)}"
-        )
+    if token_rows and role in TOKEN_ROLES and base_shape[1:] == donor_shape[1:]:
+        return _match_tokens(base_shape[0], pieces[0], token_rows, reason)
+    if base_shape != donor_shape:
+        misfit = f"shapes differ for {role}: {_compare_shapes(role, base, donor_role, donor)}"
         return Match((), "another shape in the donor", misfit)
-    return Match(pieces, reason)
+    return Match(
+        [Run(block.first, block.last, name, block.start) for name, block in pieces], reason
+    )
 
 
-def _candidates(role: str, donor: Side) -> list[tuple[str, str]]:
+def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
     """The donor's roles that may stand for a role, the best first, each with the rule for it."""
-    if role == "head" and (donor.tied or (donor.tied is None and "head" not in donor.pieces)):
+    if role == "head" and "head" not in donor.pieces and donor.tied is not False:
         return [("embed", "tied donor lends its embedding")]
     plain, _, stream = role.partition("@")
     if stream:
@@ -170,48 +198,43 @@ def _candidates(role: str, donor: Side) -> list[tuple[str, str]]:
     return [(role, SAME_ROLE), (f"{role}@text", "takes the donor's text copy")]
 
 
-def _find_misfits(base: Side, donor: Side, matches: Mapping[str, Match]) -> Iterator[str]:
-    """Why the two cannot be merged: depth or width of the decoder, then single roles."""
-    if base.layout.layers != donor.layout.layers:
-        yield (
-            f"layer counts differ: {base.path} has {base.layout.layers} decoder layers,"
-            f" {donor.path} has {donor.layout.layers}; they do not share an ancestor"
-        )
-    elif base.shape_of("embed")[1:] != donor.shape_of("embed")[1:]:
-        base_name, donor_name = base.pieces["embed"][0][0], donor.pieces["embed"][0][0]
-        yield (
-            f"widths differ: {base_name} in {base.path} is {list(base.shape_of('embed'))},"
-            f" {donor_name} in {donor.path} is {list(donor.shape_of('embed'))}"
-        )
-    yield from (match.misfit for match in matches.values() if match.misfit)
+def _match_tokens(base_rows: int, piece: Piece, token_rows: TokenRows, reason: str) -> Match:
+    """Match the rows of embedding or head; a head may have fewer than its embedding."""
+    donor_name, donor_block = piece
+    runs: list[Run] = []
+    moved = 0
+    for run in token_rows.runs:
+        length = min(run.length, base_rows - run.base, donor_block.stop - run.donor)
+        if length > 0:
+            runs.append(Run(run.base, run.base + length, donor_name, run.donor))
+            moved += length if run.base != run.donor else 0
+    shared = sum(run.stop - run.start for run in runs)
+    how = (
+        f"rows by {token_rows.joined_by}: {shared} shared, {moved} of them moved,"
+        f" {base_rows - shared} kept"
+    )
+    return Match(runs, how if reason == SAME_ROLE else f"{reason}; {how}")
 
 
 # Steps
 
 
-def _is_tied_head(base: Side, name: str) -> bool:
-    """Whether a tensor is the head of a tied base.
-
-    The output does not have it: once it differs from the blended embedding, transformers refuses to
-    tie the two.
-    """
-    return bool(base.tied) and any(block.role == "head" for block in base.blocks.get(name, ()))
-
-
-def _make_step(join: Join, name: str, dtype: DType | None) -> Step:
+def _make_step(
+    name: str, base: Side, donor: Side, matches: Mapping[str, Match], dtype: DType | None
+) -> Step:
     """Say what becomes of one tensor of the base."""
-    if name not in join.base.blocks:
-        return _copy_tensor(join.base, name, dtype)
-    join.base.require_blendable(name)
-    span, blocks = join.base.tensors[name], join.base.blocks[name]
-    parts: list[Part] = []
-    reasons: list[str] = []
-    for block in blocks:
-        block_parts, reason = _join_block(join, name, block)
-        parts += block_parts
-        reasons.append(reason)
-    kind, reason = kind_of_role(blocks[0].role), "; ".join(dict.fromkeys(reasons))
-    return Step(name, dtype or span.dtype, span.shape, kind, reason, tuple(parts))
+    if name not in base.blocks:
+        return _copy_tensor(base, name, dtype)
+    base.require_blendable(name)
+    span, blocks = base.tensors[name], base.blocks[name]
+    parts = [
+        part
+        for block in blocks
+        for part in _split_block(span, block, matches[block.role].runs, donor)
+    ]
+    reasons = dict.fromkeys(matches[block.role].reason for block in blocks)
+    kind = kind_of_role(blocks[0].role)
+    return Step(name, dtype or span.dtype, span.shape, kind, "; ".join(reasons), tuple(parts))
 
 
 def _copy_tensor(base: Side, name: str, dtype: DType | None) -> Step:
@@ -224,56 +247,29 @@ def _copy_tensor(base: Side, name: str, dtype: DType | None) -> Step:
     return Step(name, output_dtype, span.shape, kind, f"base's {kind}", (part,))
 
 
-def _join_block(join: Join, name: str, block: Block) -> tuple[list[Part], str]:
-    """The parts of one block of a base tensor, in the order of its rows, and the reason."""
-    match = join.matches[block.role]
-    if not match.pieces:
-        return [_copy_rows(join, name, block.role, block.start, block.stop)], match.reason
-    if block.role in TOKEN_ROLES:
-        parts = list(_join_tokens(join, name, block, match.pieces[0]))
-        count = count_rows(parts)
-        reason = (
-            f"rows by {join.token_rows.joined_by}: {count['shared']} shared,"
-            f" {count['moved']} of them moved, {count['kept']} kept"
-        )
-        return parts, reason if match.reason == SAME_ROLE else f"{match.reason}; {reason}"
-    return list(_join_pieces(join, name, block, match.pieces)), match.reason
+def _split_block(span: Span, block: Block, runs: Sequence[Run], donor: Side) -> Iterator[Part]:
+    """Split a block of a base tensor into rows to blend, one part a run, and rows to copy."""
+    shift = block.start - block.first  # from rows of the role to rows of the tensor
 
+    def copy(start: int, stop: int) -> Part:
+        rows = (start + shift, stop + shift)
+        return Part(rows, block.role, span.rows(*rows))
 
-def _join_pieces(join: Join, name: str, block: Block, pieces: Sequence[Piece]) -> Iterator[Part]:
-    """One part for each piece of the donor's that holds rows of a base block's."""
-    for donor_name, piece in pieces:
-        first, last = max(block.first, piece.first), min(block.last, piece.last)
-        if first < last:
-            row, donor_row = block.start + first - block.first, piece.start + first - piece.first
-            yield _blend_rows(join, name, block.role, row, donor_name, donor_row, last - first)
-
-
-def _join_tokens(join: Join, name: str, block: Block, piece: Piece) -> Iterator[Part]:
-    """The rows of embedding or head: runs that the donor has too, and the base's between them."""
-    donor_name, donor_block = piece
-    position = 0
-    for run in join.token_rows.within(block.stop, donor_block.stop):
-        if run.base > position:
-            yield _copy_rows(join, name, block.role, position, run.base)
-        yield _blend_rows(join, name, block.role, run.base, donor_name, run.donor, run.length)
-        position = run.base + run.length
-    if position < block.stop:
-        yield _copy_rows(join, name, block.role, position, block.stop)
-
-
-def _copy_rows(join: Join, name: str, role: str, start: int, stop: int) -> Part:
-    return Part((start, stop), role, join.base.tensors[name].rows(start, stop))
-
-
-def _blend_rows(
-    join: Join, name: str, role: str, row: int, donor_name: str, donor_row: int, count: int
-) -> Part:
-    """Blend `count` rows of a donor tensor into as many of a base tensor."""
-    rows, donor_rows = (row, row + count), (donor_row, donor_row + count)
-    base = join.base.tensors[name].rows(*rows)
-    donor = join.donor.tensors[donor_name].rows(*donor_rows)
-    return Part(rows, role, base, donor, donor_name, donor_rows)
+    position = block.first
+    for run in runs:
+        start, stop = max(run.start, block.first), min(run.stop, block.last)
+        if start >= stop:
+            continue
+        if start > position:
+            yield copy(position, start)
+        rows = (start + shift, stop + shift)
+        first = run.donor_row + start - run.start
+        donor_rows = (first, first + stop - start)
+        lent = donor.tensors[run.donor_name].rows(*donor_rows)
+        yield Part(rows, block.role, span.rows(*rows), lent, run.donor_name, donor_rows)
+        position = stop
+    if position < block.last:
+        yield copy(position, block.last)
 
 
 def kind_of_role(role: str) -> str:
@@ -284,23 +280,10 @@ def kind_of_role(role: str) -> str:
     return kinds.get(first, "norm")
 
 
-# What the plan says
-
-
-def _find_leftover(join: Join) -> dict[str, str]:
-    """The donor's tensors that nothing takes, and what they are."""
-    used = {name for match in join.matches.values() for name, _ in match.pieces}
-    kinds = join.donor.layout.kinds
-    return {
-        name: kinds.get(name, "no counterpart in the base")
-        for name in join.donor.tensors
-        if name not in used
-    }
-
-
-def _notes(join: Join, tied_heads: Iterable[str], declared: Iterable[Arch]) -> Iterator[str]:
+def _notes(
+    base: Side, donor: Side, token_rows: TokenRows | None, declared: Iterable[Arch]
+) -> Iterator[str]:
     """What a user should know of the two checkpoints before merging them."""
-    base, donor = join.base, join.donor
     for label, side in (("base", base), ("donor", donor)):
         if side.layout.assumed:
             yield f"{label}: {side.layout.assumed}"
@@ -308,9 +291,9 @@ def _notes(join: Join, tied_heads: Iterable[str], declared: Iterable[Arch]) -> I
             yield f"{label}: {side.layout.arch}, as --arch declares it"
     for side in (base, donor):
         yield from describe_ties(side.checkpoint, side.layout, side.tied)
-    if join.token_rows.assumption:
-        yield join.token_rows.assumption
-    for name in tied_heads:
+    if token_rows and token_rows.assumption:
+        yield token_rows.assumption
+    for name in base.tied_heads:
         yield f"{name} is left out: the base ties its head to the embedding"
     yield from describe_differences(base.checkpoint, donor.checkpoint)
     used = {side.layout.arch for side in (base, donor) if side.layout.declared}

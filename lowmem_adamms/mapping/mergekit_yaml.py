@@ -23,7 +23,7 @@ from ..architectures.layout import BUFFER
 from ..checkpoints.dtypes import DType, parse_dtype
 from ..errors import ConfigError, RecipeError, first_line
 from ..home import at_home
-from .alphas import DECIMALS, Alpha, at_depth, blended_roles, depth_of, from_roles
+from .alphas import COMPUTED_DECIMALS, Alpha, blended_roles, from_roles, interpolate, relative_depth
 from .plan import Plan
 
 METHOD = "linear"
@@ -118,7 +118,7 @@ class Recipe:
                 f"{self.path}: the weights for {base}, {w_base:g} and {w_donor:g}, make the donor's"
                 f" share {alpha:g}; expected 0 to 1"
             )
-        return round(alpha, DECIMALS)
+        return round(alpha, COMPUTED_DECIMALS)
 
     def _place(self, role: str, layers: int) -> tuple[_Slice, float]:
         """The slice a role belongs to, and how deep in it."""
@@ -129,7 +129,7 @@ class Recipe:
         for part in reversed(self.slices):
             if layer >= part.first:
                 count = (layers if part.stop is None else part.stop) - part.first
-                return part, depth_of(layer - part.first, count)
+                return part, relative_depth(layer - part.first, count)
         raise AssertionError(role)
 
     def _weight(self, part: _Slice, own: Parameters, name: str, depth: float, model: str) -> float:
@@ -174,7 +174,7 @@ def _evaluate(setting: Setting, name: str, depth: float) -> float | None:
         return setting
     for case in setting:
         if not isinstance(case, _Case):
-            return at_depth([v for v in setting if isinstance(v, float)], depth)
+            return interpolate([v for v in setting if isinstance(v, float)], depth)
         if case.filter in (None, "*") or str(case.filter) in name:
             return _evaluate(case.value, name, depth)
     return None

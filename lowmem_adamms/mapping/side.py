@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,16 @@ from ..errors import FormatError
 from .tied_head import is_tied
 
 Piece = tuple[str, Block]
-"""A tensor's name, and the block of its rows that holds (some rows of) a role."""
+"""A tensor's name, and the block in it that holds (some rows of) a role."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
     """A checkpoint with the roles that its tensors hold.
 
-    blocks: the blocks of each decoder tensor. pieces: the other way round, where the rows of each
-    role are, in their order. tied: whether the head is the embedding; None if nothing tells.
+    blocks: what each decoder tensor holds, in the order of its rows. pieces: the other way round,
+    where the rows of each role are, in their order; a tied side has no head among them. tied:
+    whether its head is its embedding, None if nothing tells.
     """
 
     checkpoint: Checkpoint
@@ -42,16 +43,25 @@ class Side:
         """Every tensor of the checkpoint."""
         return self.checkpoint.tensors
 
+    @property
+    def tied_heads(self) -> list[str]:
+        """The tensors that hold a head which is a copy of the embedding."""
+        heads = [name for name, blocks in self.blocks.items() if blocks[0].role == "head"]
+        return heads if self.tied else []
+
+    @property
+    def width(self) -> int:
+        """Elements of one token's row in the embedding."""
+        return self.shape_of("embed")[1]
+
     def shape_of(self, role: str) -> tuple[int, ...]:
         """The shape of a role, all its pieces together."""
         pieces = self.pieces[role]
-        name, _ = pieces[0]
-        rows = sum(block.stop - block.start for _, block in pieces)
-        shape = self.tensors[name].shape
-        return (rows, *shape[1:]) if shape else ()
+        shape = self.tensors[pieces[0][0]].shape
+        return (sum(block.stop - block.start for _, block in pieces), *shape[1:]) if shape else ()
 
     def require_blendable(self, name: str) -> None:
-        """Raise FormatError unless the tensor is of a dtype that can be blended."""
+        """Raise FormatError unless a tensor's dtype can be blended."""
         dtype = self.tensors[name].dtype
         if not dtype.blendable:
             raise FormatError(f"{self.path}: {name} is {dtype.name}; expected BF16, F16 or F32")
@@ -60,21 +70,13 @@ class Side:
 def read_side(checkpoint: Checkpoint, declared: Sequence[Arch]) -> Side:
     """Recognise a checkpoint; MappingError if it has no decoder that is known."""
     layout = recognise(checkpoint, ARCHS, declared)
-    return Side(
-        checkpoint,
-        layout,
-        dict(_all_blocks(checkpoint, layout)),
-        layout.pieces(),
-        is_tied(checkpoint, layout),
-    )
-
-
-def _all_blocks(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Sequence[Block]]]:
-    """The layout's blocks, and those of second names for the same bytes.
-
-    In a .bin two names may share bytes, such as Phi-3-vision's second name of its embedding.
-    """
+    tied = is_tied(checkpoint, layout)
+    # In a .bin two names may share bytes, such as Phi-3-vision's second name of its embedding
     blocks_at = {checkpoint.tensors[name]: blocks for name, blocks in layout.blocks.items()}
-    for name, span in checkpoint.tensors.items():
-        if span in blocks_at:
-            yield name, blocks_at[span]
+    blocks = {
+        name: blocks_at[span] for name, span in checkpoint.tensors.items() if span in blocks_at
+    }
+    pieces = layout.pieces()
+    if tied:
+        pieces.pop("head", None)
+    return Side(checkpoint, layout, blocks, pieces, tied)

@@ -5,11 +5,10 @@ Rows are joined by token where both sides have a tokenizer that can be read, els
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints import vocabulary
-from ..checkpoints.vocabulary import RowRun
+from ..checkpoints.vocabulary import FORMS, KnownVocabularies, RowRun, join_rows, read_vocabulary
 from .side import Side
 
 TOKEN_ROLES = ("embed", "head")
@@ -18,44 +17,33 @@ TOKEN_ROLES = ("embed", "head")
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Runs of base rows that have a counterpart, ascending, each with the donor's rows.
+    """Runs of base rows that belong to rows of the donor, ascending.
 
     joined_by: "token" or "position". assumption: what the user must know about the latter.
     """
 
-    runs: Sequence[RowRun] = ()
-    joined_by: str = "token"
+    runs: Sequence[RowRun]
+    joined_by: str
     assumption: str | None = None
-
-    def within(self, base_rows: int, donor_rows: int) -> Iterator[RowRun]:
-        """The runs of two tensors with so many rows: a head may have fewer than its embedding."""
-        for run in self.runs:
-            length = min(run.length, base_rows - run.base, donor_rows - run.donor)
-            if length > 0:
-                yield RowRun(run.base, run.donor, length)
 
 
 def find_token_rows(base: Side, donor: Side) -> TokenRows:
-    """Join the rows of embedding and head, from the tokenizers beside the two checkpoints."""
-    base_rows, donor_rows = _count_rows(base), _count_rows(donor)
-    known: vocabulary.KnownVocabularies = {}  # a vocabulary that both have is read once
-    base_tokens = vocabulary.read_vocabulary(base.checkpoint.folder, known)
+    """Join the rows by the tokenizers beside the two checkpoints, as far as there are any."""
+    base_rows, donor_rows = (
+        max(side.shape_of(role)[0] for role in TOKEN_ROLES if role in side.pieces)
+        for side in (base, donor)
+    )
+    known: KnownVocabularies = {}  # a vocabulary that both sides have is read once
+    base_tokens = read_vocabulary(base.checkpoint.folder, known)
     if base_tokens is not None:
-        donor_tokens = vocabulary.read_vocabulary(donor.checkpoint.folder, known)
+        donor_tokens = read_vocabulary(donor.checkpoint.folder, known)
         if donor_tokens is not None:
-            runs = vocabulary.join_rows(base_tokens, donor_tokens, base_rows, donor_rows)
-            return TokenRows(runs, "token")
+            return TokenRows(join_rows(base_tokens, donor_tokens, base_rows, donor_rows), "token")
     declared = [base.layout.shared_ids, donor.layout.shared_ids]
     shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])
     return TokenRows(
         [RowRun(0, 0, shared)],
         "position",
-        f"no tokenizer that can be read on both sides ({', '.join(vocabulary.FORMS)}): the first"
-        f" {shared} rows of embedding and head are assumed to be the same tokens,"
-        f" {base_rows - shared} are kept",
+        f"no tokenizer that can be read on both sides ({', '.join(FORMS)}): the first {shared} rows"
+        f" of embedding and head are assumed to be the same tokens, {base_rows - shared} are kept",
     )
-
-
-def _count_rows(side: Side) -> int:
-    """Rows of embedding or head, whichever has more."""
-    return max(side.shape_of(role)[0] for role in TOKEN_ROLES if role in side.pieces)

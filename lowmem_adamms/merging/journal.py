@@ -24,7 +24,7 @@ from typing import Any
 
 from ..closing import Closing
 from ..errors import OutputError
-from ..mapping.alphas import Alpha, from_json, to_json
+from ..mapping.alphas import Alpha, alpha_from_json, alpha_to_json
 
 WORK = ".partial"
 """The folder inside OUT where everything is made; what is in OUT itself is complete."""
@@ -142,13 +142,13 @@ class AnswerJournal(_Log):
         self, alpha: Alpha, index: int, answer: str, tokens: list[int], *, again: bool = False
     ) -> None:
         """Append one answer; survives a kill of this process."""
-        line = to_json(alpha) | {"index": index, "answer": answer, "tokens": tokens}
+        line = alpha_to_json(alpha) | {"index": index, "answer": answer, "tokens": tokens}
         self._append(line | {"again": True} if again else line)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "answer" not in line:
             return
-        alpha, index = from_json(line), line["index"]
+        alpha, index = alpha_from_json(line), line["index"]
         if line.get("again"):
             self.again.setdefault(alpha, {})[index] = line["answer"]
         else:

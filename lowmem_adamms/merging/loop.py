@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..checkpoints.mapped_files import MappedFiles, read_ahead
 from ..checkpoints.span import Span
 from ..errors import RecipeError
-from ..mapping.alphas import Alpha, at, resolve
+from ..mapping.alphas import Alpha, alpha_of, resolve
 from ..mapping.plan import Part, Plan, Step
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window
             continue
         offset = 0
         for part in step.parts:
-            weight = at(alpha, part.role)
+            weight = alpha_of(alpha, part.role)
             base, donor = _sides(part, weight)
             if donor is None and base.dtype == step.dtype:
                 if window:

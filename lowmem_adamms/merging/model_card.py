@@ -17,7 +17,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
-from ..mapping.alphas import Alpha, Alphas, lines, to_json
+from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_lines
 from ..mapping.kinship import Kinship
 from ..mapping.plan import Plan
 
@@ -72,7 +72,7 @@ def _formula(alpha: Alpha) -> list[str]:
         "",
         f"with a = {alpha.default:g}, apart from",
         "",
-        *(f"- {line}" for line in lines(alpha)),
+        *(f"- {line}" for line in format_lines(alpha)),
     ]
 
 
@@ -160,7 +160,7 @@ def recipe(
     group, cosine = kinship.lowest if kinship.cosines else (None, None)
     return {
         **search,
-        **to_json(alpha),
+        **alpha_to_json(alpha),
         "base": plan.base.ref,
         "donor": plan.donor.ref,
         "version": __version__,

@@ -24,7 +24,7 @@ from ..checkpoints.safetensors_header import read_header
 from ..checkpoints.sampled_reads import SampledReader
 from ..checkpoints.span import Span
 from ..errors import FormatError, RecipeError
-from ..mapping.alphas import Alpha, at, from_json
+from ..mapping.alphas import Alpha, alpha_from_json, alpha_of
 from ..mapping.join import make_plan
 from ..mapping.plan import Part, Plan, Step
 from ..quantizing.quantization import METHODS
@@ -82,7 +82,7 @@ def _recipe(out: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
         options, inputs = document["options"], document["inputs"]
         fits = [
-            isinstance(document["alpha"], (int, float)) and from_json(document) is not None,
+            isinstance(document["alpha"], (int, float)) and alpha_from_json(document) is not None,
             isinstance(document["base"], str) and isinstance(document["donor"], str),
             isinstance(document.get("declared", []), list),
             options["embeddings"] in ("merge", "keep"),
@@ -142,7 +142,7 @@ def _check_bytes(
 ) -> tuple[int, tuple[str, ...]]:
     """Digests of the outputs, then sampled rows against the inputs: how many, and notes."""
     _check_digests(out, recipe["outputs"], progress)
-    plan, alpha = _plan_again(recipe), from_json(recipe)
+    plan, alpha = _plan_again(recipe), alpha_from_json(recipe)
     with SampledReader(remote(plan)) as reads:
         quantized = None
         if "quantized" in recipe:
@@ -252,7 +252,7 @@ def _expected(
 
     if part.donor is None and part.base.dtype == step.dtype:
         return reads.read_bytes(part.base.flat_slice(first, count))
-    donor, weight = (part.donor, at(alpha, part.role)) if part.donor else (part.base, 0.0)
+    donor, weight = (part.donor, alpha_of(alpha, part.role)) if part.donor else (part.base, 0.0)
     dtypes = (part.base.dtype.name, donor.dtype.name, step.dtype.name)
     sides = (reads.read_bits(span.flat_slice(first, count)) for span in (part.base, donor))
     return bytes(reference.blend(*sides, dtypes, weight).tobytes())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import OutputError
 from ..mapping import kinship
-from ..mapping.alphas import Alpha, Alphas, resolve, to_json
+from ..mapping.alphas import Alpha, Alphas, alpha_to_json, resolve
 from ..mapping.plan import Plan
 from . import model_card as card
 from .disk_sink import DiskSink
@@ -118,7 +118,7 @@ class Output:
         from ..version import __version__
 
         layout = [[file.name, file.size, sorted(file.offsets.items())] for file in self.files]
-        weight = to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
+        weight = alpha_to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
         document = [__version__, weight, layout, self.plan.identity()]
         if self.how:
             document.append(self.how.identity())

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
-from ..mapping.alphas import Alpha, Alphas, span
+from ..mapping.alphas import Alpha, Alphas, format_layers
 from .answer_text import Distance, normalise
 from .scoring import MARKEDLY, Measure
 from .search import Candidate, Result, checked_distance, choose
@@ -97,7 +97,7 @@ class Refined:
             scored = [c for c in group.candidates if c.score is not None]
             tried = ", ".join(f"{c.alpha:g}: {c.score:.4g}" for c in scored)
             how = f"moved, wins {group.wins:.0%} of the resamples" if group.moved else "stays"
-            out[span(group.first, group.last)] = (
+            out[format_layers(group.first, group.last)] = (
                 f"alpha {group.alpha:g}, {how}; D by alpha: {tried}"
             )
         if self.groups:

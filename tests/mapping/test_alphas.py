@@ -26,20 +26,20 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, OutputError, RecipeError
 from lowmem_adamms.mapping.alphas import (
     Alpha,
-    at_depth,
+    alpha_from_json,
+    alpha_to_json,
     blended_roles,
-    check_alpha,
-    from_json,
+    format_lines,
     from_roles,
-    lines,
-    parse_layers,
+    interpolate,
+    parse_alpha_layers,
     resolve,
-    to_json,
 )
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.merging.verify import verify
 from lowmem_adamms.searching.recorded_answers import read
+from lowmem_adamms.values import parse_alpha
 
 loop = importlib.import_module(
     "lowmem_adamms.merging.loop"
@@ -350,7 +350,7 @@ def test_a_weight_for_each_role_survives_being_shortened_and_written(
     by_role: Mapping[str, float], default: float | None
 ) -> None:
     short = from_roles(by_role, default)
-    again = from_json(json.loads(json.dumps(to_json(short))))
+    again = alpha_from_json(json.loads(json.dumps(alpha_to_json(short))))
     assert again == short and hash(again) == hash(short)
     for alpha in (short, again):
         found = {role: alpha.of(role) if isinstance(alpha, Alphas) else alpha for role in ROLES}
@@ -370,7 +370,7 @@ def test_a_tied_head_has_the_weight_of_the_embedding(tmp_path: Path) -> None:
         tiny.make_qwen2(tmp_path / str(seed), ancestor=parent, seed=seed, tied=True)
         for seed in (1, 2)
     ]
-    alpha = resolve(parse_layers("0.1,0.5", 2), make_plan(*two))
+    alpha = resolve(parse_alpha_layers("0.1,0.5", 2), make_plan(*two))
     assert alpha == Alphas(0.1, {"layers.1": 0.5, "norm": 0.5})
     out = merge(make_plan(*two), alpha, tmp_path / "out")
     verify(out, deep=True)
@@ -381,7 +381,7 @@ def test_a_tied_head_has_the_weight_of_the_embedding(tmp_path: Path) -> None:
 
 def test_a_long_list_is_cut_for_people() -> None:
     alpha = Alphas(0, {f"layers.{i}": 0.1 + i / 1000 for i in range(60)})
-    assert lines(alpha)[-1] == "and 20 more"
+    assert format_lines(alpha)[-1] == "and 20 more"
 
 
 def test_alphas_cannot_be_changed() -> None:
@@ -395,12 +395,12 @@ def test_alphas_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan"), float("inf")])
 def test_weights_outside_the_range_are_refused_with_their_name(bad: float) -> None:
-    with pytest.raises(RecipeError, match=r"alpha of layers\.3 is .*expected 0"):
+    with pytest.raises(RecipeError, match=r"layers\.3: alpha is .*expected"):
         Alphas(0.5, {"layers.3": bad})
     with pytest.raises(RecipeError, match="alpha is"):
         Alphas(bad)
     with pytest.raises(RecipeError, match="alpha is"):
-        check_alpha(bad)
+        parse_alpha(bad)
 
 
 @pytest.mark.parametrize("name", ["layers.5", "layer.1", "layers.01", "visual", "", "layers.1.att"])
@@ -416,60 +416,60 @@ def test_a_name_of_nothing_is_refused_before_anything_is_written(
 
 
 def test_a_list_is_interpolated_over_depth() -> None:
-    found = parse_layers("0.1, 0.3,0.5", 5)
+    found = parse_alpha_layers("0.1, 0.3,0.5", 5)
     assert [found.of(f"layers.{i}.mlp.up.weight") for i in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert [found.of(role) for role in ("embed", "norm", "head")] == [0.1, 0.5, 0.5]
-    given_alpha = parse_layers("0.1,0.3,0.5", 5, 0.7)
+    given_alpha = parse_alpha_layers("0.1,0.3,0.5", 5, 0.7)
     assert [given_alpha.of(role) for role in ("embed", "norm", "head")] == [0.7] * 3
     assert given_alpha.of("layers.1.mlp.up.weight") == 0.2
-    longer = parse_layers("0,0.2,0.4,0.6,0.8,1", 3)
+    longer = parse_alpha_layers("0,0.2,0.4,0.6,0.8,1", 3)
     assert [longer.of(f"layers.{i}.x") for i in range(3)] == [0, 0.5, 1]
-    assert parse_layers("0.3", 7) == parse_layers("0.3,0.3", 7)
+    assert parse_alpha_layers("0.3", 7) == parse_alpha_layers("0.3,0.3", 7)
 
 
 def test_ranges_name_layers_and_the_rest_takes_alpha() -> None:
-    found = parse_layers("1-2:0.2, 4:1,head:0", 6, 0.3)
+    found = parse_alpha_layers("1-2:0.2, 4:1,head:0", 6, 0.3)
     assert [found.of(f"layers.{i}.x") for i in range(6)] == [0.3, 0.2, 0.2, 0.3, 1.0, 0.3]
     assert [found.of(role) for role in ("embed", "norm", "head")] == [0.3, 0.3, 0.0]
-    whole = parse_layers("0-5:0.2,embed:0,norm:0.1,head:0.5", 6)
+    whole = parse_alpha_layers("0-5:0.2,embed:0,norm:0.1,head:0.5", 6)
     assert [whole.of(role) for role in ("embed", "norm", "head")] == [0, 0.1, 0.5]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "'' is not a number"),
-        ("0.1,", "'' is not a number"),
-        ("a", "'a' is not a number"),
-        ("0.1,2", "alpha is 2.0; expected 0"),
+        ("", "'': expected a number"),
+        ("0.1,", "'': expected a number"),
+        ("a", "'a': expected a number"),
+        ("0.1,2", "alpha is 2.0, expected"),
         ("nan", "alpha is nan"),
         ("0.1,3:0.5", "mixes"),
         ("0-9:0.5", "0-9 is not within the decoder's layers 0-5"),
         ("4-2:0.5", "4-2 is not within"),
         ("-1:0.5", "'-1' is neither a layer"),
         ("tail:0.5", "'tail' is neither a layer nor one of embed, norm, head"),
-        ("1:", "'' is not a number"),
+        ("1:", "'': expected a number"),
         ("1-3:0.5,2:0.1", "layer 2 is named twice"),
         ("embed:0,embed:0", "embed is named twice"),
-        ("1:1.5", "alpha is 1.5; expected 0"),
+        ("1:1.5", "alpha is 1.5, expected"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: str, says: str) -> None:
     with pytest.raises(RecipeError) as error:
-        parse_layers(text, 6, 0.3)
+        parse_alpha_layers(text, 6, 0.3)
     assert str(error.value).startswith(f"--alpha-layers {text!r}: ")
     assert says in str(error.value)
 
 
 def test_what_ranges_leave_out_needs_alpha() -> None:
     with pytest.raises(RecipeError, match="nothing of layer 0, layer 3, layer 4 and 4 more"):
-        parse_layers("1-2:0.2", 6)
+        parse_alpha_layers("1-2:0.2", 6)
 
 
 def test_depth_is_interpolated_without_the_dust_of_arithmetic() -> None:
-    assert [at_depth([0.3, 0.3, 0.3], i / 27) for i in range(28)] == [0.3] * 28
-    assert at_depth([0.1, 0.3], 0.5) == 0.2
-    assert [at_depth([0, 1], depth) for depth in (0, 0.25, 1)] == [0, 0.25, 1]
+    assert [interpolate([0.3, 0.3, 0.3], i / 27) for i in range(28)] == [0.3] * 28
+    assert interpolate([0.1, 0.3], 0.5) == 0.2
+    assert [interpolate([0, 1], depth) for depth in (0, 0.25, 1)] == [0, 0.25, 1]
 
 
 # The command line

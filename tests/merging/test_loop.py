@@ -34,8 +34,8 @@ from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.transformers_model import quiet
-from lowmem_adamms.mapping.alphas import check_alpha
 from lowmem_adamms.mapping.plan import Part, Plan, Step
+from lowmem_adamms.values import parse_alpha
 
 loop = importlib.import_module(
     "lowmem_adamms.merging.loop"
@@ -548,7 +548,7 @@ def test_the_result_answers_about_an_image(
 @pytest.mark.parametrize("alpha", [math.nan, -0.1, 1.1, math.inf, -math.inf, 1 + 1e-15])
 def test_alpha_outside_its_range_is_refused(alpha: float, make: Make, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="alpha is"):
-        check_alpha(alpha)
+        parse_alpha(alpha)
     plan = make_plan(*PAIRS["qwen3-qwen3"].made(make))
     with pytest.raises(RecipeError, match="alpha is"):
         loop.run(plan, alpha, Memory())
@@ -559,8 +559,8 @@ def test_alpha_outside_its_range_is_refused(alpha: float, make: Make, tmp_path: 
 
 def test_alpha_comes_back_as_a_float() -> None:
     given: tuple[Any, ...] = (0, 1, np.float32(0.5))
-    assert [check_alpha(alpha) for alpha in given] == [0.0, 1.0, 0.5]
-    assert all(type(check_alpha(alpha)) is float for alpha in given)
+    assert [parse_alpha(alpha) for alpha in given] == [0.0, 1.0, 0.5]
+    assert all(type(parse_alpha(alpha)) is float for alpha in given)
 
 
 def test_merging_safetensors_imports_neither_torch_nor_transformers(

@@ -15,7 +15,7 @@ from lowmem_adamms import Alphas, search
 from lowmem_adamms.cli import main
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.draft_decoding import Settings
-from lowmem_adamms.mapping.alphas import Alpha, at
+from lowmem_adamms.mapping.alphas import Alpha, alpha_of
 from lowmem_adamms.merging.journal import ANSWERS, AnswerJournal
 from lowmem_adamms.reporting.search_page import html
 from lowmem_adamms.searching.layer_search import PASSES, Refined, refine, split
@@ -43,7 +43,7 @@ class Toy:
 
     def __call__(self, alpha: Alpha, prompts: Sequence[str]) -> list[str]:
         self.asked.append(alpha)
-        zero, one = (at(alpha, f"layers.{i}.x") for i in (0, 1))
+        zero, one = (alpha_of(alpha, f"layers.{i}.x") for i in (0, 1))
         return [
             f"is {zero > a} and then {one > b} for number {i}"
             for i, (a, b) in enumerate(self.thresholds)
