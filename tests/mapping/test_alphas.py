@@ -491,7 +491,6 @@ def test_options_that_contradict_are_one_line(
         (["--alpha-layers", "0.1", "--prompts", "x.jsonl"], "give either --alpha"),
         (["--alpha-layers", "1-2:0.2"], "give --alpha for the rest"),
         (["--alpha-layers", "0.1,0.2", "--alpha", "7"], "alpha is 7.0"),
-        (["--alpha", "0.1", "--refine-layers", "2"], "give --prompts"),
     ):
         assert main([*words, *more]) == 2
         printed = capsys.readouterr().err

@@ -543,7 +543,6 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         (["--alpha", "0.3"], "leave out --alpha"),
         (["--alpha-layers", "0.3", "--prompts", "x"], "leave out --alpha-layers, --prompts"),
         (["base", "donor"], "leave out BASE"),
-        (["--refine-layers", "2"], "give --prompts"),
     ],
 )
 def test_a_recipe_leaves_nothing_else_to_say(
