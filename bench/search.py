@@ -49,7 +49,7 @@ from lowmem_adamms.live.prompt_encoder import Encoder
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.prompts import Prompt, load_prompts
-from lowmem_adamms.searching.search import DEFAULT_ALPHAS
+from lowmem_adamms.settings import DEFAULT_ALPHAS
 
 MIB = 1 << 20
 

@@ -13,8 +13,8 @@ import numpy as np
 from evidence import Pair, spearman
 from rules import NEVER, Bools, Floats, Ints, Rule, chosen
 
-from lowmem_adamms.searching.scoring import Measure
 from lowmem_adamms.searching.search import choose
+from lowmem_adamms.settings import Measure
 
 NOISE = 2.0  # standard errors that a loss against the base must exceed to count
 

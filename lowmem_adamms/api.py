@@ -47,8 +47,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub.upload import Push
     from .live.live_model import LiveModel
-    from .reporting.search_page import Timing
-    from .searching.session import Session
+    from .searching.session import Session, Timing
 
 
 # Map
@@ -267,7 +266,7 @@ def choose_alpha(
     """
     from .searching import recorded_answers
 
-    answers, ids = recorded_answers.read(files)
+    answers, ids = recorded_answers.read_answers(files)
     result = choose(answers, measure=measure, seed=seed)  # type: ignore[arg-type]
     return FoundAlpha(result, [Prompt(name, id=name) for name in ids], "Recorded answers", {})
 

@@ -10,14 +10,12 @@ from ..errors import PromptError
 from ..settings import PromptSettings
 from .entry import Prompt, PromptSet, check_path, check_text, listed, one_line, type_name
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
 
 def open_json_lines(ref: str, settings: PromptSettings) -> PromptSet:
     """The prompts of a file. All lines are checked; blank lines are skipped."""
     path = Path(ref)
     try:
-        lines = path.read_bytes().removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise PromptError(f"{path}: {error.strerror}") from None
     prompts = [
@@ -28,7 +26,9 @@ def open_json_lines(ref: str, settings: PromptSettings) -> PromptSet:
 
 def _read_prompt(line: bytes, path: Path, number: int) -> Prompt:
     where = f"{path}:{number}"
-    entry = parse_object(line, where)
+    entry = parse_json(line, where)
+    if not isinstance(entry, dict):
+        raise PromptError(f"{where}: found {type_name(entry)}, expected an object on each line")
     if "prompt" not in entry:
         keys = ", ".join(map(one_line, entry)) or "nothing"
         raise PromptError(f'{where}: no "prompt" in it, found {keys}; call the text so')
@@ -47,18 +47,10 @@ def _image_paths(entry: dict[str, Any], folder: Path, where: str) -> tuple[Path,
     return tuple(check_path(value, folder, where) for value in images)
 
 
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
-    """The object on one line; PromptError that names the place."""
-    entry = parse_json(line, where)
-    if not isinstance(entry, dict):
-        raise PromptError(f"{where}: found {type_name(entry)}, expected an object on each line")
-    return entry
-
-
 def parse_json(raw: bytes, where: str) -> Any:
     """Parse a JSON document in UTF-8; PromptError that names the place."""
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode("utf-8-sig"))  # without a byte order mark
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} is not UTF-8; save it as such"
     except json.JSONDecodeError as error:

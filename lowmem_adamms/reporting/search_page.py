@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from ..mapping.alphas import Alpha, Alphas
+from ..mapping.alphas import Alphas
 from ..prompts import Prompt
 from ..searching.search import Candidate, Result
+from ..searching.session import Timing
 from . import page as report_page
 from .answers_table import answers
 from .curve import curve
@@ -21,25 +21,9 @@ from .markup import DASH, as_percent, cell, counted, marked, plain, row, table
 from .page import write
 from .view import MEANING, View, view_of
 
-__all__ = ["Timing", "html", "write"]
+__all__ = ["html", "write"]
 
 SIDE_BY_SIDE = 9  # more alphas than this do not fit as columns: answers go below each other
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """What one alpha, or one by layer, cost. Seconds are wall time; tokens count over all prompts.
-
-    forward_tokens: tokens that went through the model. plain_tokens: tokens that would have gone
-    through it without drafts.
-    """
-
-    alpha: Alpha
-    apply_seconds: float
-    seconds: float
-    answer_tokens: int
-    forward_tokens: int
-    plain_tokens: int
 
 
 def html(

@@ -1,40 +1,30 @@
-"""Answers as text: when two are the same, and when one is no answer.
-
-Leaves to others: what the differences mean (`search.py`), distances by meaning (`embedding.py`).
-"""
+"""Answers as text: when two are the same, and when one is no answer."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
 
-Distance = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""distance(first, second) -> one distance, 0 or more, for each pair of answers."""
 _QUOTES = dict(
     zip("\"'`\u201c\u201e\u2018\u00ab\u300c", "\"'`\u201d\u201c\u2019\u00bb\u300d", strict=True)
 )
 """Closing by opening: straight, back-ticks, double and single curly, German, guillemets, corner."""
-_STOP = re.compile(r"(?<![.。])[.。]$")
+_FULL_STOP = re.compile(r"(?<![.。])[.。]$")  # an ellipsis is none
 
 
 def normalise(answer: str) -> str:
-    """What is compared: answers that a reader would call the same become equal.
+    """The form in which answers are compared: equal if a reader would call them the same.
 
     Unicode NFKC (full-width letters, ligatures), case folded (the authors' script lower-cases),
-    white space collapsed; then a final full stop and quotes around the whole go, as chat models add
-    them at whim. An ellipsis stays, and so does every other mark: "-5" is not "5".
+    white space collapsed. Then a final full stop and quotes around the whole are removed, which
+    chat models add at whim. Every other mark stays: "-5" is not "5".
     """
-    text = _folded(answer)
+    text = _fold(answer)
     while True:
-        bare = _STOP.sub("", text).strip()
-        left, inner = bare[:1], bare[1:-1]
-        right = _QUOTES.get(left)
-        if right and len(bare) > 1 and bare[-1] == right and not {left, right} & set(inner):
-            bare = inner.strip()
-        if bare == text:
+        shorter = _strip_quotes(_FULL_STOP.sub("", text).strip())
+        if shorter == text:
             return text
-        text = bare
+        text = shorter
 
 
 def is_degenerate(answer: str) -> bool:
@@ -47,31 +37,40 @@ def is_degenerate(answer: str) -> bool:
     """
     if not normalise(answer):
         return True
-    text = _folded(answer)
+    text = _fold(answer)
     for period in range(1, len(text) // 4 + 2):
-        length = _run(text, period)
+        length = _periodic_length(text, period)
         unit = text[len(text) - period :]
         # "a a a a" is "a " four times but for the space that nobody writes at the end
-        times = (length + (" " in unit)) // period
-        if times >= _times_needed(unit) and (2 * length >= len(text) or length >= 64):
+        repetitions = (length + (" " in unit)) // period
+        long_enough = 2 * length >= len(text) or length >= 64
+        if long_enough and repetitions >= _repetitions_of_a_loop(unit):
             return True
     return False
 
 
-def _times_needed(unit: str) -> int:
-    spaced = " " in unit
-    if any(map(str.isdecimal, unit)) and not any(map(str.isalpha, unit)):
-        return 8 if spaced else 20
-    return 4 if spaced or len(unit) >= 4 else 6
-
-
-def _folded(answer: str) -> str:
+def _fold(answer: str) -> str:
     folded = unicodedata.normalize("NFKC", answer).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def _run(text: str, period: int) -> int:
-    """Length of the longest end of the text that is periodic."""
+def _strip_quotes(text: str) -> str:
+    """The text without a pair of quotes around all of it, unless they quote parts of it."""
+    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1]:
+        return text
+    inside = text[1:-1]
+    return text if text[0] in inside or text[-1] in inside else inside.strip()
+
+
+def _repetitions_of_a_loop(unit: str) -> int:
+    has_space = " " in unit
+    if any(map(str.isdecimal, unit)) and not any(map(str.isalpha, unit)):
+        return 8 if has_space else 20
+    return 4 if has_space or len(unit) >= 4 else 6
+
+
+def _periodic_length(text: str, period: int) -> int:
+    """Length of the longest end of the text that repeats with this period."""
     start = len(text) - period
     while start > 0 and text[start - 1] == text[start - 1 + period]:
         start -= 1

@@ -1,141 +1,169 @@
 """Recorded answers: what models at several alphas have answered before, for `search --answers`.
 
-Read are our own journal (one file, many alphas), lmms-eval's sample logs and VLMEvalKit's
-predictions (one file per alpha, given as ALPHA=FILE). Which one a file is, its records say. Leaves
-to others: judging the answers (`search.py`).
+Three formats are read: our own answers.jsonl (one file, many alphas), lmms-eval's sample logs and
+VLMEvalKit's predictions (one file for each alpha). The fields of a record tell which one it is.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError, RecipeError
+from ..prompts.entry import import_library, one_line
+from ..prompts.json_lines import parse_json
 
-SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".xlsx")
-_LONGEST_FIELD = 1 << 28  # prediction tables may carry whole images in base64
-_Record = tuple[str, Mapping[str, Any]]
-"""Where it stands, for people ("line 3"), and what it holds."""
+_LONGEST_CELL = 1 << 28  # prediction tables may hold whole images in base64
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """One recorded answer. id: of the prompt. where: file and line, for errors."""
+
     alpha: float
     id: str
     text: str
+    path: Path
+    where: str
 
 
 def parse_spec(text: str) -> tuple[float | None, Path]:
-    """`0.3=FILE` as (0.3, FILE), a plain `FILE` as (None, FILE). RecipeError for alpha not in 0..1.
+    """`0.3=FILE` as (0.3, FILE), a plain `FILE` as (None, FILE).
 
-    Only what stands before the first `=` can be an alpha, and only if it is a number.
+    Only a number before the first `=` is an alpha; RecipeError if it is not in 0..1.
     """
-    before, equals, after = text.partition("=")
+    before, equals, file = text.partition("=")
     try:
         alpha = float(before)
     except ValueError:
         return None, Path(text)
     if not equals:
         return None, Path(text)
-    if not _is_alpha(alpha) or not after:
+    if not 0 <= alpha <= 1 or not file:
         raise RecipeError(f"--answers {text}: expected ALPHA=FILE with an alpha in 0..1")
-    return round(alpha, 6), Path(after)
+    return round(alpha, 6), Path(file)
 
 
-def read(
+def read_answers(
     sources: Sequence[Path | tuple[float | None, Path]],
 ) -> tuple[dict[float, list[str]], list[str]]:
-    """Answers by ascending alpha, and the ids of the prompts they answer, both in one order.
+    """Read recorded answers.
 
-    sources: files with the alpha they were recorded at, as `parse_spec` gives them; a file that
-    names its alphas itself has none. Ids are sorted if they are numbers, else they come in the
-    order in which the smallest alpha's stand. PromptError, with file and line, for what cannot be
-    read, answers that come twice, and ids that only some of the alphas have.
+    Args:
+        sources: Files, each with the alpha of its answers unless it names them itself.
+
+    Returns:
+        Answers by ascending alpha, and the ids of the prompts that they answer, in one order: by
+        number if all ids are numbers, else as the smallest alpha's answers stand in their file.
+
+    Raises:
+        PromptError: A file cannot be read, an answer comes twice, or an alpha lacks answers that
+            others have.
+
     """
-    texts: dict[float, dict[str, str]] = {}
-    places: dict[tuple[float, str], str] = {}
-    files: dict[float, Path] = {}
+    answers: dict[float, dict[str, Answer]] = {}
     for source in sources:
         alpha, path = (None, source) if isinstance(source, Path) else source
-        found = False
-        for where, record in _records(path):
-            if record.keys() == {"search"} or record.get("again") or record.get("alphas"):
-                continue  # a journal's first line, answers that measure noise, layers' own alphas
-            place = f"{path}, {where}"
-            answer = _answer(record, alpha, place)
-            if first := places.get((answer.alpha, answer.id)):
-                raise PromptError(
-                    f"{place}: a second answer to {answer.id!r} at alpha {answer.alpha}, after"
-                    f" {first}; expected one, of one task through one filter: remove the other"
-                )
-            places[answer.alpha, answer.id] = place
-            texts.setdefault(answer.alpha, {})[answer.id] = answer.text
-            files.setdefault(answer.alpha, path)
-            found = True
+        found = list(_read_file(path, alpha))
         if not found:
             raise PromptError(f"{path}: no answers in it; expected at least one")
-    if not texts:
+        for answer in found:
+            first = answers.setdefault(answer.alpha, {}).setdefault(answer.id, answer)
+            if first is not answer:
+                raise PromptError(
+                    f"{answer.where}: a second answer to {answer.id!r} at alpha {answer.alpha},"
+                    f" after {first.where}; expected one, of one task through one filter: remove"
+                    " the other"
+                )
+    if not answers:
         raise PromptError("no recorded answers; give files")
-    ids = _common_ids(texts, files)
-    return {alpha: [texts[alpha][i] for i in ids] for alpha in sorted(texts)}, ids
+    answers = dict(sorted(answers.items()))
+    ids = _order_ids(answer_id for by_id in answers.values() for answer_id in by_id)
+    for alpha, by_id in answers.items():
+        _check_complete(alpha, by_id, ids)
+    return {alpha: [by_id[i].text for i in ids] for alpha, by_id in answers.items()}, ids
 
 
-def _common_ids(texts: Mapping[float, Mapping[str, str]], files: Mapping[float, Path]) -> list[str]:
-    every = _ordered(dict.fromkeys(i for alpha in sorted(texts) for i in texts[alpha]))
-    for alpha in sorted(texts):
-        missing = [i for i in every if i not in texts[alpha]]
-        if missing:
-            raise PromptError(
-                f"{files[alpha]}: no answer to {missing[0]!r} at alpha {alpha}, and to"
-                f" {len(missing) - 1} more that other alphas have; expected the same prompts for"
-                " all alphas: record the rest, or leave this alpha out"
-            )
-    return every
+def _order_ids(every: Iterable[str]) -> list[str]:
+    ids = list(dict.fromkeys(every))
+    all_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", i) for i in ids)
+    return sorted(ids, key=int) if all_numbers else ids
 
 
-def _ordered(ids: Mapping[str, Any]) -> list[str]:
-    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", i) for i in ids)
-    return sorted(ids, key=int) if numbers else list(ids)
+def _check_complete(alpha: float, by_id: Mapping[str, Answer], ids: Sequence[str]) -> None:
+    missing = [i for i in ids if i not in by_id]
+    if missing:
+        path = next(iter(by_id.values())).path
+        raise PromptError(
+            f"{path}: no answer to {missing[0]!r} at alpha {alpha}, and to {len(missing) - 1} more"
+            " that other alphas have; expected the same prompts for all alphas: record the rest, or"
+            " leave this alpha out"
+        )
 
 
-# Records of the formats
+# Records of the three formats
 
 
-def _answer(record: Mapping[str, Any], alpha: float | None, where: str) -> _Answer:
-    """What one record says, by the fields that tell the three formats apart."""
+def _read_file(path: Path, alpha: float | None) -> Iterator[Answer]:
+    for place, record in _read_records(path):
+        # Our own first line, answers that measure noise, and those at one alpha for each layer
+        if record.keys() == {"search"} or record.get("again") or record.get("alphas"):
+            continue
+        yield _parse_record(record, alpha, path, f"{path}, {place}")
+
+
+def _parse_record(record: Record, given_alpha: float | None, path: Path, where: str) -> Answer:
+    alpha = None
     if "doc_id" in record:
-        return _Answer(_given(alpha, where), _id(record["doc_id"], where), _response(record, where))
-    if "index" in record and "prediction" in record:
-        text = _text(record["prediction"], f"{where}: prediction")
-        return _Answer(_given(alpha, where), _id(record["index"], where), text)
-    if not {"alpha", "index", "answer"} <= record.keys():
+        id, name, text = record["doc_id"], "filtered_resps", _single_response(record, where)
+    elif {"index", "prediction"} <= record.keys():
+        id, name, text = record["index"], "prediction", _cell_text(record["prediction"])
+    elif {"alpha", "index", "answer"} <= record.keys():
+        id, name, text = record["index"], "answer", record["answer"]
+        alpha = record["alpha"]
+    else:
         raise PromptError(
             f"{where}: found the fields {', '.join(map(str, list(record)[:8])) or '(none)'};"
             " expected alpha, index and answer (a search's journal), doc_id and filtered_resps"
             " (lmms-eval) or index and prediction (VLMEvalKit)"
         )
-    if alpha is not None:
-        raise PromptError(f"{where}: names its alpha itself; give the file without {alpha}=")
-    own, text = record["alpha"], record["answer"]
-    if isinstance(own, bool) or not isinstance(own, int | float) or not _is_alpha(own):
-        raise PromptError(f"{where}: alpha is {_short(own)}, expected a number in 0..1")
     if not isinstance(text, str):
-        raise PromptError(f"{where}: answer is {_short(text)}, expected a text")
-    return _Answer(round(float(own), 6), _id(record["index"], where), text)
+        raise PromptError(f"{where}: {name} is {_shorten(text)}, expected a text")
+    return Answer(_only_alpha(alpha, given_alpha, where), _id_text(id, where), text, path, where)
 
 
-def _response(record: Mapping[str, Any], where: str) -> str:
-    """lmms-eval's `filtered_resps`, what it scores: a text, since 2026, or a list of one before.
+def _only_alpha(recorded: Any, given: float | None, where: str) -> float:
+    """The alpha that the record names or that the file was given with, to 6 decimals."""
+    if recorded is None and given is None:
+        raise PromptError(f"{where}: does not say its alpha; give the file as ALPHA=FILE")
+    if recorded is not None and given is not None:
+        raise PromptError(f"{where}: names its alpha itself; give the file without {given}=")
+    alpha = given if recorded is None else recorded
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        raise PromptError(f"{where}: alpha is {_shorten(alpha)}, expected a number in 0..1")
+    return round(float(alpha), 6)
 
-    `resps`, what the filters were given, is left out of the log where it says the same.
+
+def _id_text(value: Any, where: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # spreadsheets turn 7 into 7.0
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise PromptError(f"{where}: the id is {_shorten(value)}, expected a number or a text")
+    return str(value)
+
+
+def _single_response(record: Record, where: str) -> Any:
+    """lmms-eval's `filtered_resps`, what it scores: a text since 2026, before that a list of one.
+
+    Without it `resps`, what the filters were given; it is left out of the log if both are equal.
     """
     found = record.get("filtered_resps", record.get("resps"))
     while isinstance(found, list) and len(found) == 1:
@@ -145,160 +173,112 @@ def _response(record: Mapping[str, Any], where: str) -> str:
             f"{where}: {len(found)} responses; expected one: a task that generates text, without"
             " repeats"
         )
-    if not isinstance(found, str):
-        raise PromptError(f"{where}: filtered_resps is {_short(found)}, expected a text")
     return found
 
 
-def _given(alpha: float | None, where: str) -> float:
-    if alpha is None:
-        raise PromptError(f"{where}: does not say its alpha; give the file as ALPHA=FILE")
-    if not _is_alpha(alpha):
-        raise PromptError(f"{where}: given as of alpha {alpha}, expected a number in 0..1")
-    return round(alpha, 6)
-
-
-def _is_alpha(value: float) -> bool:
-    return math.isfinite(value) and 0 <= value <= 1
-
-
-def _id(value: Any, where: str) -> str:
-    """An id as text: spreadsheets turn 7 into 7.0."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise PromptError(f"{where}: the id is {_short(value)}, expected a number or a text")
-    return str(value)
-
-
-def _text(value: Any, where: str) -> str:
+def _cell_text(value: Any) -> Any:
     """A table's cell as text; an empty answer is stored as an empty cell or as NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, dict | list):
-        raise PromptError(f"{where} is {_short(value)}, expected a text")
-    return str(value)
+    return value if isinstance(value, dict | list) else str(value)
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+def _shorten(value: Any) -> str:
+    return one_line(repr(value), 40)
 
 
 # Files
 
 
-def _records(path: Path) -> Iterator[_Record]:
+def _read_records(path: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each with its place in it, such as "line 3"."""
     suffix = path.suffix.lower()
     if suffix in (".pkl", ".pickle"):
         raise PromptError(
             f"{path}: a pickle can run code when it is read, so it is not; have VLMEvalKit write"
             " xlsx, tsv or json (PRED_FORMAT)"
         )
-    if suffix not in SUFFIXES:
-        raise PromptError(f"{path}: found {suffix or 'no suffix'}, expected {', '.join(SUFFIXES)}")
+    if suffix not in _READERS:
+        found = suffix or "no suffix"
+        raise PromptError(f"{path}: found {found}, expected {', '.join(_READERS)}")
     if not path.is_file():
         raise PromptError(f"{path}: no such file")
-    readers = {".jsonl": _jsonl, ".json": _json, ".xlsx": _xlsx}
-    return readers.get(suffix, _csv)(path)
+    for place, record in _READERS[suffix](path):
+        if not isinstance(record, dict):
+            raise PromptError(f"{path}, {place}: found {_shorten(record)}, expected an object")
+        yield place, record
 
 
-def _jsonl(path: Path) -> Iterator[_Record]:
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                where = f"line {number}"
-                yield where, _fields(_parsed(line, path, where), path, where)
+                yield f"line {number}", parse_json(line, f"{path}, line {number}")
 
 
-def _json(path: Path) -> Iterator[_Record]:
-    records = _parsed(path.read_bytes(), path, "")
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    records = parse_json(path.read_bytes(), str(path))
     if isinstance(records, dict) and "logs" in records:  # lmms-eval until September 2024
         records = records["logs"]
     if not isinstance(records, list):
-        raise PromptError(f"{path}: found {_short(records)}, expected a list of records")
+        raise PromptError(f"{path}: found {_shorten(records)}, expected a list of records")
     for number, record in enumerate(records, 1):
-        yield f"record {number}", _fields(record, path, f"record {number}")
+        yield f"record {number}", record
 
 
-def _parsed(raw: bytes, path: Path, where: str) -> Any:
-    text = _decoded(raw, path, where)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = where or f"line {error.lineno}"
-        raise PromptError(f"{path}, {line}: not JSON ({error.msg}); mend or remove it") from None
-    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
-        place = f"{path}, {where}" if where else str(path)
-        raise PromptError(f"{place}: JSON that cannot be read ({error})") from None
-
-
-def _decoded(raw: bytes, path: Path, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw.count(b"\n", 0, error.start) + 1
-        line = where or f"line {number}"
-        raise PromptError(f"{path}, {line}: not UTF-8; save the file as that") from None
-
-
-def _fields(record: Any, path: Path, where: str) -> Mapping[str, Any]:
-    if not isinstance(record, dict):
-        raise PromptError(f"{path}, {where}: found {_short(record)}, expected an object")
-    return record
-
-
-def _csv(path: Path) -> Iterator[_Record]:
-    text = _decoded(path.read_bytes(), path, "")
-    tabs = path.suffix.lower() == ".tsv"
-    reader = csv.reader(
-        io.StringIO(text, newline=""), "excel-tab" if tabs else "excel", strict=True
-    )
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    line = 1  # where a row begins: it may hold line breaks
-    try:
-        header = next(reader, [])
-        _check_header(header, path)
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise PromptError(
-                    f"{path}, line {line}: found {len(cells)} cells, expected {len(header)}"
-                )
-            if cells:
-                yield f"line {line}", dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise PromptError(f"{path}, line {line}: not a row of a table ({error})") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _xlsx(path: Path) -> Iterator[_Record]:
-    try:
-        openpyxl: Any = importlib.import_module("openpyxl")
-    except ImportError:
+def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
+    is_xlsx = path.suffix.lower() == ".xlsx"
+    rows: Sequence[Sequence[Any]] = _xlsx_rows(path) if is_xlsx else _csv_rows(path)
+    header = [str(cell) for cell in rows[0]] if rows else []
+    if not {"index", "prediction"} <= set(header):
         raise PromptError(
-            f"{path}: reading xlsx needs openpyxl: pip install openpyxl, or save it as csv"
+            f"{path}: found the columns {', '.join(header) or '(none)'}, expected index and"
+            " prediction, as VLMEvalKit writes them"
+        )
+    for number, cells in enumerate(rows[1:], 2):
+        if all(cell is None for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise PromptError(
+                f"{path}, row {number}: found {len(cells)} cells, expected {len(header)}"
+            )
+        yield f"row {number}", dict(zip(header, cells, strict=True))
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    raw = path.read_bytes()
+    try:
+        text = io.StringIO(raw.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{path}, line {line}: not UTF-8; save the file as that") from None
+    dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
+    reader = csv.reader(text, dialect, strict=True)
+    usual_limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise PromptError(
+            f"{path}, line {reader.line_num}: not a row of a table ({error})"
         ) from None
+    finally:
+        csv.field_size_limit(usual_limit)
+
+
+def _xlsx_rows(path: Path) -> list[tuple[Any, ...]]:
+    openpyxl = import_library("openpyxl", "openpyxl", f"{path}: reading xlsx")
     try:
         with path.open("rb") as file:
-            # Formulas as they stand: an answer that begins with = is one to a spreadsheet.
-            book = openpyxl.load_workbook(file, read_only=True, data_only=False)
-            rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
+            # Formulas as they stand: an answer that begins with = is one to a spreadsheet
+            return list(openpyxl.load_workbook(file).worksheets[0].values)
     except Exception as error:  # a broken archive or sheet ends in anything at all
-        raise PromptError(f"{path}: not a readable xlsx file ({error})") from None
-    header = [str(cell) for cell in rows[0]] if rows else []
-    _check_header(header, path)
-    for number, row in enumerate(rows[1:], 2):
-        if any(cell is not None for cell in row):
-            yield f"row {number}", dict(zip(header, row, strict=False))
+        raise PromptError(f"{path}: not a readable xlsx file ({one_line(error)})") from None
 
 
-def _check_header(header: Sequence[str], path: Path) -> None:
-    for name in ("index", "prediction"):
-        if name not in header:
-            raise PromptError(
-                f"{path}: found the columns {', '.join(header) or '(none)'}, expected index and"
-                " prediction, as VLMEvalKit writes them"
-            )
+_READERS = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".tsv": _read_table,
+    ".csv": _read_table,
+    ".xlsx": _read_table,
+}

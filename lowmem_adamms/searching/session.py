@@ -11,23 +11,38 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from ..closing import Closing
-from ..live.answerer import Answerer
-from ..live.draft_decoding import Settings
 from ..mapping.alphas import Alpha
 from ..merging.journal import AnswerJournal
 from ..prompts import Prompt, digest
-from ..reporting.search_page import Timing
 
 if TYPE_CHECKING:
+    from ..live.answerer import Answerer
+    from ..live.draft_decoding import Settings
     from ..live.live_model import LiveModel
     from ..live.placement import Placement
     from ..mapping.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the answers at one alpha took, over all prompts. Seconds are wall time.
+
+    forward_tokens: tokens that went through the model. plain_tokens: those that would have gone
+    through it without drafts.
+    """
+
+    alpha: Alpha
+    apply_seconds: float
+    seconds: float
+    answer_tokens: int
+    forward_tokens: int
+    plain_tokens: int
 
 
 class Session(Closing):
@@ -79,6 +94,8 @@ class Session(Closing):
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
         """
+        from ..live.answerer import Answerer
+
         known = dict(self._journal.again.get(alpha, {})) if self._journal else {}
         if len(known) < len(prompts):
             live, _ = self._ready()
@@ -123,6 +140,8 @@ class Session(Closing):
         return answers
 
     def _ready(self) -> tuple[LiveModel, Answerer]:
+        from ..live.answerer import Answerer
+
         if self._loaded is None:
             live = self._load()
             try:

@@ -38,7 +38,7 @@ from lowmem_adamms.mapping.alphas import (
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.merging.verify import verify
-from lowmem_adamms.searching.recorded_answers import read
+from lowmem_adamms.searching.recorded_answers import read_answers
 from lowmem_adamms.values import parse_alpha
 
 loop = importlib.import_module(
@@ -291,7 +291,7 @@ def test_answers_at_alphas_are_kept_apart_and_not_scored_as_an_alpha(tmp_path: P
         assert journal.answers[0.2] == {0: "at 0.2"}
         assert journal.answers[Alphas(0.2, {"layers.0": 0.3})] == {0: "layered"}
         assert journal.tokens[layered] == {0: [2]}
-    assert read([path])[0] == {alpha: [f"at {alpha}"] for alpha in (0.1, 0.2, 0.3)}
+    assert read_answers([path])[0] == {alpha: [f"at {alpha}"] for alpha in (0.1, 0.2, 0.3)}
 
 
 # The type

@@ -24,11 +24,11 @@ from lowmem_adamms.reporting import search_page as report
 from lowmem_adamms.reporting.answers_table import SHOWN_CHANGING
 from lowmem_adamms.reporting.curve import CROSS
 from lowmem_adamms.reporting.markup import DASH, marked, plain
-from lowmem_adamms.reporting.search_page import Timing
 from lowmem_adamms.reporting.view import Run, runs
 from lowmem_adamms.searching.answer_text import normalise
 from lowmem_adamms.searching.search import Candidate, Result, choose
 from lowmem_adamms.searching.search import search as run_search
+from lowmem_adamms.searching.session import Timing
 
 GRID = (0.0, 0.1, 0.2, 0.3)
 

