@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lowmem_adamms.errors import RecipeError
-from lowmem_adamms.values import parse_size, parse_size_or_zero
+from lowmem_adamms.values import (
+    format_size,
+    parse_dtype,
+    parse_grid,
+    parse_size,
+    parse_size_or_zero,
+)
 
 GB, GIB = 10**9, 1 << 30
 
@@ -46,3 +52,43 @@ def test_zero_passes_where_it_has_a_meaning() -> None:
     assert parse_size_or_zero("0") == parse_size_or_zero("0GB") == 0
     with pytest.raises(RecipeError):
         parse_size_or_zero("GB")
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (529_600, "530 kB"), (16_580_000_000, "16.58 GB")],
+)
+def test_sizes_are_shown_in_decimal_units(nbytes: int, shown: str) -> None:
+    assert format_size(nbytes) == shown
+
+
+@pytest.mark.parametrize("grid", ["0:0.4:0.2", "0.4,0,0.2,0.2", "0.0:0.5:0.2", " 0, .2, 4e-1"])
+def test_a_grid_may_be_written_in_several_ways(grid: str) -> None:
+    assert parse_grid(grid) == parse_grid([0.0, 0.2, 0.4]) == (0.0, 0.2, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ("", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("a,b,c", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:1:0", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:inf:0.1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0:nan:0.1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
+        ("0.6:0:0.1", "makes -?[0-9]+ alphas"),
+        ("0:1:1e-12", "makes 1000000000001 alphas"),
+        ("0,0.1", "expected three or more"),
+        ("0,0.5,1.1", "expected numbers in 0..1"),
+        ("0,0.5,nan", "expected numbers in 0..1"),
+        ("0,0.1,0.10000001,0.2", "expected them ascending, each once"),
+    ],
+)
+def test_a_bad_grid_says_what_is_wrong(grid: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        parse_grid(grid)
+
+
+@pytest.mark.parametrize("word", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
+def test_a_dtype_has_several_names(word: str) -> None:
+    assert parse_dtype(word) == "BF16"

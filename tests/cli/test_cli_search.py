@@ -265,18 +265,11 @@ def test_the_same_weights_come_of_merging_at_the_alpha_that_was_found(
     ("base", "donor"),
     [
         ("qwen2_vl", "llava_onevision"),
-        ("llava_onevision", "qwen2_vl"),
-        ("qwen2_5_vl", "llava_onevision"),
-        ("llava", "llava_next"),
-        ("llava_next", "llava"),
-        ("qwen2_vl", "qwen2"),
-        ("llava", "llama"),
-        ("qwen2", "llava_onevision"),
         ("cogvlm", "llava"),
-        ("mplug_owl2", "llava"),
+        ("qwen2", "llava_onevision"),
     ],
 )
-def test_every_pair_goes_through_the_whole_job(
+def test_a_pair_goes_through_the_whole_job(
     base: str,
     donor: str,
     talking: dict[str, Path],
@@ -615,41 +608,12 @@ def searched(
     return found
 
 
-@pytest.mark.parametrize("grid", ["0:0.4:0.2", "0.4,0,0.2,0.2", "0.0:0.5:0.2", " 0, .2, 4e-1"])
-def test_alphas_may_be_spelled_in_several_ways(
-    grid: str, small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
-) -> None:
-    """The journal knows them all, whichever way they are given."""
-    with pytest.MonkeyPatch.context() as patch:
-        forbid(patch, "lowmem_adamms.live.transformers_model.load_model")
-        assert searched(exact, prompts, small[1], "--alphas", grid) == small[0]
-
-
-@pytest.mark.parametrize(
-    ("grid", "says"),
-    [
-        ("", "expected 0,0.1,0.2 or 0:0.6:0.1"),
-        ("a,b,c", "expected 0,0.1,0.2 or 0:0.6:0.1"),
-        ("0:1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
-        ("0:1:0", "expected 0,0.1,0.2 or 0:0.6:0.1"),
-        ("0:inf:0.1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
-        ("0:nan:0.1", "expected 0,0.1,0.2 or 0:0.6:0.1"),
-        ("0.6:0:0.1", "makes -?[0-9]+ alphas"),
-        ("0:1:1e-12", "makes 1000000000001 alphas"),
-        ("0,0.1", "expected three or more"),
-        ("0,0.5,1.1", "expected numbers in 0..1"),
-        ("0,0.5,nan", "expected numbers in 0..1"),
-        ("0,0.1,0.10000001,0.2", "expected them ascending, each once"),
-    ],
-)
-def test_a_bad_grid_is_one_line_before_anything_else(
-    grid: str, says: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_bad_grid_is_one_line_before_anything_else(tmp_path: Path, capsys: Capture) -> None:
     """Even before prompts and models, which are not there either."""
-    words = ("--prompts", tmp_path / "none.jsonl", *SHORT, f"--alphas={grid}")
+    words = ("--prompts", tmp_path / "none.jsonl", *SHORT, "--alphas=0,0.1")
     for command in (("merge", "-o", tmp_path / "out"), ("search",)):
         assert run(*command, tmp_path / "no base", tmp_path / "no donor", *words) == 2
-        assert_one_error(capsys, f"^error: argument --alphas: .*{says}")
+        assert_one_error(capsys, "^error: argument --alphas: .*expected three or more")
     assert not list(tmp_path.iterdir())
 
 
@@ -663,30 +627,6 @@ def test_refining_asks_between_the_best_and_its_neighbours(
     assert [c["alpha"] for c in found["candidates"]] == [0, 0.1, 0.2, 0.3, 0.4]
     assert found["alpha"] in (0.1, 0.2, 0.3)
     assert len(answers_at(journal, 0.1)) == len(answers_at(journal, 0.3)) == 10
-
-
-def test_the_joint_measure_counts_a_prompt_once(
-    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
-) -> None:
-    found = searched(exact, prompts, small[1], "--measure", "joint")
-    table = [answers_at(small[1], alpha) for alpha in (0.0, 0.2, 0.4)]
-    rows = [[normal(answer) for answer in row] for row in zip(*table, strict=True)]
-    differing = sum(a != b or b != c for a, b, c in rows)
-    assert found["measure"] == "joint"
-    assert found["candidates"][1]["score"] == differing
-    assert differing < small[0]["candidates"][1]["score"]  # some differ from both
-
-
-def test_the_relative_measure_divides_by_the_answers_that_left_the_bases(
-    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path
-) -> None:
-    found = searched(exact, prompts, small[1], "--measure", "relative")
-    base, chosen = ([normal(answer) for answer in answers_at(small[1], a)] for a in (0.0, 0.2))
-    moved = sum(a != b for a, b in zip(base, chosen, strict=True))
-    candidate = found["candidates"][1]
-    assert moved and found["measure"] == "relative"
-    total = candidate["diff_previous"] + candidate["diff_next"]
-    assert candidate["score"] == pytest.approx(100 * total / moved)
 
 
 def test_a_seed_draws_the_same_sample(
