@@ -65,7 +65,7 @@ class Pair:
         return f"{self.base} ← {self.donor_name}" + (f" #{self.seed}" if self.seed else "")
 
     @property
-    def kin(self) -> frozenset[str]:
+    def both_names(self) -> frozenset[str]:
         """Both names, in no order."""
         return frozenset((self.base, self.donor_name))
 
@@ -88,12 +88,12 @@ class Pair:
         near = np.abs(self.alphas[None] - wanted[:, None])
         return near.argmin(axis=1) if near.min(axis=1).max() < 1e-6 else None
 
-    def draws(self, count: int, size: int, seed: int = 0, task: int | None = None) -> list[Ints]:
+    def draws(self, count: int, size: int, seed: int = 0) -> list[Ints]:
         """So many samples of prompts for a search, each without repetition, by place.
 
-        task: take prompts of this one only, by place in `tasks`. Smaller where the pool is.
+        A sample is smaller where there are fewer prompts.
         """
-        pool = np.flatnonzero((self.half == 0) & ((self.task == task) | (task is None)))
+        pool = np.flatnonzero(self.half == 0)
         dice = np.random.default_rng([seed, self.seed])
         return [dice.choice(pool, min(size, len(pool)), replace=False) for _ in range(count)]
 

@@ -26,16 +26,7 @@ from evidence import load, spearman
 from rich.console import Console
 from rich.table import Table
 from rules import FIXED, RULES, Floats, Ints, Rule, fixed, joint, pairwise
-from trials import (
-    Judge,
-    Outcome,
-    best_elsewhere,
-    lines,
-    outcomes_elsewhere,
-    pooled,
-    run,
-    run_by_task,
-)
+from trials import Judge, Outcome, best_elsewhere, outcomes_elsewhere, pooled, run
 
 PAPER = 0.6  # where the paper's grid ends
 SIZES, STEPS = (10, 25, 50, 100, 200), (0.02, 0.05, 0.1)
@@ -96,7 +87,7 @@ def main() -> None:
                    console)  # fmt: skip
     figures = {
         "benchmark": "study", "samples": given.samples, "size": given.size,
-        "curves": curves(study), "by_task": by_task(study), "ablations": ablations(study),
+        "curves": curves(study), "ablations": ablations(study),
         "weak": weak_points(study), "cases": constructed(study), "misled": misled(warned),
         "rules": compare(study), "budgets": budgets(study),
     }  # fmt: skip
@@ -177,22 +168,6 @@ def _show_curve(study: Study, judge: Judge, found: Figures) -> None:
     rows.append(("donor", *found["donor_marks"], found["donor"], "", "", ""))
     study.show(f"{pair.name}: accuracy, %, and changes per 100 prompts",
                ("alpha", *pair.tasks, "mean", "D", "joint", "degenerate %"), rows)  # fmt: skip
-
-
-def by_task(study: Study) -> Figures:
-    """An alpha for each task, as the paper has it, against one for all."""
-    rules = {name: RULES[name] for name in ("pairwise", "one-sided", "surer", "confidence")}
-    out: Figures = {}
-    rows: list[Sequence[object]] = []
-    for judge in study.judges:
-        grid = study.grids(judge)["0 to 1 by 0.1"]
-        found = run_by_task(judge, rules, grid, study.samples, study.size)
-        out[judge.pair.name] = {name: values.mean() for name, values in found.items()}
-        means = [float(values.mean()) for values in found.values()]
-        rows.append((judge.pair.name, *judge.parents, judge.accuracy[grid].max(), *means))
-    heads = ("base ← donor", "base", "donor", "best alpha", *rules, "best of each task")
-    study.show("An alpha for each task, 0 to 1 by 0.1: mean accuracy over tasks, %", heads, rows)
-    return out
 
 
 # 2, 6. Ablations
@@ -324,17 +299,14 @@ def _chosen_elsewhere(
     alphas: Sequence[Mapping[str, Outcome]],
 ) -> Figures:
     """The rule and the alpha that were best on other pairs, for each pair."""
-    kins = [judge.pair.kin for judge in study.judges]
-    real = [{name: one[name] for name in RULES} for one in outcomes]
+    pairs = [judge.pair.both_names for judge in study.judges]
+    rules = [{name: one[name] for name in RULES} for one in outcomes]
     out: Figures = {}
-    for what, candidates, groups in (
-        ("rule best on other pairs", real, kins),
-        ("rule best on other lines", real, lines(kins)),
-        ("alpha best on other pairs", alphas, kins),
-    ):
-        found = outcomes_elsewhere(candidates, groups)
+    for what, candidates in (("rule", rules), ("alpha", alphas)):
+        found = outcomes_elsewhere(candidates, pairs)
         if found is not None:
-            out[what] = {**summary(found), "names": best_elsewhere(candidates, groups)}
+            names = best_elsewhere(candidates, pairs)
+            out[f"{what} best on other pairs"] = {**summary(found), "names": names}
     return out
 
 

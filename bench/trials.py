@@ -79,24 +79,6 @@ def run(
     return {name: judge(places[name], found[name]) for name in rules}
 
 
-def run_by_task(
-    judge: Judge, rules: Mapping[str, Rule], grid: Ints, samples: int, size: int
-) -> dict[str, Floats]:
-    """As the paper searches: an alpha for each task, by prompts of that task alone.
-
-    Mean accuracy over tasks when each is answered at its own alpha, [S]; "best": at the best ones.
-    """
-    pair = judge.pair
-    marks = pair.marks(pair.right)[grid]
-    out = {name: np.zeros(samples) for name in rules}
-    for t in range(len(pair.tasks)):
-        for i, prompts in enumerate(pair.draws(samples, size, task=t)):
-            view = pair.view(grid, prompts)
-            for name, rule in rules.items():
-                out[name][i] += marks[chosen(rule(view)), t] / len(pair.tasks)
-    return {**out, "best": np.full(samples, marks.max(axis=0).mean())}
-
-
 def run_product(
     judge: Judge, grid: Ints, draws: Sequence[Ints], measure: Measure = "pairwise"
 ) -> tuple[Outcome, float]:
@@ -138,15 +120,6 @@ def outcomes_elsewhere(
     names = best_elsewhere(outcomes, groups)
     found = [by_rule[name] for by_rule, name in zip(outcomes, names, strict=True) if name]
     return found if len(found) == len(outcomes) else None
-
-
-def lines(kins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
-    """For each pair, all models that are linked with it through any pairs: its line of descent."""
-    groups: list[frozenset[str]] = []
-    for kin in kins:
-        joined = kin.union(*(group for group in groups if group & kin))
-        groups = [group for group in groups if not group & kin] + [joined]
-    return [next(group for group in groups if kin <= group) for kin in kins]
 
 
 def pooled(outcomes: Sequence[Outcome], part: Callable[[Outcome], Floats]) -> Floats:

@@ -271,28 +271,6 @@ def test_rules_see_no_labels(tmp_path: Path) -> None:
     assert places(path) == places(path.with_name("unlabelled.json"))
 
 
-def test_by_task_each_task_has_its_own_alpha(tmp_path: Path) -> None:
-    # By alpha: t all right, then all wrong; u the other way round
-    tasks = ["t", "u"] * 4
-    pair = load(
-        saved(
-            tmp_path,
-            questions=[{"task": t, "prompt": "?", "answer": "yes"} for t in tasks],
-            half=[0, 0, 0, 0, 1, 1, 1, 1],
-            answers=[["yes", "no"] * 4, ["yes", "yes"] * 4, ["no", "yes"] * 4],
-            parent={"answers": ["no", "yes"] * 4, "confidence": [0.4, 0.6] * 4},
-        )
-    )
-    judge, grid = trials.Judge(pair), np.array([0, 2])
-    ways = {"surer": mean_of(rules.surer), "base": rules.fixed(0.0)}
-    found = trials.run_by_task(judge, ways, grid, 3, 2)
-    assert {name: values.tolist() for name, values in found.items()} == {
-        "surer": [100.0] * 3,
-        "base": [50.0] * 3,
-        "best": [100.0] * 3,
-    }
-
-
 def test_the_products_choice_is_made_by_the_product(tmp_path: Path) -> None:
     pair = load(cases.write(tmp_path)["collapse"])
     judge, grid, draws = trials.Judge(pair), pair.grid(0.1, 0.6), pair.draws(3, 60)
@@ -329,11 +307,6 @@ def test_a_rule_is_never_chosen_by_the_pair_it_serves() -> None:
     # Both directions of a pair stand together: pairs 0 and 1 are judged on pair 2 alone
     assert trials.best_elsewhere(found, ["x", "x", "y"]) == ["b", "b", "a"]
     assert trials.outcomes_elsewhere(found, ["x", "x", "x"]) is None
-
-
-def test_lines_link_models_through_any_pair() -> None:
-    pairs = [frozenset(names) for names in ("ab", "cd", "bc", "ef", "ba")]
-    assert trials.lines(pairs) == [frozenset("abcd")] * 3 + [frozenset("ef"), frozenset("abcd")]
 
 
 def test_summary_pools_searches_and_averages_pairs() -> None:
