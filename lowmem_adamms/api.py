@@ -28,7 +28,7 @@ from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json
 from .mapping.plan import Plan
 from .merging import model_card, writer
-from .merging.journal import ANSWERS, NAME, WORK, AnswerJournal, pending
+from .merging.journal import ANSWERS, NAME, PENDING, WORK, AnswerJournal, pending
 from .merging.sources import Fetch, download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
@@ -45,7 +45,7 @@ from .settings import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .hub.upload import Push
+    from .hub.upload import Upload
     from .live.live_model import LiveModel
     from .searching.session import Session, Timing
 
@@ -379,7 +379,7 @@ class Merge:
     plan: Plan
     settings: MergeSettings
     output: writer.Output
-    upload: Push | None
+    upload: Upload | None
 
     @property
     def answers(self) -> Path:
@@ -509,7 +509,7 @@ def _writer_options(settings: OutputSettings) -> writer.Options:
 
 
 @contextmanager
-def push(out: str | Path, settings: UploadSettings) -> Iterator[Push]:
+def push(out: str | Path, settings: UploadSettings) -> Iterator[Upload]:
     """The upload of a merged folder, checked by the Hub; nothing is sent before its `finish()`.
 
     FormatError if the folder is not a complete merge, PushError if the Hub will not take it.
@@ -525,18 +525,16 @@ def push(out: str | Path, settings: UploadSettings) -> Iterator[Push]:
 @contextmanager
 def _upload(
     out: Path, settings: UploadSettings, card: str | None, *, complete: bool
-) -> Iterator[Push]:
-    from .hub.upload import Push, quiet
-    from .hub.upload_check import check
+) -> Iterator[Upload]:
+    from .hub.upload import Upload, check_target
 
     assert settings.push_to_hub is not None
-    with quiet():
-        target = check(
-            settings.push_to_hub,
-            private=settings.private,
-            replace=settings.replace_repo,
-            card=card,
-            out=out if complete else None,
-        )
-        with Push(target, out) as upload:
-            yield upload
+    target = check_target(
+        settings.push_to_hub,
+        private=settings.private,
+        replace=settings.replace_repo,
+        card_text=card,
+        folder=out if complete else None,
+    )
+    with Upload(target, out, pending_note=out / PENDING) as upload:
+        yield upload

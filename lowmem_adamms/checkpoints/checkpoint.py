@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, HubError
 from ..hub import repository as hub
-from ..hub.remote_file import RemoteFile
+from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
 from . import torch_bin
-from .safetensors_header import Header, read_header
+from .safetensors_header import MAX_HEADER_BYTES, Header, parse_header, read_header
 from .span import Span
 from .weight_files import (
     ADAPTER,
@@ -24,6 +25,7 @@ from .weight_files import (
     read_json_object,
 )
 
+_FIRST_READ = 1 << 17  # bytes of a remote file that hold nearly every header
 _LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """What the part of a config about the language model may be called; language_config is Janus's."""
 _QUANTIZED_NAME = re.compile(
@@ -43,7 +45,7 @@ class Checkpoint:
     shards: tuple[Path, ...]
     tensors: Mapping[str, Span]
     config: Mapping[str, Any]
-    repo: hub.Repo | None = None
+    repo: hub.Repository | None = None
 
     @property
     def ref(self) -> str:
@@ -122,13 +124,13 @@ class Checkpoint:
     def fetch_sidecars(self) -> None:
         """Download those sidecars that do not lie in its folder."""
         if self.repo and self.repo.files:
-            hub.fetch(self.repo, map(str, self.sidecars()))
+            hub.fetch_files(self.repo, map(str, self.sidecars()))
 
     def download(self, *, bars: bool = False) -> None:
         """Download everything that does not lie in its folder. bars: show progress."""
         if self.repo:
             self.fetch_sidecars()
-            hub.download(self.repo, self.shards, bars=bars)
+            hub.download(self.repo, self.shards, progress_bars=bars)
 
 
 def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -162,10 +164,10 @@ def open_checkpoint(
     path = Path(ref)
     repo = None
     if not path.exists():
-        repo_id = hub.parse(str(ref))
+        repo_id = hub.parse_repo_id(str(ref))
         if repo_id is None:
             raise FormatError(f"{ref}: no such folder or file")
-        repo = hub.find(*repo_id, cache=cache)
+        repo = hub.open_repository(*repo_id, cache=cache)
         path = repo.folder
     config_path = path / "config.json"
     config = read_json_object(config_path) if config_path.is_file() else {}
@@ -175,7 +177,7 @@ def open_checkpoint(
         shards, weight_map = _repo_weight_files(repo, download_bins)
     else:
         shards, weight_map = find_weight_files(path)
-    headers = hub.headers(repo.missing(shards)) if repo else {}
+    headers = _read_remote_headers(repo.missing(shards)) if repo else {}
     tensors: dict[str, Span] = {}
     for shard in shards:
         for name, span in _read_spans(shard, headers.get(shard)):
@@ -195,7 +197,7 @@ def open_checkpoint(
     return Checkpoint(path, tuple(shards), tensors, config, repo)
 
 
-def _repo_weight_files(repo: hub.Repo, download_bins: bool) -> WeightFiles:
+def _repo_weight_files(repo: hub.Repository, download_bins: bool) -> WeightFiles:
     """The weight files of a repository, by the names it lists."""
     files = choose_weight_files(repo.folder, repo.files)
     if files is None:
@@ -210,6 +212,28 @@ def _repo_weight_files(repo: hub.Repo, download_bins: bool) -> WeightFiles:
             )
         hub.download(repo, paths)
     return files
+
+
+def _read_remote_headers(files: Mapping[Path, RemoteFile]) -> dict[Path, Header]:
+    """The safetensors header of each file on the Hub, by ranges, several at once."""
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        return dict(zip(files, pool.map(_read_remote_header, files.values()), strict=True))
+
+
+def _read_remote_header(file: RemoteFile) -> Header:
+    """One header: a request for what nearly always holds it, another for what is beyond."""
+    raw = file.read(0, min(file.size, _FIRST_READ))
+    length = int.from_bytes(raw[:8], "little")
+    name = f"{file.repo_id}: {file.name}"
+    if len(raw) < 8 or 8 + length > file.size or length > MAX_HEADER_BYTES:
+        raise FormatError(f"{name}: not a safetensors file, or a damaged one")
+    if len(raw) < 8 + length:
+        raw += file.read(len(raw), 8 + length)
+    file.header = raw[: 8 + length]
+    try:
+        return parse_header(file.header[8:], file.size)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from None
 
 
 def _read_spans(shard: Path, header: Header | None) -> Iterator[tuple[str, Span]]:

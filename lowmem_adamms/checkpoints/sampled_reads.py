@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import FormatError
-from ..hub.remote_file import RemoteFile
-from ..hub.repository import LANES
+from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
 from .span import Span
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class SampledReader(AbstractContextManager["SampledReader"]):
         self._open: dict[Path, FileIO] = {}
         self._stack = ExitStack()
         # One after the other from a disk, many requests at once to the Hub
-        self._pool = ThreadPoolExecutor(LANES if remote else 1)
+        self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS if remote else 1)
 
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown()

@@ -89,9 +89,11 @@ def _fields(takes: type) -> list[dataclasses.Field[Any]]:
 
 def _add_options(parser: Parser, takes: type) -> None:
     """The command's own fields first, then a group for each of its bases."""
+    fields = {item.name: item for item in _fields(takes)}
     groups = [(takes, parser), *((base, None) for base in takes.__mro__[1:])]
     for kind, group in groups:
-        own = [item for item in _fields(takes) if item.name in inspect.get_annotations(kind)]
+        names = inspect.get_annotations(kind)
+        own = [fields.pop(name) for name in names if name in fields]  # in the order of the class
         if own and group is None:
             group = parser.add_argument_group(_title(kind))  # type: ignore[assignment]
         for item in own:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import api
-from ..hub.upload import Push
-from ..hub.upload_check import pushed_files
+from ..hub.upload import Upload, pushed_files
 from ..settings import UploadSettings, setting
 from .console import print_notes, progress_bar
 from .options import Command
@@ -33,7 +32,7 @@ def run(options: PushOptions) -> int:
 
 
 def show_upload(
-    upload: Push, out: Path, finish: Callable[[Callable[[int], None] | None], int]
+    upload: Upload, out: Path, finish: Callable[[Callable[[int], None] | None], int]
 ) -> None:
     """Finish an upload and say where it is."""
     total = sum(path.stat().st_size for path in pushed_files(out).values())

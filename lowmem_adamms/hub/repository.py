@@ -1,51 +1,52 @@
-"""Repositories of the Hub: which commit is meant, what it holds, its headers and small files.
+"""A repository of the Hub at one commit: what it holds, its small files, and downloads.
 
-A revision is resolved once, to a commit; everything after that is of this commit. What is not in
-the cache is known by its headers, fetched by ranges, and lies under the path at which the cache
-would keep it: there `download` puts it, for whoever needs files. Leaves to others: requests for
-bytes (`wire.py`), what the headers mean (`checkpoint.py`), streaming (`ranges.py`, `shards.py`).
+A revision is resolved once, to a commit; everything after that is of this commit. A file lies, or
+would lie, at the path at which the ordinary cache keeps it, and is fetched to there when needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..checkpoints.mapped_files import file_digest
-from ..checkpoints.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
-from ..errors import DigestError, FormatError, HubError
-from .plain_http import hub_utils
-from .remote_file import RemoteFile, patiently
+from ..errors import HubError
+from ..values import format_size
+from .client import FIRST_ATTEMPTS, ask, hidden_progress_bars
+from .remote_file import PARALLEL_REQUESTS, RemoteFile
 
-_REF = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
-PLANNING = (
-    *("config.json", "*.index.json", "README.md", "tokenizer.json", "vocab.json"),
-    *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+_REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNPRINTABLE = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
+PLANNING_FILES = (
+    "config.json",
+    "*.index.json",
+    "README.md",
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
 )
 """The files that a plan and a model card need, of either side."""
-FIRST_TRIES = 3
-"""Attempts at the first question: there may be no network at all."""
-LANES = 8
-"""Requests under way at once."""
-_FIRST = 1 << 17  # bytes that hold nearly every header
 
 
 @dataclass(frozen=True)
-class Repo:
-    """A repository at one commit. `files` is empty where only the cache was looked at (offline).
+class Repository:
+    """A repository at one commit.
 
-    folder: where its files lie, or would lie, in the cache or, without one, in a folder that goes
-    with this object.
+    asked: the revision that was asked for, None for the default branch. files: all it holds, by
+    name; empty where only the cache was looked at (offline). folder: where its files lie, or would
+    lie: in the cache, or in a temporary folder that is removed with this object.
     """
 
     id: str
@@ -60,7 +61,7 @@ class Repo:
         return f"{self.id}@{self.sha}"
 
     def missing(self, paths: Iterable[Path]) -> dict[Path, RemoteFile]:
-        """Those of these paths in its folder that are not there, and what can be read instead."""
+        """Those of these paths in its folder that do not exist, each with its file on the Hub."""
         return {
             path: self.files[path.name]
             for path in paths
@@ -68,158 +69,152 @@ class Repo:
         }
 
 
-def parse(text: str) -> tuple[str, str | None] | None:
+def parse_repo_id(text: str) -> tuple[str, str | None] | None:
     """`org/name[@revision]` as its two halves; None if it is not of this form."""
-    found = _REF.fullmatch(text)
+    found = _REPO_ID.fullmatch(text)
     return (found[1], found[2]) if found else None
 
 
-def find(repo_id: str, revision: str | None, *, cache: bool = True) -> Repo:
-    """The repository at the commit that is meant, its files for planning fetched.
+def open_repository(repo_id: str, revision: str | None, *, cache: bool = True) -> Repository:
+    """Resolve a revision to its commit, list its files, and fetch those that planning needs.
 
-    cache: keep them in the ordinary cache; else in a temporary folder. HubError where it cannot be
-    had, in one line; with HF_HUB_OFFLINE the cache is all there is.
+    With HF_HUB_OFFLINE the cache is all there is. HubError, in one line, if it cannot be had.
+
+    Args:
+        repo_id: `org/name`.
+        revision: Branch, tag or commit; None for the default branch.
+        cache: Keep fetched files in the ordinary cache, not in a temporary folder.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
-    what = f"{repo_id}@{revision}" if revision else repo_id
     if constants.is_offline_mode():
-        how: dict[str, Any] = {"local_files_only": True, "allow_patterns": list(PLANNING)}
-        folder = patiently(what, lambda: _snapshot(repo_id, revision, None, **how))
-        return Repo(repo_id, folder.name, revision, {}, folder)
-    info = patiently(
-        what,
-        lambda: HfApi().model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        ),
-        tries=FIRST_TRIES,
-        advice="no folder or file of that name is here either: correct it, or run it again",
-    )
-    sha = str(info.sha)
-    files = {file.name: file for file in _files(repo_id, sha, info.siblings or ())}
-    store = None if cache else Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
-    names = [name for name in files if "/" not in name and any(map(PurePath(name).match, PLANNING))]
-    base = store or Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    folder = base / f"models--{repo_id.replace('/', '--')}" / "snapshots" / sha
-    repo = Repo(repo_id, sha, revision, files, folder)
-    if store:
-        weakref.finalize(repo, shutil.rmtree, store, ignore_errors=True)
-    fetch(repo, names)
+        return _open_cached(repo_id, revision)
+    sha, files = _list_files(repo_id, revision)
+    root = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    if not cache:
+        root = Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
+    folder = root / f"models--{repo_id.replace('/', '--')}" / "snapshots" / sha
+    repo = Repository(repo_id, sha, revision, files, folder)
+    if not cache:
+        weakref.finalize(repo, shutil.rmtree, root, ignore_errors=True)
+    fetch_files(repo, [name for name in files if _is_for_planning(name)])
     return repo
 
 
-def _files(repo_id: str, sha: str, siblings: Iterable[Any]) -> Iterator[RemoteFile]:
-    """What a repository lists, with sizes and digests."""
-    for sibling in siblings:
-        sha256 = sibling.lfs["sha256"] if sibling.lfs else None
-        size, etag = sibling.size or 0, sha256 or sibling.blob_id or ""
-        yield RemoteFile(repo_id, sha, sibling.rfilename, size, etag, sha256)
+def _open_cached(repo_id: str, revision: str | None) -> Repository:
+    """What the cache has of a repository, without a request."""
+    patterns = list(PLANNING_FILES)
+    folder = _download_snapshot(repo_id, revision, local_files_only=True, allow_patterns=patterns)
+    return Repository(repo_id, folder.name, revision, {}, folder)
 
 
-def fetch(repo: Repo, names: Iterable[str], *, bars: bool = False, workers: int = LANES) -> None:
-    """Have files of a repository lie in its folder. bars: show huggingface_hub's progress."""
+def _is_for_planning(name: str) -> bool:
+    return "/" not in name and any(PurePath(name).match(pattern) for pattern in PLANNING_FILES)
+
+
+def _list_files(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
+    """The commit that is meant, and every file in it with its size and digest."""
+    from huggingface_hub import HfApi, constants
+
+    def request() -> tuple[str | None, list[tuple[Any, ...]]]:
+        info = HfApi().model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        rows = []
+        for file in info.siblings or ():
+            sha256 = file.lfs["sha256"] if file.lfs else None
+            rows.append((file.rfilename, file.size or 0, sha256 or file.blob_id or "", sha256))
+        return info.sha, rows
+
+    ref = f"{repo_id}@{revision}" if revision else repo_id
+    subject = f"{ref} (no folder or file of that name here)"
+    sha, rows = ask(subject, request, attempts=FIRST_ATTEMPTS)
+    # Both become paths on this machine
+    if not isinstance(sha, str) or not _COMMIT.fullmatch(sha):
+        raise HubError(f"{ref}: the Hub calls its commit {sha!r}, expected 40 hexadecimal digits")
+    for name, size, *_ in rows:
+        if not _is_inside(name) or not isinstance(size, int) or size < 0:
+            raise HubError(
+                f"{ref}: the Hub lists a file {name!r} of {size} bytes, which none can be"
+            )
+    return sha, {name: RemoteFile(repo_id, sha, name, *rest) for name, *rest in rows}
+
+
+def _is_inside(name: object) -> bool:
+    """Whether a file's name is a relative path that stays inside its folder, on any system."""
+    if not isinstance(name, str) or _UNPRINTABLE.search(name):
+        return False
+    return {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))
+
+
+def fetch_files(
+    repo: Repository,
+    names: Iterable[str],
+    *,
+    progress_bars: bool = False,
+    parallel: int = PARALLEL_REQUESTS,
+) -> None:
+    """Download those of these files that are not in the repository's folder yet.
+
+    progress_bars: show those of huggingface_hub. parallel: files at once.
+    """
     missing = [name for name in names if not (repo.folder / name).is_file()]
     if not missing:
         return
-    patterns = [glob.escape(name) for name in missing]
-    options: dict[str, Any] = {"allow_patterns": patterns, "max_workers": workers}
-    cache = repo.folder.parents[2]
-    with contextlib.nullcontext() if bars else without_bars():
-        # By the name that was asked for, so that the cache can tell it when offline
-        at = patiently(
-            repo.ref, lambda: _snapshot(repo.id, repo.asked, cache, known=repo, **options)
+    # By the revision that was asked for, once, so that the cache knows it when offline
+    revision = repo.sha if repo.folder.exists() else repo.asked
+    with nullcontext() if progress_bars else hidden_progress_bars():
+        folder = _download_snapshot(
+            repo.id,
+            revision,
+            cache_dir=repo.folder.parents[2],
+            allow_patterns=[glob.escape(name) for name in missing],
+            max_workers=parallel,
         )
-    if at.resolve() != repo.folder.resolve():
+    if folder.resolve() != repo.folder.resolve():
         raise HubError(f"{repo.id}: {repo.asked or 'main'} has just changed; run the command again")
     for name in missing:
         if not (repo.folder / name).is_file():
             raise HubError(f"{repo.ref}: {name} was not fetched")
 
 
-def _snapshot(
-    repo_id: str, revision: str | None, cache: Path | None, *, known: Repo | None = None, **how: Any
-) -> Path:
+def _download_snapshot(repo_id: str, revision: str | None, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    if known is not None and known.folder.exists():  # the name was resolved and noted before
-        revision = known.sha
-    return Path(snapshot_download(repo_id, revision=revision, cache_dir=cache, **how))
+    subject = f"{repo_id}@{revision}" if revision else repo_id
+    return Path(ask(subject, lambda: snapshot_download(repo_id, revision=revision, **options)))
 
 
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """huggingface_hub shows no progress inside the block, unless its user insists."""
-    from huggingface_hub import constants
+def download(repo: Repository, paths: Iterable[Path], *, progress_bars: bool = False) -> None:
+    """Download weight files into the repository's folder, each checked against the Hub's sha256.
 
-    utils, told = hub_utils(), constants.HF_HUB_DISABLE_PROGRESS_BARS
-    if told is not None or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
-
-
-def headers(files: Mapping[Path, RemoteFile]) -> dict[Path, Header]:
-    """The safetensors header of each file, by ranges, several at once."""
-    with ThreadPoolExecutor(LANES) as pool:
-        return dict(zip(files, pool.map(_header, files.values()), strict=True))
-
-
-def _header(file: RemoteFile) -> Header:
-    """One header: a request for what nearly always holds it, another for what is beyond."""
-    raw = file.read(0, min(file.size, _FIRST))
-    length = int.from_bytes(raw[:8], "little")
-    name = f"{file.repo_id}: {file.name}"
-    if len(raw) < 8 or 8 + length > file.size or length > MAX_HEADER_BYTES:
-        raise FormatError(f"{name}: not a safetensors file, or a damaged one")
-    if len(raw) < 8 + length:
-        raw += file.read(len(raw), 8 + length)
-    file.header = raw[: 8 + length]
-    try:
-        return parse_header(file.header[8:], file.size)
-    except FormatError as error:
-        raise FormatError(f"{name}: {error}") from None
-
-
-def download(repo: Repo, paths: Iterable[Path], *, bars: bool = False) -> None:
-    """Have weight files lie in the cache, each with the sha256 that the Hub gives it.
-
-    HubError where the disk is too small, before anything is fetched, or where a digest differs;
-    such a file is removed again. Files that were there before are taken as they are.
+    HubError where the disk is too small, before anything is fetched; DigestError where a digest
+    differs, and that file is removed again. Files that were there before are taken as they are.
     """
     missing = repo.missing(paths)
     if not missing:
         return
-    there = next(folder for folder in repo.folder.parents if folder.exists())
-    need, free = sum(file.size for file in missing.values()), shutil.disk_usage(there).free
-    if need > free:
+    existing = next(folder for folder in repo.folder.parents if folder.exists())
+    needed_bytes = sum(file.size for file in missing.values())
+    free_bytes = shutil.disk_usage(existing).free
+    if needed_bytes > free_bytes:
         raise HubError(
-            f"{there}: {free / 1e9:.1f} GB free, {repo.id} takes {need / 1e9:.1f} GB; free some,"
-            " or --no-cache or --disk-budget"
+            f"{existing}: {format_size(free_bytes)} free, {repo.id} takes"
+            f" {format_size(needed_bytes)}; free some, or --no-cache"
         )
-    fetch(repo, [file.name for file in missing.values()], bars=bars, workers=2)
+    names = [file.name for file in missing.values()]
+    fetch_files(repo, names, progress_bars=progress_bars, parallel=2)
     with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda item: _check_digest(*item), missing.items()):
-            pass
+        list(pool.map(_check_download, missing, missing.values()))
 
 
-def _check_digest(path: Path, file: RemoteFile) -> None:
-    """HubError, and the file is gone, if it is not what the Hub says."""
-    if file.sha256 is None:
-        return
-    found = file_digest(path, hashlib.sha256())
-    if found != file.sha256:
-        path.resolve().unlink()
+def _check_download(path: Path, file: RemoteFile) -> None:
+    """DigestError, and the file is gone, unless it has the Hub's sha256."""
+    with path.open("rb") as data:
+        found = hashlib.file_digest(data, "sha256").hexdigest()
+    try:
+        file.check_sha256(found)
+    except HubError:
+        path.resolve().unlink()  # in the cache it is a link to the blob
         path.unlink(missing_ok=True)
-        raise bad_digest(file, found)
-
-
-def bad_digest(file: RemoteFile, found: str) -> DigestError:
-    """What to say of bytes that are not the Hub's."""
-    return DigestError(
-        f"{file.repo_id}@{file.sha[:12]}: {file.name} has the sha256 {found[:16]}…, the Hub says"
-        f" {str(file.sha256)[:16]}…; run the same command again to fetch it anew"
-    )
+        raise

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..closing import Closing
-from ..hub.remote_file import RemoteFile
-from ..hub.repository import LANES, bad_digest
+from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
 
 if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
@@ -119,7 +118,9 @@ class RangeSource(Closing):
         self._digests = {path: _Digest(file) for path, file in remote.items() if file.sha256}
         self._hasher = ThreadPoolExecutor(1, "sha256")
         self._hashing: deque[Future[None]] = deque()
-        self._lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(LANES)]
+        self._lanes = [
+            threading.Thread(target=self._lane, daemon=True) for _ in range(PARALLEL_REQUESTS)
+        ]
         for lane in self._lanes:
             lane.start()
 
@@ -320,6 +321,5 @@ class _Digest:
         self._sha256.update(view)
         self._done += len(view)
         if self._done == self._file.size:
-            if self._sha256.hexdigest() != self._file.sha256:
-                raise bad_digest(self._file, self._sha256.hexdigest())
+            self._file.check_sha256(self._sha256.hexdigest())
             self.complete = True

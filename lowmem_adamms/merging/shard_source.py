@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..closing import Closing
-from ..errors import RecipeError
+from ..errors import HubError, RecipeError
 from ..hub.remote_file import RemoteFile
-from ..hub.repository import bad_digest
 
 if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
@@ -189,6 +188,8 @@ def _fetch(file: RemoteFile, home: Path, stop: threading.Event) -> None:
             file.read_into(start, piece, stop)
             data.write(piece)
             digest.update(piece)
-    if file.sha256 and digest.hexdigest() != file.sha256:
+    try:
+        file.check_sha256(digest.hexdigest())
+    except HubError:
         home.unlink()
-        raise bad_digest(file, digest.hexdigest())
+        raise

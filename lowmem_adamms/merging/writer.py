@@ -32,7 +32,7 @@ from .sources import BY_CACHE, Fetch, carry_out, download, remote
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from ..hub.upload import Push
+    from ..hub.upload import Upload
     from ..kernels.select import Kernel
     from ..quantizing.quantization import Method, Quantized
 
@@ -61,7 +61,7 @@ class Options:
     trust_remote_code: bool = False
     force: bool = False
     fetch: Fetch = BY_CACHE
-    push: Push | None = None
+    push: Upload | None = None
     progress: Callable[[int], None] | None = None
     note: Callable[[str], object] | None = None
     search: Mapping[str, Any] | None = None
@@ -82,7 +82,7 @@ class Keywords(TypedDict, total=False):
     trust_remote_code: bool
     force: bool
     fetch: Fetch
-    push: Push | None
+    push: Upload | None
     progress: Callable[[int], None] | None
     note: Callable[[str], object] | None
     search: Mapping[str, Any] | None
@@ -208,7 +208,7 @@ def _write_weights(
     """All that the journal does not know as done; returns the files not held against a digest."""
     plan, push, progress = output.plan, options.push, options.progress
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
-    finished = push.shard if push else None
+    finished = (lambda name: push.add_shard(output.work / name)) if push else None
     with _sink(output, journal, evict=evict, finished=finished) as sink:
         _hand_over(push, output.work, journal)
         if progress:
@@ -241,7 +241,7 @@ def _only_upload_left(out: Path, fingerprint: str) -> bool:
     return found is not None
 
 
-def _hand_over(push: Push | None, work: Path, journal: Journal) -> None:
+def _hand_over(push: Upload | None, work: Path, journal: Journal) -> None:
     """Note that the output is to be uploaded, or no longer, and give what is complete already."""
     note = work / PENDING
     if push is None:
@@ -250,7 +250,8 @@ def _hand_over(push: Push | None, work: Path, journal: Journal) -> None:
     line = json.dumps({"merge": journal.fingerprint, "repo": push.repo}, ensure_ascii=True)
     _write_file(note, line.encode() + b"\n")
     for name in list(journal.done):
-        push.shard(name)
+        unpublished = work / name
+        push.add_shard(unpublished if unpublished.exists() else work.parent / name)
 
 
 def _check_place(plan: Plan, out: Path) -> None:
