@@ -158,14 +158,12 @@ def use(server: HubServer, patch: MonkeyPatch) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    from lowmem_adamms.hub import upload as push
-    from lowmem_adamms.hub import upload_check as push_check
+    from lowmem_adamms.hub import client
 
     patch.setattr(constants, "ENDPOINT", server.url)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setenv("HF_TOKEN", "tok")
-    patch.setattr(push, "WAITS", (0.0, 0.0))
-    patch.setattr(push_check, "AT_ONCE", (0.0, 0.0))
+    patch.setattr(client, "FIRST_PAUSE", 0.0)
     patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 

@@ -15,7 +15,7 @@ from command import run, run_until_killed
 from hub_server import HubServer, use
 
 from lowmem_adamms import make_plan, merge
-from lowmem_adamms.hub import remote_file as wire
+from lowmem_adamms.hub import client
 from lowmem_adamms.merging.journal import WORK
 from lowmem_adamms.quantizing.quantization import Method
 
@@ -56,7 +56,7 @@ def quantized(pair: Pair, plain: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def server(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with the pair on it, and no waiting between attempts."""
-    monkeypatch.setattr(wire, "PAUSE", 0.001)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.001)
     with HubServer() as server:
         use(server, monkeypatch, tmp_path)
         for repo_id, folder in zip(IDS, pair, strict=True):

@@ -147,10 +147,12 @@ def describe(error: Exception) -> Failure:
 def _describe_status(error: Any) -> Failure:
     """What an HTTP error status means, with the server's own words if there are any."""
     status = error.response.status_code
-    said = " ".join((error.server_message or "").split())
+    said = " ".join((error.server_message or "").split()).rstrip(".")
     reason = f"{_host(error)} answers {status}" + (f": {said}" if said else "")
+    if status == 401 or (status == 403 and not said):
+        return Failure(f"{reason}; set another HF_TOKEN or run `hf auth login`")
     if status < 500 and status not in (408, 425, 429):
-        return Failure(reason + ("; check HF_TOKEN" if status in (401, 403) else ""))
+        return Failure(reason)
     seconds = error.response.headers.get("retry-after", "").strip()
     return Failure(reason, True, float(seconds) if seconds.isdecimal() else None)
 

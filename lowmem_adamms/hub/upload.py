@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 NOT_PUSHED = frozenset({"answers.jsonl", "report.html"})
 """They hold the prompts and images of a search, which may not be meant for the public."""
+FILE_ATTEMPTS = 3
+"""Attempts at one large file; within each, huggingface_hub repeats a request five times."""
 _MADE_BY_THE_HUB = ".gitattributes"  # every new repository has one
 _POLL_SECONDS = 0.2  # between looks at the thread; Ctrl-C is heard in between
 _JOIN_SECONDS = 2.0  # for the thread to notice that it should stop
@@ -345,7 +347,7 @@ class Upload(AbstractContextManager["Upload"]):
             file.seek(0)
             self._hub.preupload_lfs_files(self.repo, [addition], num_threads=1)
 
-        self._ask(send)
+        self._ask(send, attempts=FILE_ATTEMPTS)
         file.on_read = None
         self._finished_bytes += addition.upload_info.size
         self._sent_bytes = self._finished_bytes
@@ -394,8 +396,8 @@ class Upload(AbstractContextManager["Upload"]):
             return False
         return all(name in listed and _is_same(listed[name], files[name]) for name in files)
 
-    def _ask(self, request: Callable[[], _T]) -> _T:
-        return _ask(self.repo, request, stop=self._stop)
+    def _ask(self, request: Callable[[], _T], attempts: int | None = None) -> _T:
+        return _ask(self.repo, request, attempts=attempts, stop=self._stop)
 
 
 class _SentFile(io.BufferedReader):

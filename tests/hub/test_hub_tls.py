@@ -12,7 +12,7 @@ from command import run
 from hub_server import HubServer, use
 
 from lowmem_adamms import make_plan, merge
-from lowmem_adamms.hub import remote_file as wire
+from lowmem_adamms.hub import client
 
 IDS = ("org/base", "org/donor")
 Capture = pytest.CaptureFixture[str]
@@ -43,7 +43,7 @@ def server(
     """A Hub over TLS that nobody trusts yet; the client reads its settings anew."""
     from huggingface_hub import close_session
 
-    monkeypatch.setattr(wire, "PAUSE", 0.001)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.001)
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
     with HubServer(certificate=certificate) as server:
@@ -84,7 +84,9 @@ def test_a_certificate_that_is_not_is_one_line(
     assert run(command, *IDS, "--no-cache", *more) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
-    assert said.err.startswith(f"error: org/base: cannot reach {server.endpoint} ")
+    assert said.err.startswith(
+        f"error: org/base (no folder or file of that name here): cannot reach {server.endpoint} "
+    )
     assert "certificate" in said.err and "SSL_CERT_FILE" in said.err
     assert not server.seen
     assert not (tmp_path / "out").exists()

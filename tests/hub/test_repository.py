@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.comparing import comparison as compare
 from lowmem_adamms.comparing import pairing
 from lowmem_adamms.errors import FormatError, HubError, RecipeError
-from lowmem_adamms.hub import plain_http as plain
-from lowmem_adamms.hub import remote_file as wire
+from lowmem_adamms.hub import client
 from lowmem_adamms.mapping import kinship
 from lowmem_adamms.mapping.plan import Step
 from lowmem_adamms.merging import range_source as ranges
@@ -70,7 +68,7 @@ def local(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Files:
 def server(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with the pair on it, an empty cache, and no waiting between attempts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wire, "PAUSE", 0.001)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(ranges, "GAP", 0)
     with HubServer() as server:
         use(server, monkeypatch, tmp_path)
@@ -141,15 +139,6 @@ def test_at_the_ends_only_one_side_is_read(
     expected = left(merge(make_plan(*pair), alpha, tmp_path / "local"))
     out = merge(make_plan(*opened()), alpha, tmp_path / "out", fetch=STREAM)
     assert left(out) == expected
-
-
-def test_the_client_of_huggingface_hub_gives_the_same(
-    server: HubServer, local: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As over TLS, or through a proxy."""
-    monkeypatch.setattr(plain, "_is_plain", lambda split: False)
-    server.fail("drop", ".safetensors?", after=1000, times=3)
-    assert left(streamed(tmp_path)) == local
 
 
 def test_small_rings_and_requests_give_the_same(
@@ -333,14 +322,9 @@ def test_what_fails_in_passing_is_tried_again(
     assert fault.times == 0
 
 
-def test_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    stop = threading.Event()
-    monkeypatch.setattr(stop, "wait", waited.append)
-    patience = wire.Patience("x", stop)
-    patience.wait(wire._PassingError("429", after=7.0))
-    patience.wait(wire._PassingError("429", after=10.0**6))
-    assert waited == [7.0, wire.LONGEST_ASKED]
+def test_retry_after_is_waited_for() -> None:
+    pauses = [client._pause(1, client.Failure("429", True, after)) for after in (7.0, 10.0**6)]
+    assert pauses == [7.0, client.LONGEST_RETRY_AFTER]
 
 
 def test_a_silent_server_is_asked_again(
@@ -526,7 +510,7 @@ def test_a_merge_may_go_on_another_way(server: HubServer, local: Files, tmp_path
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("org/none", "no such folder or file here and no such repository"),
+        ("org/none", "(no folder or file of that name here): no such repository at"),
         ("org/base@v9", "this revision is not"),
         ("org/private", "no such repository at"),
         ("org/gated", "gated; accept its conditions"),
@@ -585,7 +569,9 @@ def test_offline_needs_the_cache(server: HubServer, monkeypatch: pytest.MonkeyPa
 
 def test_no_network_is_one_error(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match=r"cannot reach http://127\.0\.0\.1:9.*no folder or file"):
+    with pytest.raises(
+        HubError, match=r"no folder or file of that name here\): cannot reach http://127\.0\.0\.1:9"
+    ):
         opened()
 
 
@@ -621,7 +607,7 @@ import sys, threading, time
 from pathlib import Path
 import rich.progress, huggingface_hub
 from huggingface_hub import HfApi, get_hf_file_metadata, snapshot_download
-from lowmem_adamms import ranges
+from lowmem_adamms.merging import range_source
 from lowmem_adamms.cli import main
 from lowmem_adamms.kernels import cpu
 huggingface_hub.utils.get_session()

@@ -24,8 +24,7 @@ from huggingface_hub.utils import _http
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.errors import OutputError, PushError
-from lowmem_adamms.hub import upload as push
-from lowmem_adamms.hub import upload_check as push_check
+from lowmem_adamms.hub import client, upload
 from lowmem_adamms.merging import model_card as card
 from lowmem_adamms.merging import writer
 from lowmem_adamms.merging.journal import PENDING
@@ -136,16 +135,16 @@ def test_shards_are_handed_over_before_the_output_is_complete(pair: Pair, tmp_pa
     out = tmp_path / "out"
     sizes: dict[str, int] = {}
 
-    class Watch(push.Push):
+    class Watch(upload.Upload):
         def __init__(self) -> None:
             self.repo = REPO
 
         def begin(self) -> None:
             assert not out.exists()
 
-        def shard(self, name: str) -> None:
-            assert not (out / name).exists()
-            sizes[name] = (out / ".partial" / name).stat().st_size
+        def add_shard(self, path: Path) -> None:
+            assert path.parent == out / ".partial"
+            sizes[path.name] = path.stat().st_size
 
     merge(make_plan(*pair), 0.3, out, push=Watch())
     assert sizes == {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
@@ -230,28 +229,31 @@ def refusals() -> dict[str, tuple[dict[str, object], str]]:
     scope = {"entity": {"type": "user", "name": "ada"}, "permissions": ["repo.write"]}
     fine = {"role": "fineGrained", "fineGrained": {"scoped": [scope]}}
     return {
-        "bad name": ({"repo": "lab/a..b"}, "no name for a repository"),
+        "bad name": ({"repo": "lab/a..b"}, "not the name of a repository"),
         "no owner": ({"repo": "merged"}, "expected a repository as org/name"),
         "offline": ({"offline": True}, "HF_HUB_OFFLINE is set"),
         "no token": ({"token": None}, "no token .*HF_TOKEN.*hf auth login"),
-        "unknown token": ({"token": "stale"}, "does not know this token"),
+        "unknown token": ({"token": "stale"}, "the token: .* answers 401.*hf auth login"),
         "other org": ({"repo": "else/m"}, "ada's and can write to ada, lab, not else"),
         "reader": ({"me": person("ada", orgs={"lab": "read"})}, "may only read in lab"),
         "read token": ({"me": person("ada", orgs={"lab": "write"}, role="read")}, "may not write"),
         "narrow": ({"me": person("ada", orgs={"lab": "write"}, **fine)}, "may not write there"),
-        "refused": ({"me": person("ada", orgs={"lab": "write"}, denied=True)}, "rights .*403"),
+        "refused": (
+            {"me": person("ada", orgs={"lab": "write"}, denied=True)},
+            "answers 403: You don't have the rights",
+        ),
         "closed": (
             {"me": person("ada", orgs={"lab": "write"}, denied=True), "there": {}},
-            "this token may not write there .*rights",
+            "this token may not write there: .*rights",
         ),
         "not empty": ({"there": {"config.json": b"{}"}}, "holds other files .config.json"),
         "public": ({"there": {}, "more": ["--private"]}, "is public"),
-        "down": ({"faults": [Fault("whoami", "500", 99)]}, "the Hub says"),
-        "drops": ({"faults": [Fault("whoami", "drop", 99)]}, "uploading failed: .*disconnect"),
-        "nonsense": ({"faults": [Fault("whoami", "garbage", 99)]}, "uploading failed: JSONDecode"),
+        "down": ({"faults": [Fault("whoami", "500", 99)]}, "the token: .* answers 500"),
+        "drops": ({"faults": [Fault("whoami", "drop", 99)]}, "cannot reach .*disconnect"),
+        "nonsense": ({"faults": [Fault("whoami", "garbage", 99)]}, "makes no sense .JSONDecode"),
         "card": (
             {"faults": [Fault("validate", "400", words='{"errors": [{"message": "bad tag"}]}')]},
-            "refuses the model card: bad tag",
+            "the model card: .* answers 400: bad tag; rename",
         ),
     }
 
@@ -368,11 +370,11 @@ def test_an_upload_that_stalls_ends(
     hub: HubServer, copy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
     """huggingface_hub alone waits for ever."""
-    monkeypatch.setattr(push, "STALL", 0.1)
+    monkeypatch.setattr(client, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     hub.faults = [Fault(pattern, "stall", 10**6, after=100)]
     assert run("push", copy, REPO) == 2
-    line = assert_one_error(capsys, "uploading failed: the Hub took or sent nothing for too long")
+    line = assert_one_error(capsys, "sent or took nothing for too long")
     assert f"the output is complete at {copy}" in line
     assert on_main(hub) == {}
     hub.faults = []
@@ -383,7 +385,7 @@ def test_an_upload_that_stalls_ends(
 def test_a_stall_that_passes_is_tried_again(
     hub: HubServer, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(push, "STALL", 0.3)
+    monkeypatch.setattr(client, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     hub.faults = [Fault(PUT, "stall")]
     assert run("push", copy, REPO) == 0
@@ -396,11 +398,13 @@ def test_a_client_of_the_users_own_keeps_its_times(monkeypatch: pytest.MonkeyPat
     before = _http._GLOBAL_CLIENT_FACTORY
     library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
     try:
-        with push.quiet():
-            assert get_session().timeout.write == max(push.STALL, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        with client.uploading_client():
+            assert get_session().timeout.write == max(
+                client.STALL_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
         assert get_session().timeout.write is None
         set_client_factory(lambda: library.Client(timeout=7))
-        with push.quiet():
+        with client.uploading_client():
             assert get_session().timeout.write == 7
     finally:
         set_client_factory(before)
@@ -413,7 +417,7 @@ def test_the_same_command_finishes_an_upload_too(
     hub.faults = [Fault(COMMIT, "403", words="quota exceeded")]
     words = (*pair, "-o", out, "--alpha", "0.3", "--push-to-hub", REPO)
     assert run(*words) == 2
-    assert_one_error(capsys, "the Hub says: .*quota exceeded")
+    assert_one_error(capsys, "answers 403: quota exceeded;")
     puts, stamps = hub.asked(PUT), {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert run(*words) == 0
     assert on_main(hub) == contents(out)
@@ -444,10 +448,13 @@ def test_an_output_that_waits_for_its_upload_is_not_merged_over(
 
 def test_somebody_elses_commit_is_not_overwritten(hub: HubServer, copy: Path) -> None:
     repo = hub.add_repo(REPO)
-    target = push_check.check(REPO)
+    target = upload.check_target(REPO)
     theirs = {"config.json": b"theirs"}
     repo.commit(theirs)
-    with push.Push(target, copy) as pushing, pytest.raises(PushError, match="has happened since"):
+    with (
+        upload.Upload(target, copy) as pushing,
+        pytest.raises(PushError, match="has happened since"),
+    ):
         pushing.finish()
     assert repo.files == theirs
 
@@ -556,7 +563,7 @@ def test_the_card_is_one_that_the_hub_takes(hub: HubServer, merged: Path) -> Non
     assert data["pipeline_tag"] == "image-text-to-text"
     assert data["base_model_relation"] == "merge"
     assert set(data["base_model"]) == {"base", "donor"}
-    push_check.check_card((merged / "README.md").read_text())
+    upload.check_card((merged / "README.md").read_text())
 
 
 @pytest.mark.parametrize("name", ["my model (1)", "a--b", "x.git", "-dash", "a..b"])
@@ -566,12 +573,12 @@ def test_a_folder_that_no_model_could_be_named_after_is_no_base_model(
     base = shutil.copytree(pair[0], tmp_path / name)
     text = card.model_card(make_plan(base, pair[1]), 0.3, {})
     assert vars(ModelCard(text).data)["base_model"] == ["donor"]
-    push_check.check_card(text)
+    upload.check_card(text)
 
 
 def test_a_card_that_is_no_yaml_is_refused(hub: HubServer) -> None:
     with pytest.raises(PushError, match="metadata are not valid"):
-        push_check.check_card("---\nlicense: [\n---\n# x\n")
+        upload.check_card("---\nlicense: [\n---\n# x\n")
 
 
 def test_the_note_beside_a_pending_output_names_its_repository(
