@@ -233,14 +233,17 @@ class Upload(AbstractContextManager["Upload"]):
     `begin` creates the repository, `add_shard` sends a file in the background, `finish` sends what
     is left and commits. Leaving the `with` block stops what is under way, and commits nothing.
 
-    repo, url: its name and address. notes: what the Hub had to say about the model card.
+    pending_note: a file that says that this upload is unfinished, removed by `finish`. repo, url:
+    the repository's name and address. notes: what the Hub had to say about the model card.
     """
 
-    def __init__(self, target: Target, folder: str | Path) -> None:
+    def __init__(
+        self, target: Target, folder: str | Path, pending_note: Path | None = None
+    ) -> None:
         self._hub, self._target, self._folder = _hub_api(), target, Path(folder)
         self.repo, self.url = target.repo_id, f"{self._hub.endpoint}/{target.repo_id}"
         self.notes: list[str] = []
-        self._head = target.head
+        self._head, self._pending_note = target.head, pending_note
         self._additions: dict[str, CommitOperationAdd] = {}
         self._queue: SimpleQueue[tuple[str, _SentFile] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -297,6 +300,8 @@ class Upload(AbstractContextManager["Upload"]):
             self._commit(files)
         except PushError as error:
             raise PushError(f"{error}; {self._way_on()}") from error
+        if self._pending_note is not None:
+            self._pending_note.unlink(missing_ok=True)
         return len(files)
 
     def _way_on(self) -> str:
