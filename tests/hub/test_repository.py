@@ -589,7 +589,7 @@ def test_bins_go_by_way_of_the_cache(
 
 @pytest.mark.parametrize(
     "words",
-    [("--no-cache", "--disk-budget", "5GB"), ("--no-cache", "--prompts", "p.jsonl")],
+    [("--no-cache", "--prompts", "p.jsonl")],
 )
 def test_ways_that_exclude_each_other_are_refused_at_once(
     server: HubServer, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
@@ -658,7 +658,7 @@ def sparse_llama(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("way", [["--no-cache"], ["--disk-budget", "2GB"]])
+@pytest.mark.parametrize("way", [["--no-cache"]])
 def test_anonymous_memory_stays_within_the_bound(
     server: HubServer, tmp_path: Path, way: list[str]
 ) -> None:
