@@ -174,6 +174,12 @@ def test_a_distance_that_breaks_its_contract_is_named(found: list[float]) -> Non
         choose(table, measure="embedding", distance=lambda a, b: found)
 
 
+def test_a_distance_may_round_below_zero() -> None:
+    table = {0.0: ["a", "b"], 0.1: ["x", "y"], 0.2: ["x", "z"]}
+    result = choose(table, measure="embedding", distance=lambda a, b: [-1e-7] * len(a))
+    assert scores(result)[0.1] == 0
+
+
 def test_a_distance_goes_with_no_other_measure() -> None:
     with pytest.raises(ValueError, match="'embedding', not with 'joint'"):
         choose(BY_HAND, measure="joint", distance=lambda a, b: [0.0] * len(a))
