@@ -1,4 +1,4 @@
-"""Tables for the terminal, as rich renderables: a plan, a search. `cli/` prints them."""
+"""Tables and sentences for the terminal, as rich renderables; `cli/` prints them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from ..values import format_size
+
 if TYPE_CHECKING:
     from ..architectures.layout import Arch
     from ..mapping.alphas import Alpha
@@ -18,95 +20,145 @@ if TYPE_CHECKING:
     from ..searching.search import Candidate, Result
 
 
-def size(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
-    value: float = count
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
-
-
 def plan_table(plan: Plan) -> Table:
     """The plan with its layers collapsed: one row per kind, action and reason."""
     rows: dict[tuple[str, str, str], list[Step]] = {}
     for step in plan.steps:
         rows.setdefault((step.kind, step.action, step.reason), []).append(step)
-    table = Table(title_justify="left", title=escape(_title(plan)))
-    for heading in ("base's", "tensors", "size", "action", "why"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
-    for (kind, action, reason), steps in rows.items():
-        total = size(sum(step.nbytes for step in steps))
-        table.add_row(kind, str(len(steps)), total, action, escape(reason))
-    return table
-
-
-def leftover(plan: Plan) -> str:
-    """What of the donor nothing takes, by kind."""
-    unused: dict[str, int] = {}
-    for kind in plan.leftover.values():
-        unused[kind] = unused.get(kind, 0) + 1
-    return ", ".join(f"{count} {kind}" for kind, count in unused.items()) or "nothing"
-
-
-def _title(plan: Plan) -> str:
-    return (
+    title = (
         f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
         f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
     )
+    table = Table(title_justify="left", title=escape(title))
+    for heading in ("base's", "tensors", "size", "action", "why"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
+    for (kind, action, reason), steps in rows.items():
+        size = format_size(sum(step.nbytes for step in steps))
+        table.add_row(kind, str(len(steps)), size, action, escape(reason))
+    return table
 
 
-def archs(known: Sequence[Arch]) -> str:
-    """A few lines for each declaration, whole: a table would cut the names short."""
+def describe_leftover(plan: Plan) -> str:
+    """What of the donor is not used, by kind: `390 vision tower, 4 connector`."""
+    counts: dict[str, int] = {}
+    for kind in plan.leftover.values():
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing"
+
+
+def describe_archs(archs: Sequence[Arch]) -> str:
+    """A few lines for each declaration; a table would cut their names short."""
     lines = []
-    for arch in known:
+    for arch in archs:
         ids = f"  first {arch.shared_ids} token ids shared" if arch.shared_ids else ""
-        spelled = (f"{prefix}* {head}".strip() for prefix, head in arch.spellings)
+        names = (f"{prefix}* {head}".strip() for prefix, head in arch.spellings)
         lines += [
             f"{arch.name}{ids}",
             f"  class   {', '.join(arch.classes) or 'none: by its tensor names'}",
-            f"  names   {' | '.join(spelled)}",
+            f"  names   {' | '.join(names)}",
             f"  source  {arch.source}",
         ]
     return "\n".join(lines)
 
 
+# A search
+
+
 def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -> Table:
     """One row per alpha; differences and scores as far as they are known.
 
-    Of a refined grid one section per round, with the alphas that each was compared with.
+    A refined grid has a section for each round, with the alphas that each was compared with.
     """
-    last = max((candidate.round for candidate in candidates), default=0)
+    last_round = max((candidate.round for candidate in candidates), default=0)
     table = Table()
-    of_round = ("round", "alpha", "between") if last else ("alpha",)
-    for heading in (*of_round, "differs from previous", "from next", "D", "95 %", "degenerate"):
+    columns = ("round", "alpha", "between") if last_round else ("alpha",)
+    for heading in (*columns, "differs from previous", "from next", "D", "95 %", "degenerate"):
         table.add_column(heading, justify="right", no_wrap=heading == "between")
     table.add_column("")
-    for number, group in groupby(sorted(candidates, key=_in_rounds), key=lambda c: c.round):
+    in_order = sorted(candidates, key=lambda candidate: (candidate.round, candidate.alpha))
+    for number, group in groupby(in_order, key=lambda candidate: candidate.round):
         table.add_section()
         for candidate in group:
-            won = candidate.alpha == chosen and number == last
-            table.add_row(*_row(candidate, rounds=last > 0), "<- chosen" if won else "")
+            is_chosen = candidate.alpha == chosen and number == last_round
+            cells = _search_cells(candidate, with_round=last_round > 0)
+            table.add_row(*cells, "<- chosen" if is_chosen else "")
     return table
 
 
-def _in_rounds(candidate: Candidate) -> tuple[int, float]:
-    return candidate.round, candidate.alpha
+def _search_cells(candidate: Candidate, *, with_round: bool) -> Iterator[str]:
+    if with_round:
+        yield str(candidate.round) if candidate.round else "grid"
+    yield f"{candidate.alpha:g}"
+    if with_round:
+        previous, following = candidate.neighbours
+        has_both = previous is not None and following is not None
+        yield f"{previous:g} and {following:g}" if has_both else ""
+    yield _format_score(candidate.diff_previous)
+    yield _format_score(candidate.diff_next)
+    yield _format_score(candidate.score)
+    interval = candidate.interval
+    yield f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+    yield str(candidate.degenerate or "")
 
 
-def _row(c: Candidate, *, rounds: bool) -> Iterator[str]:
-    """The cells of a candidate."""
-    if rounds:
-        yield str(c.round) if c.round else "grid"
-    yield f"{c.alpha:g}"
-    if rounds:
-        previous, following = c.neighbours
-        both = previous is not None and following is not None
-        yield f"{previous:g} and {following:g}" if both else ""
-    yield from map(_number, (c.diff_previous, c.diff_next, c.score))
-    yield f"{c.interval[0]:.4g} to {c.interval[1]:.4g}" if c.interval else ""
-    yield str(c.degenerate or "")
+def _format_score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def describe_result(result: Result) -> str:
+    """The chosen alpha in one sentence."""
+    chosen = next((c for c in result.candidates if c.alpha == result.alpha), None)
+    score = ""
+    if chosen and chosen.score is not None:
+        is_relative = result.measure == "relative"
+        score = f", D = {chosen.score:.4g} %" if is_relative else f", D = {chosen.score:g}"
+        score += f" in round {chosen.round}" if chosen.round else ""
+    noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
+    return f"alpha {result.alpha:g}{score} over {result.prompts} prompts ({result.measure}){noise}"
+
+
+class SearchProgress:
+    """What is on the terminal while a search runs; a rich renderable that is always up to date."""
+
+    def __init__(self, alphas: int, prompts: int) -> None:
+        """Expect so many alphas (more are counted as they come) and prompts at each."""
+        self._alphas, self._prompts = alphas, prompts
+        self._candidates: Sequence[Candidate] = ()
+        self._alpha: Alpha | None = None
+        self._alphas_asked = 0
+        self._answers_here = self._answers = self._answers_generated = self._tokens = 0
+        self._start = time.perf_counter()
+
+    def asked(self, alpha: Alpha) -> None:
+        """Tell that the search has turned to an alpha."""
+        self._alpha, self._answers_here = alpha, 0
+        self._alphas_asked += 1
+        self._alphas = max(self._alphas, self._alphas_asked)
+
+    def answered(self, alpha: Alpha, tokens: int) -> None:
+        """Tell of an answer of so many tokens; 0: it was known from an earlier run."""
+        self._answers_here += 1
+        self._answers += 1
+        self._answers_generated += tokens > 0
+        self._tokens += tokens
+
+    def candidates(self, alpha: float, candidates: Sequence[Candidate]) -> None:
+        """Tell that an alpha is done, and what is known by now."""
+        self._candidates = candidates
+
+    def __rich__(self) -> Any:
+        seconds = time.perf_counter() - self._start
+        answers_left = self._alphas * self._prompts - self._answers
+        rate = f"{self._tokens / seconds:.1f} tokens/s" if seconds > 1 else ""
+        time_left = ""
+        if self._answers_generated:
+            time_left = f"{seconds / self._answers_generated * answers_left:.0f} s left"
+        doing = "loading the model" if self._alpha is None else f"alpha {self._alpha}"
+        line = f"{doing}: {self._answers_here}/{self._prompts} prompts  {rate}  {time_left}"
+        return Group(search_table(self._candidates), line)
+
+
+# The demo
 
 
 def marks_table(models: Mapping[str, Mapping[str, float]]) -> Table:
@@ -121,63 +173,10 @@ def marks_table(models: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def curve(points: Mapping[float, tuple[float | None, float]]) -> Table:
-    """D and mean accuracy in per cent over alpha, the latter as bars too."""
+def accuracy_table(points: Mapping[float, tuple[float | None, float]]) -> Table:
+    """D and mean accuracy in per cent by alpha, the latter as bars too."""
     table = Table("alpha", "D", "mean", "")
     for alpha, (score, mean) in points.items():
-        table.add_row(
-            f"{alpha:g}", _number(score), f"{mean:.1f}", "\N{FULL BLOCK}" * round(mean / 2)
-        )
+        bar = "\N{FULL BLOCK}" * round(mean / 2)
+        table.add_row(f"{alpha:g}", _format_score(score), f"{mean:.1f}", bar)
     return table
-
-
-def verdict(result: Result) -> str:
-    """The chosen alpha in one sentence."""
-    found = next((c for c in result.candidates if c.alpha == result.alpha), None)
-    digits, unit = (".4g", " %") if result.measure == "relative" else ("g", "")
-    score = f", D = {found.score:{digits}}{unit}" if found and found.score is not None else ""
-    if score and found and found.round:
-        score += f" in round {found.round}"
-    noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
-    return f"alpha {result.alpha:g}{score} over {result.prompts} prompts ({result.measure}){noise}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-class SearchProgress:
-    """What is on the terminal while a search runs; a rich renderable that is always up to date."""
-
-    def __init__(self, alphas: int, prompts: int) -> None:
-        self._alphas, self._prompts = alphas, prompts
-        self._candidates: Sequence[Candidate] = ()
-        self._alpha: Alpha | None = None
-        self._asked = self._answered = self._here = self._made = self._tokens = 0
-        self._start = time.perf_counter()
-
-    def asked(self, alpha: Alpha) -> None:
-        """The search has turned to an alpha."""
-        self._alpha, self._here = alpha, 0
-        self._asked += 1
-        self._alphas = max(self._alphas, self._asked)
-
-    def answered(self, alpha: Alpha, tokens: int) -> None:
-        """One more answer is there, of so many tokens; 0: it was known from an earlier run."""
-        self._here += 1
-        self._answered += 1
-        self._made += tokens > 0
-        self._tokens += tokens
-
-    def candidates(self, alpha: float, candidates: Sequence[Candidate]) -> None:
-        """An alpha is done."""
-        self._candidates = candidates
-
-    def __rich__(self) -> Any:
-        elapsed = time.perf_counter() - self._start
-        left = self._alphas * self._prompts - self._answered
-        rate = f"{self._tokens / elapsed:.1f} tokens/s" if elapsed > 1 else ""
-        time_left = f"{elapsed / self._made * left:.0f} s left" if self._made else ""
-        where = "loading the model" if self._alpha is None else f"alpha {self._alpha}"
-        line = f"{where}: {self._here}/{self._prompts} prompts  {rate}  {time_left}"
-        return Group(search_table(self._candidates), line)

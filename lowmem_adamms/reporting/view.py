@@ -1,119 +1,252 @@
-"""What the sections of the search report share: the result, how its numbers are written, and runs
-of equal answers. Leaves to others: markup of any kind.
-"""
+"""What the page of a search shows, as numbers and sentences; the template lays them out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import TYPE_CHECKING
 
-from ..searching.answer_text import normalise
+from ..mapping.alphas import Alphas
 from ..searching.scoring import MARKEDLY
 from ..searching.search import Candidate, Result
-from .markup import DASH
+from .text import DASH, format_count, format_percent
 
-MEANING = {
+if TYPE_CHECKING:
+    from .answers import AnswerRun
+    from .search_page import Timing
+
+SCORE_MEANINGS = {
     "pairwise": "differing answers, to the previous alpha plus to the next",
     "joint": "answers that differ from either neighbour's",
     "embedding": "distances to both neighbours' answers, added up",
     "relative": "differing answers, to the previous alpha plus to the next, in per cent of those"
     " that have left the base's",
 }
-"""What a score is a sum of, by measure."""
+"""What a score adds up, by measure."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring alphas with one answer: positions first..last in the grid, both included."""
-
-    first: int
-    last: int
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What every section needs: the result, how its alphas are written, and answers by prompt."""
+class SearchView:
+    """The result of a search, and how the page writes its numbers."""
 
     result: Result
-    alphas: tuple[float, ...]
-    decimals: int
+
+    # Alphas
 
     @property
-    def distances(self) -> bool:
-        """Whether scores sum distances; else they count answers."""
+    def alphas(self) -> tuple[float, ...]:
+        """The grid, ascending."""
+        return tuple(candidate.alpha for candidate in self.result.candidates)
+
+    @property
+    def chosen_position(self) -> int | None:
+        """Where the chosen alpha stands in the grid."""
+        return self.alphas.index(self.result.alpha) if self.result.alpha in self.alphas else None
+
+    def format_alpha(self, alpha: float) -> str:
+        """An alpha for a column: with as many decimals as any alpha of the grid needs."""
+        return f"{alpha:.{count_decimals([*self.alphas, self.result.alpha])}f}"
+
+    def format_short_alpha(self, alpha: float) -> str:
+        """An alpha for a sentence: with as few decimals as it needs."""
+        return f"{alpha:.{count_decimals([alpha])}f}"
+
+    def format_alphas(self, run: AnswerRun) -> str:
+        """The alphas of a run of equal answers."""
+        ends = (self.format_short_alpha(self.alphas[i]) for i in (run.first, run.last))
+        return DASH.join(dict.fromkeys(ends))
+
+    def format_neighbours(self, candidate: Candidate) -> str:
+        """The alphas that a candidate was compared with."""
+        return ", ".join(
+            DASH if alpha is None else self.format_alpha(alpha) for alpha in candidate.neighbours
+        )
+
+    # Candidates
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether alphas were added to the grid; scores compare within one round only."""
+        return any(candidate.round for candidate in self.result.candidates)
+
+    def is_current(self, candidate: Candidate) -> bool:
+        """Whether no later round has scored its alpha anew."""
+        return candidate not in self.result.earlier
+
+    def is_chosen(self, candidate: Candidate) -> bool:
+        """Whether it is the one to merge at."""
+        return self.is_current(candidate) and candidate.alpha == self.result.alpha
+
+    def is_tied(self, candidate: Candidate) -> bool:
+        """Whether it shares the best score with another."""
+        return self.is_current(candidate) and candidate.alpha in self.result.ties
+
+    def is_collapsed(self, candidate: Candidate) -> bool:
+        """Whether half its answers are degenerate, or markedly more than at the smallest alpha."""
+        excess = candidate.degenerate - self.result.candidates[0].degenerate
+        prompts = self.result.prompts
+        return excess > MARKEDLY * prompts or 2 * candidate.degenerate >= prompts
+
+    # Scores
+
+    @property
+    def sums_distances(self) -> bool:
+        """Whether scores sum distances; otherwise they count answers."""
         return self.result.measure == "embedding"
 
-    @property
-    def rounds(self) -> bool:
-        """Whether the grid was refined; scores compare within a round only."""
-        return any(c.round for c in self.result.candidates)
-
-    def collapsed(self, c: Candidate) -> bool:
-        """Whether markedly more answers are degenerate than at the smallest alpha, or half are."""
-        excess = c.degenerate - self.result.candidates[0].degenerate
-        return excess > MARKEDLY * self.result.prompts or 2 * c.degenerate >= self.result.prompts
-
-    def name(self, alpha: float) -> str:
-        """With all decimals that any alpha of the grid needs, for columns."""
-        return f"{alpha:.{self.decimals}f}"
-
-    def short(self, alpha: float) -> str:
-        """With as few decimals as this alpha needs, but at least one, for sentences."""
-        return f"{alpha:.{decimals_of([alpha])}f}"
-
-    def span(self, run: Run) -> str:
-        """The alphas of a run."""
-        first, last = self.short(self.alphas[run.first]), self.short(self.alphas[run.last])
-        return first if run.first == run.last else f"{first}{DASH}{last}"
-
-    def bar(self, difference: float) -> float:
-        """How high a difference stands beside the scores: "relative" ones are per cent."""
-        relative = self.result.measure == "relative"
-        return 100 * difference / self.result.prompts if relative else difference
-
-    def number(self, value: float | None) -> str:
-        """A difference or score: a count (its percentiles have fractions), or a distance."""
+    def format_score(self, value: float | None) -> str:
+        """A score or difference: a distance, or a count (whose percentiles have fractions)."""
         if value is None or not math.isfinite(value):
             return DASH
-        if self.distances:
+        if self.sums_distances:
             return f"{value:,.2f}"
         value = round(value, 1)
         return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
-    def interval(self, candidate: Candidate) -> str:
-        """The 95 % interval of a candidate."""
+    def format_interval(self, candidate: Candidate) -> str:
+        """The 95 % interval of a score."""
         if candidate.interval is None:
             return DASH
-        low, high = candidate.interval
-        return f"{self.number(low)} to {self.number(high)}"
+        return " to ".join(map(self.format_score, candidate.interval))
 
-    def candidate(self, alpha: float) -> Candidate | None:
-        """The candidate of an alpha."""
-        return next((c for c in self.result.candidates if c.alpha == alpha), None)
+    def format_share(self, share: float | None) -> str:
+        """How often an alpha wins the resamples."""
+        return DASH if share is None else format_percent(share)
+
+    # Sentences
+
+    @property
+    def about(self) -> str:
+        """What was searched, in a line."""
+        counts = (
+            format_count(self.result.prompts, "prompt"),
+            format_count(len(self.alphas), "alpha"),
+        )
+        return f"Search for alpha: {', '.join(counts)}, measure {self.result.measure}"
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        percent = 100 * self.result.alpha
+        return (
+            f"Merge at alpha {self.format_short_alpha(self.result.alpha)}: the language weights"
+            f" are {100 - percent:.6g} % base and {percent:.6g} % donor."
+        )
+
+    def list_reasons(self) -> Iterator[str]:
+        """Why this alpha was chosen, and how sure that is."""
+        yield from self._compare_scores()
+        result = self.result
+        if result.wins:
+            share = format_percent(result.wins.get(result.alpha, 0.0))
+            yield f"It wins {share} of the resamples."
+        if result.noise is not None:
+            yield (
+                f"Noise floor: {result.noise:,.0f} of {format_count(result.prompts, 'answer')}"
+                " differed between two runs at this alpha."
+            )
+
+    def _compare_scores(self) -> Iterator[str]:
+        """The chosen alpha's score beside those of the others in its round."""
+        result = self.result
+        chosen = next((c for c in result.candidates if c.alpha == result.alpha), None)
+        if chosen is None or chosen.score is None:
+            yield "This alpha has no score of its own: a score needs two neighbours in the grid."
+            return
+        scores = {
+            c: c.score for c in result.candidates if c.score is not None and c.round == chosen.round
+        }
+        lower = [candidate for candidate, score in scores.items() if score < chosen.score]
+        higher = {candidate: score for candidate, score in scores.items() if score > chosen.score}
+        yield self._describe_score(chosen, len(scores), is_lowest=not lower)
+        for candidate in lower:
+            yield (
+                f"Alpha {self.format_short_alpha(candidate.alpha)} scores"
+                f" {self.format_score(candidate.score)}, but {candidate.degenerate:,} of"
+                f" {format_count(result.prompts, 'answer')} there are degenerate."
+            )
+        if higher:
+            second = min(higher, key=lambda candidate: higher[candidate])
+            yield (
+                f"Next best: alpha {self.format_short_alpha(second.alpha)} with"
+                f" {self.format_score(second.score)}."
+            )
+
+    def _describe_score(self, chosen: Candidate, scored: int, *, is_lowest: bool) -> str:
+        """Its score, rank, ties and interval, in one sentence."""
+        where = f" in refinement {chosen.round}" if chosen.round else ""
+        rank = f"the lowest of {scored}{where}" if scored > 1 else f"the only one{where}"
+        if not is_lowest:
+            rank = "the lowest but for the degenerate"
+        others = [self.format_short_alpha(a) for a in self.result.ties if a != chosen.alpha]
+        tied = f", tied with {' and '.join(others)}" if others else ""
+        interval = f" (95 % interval {self.format_interval(chosen)})" if chosen.interval else ""
+        meaning = SCORE_MEANINGS[self.result.measure]
+        return f"Score {self.format_score(chosen.score)}, {rank}{tied}{interval}: {meaning}."
 
 
-def view_of(result: Result) -> View:
-    """The view of a result."""
-    alphas = tuple(c.alpha for c in result.candidates)
-    return View(result, alphas, decimals_of([*alphas, result.alpha]))
-
-
-def decimals_of(alphas: Iterable[float]) -> int:
+def count_decimals(alphas: Iterable[float]) -> int:
     """How many decimals, one or more, show all of these alphas."""
     return max(len(f"{alpha:.6f}".rstrip("0").partition(".")[2]) for alpha in alphas) or 1
 
 
-def runs(answers: Sequence[str], prefer: int | None = None) -> tuple[Run, ...]:
-    """Answers over the grid, neighbours that are equal once normalised merged into one run.
+# Timings
 
-    A run shows the spelling of its first answer, or of position `prefer` if that lies inside.
-    """
-    found = []
-    for _, group in groupby(range(len(answers)), key=lambda i: normalise(answers[i])):
-        inside = list(group)
-        shown = prefer if prefer is not None and prefer in inside else inside[0]
-        found.append(Run(inside[0], inside[-1], answers[shown]))
-    return tuple(found)
+
+@dataclass(frozen=True, slots=True)
+class TimingRow:
+    """A row of the table of timings: seconds, and tokens over all prompts."""
+
+    name: str
+    timings: Sequence[Timing]
+    style: str = ""
+
+    @property
+    def cells(self) -> list[str]:
+        """The numbers, of several timings added up."""
+        apply_seconds = sum(timing.apply_seconds for timing in self.timings)
+        seconds = sum(timing.seconds for timing in self.timings)
+        answer_tokens = sum(timing.answer_tokens for timing in self.timings)
+        forward_tokens = sum(timing.forward_tokens for timing in self.timings)
+        plain_tokens = sum(timing.plain_tokens for timing in self.timings)
+        return [
+            _format_seconds(apply_seconds),
+            _format_seconds(seconds),
+            f"{answer_tokens:,}",
+            f"{answer_tokens / seconds:,.1f}" if seconds > 0 else DASH,
+            f"{forward_tokens:,}",
+            f"{plain_tokens:,}",
+            f"{forward_tokens / plain_tokens:.2f}" if plain_tokens else DASH,
+        ]
+
+
+def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[TimingRow]:
+    """A row for each alpha, one for all alphas by layer, and the total."""
+    rows = [
+        TimingRow(
+            view.format_alpha(timing.alpha),
+            [timing],
+            "chosen" if timing.alpha == view.result.alpha else "",
+        )
+        for timing in timings
+        if not isinstance(timing.alpha, Alphas)
+    ]
+    by_layer = [timing for timing in timings if isinstance(timing.alpha, Alphas)]
+    if by_layer:
+        rows.append(TimingRow(f"by layer, {format_count(len(by_layer), 'time')}", by_layer))
+    return [*rows, TimingRow("total", timings, "total")]
+
+
+def describe_drafts(timings: Sequence[Timing]) -> str:
+    """What drafts saved, in a sentence; empty if nothing is known of it."""
+    forward_tokens = sum(timing.forward_tokens for timing in timings)
+    plain_tokens = sum(timing.plain_tokens for timing in timings)
+    if not plain_tokens:
+        return ""
+    share = format_percent(forward_tokens, plain_tokens)
+    return f"With drafts, {share} of the tokens had to be forwarded."
+
+
+def _format_seconds(value: float) -> str:
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowmem_adamms.reporting import terminal as show
+from lowmem_adamms.reporting.terminal import SearchProgress, describe_result, search_table
 from lowmem_adamms.searching.search import Candidate, choose, search
+from lowmem_adamms.values import format_size
 
 # By alpha, the answers to three prompts
 ANSWERS = {
@@ -39,23 +40,16 @@ def cells(lines: Sequence[str]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (382_464, "382 kB"),
-        (1_500_000, "1.5 MB"),
-        (15_200_000_000, "15.20 GB"),
-    ],
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (382_464, "382 kB"), (15_200_000_000, "15.20 GB")],
 )
-def test_sizes_are_decimal(count: int, text: str) -> None:
-    assert show.size(count) == text
+def test_sizes_are_decimal(nbytes: int, text: str) -> None:
+    assert format_size(nbytes) == text
 
 
 def test_a_search_is_a_row_for_each_alpha() -> None:
     result = choose(ANSWERS)
-    head, *rows = cells(drawn(show.search_table(result.candidates, result.alpha)))
+    head, *rows = cells(drawn(search_table(result.candidates, result.alpha)))
     assert head == ["alpha", "differs from previous", "from next", "D", "95 %", "degenerate", ""]
     assert [row[:4] for row in rows] == [
         ["0", "", "2", ""],
@@ -69,7 +63,7 @@ def test_a_search_is_a_row_for_each_alpha() -> None:
 
 def test_a_table_in_the_making_has_gaps_and_the_order_of_the_alphas() -> None:
     known = [Candidate(0.2, 0.25, None, None, 0), Candidate(0.1, None, 0.25, None, 3)]
-    _, *rows = cells(drawn(show.search_table(known)))
+    _, *rows = cells(drawn(search_table(known)))
     assert rows == [["0.1", "", "0.25", "", "", "3", ""], ["0.2", "0.25", "", "", "", "", ""]]
 
 
@@ -81,7 +75,7 @@ def test_a_refined_search_is_a_section_for_each_round() -> None:
         return [f"{place}: {place < new[alpha]}" for place in prompts]
 
     result = search(generate, range(30), (0.0, 0.1, 0.2, 0.3, 0.4), refine=1)
-    lines = drawn(show.search_table(result.rounds, result.alpha))
+    lines = drawn(search_table(result.rounds, result.alpha))
     head, *rows = cells(lines)
     assert head[:4] == ["round", "alpha", "between", "differs from previous"]
     assert [row[:3] for row in rows] == [
@@ -97,21 +91,21 @@ def test_a_refined_search_is_a_section_for_each_round() -> None:
     assert len([line for line in lines if line.startswith("├")]) == 1
     assert [row[5] for row in rows] == ["", "14", "7", "13", "", "4", "3", "3"]
     assert [row[:2] for row in rows if row[-1] == "<- chosen"] == [["1", "0.2"]]
-    assert show.verdict(result) == "alpha 0.2, D = 3 in round 1 over 30 prompts (pairwise)"
+    assert describe_result(result) == "alpha 0.2, D = 3 in round 1 over 30 prompts (pairwise)"
 
 
 def test_the_verdict_is_one_sentence() -> None:
-    assert show.verdict(choose(ANSWERS)) == "alpha 0.2, D = 1 over 3 prompts (pairwise)"
+    assert describe_result(choose(ANSWERS)) == "alpha 0.2, D = 1 over 3 prompts (pairwise)"
     joint = choose(ANSWERS, measure="joint")
-    assert show.verdict(joint) == "alpha 0.2, D = 1 over 3 prompts (joint)"
+    assert describe_result(joint) == "alpha 0.2, D = 1 over 3 prompts (joint)"
     relative = choose(ANSWERS, measure="relative")
-    assert show.verdict(relative) == "alpha 0.2, D = 50 % over 3 prompts (relative)"
+    assert describe_result(relative) == "alpha 0.2, D = 50 % over 3 prompts (relative)"
 
 
 def test_progress_is_always_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    progress = show.SearchProgress(alphas=3, prompts=4)
+    progress = SearchProgress(alphas=3, prompts=4)
     assert drawn(progress)[-1].split() == ["loading", "the", "model:", "0/4", "prompts"]
     progress.asked(0.0)
     for _ in range(4):
@@ -127,7 +121,7 @@ def test_progress_is_always_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_grows_with_a_refined_grid() -> None:
-    progress = show.SearchProgress(alphas=3, prompts=1)
+    progress = SearchProgress(alphas=3, prompts=1)
     for alpha in (0.0, 0.2, 0.4, 0.1, 0.3):
         progress.asked(alpha)
         progress.answered(alpha, 2)

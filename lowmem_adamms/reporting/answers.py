@@ -1,0 +1,147 @@
+"""The answers of a search: prompts whose answers change along the grid, and those that keep one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from ..prompts import Prompt
+from ..searching.answer_text import normalise
+from .text import Excerpt, make_excerpt
+
+MAX_IMAGES = 4  # of one prompt
+ANSWER_LIMIT, PROMPT_LIMIT = 160, 260  # characters shown at once
+THUMBNAIL_PIXELS = 96  # the longer side
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # those that run no other program
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRun:
+    """Neighbouring alphas with one answer: positions first..last in the grid, both included."""
+
+    first: int
+    last: int
+    answer: str
+
+    def covers(self, position: int | None) -> bool:
+        """Whether a position of the grid lies in the run."""
+        return position is not None and self.first <= position <= self.last
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAnswers:
+    """A prompt and its answers over the grid."""
+
+    number: int
+    prompt: Prompt
+    runs: tuple[AnswerRun, ...]
+
+    @property
+    def changes(self) -> bool:
+        """Whether not all alphas give one answer."""
+        return len(self.runs) > 1
+
+    @property
+    def text(self) -> Excerpt | None:
+        """The prompt's text, if it has one."""
+        return make_excerpt(self.prompt.text, PROMPT_LIMIT) if self.prompt.text else None
+
+    @property
+    def name(self) -> str:
+        """Where the prompt stands; empty where that is its text, as for recorded answers."""
+        if self.prompt.id and self.prompt.id == self.prompt.text:
+            return ""
+        return self.prompt.id[:PROMPT_LIMIT] or f"prompt {self.number}"
+
+    @property
+    def answers(self) -> list[tuple[AnswerRun, Excerpt]]:
+        """Each run with its answer, cut so that it shows where it departs from its neighbour's."""
+        neighbours = (*self.runs[1:2], *self.runs) if self.changes else self.runs
+        return [
+            (run, make_excerpt(run.answer, ANSWER_LIMIT, _common_length(run.answer, other.answer)))
+            for run, other in zip(self.runs, neighbours, strict=False)
+        ]
+
+    @property
+    def images(self) -> list[tuple[str, Path | bytes]]:
+        """The first images, each with a name."""
+        return [
+            (image.name if isinstance(image, Path) else f"image {number}", image)
+            for number, image in enumerate(self.prompt.images[:MAX_IMAGES], 1)
+        ]
+
+    @property
+    def more_images(self) -> int:
+        """Images that are not shown."""
+        return max(0, len(self.prompt.images) - MAX_IMAGES)
+
+
+def collect_answers(
+    answers: Sequence[Sequence[str]], prompts: Sequence[Prompt], chosen: int | None
+) -> list[PromptAnswers]:
+    """Put the answers of each alpha together by prompt, those that change most first.
+
+    Args:
+        answers: By alpha of the grid, then by prompt.
+        prompts: In the order of the answers; may be fewer.
+        chosen: Position of the chosen alpha, whose spelling of an answer is shown.
+    """
+    count = min(map(len, answers), default=0)
+    known = [*prompts[:count], *(Prompt("") for _ in range(count - len(prompts)))]
+    collected = [
+        PromptAnswers(i + 1, prompt, find_answer_runs([row[i] for row in answers], chosen))
+        for i, prompt in enumerate(known)
+    ]
+    return sorted(collected, key=_by_change)
+
+
+def _by_change(item: PromptAnswers) -> tuple[int, int, int]:
+    different = len({normalise(run.answer) for run in item.runs})
+    return -len(item.runs), -different, item.number
+
+
+def find_answer_runs(answers: Sequence[str], prefer: int | None = None) -> tuple[AnswerRun, ...]:
+    """Merge neighbouring answers that are equal once normalised.
+
+    A run shows the spelling of its first answer, or of position `prefer` if that lies inside.
+    """
+    runs = []
+    for _, group in groupby(range(len(answers)), key=lambda i: normalise(answers[i])):
+        positions = list(group)
+        shown = prefer if prefer is not None and prefer in positions else positions[0]
+        runs.append(AnswerRun(positions[0], positions[-1], answers[shown]))
+    return tuple(runs)
+
+
+def _common_length(text: str, other: str) -> int:
+    """How many characters two texts share before they differ."""
+    for i, (first, second) in enumerate(zip(text, other, strict=False)):
+        if first != second:
+            return i
+    return min(len(text), len(other))
+
+
+def make_thumbnail(image: Path | bytes) -> str:
+    """A small JPEG as a data URI; empty where the image cannot be read."""
+    try:
+        from PIL import Image, ImageOps
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            source = image if isinstance(image, Path) else io.BytesIO(image)
+            with Image.open(source, formats=FORMATS) as opened:
+                opened.draft("RGB", (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
+                small = ImageOps.exif_transpose(opened).convert("RGBA")
+        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        on_white = Image.new("RGB", small.size, "white")
+        on_white.paste(small, mask=small.getchannel("A"))
+        file = io.BytesIO()
+        on_white.save(file, "JPEG", quality=80)
+    except Exception:  # a broken file raises whatever its decoder stumbled on; the name will do
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
