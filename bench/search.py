@@ -40,7 +40,7 @@ from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lowmem_adamms.kernels.select import select
+from lowmem_adamms.kernels.select import select_kernel
 
 from lowmem_adamms import LiveModel, make_plan, merge, search
 from lowmem_adamms.live.answerer import Answerer
@@ -112,7 +112,7 @@ def measure_apply(plan: Plan, where: dict[str, Any]) -> dict[str, Any]:
 
 def bare_kernel(plan: Plan) -> Callable[[float], None]:
     """The kernel over every part, mapped in, out to as much memory as the parts take."""
-    kernel, _ = select(plan.dtypes)
+    kernel, _ = select_kernel(plan.dtypes)
     files = MappedFiles()
     calls = []
     for step in plan.steps:

@@ -1,13 +1,14 @@
-"""The blend on the CPU: many parts in one fused, parallel, GIL-free numba call.
+"""The blend on the CPU: many parts in one parallel numba call that holds no GIL.
 
-Works on raw addresses, so that mapped files are read and output buffers written where they lie.
-Same bits as `reference.py`: float64 arithmetic, then one rounding. To round once although the way
-to bf16 and fp16 leads over float32, float32 is reached by rounding to odd (Boldo and Melquiond,
-"Emulation of FMA and correctly rounded sums", 2008): a sticky last bit keeps ties honest.
+It works on raw addresses, so that mapped files are read and output buffers written in place.
 
-numba knows neither bf16 nor fp16: a uint16 here is a bf16, an int16 is the bits of an fp16.
-Everything the compiled code needs stands in this file, because numba's cache does not notice edits
-in others. Leaves to others: which parts, and when pages are mapped or released.
+The bits are those of `reference.py`: float64 arithmetic, then one rounding. The conversion to bf16
+and fp16 goes through float32; for that not to be a second rounding, float32 is reached by rounding
+to odd (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008), where the last
+bit is set if anything was cut off.
+
+numba has neither bf16 nor fp16: a uint16 here is a bf16, an int16 holds the bits of an fp16.
+All the compiled code is in this file, because numba's cache does not notice edits in others.
 """
 
 # What numba compiles it also types; mypy sees neither its types nor that an intrinsic's first
@@ -28,7 +29,7 @@ from llvmlite import ir
 from numba import get_num_threads, njit, prange, types
 from numba.extending import intrinsic, overload
 
-from .reference import SUMS, without_ends
+from .reference import Triple, without_ends
 
 BLOCK = 1 << 15
 """Elements a thread takes at a time: large enough to stream, small enough to share out."""
@@ -44,8 +45,9 @@ _one_caller = threading.Lock()  # numba's workqueue threading layer aborts on tw
 def _start_threads() -> None:
     """Start numba's threads so that they sleep between calls.
 
-    GNU OpenMP's spin by default: measured, that took 19 s of processor from the reads and writes of
-    a 16 GB merge on two cores. The policy is read when the library loads; torch has its own copy.
+    GNU OpenMP's threads spin by default, which took 19 s of processor time from the reads and
+    writes of a 16 GB merge on two cores. The variable is read when the library loads; torch has
+    its own copy of it.
     """
     before = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -59,14 +61,15 @@ _start_threads()
 Bytes = npt.NDArray[np.uint8]
 
 
-def blend(
-    parts: Sequence[tuple[Bytes, Bytes, Bytes]], dtypes: tuple[str, str, str], alpha: float
-) -> None:
-    """Blend all parts of one triple of dtypes in one call.
+def blend(parts: Sequence[tuple[Bytes, Bytes, Bytes]], dtypes: Triple, alpha: float) -> None:
+    """Blend parts of the same dtypes.
 
-    parts: (base, donor, out) byte buffers holding the same number of elements of dtypes[0], [1]
-    and [2] ("BF16", "F16" or "F32"); out is overwritten. Buffers should be aligned to their
-    elements (x86-64 and 64-bit Arm do without).
+    Args:
+        parts: (base, donor, out) byte buffers with equally many elements of dtypes[0], [1] and
+            [2]; out is overwritten. Other processors than x86-64 and 64-bit Arm need buffers
+            that are aligned to their elements.
+        dtypes: "BF16", "F16" or "F32" each.
+        alpha: Weight of the donor, 0 to 1.
     """
     parts, dtypes, alpha = without_ends(parts, dtypes, alpha)
     itemsize = _TAGS[dtypes[2]].itemsize
@@ -75,25 +78,13 @@ def blend(
     owner = np.repeat(np.arange(len(parts)), blocks)
     first = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
     addresses = np.array([[_address(buffer) for buffer in part] for part in parts], np.int64)
+    addresses = addresses.reshape(-1, 3)  # also if there are no parts
     tags = [_TAGS[dtype] for dtype in dtypes]
     with _one_caller:
         _blend(addresses, counts, owner, first * BLOCK, alpha, *tags)
 
 
-def relate(a: Bytes, b: Bytes, dtypes: tuple[str, str]) -> npt.NDArray[np.float64]:
-    """`reference.relate` of two byte buffers that hold the same number of elements.
-
-    Sums are formed block by block and the blocks added in order, however many threads there are.
-    """
-    count = a.size // _TAGS[dtypes[0]].itemsize
-    sums = np.zeros((-(-count // BLOCK), len(SUMS)))
-    with _one_caller:
-        _relate(_address(a), _address(b), count, sums, *(_TAGS[dtype] for dtype in dtypes))
-    total: npt.NDArray[np.float64] = sums.sum(axis=0)
-    return total
-
-
-def warm(dtypes: tuple[str, str, str] = ("BF16", "BF16", "BF16")) -> None:
+def warm(dtypes: Triple = ("BF16", "BF16", "BF16")) -> None:
     """Compile the kernel of these dtypes, or load it from numba's cache, and start its threads."""
     buffers = [np.zeros(_TAGS[dtype].itemsize, np.uint8) for dtype in dtypes]
     blend([(buffers[0], buffers[1], buffers[2])], dtypes, 0.5)
@@ -253,50 +244,3 @@ def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag)
         for i in range(start, stop):
             mixed = beta * _widen(base[i]) + alpha * _widen(donor[i])
             out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
-
-
-def _same(a, b):
-    """Whether two elements have the same bits; of different types, the same value or both NaN."""
-    raise NotImplementedError
-
-
-@overload(_same)
-def _same_any(a, b):
-    if a != b:
-        return _same_value
-    if a == types.float32:
-        return lambda a, b: _as_bits(a) == _as_bits(b)
-    return lambda a, b: a == b
-
-
-def _same_value(a, b):
-    x, y = _widen(a), _widen(b)
-    return x == y or (x != x and y != y)
-
-
-# Sums may be taken in another order, for the vector units; nothing is assumed of NaN and infinity
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _relate(a_address, b_address, count, sums, a_tag, b_tag):
-    """The nine sums of each block, one row of `sums` a block."""
-    for block in prange(sums.shape[0]):
-        a, b = _at(a_address, a_tag), _at(b_address, b_tag)
-        start = block * BLOCK
-        stop = min(count, start + BLOCK)
-        finite, equal, odd_a, odd_b = 0, 0, 0, 0
-        ab, aa, bb, dd = 0.0, 0.0, 0.0, 0.0
-        for i in range(start, stop):
-            x, y = _widen(a[i]), _widen(b[i])
-            fine_x, fine_y = abs(x) < np.inf, abs(y) < np.inf
-            fine = fine_x & fine_y
-            u, v = x if fine else 0.0, y if fine else 0.0
-            equal += _same(a[i], b[i])
-            finite += fine
-            odd_a += not fine_x
-            odd_b += not fine_y
-            ab += u * v
-            aa += u * u
-            bb += v * v
-            dd += (u - v) * (u - v)
-        row = sums[block]
-        row[0], row[1], row[2], row[3], row[4] = stop - start, finite, equal, odd_a, odd_b
-        row[5], row[6], row[7], row[8] = ab, aa, bb, dd

@@ -1,13 +1,10 @@
-"""The blend for torch tensors on one device: a Triton kernel, and plain torch where Triton is not.
+"""The blend for torch tensors on one device: a Triton kernel, or plain torch without Triton.
 
-Same bits as `reference.py`: float64 arithmetic without fused multiply-add, then one rounding. As in
-`cpu.py`, the way to bf16 and fp16 leads over a float32 that was rounded to odd (Boldo and
-Melquiond, "Emulation of FMA and correctly rounded sums", 2008), so that it rounds only once.
-Both kernels follow `cpu.blend` in what they take, with flat uint8 tensors for the buffers; work is
-queued on the current stream. Elements are handled as int16 or int32 words: torch and Triton
-compare and mask these on every device.
-
-Leaves to others: which parts, copies between host and device, streams and synchronisation.
+The bits are those of `reference.py`: float64 arithmetic without fused multiply-add, then one
+rounding, as in `cpu.py` by way of a float32 that is rounded to odd. Both kernels take what
+`cpu.blend` takes, with flat uint8 tensors for the buffers; work is queued on the current stream.
+Elements are handled as int16 or int32 words, which torch and Triton compare and mask on every
+device.
 """
 
 # What Triton compiles it also types, by annotations of its own.
@@ -23,8 +20,8 @@ import numpy as np
 import torch
 
 from . import reference
+from .reference import Triple
 
-Triple = tuple[str, str, str]
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kernel = Callable[[Sequence[Part], Triple, float], None]
 """kernel(parts, dtypes, alpha): see `blend_torch`."""
@@ -61,25 +58,25 @@ except ImportError as error:
         return function
 
 
-def kernel(
+def select_kernel(
     device: torch.device | str, triples: Iterable[Triple] = (("BF16", "BF16", "BF16"),)
 ) -> tuple[Kernel, str]:
-    """The faster kernel that works on this device, and the reason it was chosen.
+    """The faster kernel that works on this device, and why it was chosen.
 
-    Triton is chosen on a CUDA (or ROCm) device of compute capability 8.0 or more when it can be
+    Triton is chosen on a CUDA (or ROCm) device of compute capability 8.0 or more if it can be
     imported, compiles the kernels of `triples` there, and these give the reference's bits in a
-    short test (`agrees`): a compiler that fuses or flushes is noticed here.
+    short test, which notices a compiler that fuses multiply and add or flushes subnormals.
     """
     device = torch.device(device)
-    obstacle = _obstacle(device, triples)
+    obstacle = _why_not_triton(device, triples)
     if obstacle:
         return blend_torch, f"torch: {obstacle}"
     major, minor = torch.cuda.get_device_capability(device)
     return blend_triton, f"triton: compute capability {major}.{minor}, bits checked on the card"
 
 
-def _obstacle(device: torch.device, triples: Iterable[Triple]) -> str:
-    """Why Triton cannot be used; empty where it can."""
+def _why_not_triton(device: torch.device, triples: Iterable[Triple]) -> str:
+    """Why Triton cannot be used; empty if it can."""
     if device.type != "cuda":
         return f"Triton needs a CUDA device, this is {device.type}"
     if _no_triton:
@@ -90,7 +87,7 @@ def _obstacle(device: torch.device, triples: Iterable[Triple]) -> str:
         return f"compute capability {'.'.join(map(str, capability))}, Triton needs {needed}"
     for dtypes in triples:
         try:
-            same = agrees(blend_triton, device, dtypes)
+            same = matches_reference(blend_triton, device, dtypes)
         except Exception as error:  # a missing C compiler, driver or ptxas: each its own type
             return f"Triton does not work here ({' '.join(str(error).split()) or repr(error)})"
         if not same:
@@ -98,17 +95,17 @@ def _obstacle(device: torch.device, triples: Iterable[Triple]) -> str:
     return ""
 
 
-def agrees(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
-    """Whether a kernel gives the reference's bits on this device, alpha 0.3.
+def matches_reference(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
+    """Whether a kernel gives the reference's bits on this device at alpha 0.3.
 
-    For random bit patterns, subnormals and NaN among them, and for pairs that cancel but for the
-    rounding of their products, which shows a fused multiply-add. Once as an aligned part of whole
-    blocks, once as its tail from the fourth element.
+    Tried with random bit patterns, which include subnormals and NaN, and with pairs that cancel
+    except for the rounding of their products, where a fused multiply-add shows. Each as an aligned
+    part of whole blocks, and from its fourth element on.
     """
     random = np.random.default_rng(0)
     cancel = np.arange(1, 33, dtype=np.float64)
     if "F16" not in dtypes[:2]:
-        cancel *= 2.0**40  # for what is left not to vanish in an fp16 output
+        cancel *= 2.0**40  # or what is left would vanish in an fp16 output
     sides = [
         np.concatenate(
             [
@@ -128,11 +125,15 @@ def agrees(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
 
 
 def blend_torch(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
-    """Blend all parts of one triple of dtypes with torch's own operations, on any device.
+    """Blend parts of the same dtypes with torch's own operations, on any device with float64.
 
-    parts: (base, donor, out) flat uint8 tensors on one device, holding the same number of elements
-    of dtypes[0], [1] and [2] ("BF16", "F16" or "F32") and aligned to these; out is overwritten.
-    Temporaries stay under 32 MiB. The device must know float64.
+    Temporaries stay under 32 MiB.
+
+    Args:
+        parts: (base, donor, out) flat uint8 tensors on one device, with equally many elements of
+            dtypes[0], [1] and [2], aligned to these; out is overwritten.
+        dtypes: "BF16", "F16" or "F32" each.
+        alpha: Weight of the donor, 0 to 1.
     """
     parts, dtypes, alpha = reference.without_ends(parts, dtypes, alpha)
     for part in parts:
@@ -159,10 +160,9 @@ def _blend_piece(
 
 
 def blend_triton(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
-    """Blend all parts of one triple of dtypes, each in one launch of the Triton kernel.
+    """The same in one launch of the Triton kernel for each part, without temporaries.
 
-    Takes what `blend_torch` takes, on a device that Triton compiles for; no temporaries. The first
-    call of a triple compiles. ImportError without Triton.
+    The first call of a triple of dtypes compiles. Raises ImportError without Triton.
     """
     if _no_triton:
         raise ImportError(_no_triton)

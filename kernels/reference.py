@@ -1,17 +1,15 @@
-"""The formula, in numpy: what every kernel must give, bit for bit. Slow and plain on purpose.
+"""The formula in numpy, slow and plain: every kernel must give these bits.
 
     out = round((1 - alpha) * base + alpha * donor)
 
-evaluated in float64, rounded once, to nearest, ties to even. Every bf16, fp16 and fp32 value is
-exact in float64, so the only error left is that of the sum (2**-52 relative to its larger term):
-what is written is that float64 correctly rounded, where base and donor nearly cancel as well.
+evaluated in float64 and rounded once, to nearest, ties to even. Every bf16, fp16 and fp32 value is
+exact in float64, so the only other error is that of the float64 sum (2**-52 of its larger term).
 
-Exceptions, so that nothing is lost at the ends: alpha 0 gives the base and alpha 1 the donor, also
-beside NaN or infinity; where base and donor have equal bits of the output's dtype, these come out
-unchanged. Any other NaN is written as the dtype's quiet NaN (0x7fc0, 0x7e00, 0x7fc00000).
+Exceptions: alpha 0 gives the base and alpha 1 the donor exactly, even where the other side is NaN
+or infinite. Where base and donor have equal bits and the output has their dtype, these bits come
+out unchanged. Any other NaN becomes the dtype's quiet NaN (0x7fc0, 0x7e00, 0x7fc00000).
 
 Tensors are handled as storage arrays: uint16 for BF16 and F16, uint32 for F32.
-Leaves to others: speed (`cpu.py`) and which kernel runs (`select.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 T = TypeVar("T")
+Triple = tuple[str, str, str]
+"""Dtypes of base, donor and output: "BF16", "F16" or "F32"."""
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 Floats = npt.NDArray[np.float64]
 
@@ -31,13 +31,11 @@ STORAGE: dict[str, type[np.unsignedinteger[Any]]] = {
     "F16": np.uint16,
     "F32": np.uint32,
 }
-SUMS = ("read", "finite", "equal", "odd_a", "odd_b", "ab", "aa", "bb", "dd")
-"""What `relate` gives: counts of elements (odd: not finite), then sums of products; d is a - b."""
 QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
 
 
-def blend(base: Bits, donor: Bits, dtypes: tuple[str, str, str], alpha: float) -> Bits:
-    """Blend two storage arrays of one shape. dtypes: of base, donor and output."""
+def blend(base: Bits, donor: Bits, dtypes: Triple, alpha: float) -> Bits:
+    """Blend two storage arrays of one shape into a third."""
     base_dtype, donor_dtype, out_dtype = dtypes
     if alpha == 0:
         return cast(base, base_dtype, out_dtype)
@@ -52,11 +50,11 @@ def blend(base: Bits, donor: Bits, dtypes: tuple[str, str, str], alpha: float) -
 
 
 def without_ends(
-    parts: Sequence[tuple[T, T, T]], dtypes: tuple[str, str, str], alpha: float
-) -> tuple[Sequence[tuple[T, T, T]], tuple[str, str, str], float]:
-    """Alpha 0 and 1 as a half: half of one side and half of the same is that side exactly.
+    parts: Sequence[tuple[T, T, T]], dtypes: Triple, alpha: float
+) -> tuple[Sequence[tuple[T, T, T]], Triple, float]:
+    """Express alpha 0 and 1 as alpha 0.5 of one side with itself, which is that side exactly.
 
-    parts: base, donor and output; a kernel that is given them so needs no other loop for the ends.
+    A kernel that is given this needs no loop of its own for the ends. Parts are (base, donor, out).
     """
     if alpha not in (0, 1):
         return parts, dtypes, alpha
@@ -66,7 +64,7 @@ def without_ends(
 
 
 def cast(bits: Bits, dtype: str, out_dtype: str) -> Bits:
-    """Change of dtype alone; the same dtype keeps every bit."""
+    """Change the dtype; the same dtype keeps every bit."""
     return bits.copy() if dtype == out_dtype else narrow(widen(bits, dtype), out_dtype)
 
 
@@ -76,21 +74,6 @@ def widen(bits: Bits, dtype: str) -> Floats:
         bits, dtype = np.left_shift(bits, np.uint32(16), dtype=np.uint32), "F32"
     with np.errstate(invalid="ignore"):
         return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float64)
-
-
-def relate(a: Bits, b: Bits, dtypes: tuple[str, str]) -> Floats:
-    """How two storage arrays of one shape relate: the nine sums that SUMS names, in float64.
-
-    Sums of products are over the elements that are finite on both sides. Elements are equal if
-    their bits are; of different dtypes if their values are, or both are NaN.
-    """
-    x, y = widen(a, dtypes[0]), widen(b, dtypes[1])
-    equal = a == b if dtypes[0] == dtypes[1] else (x == y) | (np.isnan(x) & np.isnan(y))
-    fine_x, fine_y = np.isfinite(x), np.isfinite(y)
-    fine = fine_x & fine_y
-    counts = (x.size, fine.sum(), equal.sum(), x.size - fine_x.sum(), x.size - fine_y.sum())
-    x, y = x[fine], y[fine]
-    return np.array([*counts, x @ y, x @ x, y @ y, (x - y) @ (x - y)], np.float64)
 
 
 def narrow(values: Floats, dtype: str) -> Bits:
@@ -107,7 +90,7 @@ def narrow(values: Floats, dtype: str) -> Bits:
 
 
 def _narrow_bf16(values: Floats) -> npt.NDArray[np.uint16]:
-    """bf16 by its two neighbours: the one below in magnitude, the one above, and their midpoint."""
+    """Choose between the two bf16 values around each value, by their midpoint."""
     size = np.abs(values)
     single = size.astype(np.float32)
     below = np.where(single.astype(np.float64) > size, np.nextafter(single, np.float32(0)), single)

@@ -138,9 +138,9 @@ class FoundAlpha:
     @property
     def page(self) -> str:
         """The report as one self-contained HTML page."""
-        from .reporting import search_page
+        from .reporting.search_page import render_search_page
 
-        return search_page.html(
+        return render_search_page(
             self.result,
             self.prompts,
             timings=self.timings,
@@ -150,9 +150,9 @@ class FoundAlpha:
 
     def write_page(self, path: str | Path) -> None:
         """Write the report to a file. OutputError if that is not possible."""
-        from .reporting import page
+        from .reporting.page import write_page
 
-        page.write(Path(path), self.page)
+        write_page(Path(path), self.page)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `search --json`, and what adamms.json says of the search."""
@@ -163,9 +163,9 @@ class FoundAlpha:
         return document
 
     def __str__(self) -> str:
-        from .reporting import terminal
+        from .reporting.terminal import describe_result
 
-        return terminal.verdict(self.result)
+        return describe_result(self.result)
 
 
 def place_search(

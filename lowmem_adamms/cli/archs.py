@@ -40,7 +40,7 @@ def run(options: ArchsOptions) -> int:
     elif one:
         print(declare.to_toml(one), end="")
     else:
-        print(terminal.archs(known))
+        print(terminal.describe_archs(known))
     return 0
 
 

@@ -53,31 +53,31 @@ class CompareOptions:
 def run(options: CompareOptions) -> int:
     """Compare, write the page if one is asked for, and print tables or one document."""
     from ..architectures.declare import read_declarations
-    from ..comparing import comparison, pairing
+    from ..comparing.comparison import compare
+    from ..comparing.pairing import pair_checkpoints
     from ..mapping.join import make_plan
 
     check_page(options.html, "--html", options.a, options.b, *options.arch)
     make = partial(make_plan, declared=read_declarations(options.arch))
-    joined = pairing.join(options.a, options.b, make=make)
-    found = comparison.compare(joined, sample=options.sample)
+    comparison = compare(pair_checkpoints(options.a, options.b, make=make), sample=options.sample)
     if options.html:
-        from ..comparing import page as compare_page
-        from ..reporting import page
+        from ..comparing.page import render_comparison_page
+        from ..reporting.page import write_page
 
-        page.write(options.html, compare_page.html(found))
+        write_page(options.html, render_comparison_page(comparison))
     if options.json:
-        print_json(found.to_json())
+        print_json(comparison.to_json())
     else:
-        _show(found)
+        _show(comparison)
     return 0
 
 
-def _show(found: Comparison) -> None:
-    from ..comparing import table
+def _show(comparison: Comparison) -> None:
+    from ..comparing.table import draw_comparison
 
     console = screen()
     ascii_only = console.options.ascii_only
-    for item in table.drawn(found, width=console.width, ascii_only=ascii_only):
+    for item in draw_comparison(comparison, width=console.width, ascii_only=ascii_only):
         console.print(item, soft_wrap=isinstance(item, str))
 
 

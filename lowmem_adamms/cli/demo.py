@@ -73,7 +73,7 @@ def _show(pair: demo.Pair, out: Path) -> None:
     console.print(terminal.marks_table({"base": curve[0], "donor": donor, "merged": merged}))
     if scores:
         rows = zip(scores.items(), curve, strict=True)
-        console.print(terminal.curve({a: (d, marks["mean"]) for (a, d), marks in rows}))
+        console.print(terminal.accuracy_table({a: (d, marks["mean"]) for (a, d), marks in rows}))
     print(f"right answers in per cent, {len(exam)} questions that the search has not seen")
     print(f"merged model: {out}")
     if scores:

@@ -1,9 +1,4 @@
-"""How two checkpoints relate, without merging them: how far apart, where, and of one ancestor or
-not.
-
-Leaves to others: joining (`pairing.py`), reading (`likeness.py`), the threshold (`kinship.py`),
-drawing (`compare_table.py`, `compare_page.py`).
-"""
+"""A comparison of two checkpoints, and the verdict: whether their decoders have one ancestor."""
 
 from __future__ import annotations
 
@@ -14,93 +9,119 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..checkpoints.span import Span
 from ..mapping.kinship import THRESHOLD
-from . import similarity as likeness
-from .pairing import KINDS, SIZES, Pair, Pairing, Share, Side
-from .similarity import SAMPLE, Measure
+from .pairing import LAYER_KINDS, SIZE_TRAITS, CheckpointSummary, Pairing, RolePair, TensorTotals
+from .similarity import SAMPLE_ELEMENTS, Similarity, measure_pairs, read_middles
 
 if TYPE_CHECKING:
     from ..hub.remote_file import RemoteFile
     from ..kernels.reference import Floats
 
-_NAMED = 6  # groups that a reason lists by name
+MAX_NAMED = 6  # groups that a reason lists by name
 _Key = TypeVar("_Key")
 Word = Literal["identical", "same ancestor", "related in part", "unrelated", "not comparable"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """`length` layers of a from number `a` on that are alike to those of b from `b` on."""
+class LayerRun:
+    """`length` layers from number `a` of A on that are like those from number `b` of B on."""
 
     a: int
     b: int
     length: int
 
+    def __str__(self) -> str:
+        return f"layers {self._range(self.a)} of A are alike to layers {self._range(self.b)} of B"
+
+    def _range(self, first: int) -> str:
+        return f"{first} to {first + self.length - 1}" if self.length > 1 else str(first)
+
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Ancestry:
     """Whether the two decoders descend from one, and why that is said.
 
-    same: None where only some layers do, or nothing can be told. lowest: the least alike layer (or
-    `embed`, `head`) at its own number, and its cosine. runs: the layers that are alike, where some
-    stand at another number than their counterpart; empty otherwise.
+    Attributes:
+        word: The verdict.
+        is_shared: None where only some layers do, or nothing can be told.
+        reason: What the verdict rests on.
+        lowest: The least alike layer of A (or `embed`, `head`), and its cosine.
+        runs: The layers that are alike, if some have another number than their counterpart.
     """
 
     word: Word
-    same: bool | None
+    is_shared: bool | None
     reason: str
     lowest: tuple[str, float] | None = None
-    runs: tuple[Run, ...] = ()
+    runs: tuple[LayerRun, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The key `verdict` of `compare --json`."""
+        lowest = self.lowest
+        return {
+            "word": self.word,
+            "same_ancestor": self.is_shared,
+            "reason": self.reason,
+            "threshold": THRESHOLD,
+            "lowest": {"group": lowest[0], "cosine": lowest[1]} if lowest else None,
+            "layers": [[run.a, run.b, run.length] for run in self.runs],
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Two checkpoints and how they relate.
 
-    sample: how many elements of each pair were read at most; None: all. measures: one a pair.
+    Attributes:
+        pairing: What was compared.
+        sample: How many elements of each pair were read at most.
+        similarities: One for each pair.
+        ancestry: The verdict.
     """
 
     pairing: Pairing
-    sample: int | None
-    measures: tuple[Measure, ...]
-    verdict: Verdict
+    sample: int
+    similarities: tuple[Similarity, ...]
+    ancestry: Ancestry
 
     @property
-    def a(self) -> Side:
-        """The side distances are relative to."""
+    def a(self) -> CheckpointSummary:
+        """The side that distances are relative to."""
         return self.pairing.a
 
     @property
-    def b(self) -> Side:
+    def b(self) -> CheckpointSummary:
         """The other side."""
         return self.pairing.b
 
     @property
-    def items(self) -> Iterator[tuple[Pair, Measure]]:
-        """Each pair with its measure."""
-        return zip(self.pairing.pairs, self.measures, strict=True)
+    def items(self) -> Iterator[tuple[RolePair, Similarity]]:
+        """Each pair with its similarity."""
+        return zip(self.pairing.pairs, self.similarities, strict=True)
 
-    def by(self, key: Callable[[Pair], _Key], *, by_name: bool = False) -> dict[_Key, Measure]:
-        """The measures added up by a key, of the decoder or of what was joined by name."""
-        found: dict[_Key, Measure] = {}
-        for pair, measure in self.items:
+    def sum_by(
+        self, key: Callable[[RolePair], _Key], *, by_name: bool = False
+    ) -> dict[_Key, Similarity]:
+        """Similarities added up by a key: of the decoder, or of what was paired by name."""
+        sums: dict[_Key, Similarity] = {}
+        for pair, similarity in self.items:
             if pair.by_name == by_name:
-                found[key(pair)] = found.get(key(pair), Measure()) + measure
-        return found
+                sums[key(pair)] = sums.get(key(pair), Similarity()) + similarity
+        return sums
 
     @property
-    def cells(self) -> dict[tuple[str, str], Measure]:
+    def cells(self) -> dict[tuple[str, str], Similarity]:
         """By group and kind, of the decoder."""
-        return self.by(lambda pair: (pair.group, pair.kind))
+        return self.sum_by(lambda pair: (pair.group, pair.kind))
 
     @property
-    def groups(self) -> dict[str, Measure]:
+    def groups(self) -> dict[str, Similarity]:
         """By group, of the decoder."""
-        return self.by(lambda pair: pair.group)
+        return self.sum_by(lambda pair: pair.group)
 
     @property
-    def by_name(self) -> dict[str, Measure]:
-        """By kind, of what was joined by name."""
-        return self.by(lambda pair: pair.kind, by_name=True)
+    def by_name(self) -> dict[str, Similarity]:
+        """By kind, of what was paired by name."""
+        return self.sum_by(lambda pair: pair.kind, by_name=True)
 
     @property
     def layers(self) -> list[int]:
@@ -108,238 +129,203 @@ class Comparison:
         return sorted({*self.a.layers, *self.b.layers})
 
     @property
-    def kinds(self) -> list[str]:
-        """The kinds there are in layers: those of KINDS in their order, then their streams'."""
-        found = {pair.kind for pair in self.pairing.pairs if pair.group.startswith("layers.")}
-        order = {kind: i for i, kind in enumerate(KINDS)}
-        return sorted(
-            found, key=lambda kind: ("@" in kind, order.get(kind.partition("@")[0], 99), kind)
-        )
+    def layer_kinds(self) -> list[str]:
+        """The kinds that occur in layers: in the order of LAYER_KINDS, then their streams'."""
+        order = {kind: position for position, kind in enumerate(LAYER_KINDS)}
+
+        def place(kind: str) -> tuple[bool, int, str]:
+            return "@" in kind, order.get(kind.partition("@")[0], len(order)), kind
+
+        in_layers = {p.kind for p in self.pairing.pairs if p.group.startswith("layers.")}
+        return sorted(in_layers, key=place)
 
     @property
-    def singles(self) -> list[str]:
-        """The groups of the decoder that are no layers: `embed`, `norm`, `head`."""
+    def outer_groups(self) -> list[str]:
+        """The groups of the decoder that are not layers: `embed`, `norm`, `head`."""
         order = {"embed": 0, "norm": 1, "head": 2}
-        found = [group for group in self.groups if not group.startswith("layers.")]
-        return sorted(found, key=lambda group: (order.get(group, len(order)), group))
+        outer = [group for group in self.groups if not group.startswith("layers.")]
+        return sorted(outer, key=lambda group: (order.get(group, len(order)), group))
 
     @property
     def obstacles(self) -> tuple[str, ...]:
-        """What a merge would be refused for: misfits, then kinship."""
-        strange = self.verdict.word in ("related in part", "unrelated") or self.verdict.runs
-        kinship = ("the language weights are not alike layer by layer",) if strange else ()
-        return (*self.pairing.obstacles, *kinship)
+        """What a merge would be refused for: what does not fit, then kinship."""
+        if self.ancestry.word in ("related in part", "unrelated") or self.ancestry.runs:
+            reason = "the language weights are not alike layer by layer"
+            return (*self.pairing.obstacles, reason)
+        return self.pairing.obstacles
 
     def to_json(self) -> dict[str, Any]:
         """The document of `compare --json`."""
-        a, b = self.a.traits, self.b.traits
-        cells = self.cells
+        a, b, cells = self.a.traits, self.b.traits, self.cells
+        kinds = self.sum_by(lambda pair: pair.kind)
         return {
-            "a": _side_json(self.a),
-            "b": _side_json(self.b),
+            "a": _summary_json(self.a),
+            "b": _summary_json(self.b),
             "sample": self.sample,
-            "verdict": _verdict_json(self.verdict),
+            "verdict": self.ancestry.to_json(),
             "obstacles": list(self.obstacles),
-            "differs": {name: [said, b[name]] for name, said in a.items() if said != b[name]},
-            "decoder": self.by(lambda _: "").get("", Measure()).to_json(),
-            "kinds": {kind: m.to_json() for kind, m in self.by(lambda pair: pair.kind).items()},
+            "differs": {name: [value, b[name]] for name, value in a.items() if value != b[name]},
+            "decoder": self.sum_by(lambda _: "").get("", Similarity()).to_json(),
+            "kinds": {kind: similarity.to_json() for kind, similarity in kinds.items()},
             "groups": {
-                group: measure.to_json()
-                | {"kinds": {kind: m.to_json() for (g, kind), m in cells.items() if g == group}}
-                for group, measure in self.groups.items()
+                name: group.to_json()
+                | {"kinds": {kind: s.to_json() for (of, kind), s in cells.items() if of == name}}
+                for name, group in self.groups.items()
             },
-            "by_name": {kind: m.to_json() for kind, m in self.by_name.items()},
-            "tensors": [_pair_json(pair) | measure.to_json() for pair, measure in self.items],
+            "by_name": {kind: similarity.to_json() for kind, similarity in self.by_name.items()},
+            "tensors": [
+                {"role": pair.role, "a": pair.names(0), "b": pair.names(1)} | similarity.to_json()
+                for pair, similarity in self.items
+            ],
             "notes": list(self.pairing.notes),
         }
 
 
-def compare(
-    pairing: Pairing,
-    *,
-    sample: int | None = SAMPLE,
-    progress: Callable[[int], None] | None = None,
-) -> Comparison:
-    """Measure two joined checkpoints and judge them.
-
-    sample: elements read of each pair; None reads all, which `progress` is told of in bytes.
-    """
-    if sample is None:
-        measures = likeness.streamed(pairing.pairs, remote=pairing.remote, progress=progress)
-    else:
-        measures = likeness.sampled(pairing.pairs, sample, remote=pairing.remote)
-    return Comparison(pairing, sample, measures, judge(pairing, measures))
-
-
-def bytes_read(pairing: Pairing) -> int:
-    """Bytes of both sides that a comparison in full reads."""
-    spans = (span for pair in pairing.pairs for piece in pair.pieces for span in piece.spans)
-    return sum(span.nbytes for span in spans)
-
-
-def _verdict_json(verdict: Verdict) -> dict[str, Any]:
-    lowest = verdict.lowest
-    return {
-        "word": verdict.word,
-        "same_ancestor": verdict.same,
-        "reason": verdict.reason,
-        "threshold": THRESHOLD,
-        "lowest": {"group": lowest[0], "cosine": lowest[1]} if lowest else None,
-        "layers": [[run.a, run.b, run.length] for run in verdict.runs],
-    }
-
-
-def _pair_json(pair: Pair) -> dict[str, Any]:
-    a, b = (list(dict.fromkeys(piece.names[i] for piece in pair.pieces)) for i in (0, 1))
-    return {"role": pair.role, "a": a, "b": b}
-
-
-def _side_json(side: Side) -> dict[str, Any]:
+def _summary_json(side: CheckpointSummary) -> dict[str, Any]:
     return {
         "name": side.name,
         "path": side.path,
         "arch": side.arch,
         "traits": dict(side.traits),
-        "whole": _share_json(side.whole),
-        "mapped": _share_json(side.mapped),
-        "by_name": _share_json(side.by_name),
+        "whole": _totals_json(side.whole),
+        "mapped": _totals_json(side.mapped),
+        "by_name": _totals_json(side.by_name),
         "only": [
-            {"what": only.what, "why": only.why} | _share_json(only.share) for only in side.only
+            {"what": left.what, "why": left.why} | _totals_json(left.totals)
+            for left in side.unpaired
         ],
     }
 
 
-def _share_json(share: Share) -> dict[str, int]:
-    return {"tensors": share.tensors, "elements": share.elements, "bytes": share.nbytes}
+def _totals_json(totals: TensorTotals) -> dict[str, int]:
+    return {"tensors": totals.tensors, "elements": totals.elements, "bytes": totals.nbytes}
 
 
-# The verdict --------------------------------------------------------------------------------------
+def compare(pairing: Pairing, *, sample: int = SAMPLE_ELEMENTS) -> Comparison:
+    """Measure and judge two paired checkpoints by so many elements of each pair."""
+    similarities = measure_pairs(pairing.pairs, sample, remote=pairing.remote)
+    return Comparison(pairing, sample, similarities, judge_ancestry(pairing, similarities))
 
 
-def judge(pairing: Pairing, measures: Iterable[Measure]) -> Verdict:
-    """Of one ancestor or not: by the cosine of every layer's matrices, of embedding and head."""
-    groups: dict[str, Measure] = {}
-    equal = True
-    for pair, measure in zip(pairing.pairs, measures, strict=True):
-        if pair.tells:
-            groups[pair.group] = groups.get(pair.group, Measure()) + measure
-        equal = equal and (pair.by_name or measure.identical)
-    order = sorted(groups, key=lambda group: (not group.startswith("layers."), group))
-    cosines = {group: c for group in order if (c := groups[group].cosine) is not None}
-    low = [group for group, cosine in cosines.items() if cosine < THRESHOLD]
-    uneven = len(pairing.a.layers) != len(pairing.b.layers)
-    runs = find_runs(pairing) if low or uneven else ()
+# The verdict
+
+
+def judge_ancestry(pairing: Pairing, similarities: Iterable[Similarity]) -> Ancestry:
+    """Judge by the cosine of every layer's matrices, of embedding and head."""
+    groups: dict[str, Similarity] = {}
+    all_equal = True
+    for pair, similarity in zip(pairing.pairs, similarities, strict=True):
+        if pair.shows_descent:
+            groups[pair.group] = groups.get(pair.group, Similarity()) + similarity
+        all_equal = all_equal and (pair.by_name or similarity.is_identical)
+    layers_first = sorted(groups, key=lambda group: (not group.startswith("layers."), group))
+    cosines = {group: groups[group].cosine for group in layers_first}
+    known = {group: cosine for group, cosine in cosines.items() if cosine is not None}
+    if not known:
+        return Ancestry("not comparable", None, _why_not_comparable(pairing, groups))
+    lowest = min(known.items(), key=lambda item: item[1])
+    runs: tuple[LayerRun, ...] = ()
+    if lowest[1] < THRESHOLD or len(pairing.a.layers) != len(pairing.b.layers):
+        runs = find_layer_runs(pairing)
     if all(run.a == run.b for run in runs):
         runs = ()
-    if not cosines:
-        return Verdict("not comparable", None, _incomparable(pairing, groups))
-    lowest = min(cosines.items(), key=lambda item: item[1])
-    # A number is accounted for if either side's layer of it is somewhere on the other
-    moved = {f"layers.{i + n}" for run in runs for i in (run.a, run.b) for n in range(run.length)}
-    strange = [group for group in low if group not in moved]
-    word, same, reason = _word(cosines, strange, runs)
-    if equal:
-        alone = any(only.decoder for side in (pairing.a, pairing.b) for only in side.only)
-        word = "same ancestor" if alone else "identical"
+    if all_equal:
+        has_more = any(left.in_decoder for side in (pairing.a, pairing.b) for left in side.unpaired)
         reason = "every element that was read is equal on both sides"
-    return Verdict(word, same, reason, lowest, runs)
+        return Ancestry("same ancestor" if has_more else "identical", True, reason, lowest, runs)
+    word, is_shared, reason = _find_word(known, runs)
+    return Ancestry(word, is_shared, reason, lowest, runs)
 
 
-def _word(
-    cosines: Mapping[str, float], strange: Sequence[str], runs: Sequence[Run]
+def _find_word(
+    cosines: Mapping[str, float], runs: Sequence[LayerRun]
 ) -> tuple[Word, bool | None, str]:
     """The verdict in a word, whether that is one ancestor, and why."""
-    near = "descendants of one model lie near 1, strangers near 0"
-    if len(strange) == len(cosines) and not runs:
+    # A layer is accounted for if either side's layer of its number is somewhere on the other
+    moved = {f"layers.{i + n}" for run in runs for i in (run.a, run.b) for n in range(run.length)}
+    unlike = [group for group, cosine in cosines.items() if cosine < THRESHOLD]
+    unlike = [group for group in unlike if group not in moved]
+    scale = "descendants of one model lie near 1, strangers near 0"
+    if len(unlike) == len(cosines) and not runs:
         highest = max(cosines.values())
-        reason = f"cosine is {highest:.3f} or less in {_groups(cosines)}; {near}"
+        reason = f"cosine is {highest:.3f} or less in {_list_groups(cosines)}; {scale}"
         return "unrelated", False, reason
-    moved = [
-        f"layers {_range(run.a, run.length)} of A are alike to layers"
-        f" {_range(run.b, run.length)} of B"
-        for run in runs
-    ]
-    if not strange and moved:
-        return "same ancestor", True, "; ".join(moved)
-    if not strange:
+    if not unlike and runs:
+        return "same ancestor", True, "; ".join(map(str, runs))
+    if not unlike:
         lowest, cosine = min(cosines.items(), key=lambda item: item[1])
-        reason = f"cosine is {cosine:.3f} or more in {_groups(cosines)}, lowest in {lowest}; {near}"
-        return "same ancestor", True, reason
-    few = ", ".join(strange[:_NAMED]) + (", …" if len(strange) > _NAMED else "")
-    reason = f"cosine is below {THRESHOLD} in {few}, of {_groups(cosines)}"
-    return "related in part", None, "; ".join([reason, *moved])
+        reason = f"cosine is {cosine:.3f} or more in {_list_groups(cosines)}, lowest in {lowest}"
+        return "same ancestor", True, f"{reason}; {scale}"
+    named = ", ".join(unlike[:MAX_NAMED]) + (", …" if len(unlike) > MAX_NAMED else "")
+    reason = f"cosine is below {THRESHOLD} in {named}, of {_list_groups(cosines)}"
+    return "related in part", None, "; ".join([reason, *map(str, runs)])
 
 
-def _groups(names: Iterable[str]) -> str:
+def _list_groups(groups: Iterable[str]) -> str:
     """Such as "28 layers, embed and head"."""
-    layers = [name for name in names if name.startswith("layers.")]
+    layers = [group for group in groups if group.startswith("layers.")]
     words = [f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"] if layers else []
-    *most, last = [*words, *(name for name in names if name not in layers)]
+    *most, last = [*words, *(group for group in groups if group not in layers)]
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _range(first: int, length: int) -> str:
-    return f"{first} to {first + length - 1}" if length > 1 else str(first)
-
-
-def _incomparable(pairing: Pairing, groups: Mapping[str, Measure]) -> str:
-    """Why there is no cosine at all."""
+def _why_not_comparable(pairing: Pairing, groups: Mapping[str, Similarity]) -> str:
     if groups:
         return "no matrix has an element that is finite on both sides"
     a, b = pairing.a.traits, pairing.b.traits
-    differs = [f"{name} {a[name]} against {b[name]}" for name in SIZES if a[name] != b[name]]
-    return f"no matrix has the same shape on both sides: {', '.join(differs)}"
+    different = [name for name in SIZE_TRAITS if a[name] != b[name]]
+    sizes = ", ".join(f"{name} {a[name]} against {b[name]}" for name in different)
+    return f"no matrix has the same shape on both sides: {sizes}"
 
 
-def find_runs(pairing: Pairing) -> tuple[Run, ...]:
-    """Which layers of a are alike to which of b, whatever their numbers, as runs of neighbours.
+# Layers that have moved
 
-    Every layer is set against every other by a small sample of the matrices that have one shape.
+
+def find_layer_runs(pairing: Pairing) -> tuple[LayerRun, ...]:
+    """Find which layers of A are like which of B, whatever their numbers.
+
+    Every layer is compared with every other by a small sample of the matrices that all layers have
+    in one shape.
     """
     import numpy as np
 
     a, b = pairing.a.layers, pairing.b.layers
-    if not (a and b):
-        return ()
     shapes = [
-        {(role, _rows(spans)) for role, spans in layer.items()}
-        for side in (a, b)
-        for layer in side.values()
+        {(role, _shape(spans)) for role, spans in layer.items()}
+        for layers in (a, b)
+        for layer in layers.values()
     ]
-    roles = sorted(role for role, _ in set.intersection(*shapes))
+    roles = sorted(role for role, _ in set.intersection(*shapes)) if a and b else []
     if not roles:
         return ()
-    unit = [_directions(side, roles, pairing.remote) for side in (a, b)]
-    alike = unit[0] @ unit[1].T >= THRESHOLD
-    found = []
-    for i, j in zip(*map(np.ndarray.tolist, np.nonzero(alike)), strict=True):
+    directions = [_sample_directions(layers, roles, pairing.remote) for layers in (a, b)]
+    alike = directions[0] @ directions[1].T >= THRESHOLD
+    runs = []
+    for i, j in np.argwhere(alike).tolist():
         if i and j and alike[i - 1, j - 1]:
-            continue
+            continue  # inside a run that began before
         length = 1
         while i + length < len(a) and j + length < len(b) and alike[i + length, j + length]:
             length += 1
-        found.append(Run(i, j, length))
-    return tuple(found)
+        runs.append(LayerRun(i, j, length))
+    return tuple(runs)
 
 
-def _rows(spans: Sequence[Span]) -> tuple[int, tuple[int, ...]]:
-    """Rows of a role and the shape of one."""
-    return sum(span.shape[0] for span in spans), spans[0].shape[1:]
+def _shape(spans: Sequence[Span]) -> tuple[int, ...]:
+    """The shape of a role that lies in one or several spans."""
+    return (sum(span.shape[0] for span in spans), *spans[0].shape[1:])
 
 
-def _directions(
+def _sample_directions(
     layers: Mapping[int, Mapping[str, Sequence[Span]]],
     roles: Sequence[str],
     remote: Mapping[Path, RemoteFile],
 ) -> Floats:
-    """Samples of each layer, one row each, of length one; what is not finite counts as zero."""
+    """A row of sampled elements for each layer, scaled to length 1; what is not finite counts 0."""
     import numpy as np
 
     spans = (layers[i][role] for i in sorted(layers) for role in roles)
-    samples = likeness.middles(spans, remote=remote)
-    rows = np.array(
-        [np.concatenate(samples[i : i + len(roles)]) for i in range(0, len(samples), len(roles))]
-    )
+    rows = np.concatenate(read_middles(spans, remote=remote)).reshape(len(layers), -1)
     rows = np.where(np.isfinite(rows), rows, 0.0)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     unit: Floats = rows / np.where(length > 0, length, 1.0)

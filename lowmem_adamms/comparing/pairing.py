@@ -1,8 +1,8 @@
-"""What of two checkpoints can be set against each other, and what only one of them has.
+"""Which tensors of two checkpoints can be compared, and what only one of them has.
 
-Roles are joined as for a merge, by two plans: each side once as the base, so that the answer does
-not hang on who comes first. Tensors outside the decoder (vision tower, connector) are joined by
-name and shape. Headers only; leaves to others: reading and judging (`compare.py`).
+Roles are joined as for a merge, by two plans: each side is the base once, so that the answer does
+not depend on which comes first. Tensors outside the decoder, such as a vision tower's, are paired
+by name and shape. Only headers are read.
 """
 
 from __future__ import annotations
@@ -25,49 +25,62 @@ from ..settings import Embeddings
 if TYPE_CHECKING:
     from ..hub.remote_file import RemoteFile
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norms", "biases")
-"""What is told apart in a layer, in the order it is shown; a stream may follow (`q@vision`)."""
-SIZES = ("decoder layers", "width", "query rows", "key and value rows", "MLP rows")
-"""Those of a side's traits that are lengths of its matrices, or their number."""
+LAYER_KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norms", "biases")
+"""The kinds of tensors in a layer, in the order they are shown; a stream may follow: `q@vision`."""
+SIZE_TRAITS = ("decoder layers", "width", "query rows", "key and value rows", "MLP rows")
+"""The traits that are lengths of matrices, or their number."""
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Spans of both sides with as many elements each, and the tensors they lie in."""
+class SpanPair:
+    """Spans of both sides with equally many elements, and the tensors that they lie in."""
 
     spans: tuple[Span, Span]
     names: tuple[str, str]
 
+    @property
+    def elements(self) -> int:
+        """Elements on either side."""
+        return self.spans[0].elements
+
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class RolePair:
     """One role that both sides have.
 
-    group: the layer (`layers.3`), or `embed`, `norm`, `head`, or what a tensor outside the decoder
-    is. kind: one of KINDS, or the group again. by_name: outside the decoder.
+    Attributes:
+        role: Or the name of a tensor outside the decoder.
+        group: Its layer (`layers.3`), or `embed`, `norm`, `head`; outside the decoder what it is.
+        kind: One of LAYER_KINDS, or the group again.
+        pieces: Its spans.
+        by_name: Whether it is outside the decoder.
     """
 
     role: str
     group: str
     kind: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SpanPair, ...]
     by_name: bool = False
 
     @property
     def elements(self) -> int:
         """Elements on either side."""
-        return sum(piece.spans[0].elements for piece in self.pieces)
+        return sum(piece.elements for piece in self.pieces)
 
     @property
-    def tells(self) -> bool:
-        """Whether it tells descent: a matrix of the decoder, as norms are near one in any model."""
+    def shows_descent(self) -> bool:
+        """Whether it is a matrix of the decoder; norms are near one in any model."""
         return not self.by_name and len(self.pieces[0].spans[0].shape) > 1
+
+    def names(self, side: int) -> list[str]:
+        """The tensors that hold it in A (0) or B (1)."""
+        return list(dict.fromkeys(piece.names[side] for piece in self.pieces))
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """So much of a checkpoint: tensors, those that are in it with a part too; elements; bytes."""
+class TensorTotals:
+    """How many tensors, elements and bytes; a tensor that is only partly meant counts too."""
 
     tensors: int
     elements: int
@@ -75,80 +88,98 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Only:
-    """What one side has and found nothing for on the other, and why. decoder: it is part of it."""
+class Unpaired:
+    """What one side has and the other has no counterpart for, and why."""
 
     what: str
     why: str
-    share: Share
-    decoder: bool = False
+    totals: TensorTotals
+    in_decoder: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One checkpoint: what of it was joined by role, what by name, and what was not.
+class CheckpointSummary:
+    """One side of a comparison.
 
-    path: or its name on the Hub. traits: its dimensions, in words. layers: of each layer its
-    matrices' spans by role, the role without the layer's number.
+    Attributes:
+        name: Of the checkpoint.
+        path: Where it lies, or its name on the Hub.
+        arch: Name of its declaration.
+        whole: All of it.
+        mapped: What was paired by role.
+        by_name: What was paired by name.
+        unpaired: The rest.
+        traits: Dimensions of its decoder, in words.
+        layers: The spans of each layer's matrices, by role without the layer's number.
     """
 
     name: str
     path: str
     arch: str
-    whole: Share
-    mapped: Share
-    by_name: Share
-    only: tuple[Only, ...]
+    whole: TensorTotals
+    mapped: TensorTotals
+    by_name: TensorTotals
+    unpaired: tuple[Unpaired, ...]
     traits: Mapping[str, str]
     layers: Mapping[int, Mapping[str, tuple[Span, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two checkpoints joined.
+    """Two checkpoints with their tensors paired.
 
-    obstacles: what a merge of them would be refused for. remote: the files that are on the Hub
-    only.
+    Attributes:
+        a: The side that distances are relative to.
+        b: The other side.
+        pairs: What both have.
+        obstacles: What a merge of the two would be refused for.
+        notes: Those of the plan from A to B.
+        remote: The files that are on the Hub only.
     """
 
-    a: Side
-    b: Side
-    pairs: tuple[Pair, ...]
+    a: CheckpointSummary
+    b: CheckpointSummary
+    pairs: tuple[RolePair, ...]
     obstacles: tuple[str, ...]
     notes: tuple[str, ...]
     remote: Mapping[Path, RemoteFile] = field(default_factory=dict)
 
 
-def join(
+def pair_checkpoints(
     a: str | Path | Checkpoint,
     b: str | Path | Checkpoint,
     *,
     make: Callable[..., Plan] = make_plan,
 ) -> Pairing:
-    """Join two checkpoints by their headers, however different they are.
+    """Pair the tensors of two checkpoints by their headers, however different they are.
 
-    make: `make_plan`, or the same with more of its options bound.
-    FormatError for a broken or quantized one, MappingError for one without a known decoder.
+    Args:
+        a: A folder, a file or a Hub id.
+        b: Another.
+        make: `make_plan`, or the same with more of its options bound.
+
+    Raises:
+        FormatError: A checkpoint is broken or quantized.
+        MappingError: A checkpoint has no decoder that is known.
     """
     forth = make(a, b, allow_misfits=True)
-    # Rows of tokens were joined on the way forth, unless only the way back has a head to join
+    # Rows were joined by token in the plan forth, unless only the one back has a head to join
     heads = ["head" in layout.roles() for layout in (forth.base_layout, forth.donor_layout)]
     embeddings: Embeddings = "merge" if heads == [False, True] else "keep"
     back = make(forth.donor, forth.base, embeddings=embeddings, allow_misfits=True)
-    return pair_up(forth, back)
+    pairs = (*_pair_by_role(forth, back), *_pair_by_name(forth))
+    return Pairing(
+        _summarize(forth, back, pairs, 0),
+        _summarize(back, forth, pairs, 1),
+        pairs,
+        tuple(dict.fromkeys(misfit.partition(";")[0] for misfit in forth.misfits)),
+        forth.notes,
+        forth.base.remote_files() | forth.donor.remote_files(),
+    )
 
 
-def pair_up(forth: Plan, back: Plan) -> Pairing:
-    """Join by two plans, each side once the base; both made so that they note misfits."""
-    pairs = (*_by_role(forth, back), *_by_name(forth))
-    obstacles = dict.fromkeys(text.partition(";")[0] for text in forth.misfits)
-    a, b = _side(forth, back, pairs, 0), _side(back, forth, pairs, 1)
-    remote = forth.base.remote_files() | forth.donor.remote_files()
-    return Pairing(a, b, pairs, tuple(obstacles), forth.notes, remote)
-
-
-def kind_of(role: str) -> str:
-    """The kind of a role, as in KINDS, with its stream unless that is the text's."""
+def kind_of_role(role: str) -> str:
+    """The kind of a role, as in LAYER_KINDS, with its stream unless that is the text's."""
     plain, _, stream = role.partition("@")
     layer = _LAYER.match(plain)
     words = (layer[2] if layer else plain).split(".")
@@ -160,142 +191,150 @@ def kind_of(role: str) -> str:
     return f"{kind}@{stream}" if stream and stream != "text" else kind
 
 
-# Pairs --------------------------------------------------------------------------------------------
+# Pairs
 
 
-def _by_role(forth: Plan, back: Plan) -> Iterator[Pair]:
+def _pair_by_role(forth: Plan, back: Plan) -> Iterator[RolePair]:
     """Every pair that either plan blends; what both blend is taken once."""
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[SpanPair]] = {}
     seen = set()
-    for step, part, role in _blended(forth):
+    for step, part, role in _blended_parts(forth):
         assert part.donor is not None and part.donor_name is not None
         names = (step.name, part.donor_name)
-        pieces.setdefault(role, []).append(Piece((part.base, part.donor), names))
-        seen.add((names, role.partition("@")[0]))
-    for step, part, role in _blended(back):
+        pieces.setdefault(role, []).append(SpanPair((part.base, part.donor), names))
+        seen.add((names, _without_stream(role)))
+    for step, part, role in _blended_parts(back):
         assert part.donor is not None and part.donor_name is not None
         names = (part.donor_name, step.name)
-        if (names, role.partition("@")[0]) not in seen:
-            pieces.setdefault(role, []).append(Piece((part.donor, part.base), names))
+        if (names, _without_stream(role)) not in seen:
+            pieces.setdefault(role, []).append(SpanPair((part.donor, part.base), names))
     for role, held in pieces.items():
-        yield Pair(role, group_of(role.partition("@")[0]), kind_of(role), tuple(held))
+        yield RolePair(role, group_of(_without_stream(role)), kind_of_role(role), tuple(held))
 
 
-def _blended(plan: Plan) -> Iterator[tuple[Step, Part, str]]:
-    """The parts of a plan that have a donor, with their role; the text's stream is the plain."""
+def _blended_parts(plan: Plan) -> Iterator[tuple[Step, Part, str]]:
+    """The parts of a plan that have a donor, with their role; the text's stream counts as none."""
     for step, part in plan.parts:
         if part.donor is not None and part.role is not None and part.base.nbytes:
             yield step, part, part.role.removesuffix("@text")
 
 
-def _by_name(plan: Plan) -> Iterator[Pair]:
-    """What is outside both decoders, of one kind, name and shape, as siblings' towers are."""
+def _pair_by_name(plan: Plan) -> Iterator[RolePair]:
+    """What is outside both decoders and has the same kind, name and shape."""
     for name, kind in plan.base_layout.kinds.items():
         a, b = plan.base.tensors[name], plan.donor.tensors.get(name)
         if b is None or plan.donor_layout.kinds.get(name) != kind or kind == BUFFER:
             continue
         if a.shape == b.shape and a.dtype.blendable and b.dtype.blendable and a.nbytes:
-            yield Pair(name, kind, kind, (Piece((a, b), (name, name)),), by_name=True)
+            pieces = (SpanPair((a, b), (name, name)),)
+            yield RolePair(name, kind, kind, pieces, by_name=True)
 
 
-# Sides --------------------------------------------------------------------------------------------
+def _without_stream(role: str) -> str:
+    return role.partition("@")[0]
 
 
-def _side(plan: Plan, other: Plan, pairs: Iterable[Pair], i: int) -> Side:
-    """The base of `plan`, which is side i of each pair."""
-    mapped: dict[str, set[Span]] = {}
-    named: dict[str, set[Span]] = {}
+# One side
+
+_SpansByName = dict[str, set[Span]]
+
+
+def _summarize(plan: Plan, other: Plan, pairs: Iterable[RolePair], side: int) -> CheckpointSummary:
+    """Summarize the base of `plan`, which is A (0) or B (1) of each pair."""
+    mapped: _SpansByName = {}
+    by_name: _SpansByName = {}
     for pair in pairs:
         for piece in pair.pieces:
-            found = named if pair.by_name else mapped
-            found.setdefault(piece.names[i], set()).add(piece.spans[i])
+            found = by_name if pair.by_name else mapped
+            found.setdefault(piece.names[side], set()).add(piece.spans[side])
     checkpoint = plan.base
-    return Side(
+    return CheckpointSummary(
         checkpoint.name,
         checkpoint.ref if checkpoint.repo else str(checkpoint.path),
         plan.base_layout.arch,
-        _share({name: [span] for name, span in checkpoint.tensors.items()}),
-        _share(mapped),
-        _share(named),
-        tuple(_only(plan, other, mapped, named)),
-        _traits(plan),
-        _layers(plan),
+        _total({name: [span] for name, span in checkpoint.tensors.items()}),
+        _total(mapped),
+        _total(by_name),
+        tuple(_list_unpaired(plan, other, mapped, by_name)),
+        _describe_traits(plan),
+        _list_layers(plan),
     )
 
 
-def _share(held: Mapping[str, Iterable[Span]]) -> Share:
-    spans = [span for group in held.values() for span in group]
+def _total(spans_by_name: Mapping[str, Iterable[Span]]) -> TensorTotals:
+    spans = [span for held in spans_by_name.values() for span in held]
     elements = sum(span.elements for span in spans)
-    return Share(len(held), elements, sum(span.nbytes for span in spans))
+    return TensorTotals(len(spans_by_name), elements, sum(span.nbytes for span in spans))
 
 
-def _only(
-    plan: Plan, other: Plan, mapped: Mapping[str, set[Span]], named: Mapping[str, set[Span]]
-) -> Iterator[Only]:
+def _list_unpaired(
+    plan: Plan, other: Plan, mapped: _SpansByName, by_name: _SpansByName
+) -> Iterator[Unpaired]:
     """What of the base is in no pair, alike things together."""
     found: dict[tuple[str, str], dict[str, list[Span]]] = {}
-    for what, why, name, span in _unpaired(plan, other, mapped, named):
+    for what, why, name, span in _find_unpaired(plan, other, mapped, by_name):
         found.setdefault((what, why), {}).setdefault(name, []).append(span)
     for (what, why), held in found.items():
-        outside = any(name in plan.base_layout.kinds for name in held)
-        yield Only(what, why, _share(held), decoder=not outside)
+        is_outside = any(name in plan.base_layout.kinds for name in held)
+        yield Unpaired(what, why, _total(held), in_decoder=not is_outside)
 
 
-def _unpaired(
-    plan: Plan, other: Plan, mapped: Mapping[str, set[Span]], named: Mapping[str, set[Span]]
+def _find_unpaired(
+    plan: Plan, other: Plan, mapped: _SpansByName, by_name: _SpansByName
 ) -> Iterator[tuple[str, str, str, Span]]:
-    """What it is, why it has no counterpart, its tensor and its span."""
+    """Each unpaired span: what it is, why it has no counterpart, and its tensor's name."""
     kinds = plan.base_layout.kinds
-    there = set(other.base_layout.kinds.values())
-    roles = {role.partition("@")[0] for role in other.base_layout.roles()}
+    other_kinds = set(other.base_layout.kinds.values())
+    other_roles = {_without_stream(role) for role in other.base_layout.roles()}
     steps = {step.name: step for step in plan.steps}
     for name, span in plan.base.tensors.items():
-        if name in named:
+        if name in by_name:
             continue
         if name in kinds:
-            why = "other names or shapes there" if kinds[name] in there else "none there"
+            why = "other names or shapes there" if kinds[name] in other_kinds else "none there"
             yield kinds[name], why, name, span
-        elif name not in steps:
+            continue
+        if name not in steps:
             yield "head", "a copy of the embedding it is tied to", name, span
-        else:
-            used = mapped.get(name, set())
-            for part in steps[name].parts:
-                if part.role in ("embed", "head") and used:
-                    why = "tokens or padding not found there"
-                    yield from (
-                        (f"rows of {part.role}", why, name, row) for row in _gaps(span, used)
-                    )
-                    break
-                if part.role and part.base not in used:
-                    yield *_reason(part.role, roles, other.base_layout.layers), name, part.base
+            continue
+        paired = mapped.get(name, set())
+        parts = steps[name].parts
+        if paired and parts[0].role in ("embed", "head"):
+            for rows in _unpaired_rows(span, paired):
+                yield f"rows of {parts[0].role}", "tokens or padding not found there", name, rows
+            continue
+        for part in parts:
+            if part.role and part.base not in paired:
+                what, why = _why_unpaired(part.role, other_roles, other.base_layout.layers)
+                yield what, why, name, part.base
 
 
-def _gaps(whole: Span, used: Iterable[Span]) -> Iterator[Span]:
-    """The stretches of a span that none of the used ones covers."""
+def _unpaired_rows(whole: Span, paired: Iterable[Span]) -> Iterator[Span]:
+    """The rows of a span that none of the paired ones covers."""
     position = 0
-    row = whole.row_bytes
-    for span in sorted(used, key=lambda span: span.start):
-        first = (span.start - whole.start) // row
+    for span in sorted(paired, key=lambda span: span.start):
+        first = (span.start - whole.start) // whole.row_bytes
         if first > position:
             yield whole.rows(position, first)
-        position = max(position, first + span.nbytes // row)
+        position = max(position, first + span.nbytes // whole.row_bytes)
     if position < whole.shape[0]:
         yield whole.rows(position, whole.shape[0])
 
 
-def _reason(role: str, roles: Iterable[str], layers: int) -> tuple[str, str]:
-    """What an unpaired role is, and why it has no counterpart among the other side's roles."""
-    plain = role.partition("@")[0]
+def _why_unpaired(role: str, other_roles: Iterable[str], other_layers: int) -> tuple[str, str]:
+    """What an unpaired role is called, and why the other side has no counterpart."""
+    plain = _without_stream(role)
     layer = _LAYER.match(plain)
-    if plain in roles:
-        return kind_of(role), "another shape there"
-    if layer and int(layer[1]) >= layers:
-        return f"layers {layers} and up", f"{layers} layers there"
-    of_heads = plain.endswith(("q_norm.weight", "k_norm.weight"))
-    return "q and k norms" if of_heads else kind_of(role), "none there"
+    if plain in other_roles:
+        return kind_of_role(role), "another shape there"
+    if layer and int(layer[1]) >= other_layers:
+        return f"layers {other_layers} and up", f"{other_layers} layers there"
+    if plain.endswith(("q_norm.weight", "k_norm.weight")):
+        return "q and k norms", "none there"
+    return kind_of_role(role), "none there"
 
 
-def _traits(plan: Plan) -> dict[str, str]:
+def _describe_traits(plan: Plan) -> dict[str, str]:
     """The dimensions by which two decoders can differ."""
     rows: Counter[str] = Counter()
     columns: dict[str, int] = {}
@@ -306,7 +345,6 @@ def _traits(plan: Plan) -> dict[str, str]:
         columns[role] = part.base.shape[-1] if part.base.shape else 1
         if role:
             dtypes[part.base.dtype.name] += part.base.nbytes
-    tied = "head" not in rows
     return {
         "decoder layers": str(plan.base_layout.layers),
         "width": str(columns["embed"]),
@@ -314,22 +352,22 @@ def _traits(plan: Plan) -> dict[str, str]:
         "key and value rows": str(rows["layers.0.attn.k.weight"]),
         "MLP rows": str(rows["layers.0.mlp.gate.weight"]),
         "embedding rows": str(rows["embed"]),
-        "head": "tied to the embedding" if tied else f"{rows['head']} rows",
+        "head": f"{rows['head']} rows" if rows["head"] else "tied to the embedding",
         "attention biases": "yes" if rows["layers.0.attn.q.bias"] else "no",
         "query and key norms": "yes" if rows["layers.0.attn.q_norm.weight"] else "no",
         "dtype": " and ".join(name for name, _ in dtypes.most_common(2)),
     }
 
 
-def _layers(plan: Plan) -> dict[int, dict[str, tuple[Span, ...]]]:
-    """Of each layer the spans of its matrices by role; a stream other than the text's is left out.
+def _list_layers(plan: Plan) -> dict[int, dict[str, tuple[Span, ...]]]:
+    """The spans of each layer's matrices by role, to look for a layer at any number.
 
-    Needed to look for a layer elsewhere than at its own number.
+    Streams other than the text's are left out.
     """
-    found: dict[int, dict[str, tuple[Span, ...]]] = {}
+    layers: dict[int, dict[str, tuple[Span, ...]]] = {}
     for _, part in plan.parts:
         layer = _LAYER.fullmatch((part.role or "").removesuffix("@text"))
         if layer and "@" not in layer[2] and len(part.base.shape) > 1:
-            held = found.setdefault(int(layer[1]), {})
-            held[layer[2]] = (*held.get(layer[2], ()), part.base)
-    return found
+            roles = layers.setdefault(int(layer[1]), {})
+            roles[layer[2]] = (*roles.get(layer[2], ()), part.base)
+    return layers

@@ -1,64 +1,62 @@
-"""How far apart two sides' values are: sums over elements at the same place, read or streamed.
+"""Distance and cosine similarity of paired tensors, from a sample of their elements.
 
-Either a sample of each pair, by a few small reads, or everything: through mapped files, whose pages
-are let go behind the stream, or through ranges of files on the Hub. Sums are float64, in which
-every product of two bf16, fp16 or fp32 values is exact. Leaves to others: what is paired
-(`pairing.py`) and what it means (`compare.py`).
+Sums are float64, in which every product of two bf16, fp16 or fp32 values is exact.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.mapped_files import MappedFiles, read_ahead
-from ..checkpoints.sampled_reads import Remote, SampledReader
+from ..checkpoints.sampled_reads import Remote, SampledReader, evenly_spread
 from ..checkpoints.span import Span
 from ..mapping.kinship import RUN_ELEMENTS, cosine_of
-from ..merging import range_source as ranges
-from ..merging.loop import AHEAD, LARGEST_ITEM, Source
-from .pairing import Pair, Piece
+from .pairing import RolePair, SpanPair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from ..kernels.reference import Bits, Floats
 
-SAMPLE = 4096
-"""Elements of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
-WINDOW = 4 << 20
-"""Elements read at a time where all are read."""
+SAMPLE_ELEMENTS = 4096
+"""Elements read of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """Sums over elements of a and b that stand at the same place.
+class Similarity:
+    """Sums over elements of A and B that stand at the same place.
 
-    total: elements there are. read: of these, looked at. finite: finite on both sides; the products
-    ab, aa, bb and dd (of d = a - b) are summed over these. equal: equal in bits (of two dtypes: in
-    value). odd_a, odd_b: NaN or infinite.
+    Attributes:
+        elements: How many there are.
+        read: How many of these were read.
+        finite: How many are finite on both sides.
+        equal: How many have equal bits, or equal values where the dtypes differ.
+        nonfinite_a: How many of A are NaN or infinite.
+        nonfinite_b: The same of B.
+        ab: Sum of A * B over the finite ones; likewise `aa` and `bb`.
+        aa: Sum of A * A.
+        bb: Sum of B * B.
+        dd: Sum of (A - B) squared.
     """
 
-    total: int = 0
+    elements: int = 0
     read: int = 0
     finite: int = 0
     equal: int = 0
-    odd_a: int = 0
-    odd_b: int = 0
+    nonfinite_a: int = 0
+    nonfinite_b: int = 0
     ab: float = 0.0
     aa: float = 0.0
     bb: float = 0.0
     dd: float = 0.0
 
-    def __add__(self, other: Measure) -> Measure:
+    def __add__(self, other: Similarity) -> Similarity:
         names = (field.name for field in fields(self))
-        return Measure(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Similarity(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
     def cosine(self) -> float | None:
-        """Cosine similarity: 1 if all finite elements are equal; None where none is finite."""
+        """Cosine similarity: 1 if all finite elements are equal; None if none is finite."""
         if not self.finite:
             return None
         cosine = 1.0 if self.dd == 0 else cosine_of(self.ab, self.aa, self.bb)
@@ -66,145 +64,116 @@ class Measure:
 
     @property
     def distance(self) -> float | None:
-        """||a - b|| / ||a||; None where nothing is finite, or a is all zero and b is not."""
+        """||A - B|| / ||A||; None if nothing is finite, or A is all zero and B is not."""
         if not self.finite or (self.aa == 0 and self.dd > 0):
             return None
         return math.sqrt(self.dd / self.aa) if self.dd else 0.0
 
     @property
-    def identical(self) -> bool:
+    def is_identical(self) -> bool:
         """Whether every element that was read is equal."""
         return self.equal == self.read
 
     def to_json(self) -> dict[str, Any]:
         """Counts, cosine, distance, and the norms of what was read."""
         return {
-            "elements": self.total,
+            "elements": self.elements,
             "read": self.read,
             "equal": self.equal,
-            "identical": self.identical,
+            "identical": self.is_identical,
             "cosine": self.cosine,
             "distance": self.distance,
             "norms": [math.sqrt(self.aa), math.sqrt(self.bb)],
-            "not_finite": [self.odd_a, self.odd_b],
+            "not_finite": [self.nonfinite_a, self.nonfinite_b],
         }
 
 
-def sampled(
-    pairs: Sequence[Pair], sample: int = SAMPLE, *, remote: Remote | None = None
-) -> tuple[Measure, ...]:
-    """A measure of each pair from at most `sample` of its elements.
+def measure_pairs(
+    pairs: Sequence[RolePair], sample: int = SAMPLE_ELEMENTS, *, remote: Remote | None = None
+) -> tuple[Similarity, ...]:
+    """Measure each pair by at most `sample` of its elements.
 
-    Of `remote` files, which are asked for many at once, one run is read from the middle.
+    Of files in `remote`, where each read is a request, one run is read from the middle.
     """
-    from ..kernels import reference
+    run_elements = sample if remote else RUN_ELEMENTS
 
-    longest = sample if remote else RUN_ELEMENTS
+    def measure(pair: RolePair) -> Similarity:
+        total = Similarity()
+        for a, b in _choose_runs(pair.pieces, sample, run_elements):
+            bits = reader.read_bits(a), reader.read_bits(b)
+            total += compare_bits(*bits, (a.dtype.name, b.dtype.name))
+        return replace(total, elements=pair.elements)
 
-    def measured(pair: Pair) -> Measure:
-        sums = [0.0] * len(reference.SUMS)
-        for a, b in _sample(pair.pieces, sample, longest):
-            found = reference.relate(
-                reads.read_bits(a), reads.read_bits(b), (a.dtype.name, b.dtype.name)
-            )
-            sums = [x + y for x, y in zip(sums, found, strict=True)]
-        return _measure(pair, sums)
-
-    with SampledReader(remote) as reads:
-        return tuple(reads.map(measured, pairs))
+    with SampledReader(remote) as reader:
+        return tuple(reader.map(measure, pairs))
 
 
-def streamed(
-    pairs: Sequence[Pair],
-    *,
-    remote: Remote | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Measure, ...]:
-    """A measure of each pair from all its elements; progress is told the bytes read since."""
-    from ..kernels import reference, select
-
-    relate = select.relation()
-    sums = [[0.0] * len(reference.SUMS) for _ in pairs]
-    window = ranges.WINDOW // LARGEST_ITEM if remote else WINDOW
-    with ExitStack() as stack:
-        far: ranges.RangeSource | None = None
-        if remote:
-            spans = (spans for _, *spans in _windows(pairs, window))
-            far = stack.enter_context(ranges.RangeSource(remote, spans))
-        files: Source = far or stack.enter_context(MappedFiles())
-        # One reader a side: the kernel reads ahead well only where a file is read in order
-        *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
-        windows = _windows(pairs, window)
-        for i, a, b in read_ahead(windows, _spans, files.prefetch, readers, AHEAD):
-            found = relate(files.view(a), files.view(b), (a.dtype.name, b.dtype.name))
-            sums[i] = [x + y for x, y in zip(sums[i], found.tolist(), strict=True)]
-            for span in (a, b):
-                if let_go := files.release(span, evict=False):
-                    releaser.submit(let_go)
-            if progress:
-                progress(a.nbytes + b.nbytes)
-        if far:
-            far.finish()
-    return tuple(_measure(pair, found) for pair, found in zip(pairs, sums, strict=True))
-
-
-def middles(held: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> list[Any]:
-    """Of each group of spans, taken as one, RUN_ELEMENTS from its middle as float64."""
+def compare_bits(a: Bits, b: Bits, dtype_names: tuple[str, str]) -> Similarity:
+    """Compare two storage arrays of one length (see `kernels/reference.py`)."""
     import numpy as np
 
-    def middle(spans: Sequence[Span]) -> Any:
-        alone = [Piece((span, span), ("", "")) for span in spans]
-        found = _sample(alone, RUN_ELEMENTS, RUN_ELEMENTS)
-        return np.concatenate([reads.read_floats(span) for span, _ in found])
+    from ..kernels import reference
 
-    with SampledReader(remote) as reads:
-        return list(reads.map(middle, held))
+    x, y = reference.widen(a, dtype_names[0]), reference.widen(b, dtype_names[1])
+    same_value = (x == y) | (np.isnan(x) & np.isnan(y))
+    equal = a == b if dtype_names[0] == dtype_names[1] else same_value
+    x_finite, y_finite = np.isfinite(x), np.isfinite(y)
+    finite = x_finite & y_finite
+    x, y = x[finite], y[finite]
+    return Similarity(
+        read=a.size,
+        finite=int(finite.sum()),
+        equal=int(equal.sum()),
+        nonfinite_a=int((~x_finite).sum()),
+        nonfinite_b=int((~y_finite).sum()),
+        ab=float(x @ y),
+        aa=float(x @ x),
+        bb=float(y @ y),
+        dd=float((x - y) @ (x - y)),
+    )
 
 
-def _measure(pair: Pair, sums: Sequence[float]) -> Measure:
-    return Measure(pair.elements, *map(int, sums[:5]), *map(float, sums[5:]))
+def read_middles(groups: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> list[Floats]:
+    """Of each group of spans, taken as one long row, RUN_ELEMENTS from its middle."""
+    import numpy as np
+
+    def read_middle(spans: Sequence[Span]) -> Floats:
+        with_itself = [SpanPair((span, span), ("", "")) for span in spans]
+        runs = _choose_runs(with_itself, RUN_ELEMENTS, RUN_ELEMENTS)
+        return np.concatenate([reader.read_floats(span) for span, _ in runs])
+
+    with SampledReader(remote) as reader:
+        return list(reader.map(read_middle, groups))
 
 
-def _sample(pieces: Sequence[Piece], sample: int, longest: int) -> Iterator[tuple[Span, Span]]:
-    """Each stretch to read, of both sides.
+def _choose_runs(
+    pieces: Sequence[SpanPair], sample: int, run_elements: int
+) -> Iterator[tuple[Span, Span]]:
+    """The stretches of both sides to read: `sample` elements of the pieces, taken as one long row.
 
-    The pieces count as one long row. Runs of `longest` are spread from its start to its end; a
-    single one lies in the middle, where kinship looks.
+    Runs are spread from start to end; a single one lies in the middle, where kinship looks.
     """
-    total = sum(piece.spans[0].elements for piece in pieces)
-    take = min(total, sample)
-    runs = -(-take // longest)
-    if take == total or runs < 2:
-        yield from _stretches(pieces, (total - take) // 2, take)
+    total = sum(piece.elements for piece in pieces)
+    sample = min(sample, total)
+    runs = -(-sample // run_elements)
+    if sample == total or runs < 2:
+        yield from _slice_pieces(pieces, (total - sample) // 2, sample)
         return
-    sizes = [longest] * (runs - 1) + [take - longest * (runs - 1)]
-    for i, size in enumerate(sizes):
-        yield from _stretches(pieces, (total - longest) * i // (runs - 1), size)
+    left = sample
+    for start in evenly_spread(total, run_elements, runs):
+        yield from _slice_pieces(pieces, start, min(run_elements, left))
+        left -= run_elements
 
 
-def _stretches(pieces: Sequence[Piece], first: int, count: int) -> Iterator[tuple[Span, Span]]:
+def _slice_pieces(
+    pieces: Sequence[SpanPair], first: int, count: int
+) -> Iterator[tuple[Span, Span]]:
     """Elements `first` to `first + count` of the row, cut where a piece ends."""
     start = 0
     for piece in pieces:
-        a, b = piece.spans
-        stop = start + a.elements
+        stop = start + piece.elements
         low, high = max(first, start), min(first + count, stop)
         if low < high:
+            a, b = piece.spans
             yield a.flat_slice(low - start, high - low), b.flat_slice(low - start, high - low)
         start = stop
-
-
-_Window = tuple[int, Span, Span]
-
-
-def _windows(pairs: Sequence[Pair], size: int) -> Iterator[_Window]:
-    """All pieces of all pairs in the order of a's bytes, a window at a time."""
-    todo = [(i, *piece.spans) for i, pair in enumerate(pairs) for piece in pair.pieces]
-    for i, a, b in sorted(todo, key=lambda item: (str(item[1].path), item[1].start)):
-        for first in range(0, a.elements, size):
-            count = min(size, a.elements - first)
-            yield i, a.flat_slice(first, count), b.flat_slice(first, count)
-
-
-def _spans(window: _Window) -> tuple[tuple[Span, Span]]:
-    return (window[1:],)

@@ -1,7 +1,7 @@
-"""A comparison on the terminal, as rich renderables. `cli/` prints them.
+"""A comparison on the terminal, as rich renderables; `cli/` prints them.
 
-The heat strip has one sign a layer, whose height tells the distance where there is no colour.
-Leaves to others: the page (`compare_page.py`), which shares the steps and the words.
+The heat strip has one sign for each layer, whose height tells the distance without colour too. The
+page shares the steps and the words.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ from rich.table import Table
 from rich.text import Text
 
 from ..mapping.kinship import THRESHOLD
-from ..reporting.terminal import size
-from .similarity import Measure
+from ..values import format_size
+from .similarity import Similarity
 
 if TYPE_CHECKING:
     from .comparison import Comparison
-    from .pairing import Side
+    from .pairing import CheckpointSummary
 
 STEPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""Bounds of the distances that one sign stands for: half decades."""
-IDENTICAL, STRANGE, UNKNOWN = "=", "x", "?"
-SHOWN_OBSTACLES = 3
+"""Upper bounds of the distances that one sign stands for."""
+EQUAL, UNRELATED, UNKNOWN = "=", "x", "?"
+SHARE_HEADINGS = ("tensors mapped", "mapped", "same name", "alone", "bytes mapped")
+MAX_OBSTACLES = 3
 _BLOCKS, _DIGITS = "▁▂▃▄▅▆▇", "1234567"
-_STYLES = ("color(67)", "color(73)", "color(71)", "color(142)", "color(172)", "color(166)")
-_AROUND = 60  # columns that the table needs besides the strip
-_LEAST = 12
+_STYLES = ("color(67)", "color(73)", "color(71)", "color(142)", "color(172)", "color(166)", "red")
+_SIGN_STYLES = {EQUAL: "dim", UNRELATED: "red", UNKNOWN: "magenta"}
+_OTHER_COLUMNS_WIDTH = 60  # of the table besides the strip
+_MIN_STRIP_WIDTH = 12
 
 
-def level(measure: Measure) -> int | str:
-    """Which step of STEPS a distance is on, or one of IDENTICAL, STRANGE and UNKNOWN."""
-    if measure.identical:
-        return IDENTICAL
-    if measure.cosine is None or measure.distance is None:
+# Numbers and words
+
+
+def level_of(similarity: Similarity) -> int | str:
+    """Which step of STEPS a distance is on, or one of EQUAL, UNRELATED and UNKNOWN."""
+    if similarity.is_identical:
+        return EQUAL
+    if similarity.cosine is None or similarity.distance is None:
         return UNKNOWN
-    if measure.cosine < THRESHOLD:
-        return STRANGE
-    return sum(measure.distance >= step for step in STEPS)
+    if similarity.cosine < THRESHOLD:
+        return UNRELATED
+    return sum(similarity.distance >= step for step in STEPS)
 
 
-def percent(value: float | None) -> str:
-    """A distance or share, to two significant digits."""
+def format_ratio(value: float | None) -> str:
+    """A distance or share in per cent, to two significant digits."""
     if value is None:
         return ""
     if value == 0 or value >= 0.995:
@@ -51,188 +56,191 @@ def percent(value: float | None) -> str:
     return f"{float(f'{100 * value:.2g}'):.10g} %"
 
 
-def cosine(value: float | None) -> str:
-    """Four decimals; closer to 1, so many that the difference shows."""
-    if value is None or value == 1:
-        return "" if value is None else "1"
+def format_cosine(value: float | None) -> str:
+    """A cosine to four decimals; close to 1, its difference from 1."""
+    if value is None:
+        return ""
+    if value == 1:
+        return "1"
     return f"{value:.4f}" if value < 0.9995 else f"1 - {1 - value:.1e}"
 
 
-def counted(comparison: Comparison) -> str:
+def format_numbers(similarity: Similarity) -> tuple[str, str, str]:
+    """Distance, cosine, and the share of elements that are equal."""
+    equal = format_ratio(similarity.equal / similarity.read) if similarity.read else ""
+    return format_ratio(similarity.distance), format_cosine(similarity.cosine), equal
+
+
+def describe_sample(comparison: Comparison) -> str:
     """How much was read, in a sentence."""
-    pairs = len(comparison.measures)
-    if comparison.sample is None:
-        total = sum(measure.read for measure in comparison.measures)
-        return f"Read: all {total:,} elements of {pairs:,} pairs of tensors."
     return (
-        f"Read: a sample, at most {comparison.sample:,} elements of each of {pairs:,} pairs of"
-        " tensors."
+        f"Read: a sample, at most {comparison.sample:,} elements of each of"
+        f" {len(comparison.similarities):,} pairs of tensors."
     )
 
 
-def drawn(comparison: Comparison, *, width: int, ascii_only: bool = False) -> Iterator[Any]:
-    """All of it, to be printed one below the other: tables, and lines in rich's markup.
+def describe_nonfinite(comparison: Comparison) -> str:
+    """How many of the elements read are NaN or infinite; empty if none are."""
+    total = sum(comparison.similarities, Similarity())
+    if not (total.nonfinite_a or total.nonfinite_b):
+        return ""
+    return f"{total.nonfinite_a:,} elements of A, {total.nonfinite_b:,} of B"
 
-    width: columns of the terminal. ascii_only: it knows no other signs.
+
+def format_shares(side: CheckpointSummary) -> list[str]:
+    """How much of a side is mapped, as SHARE_HEADINGS says; shares are of its elements."""
+    alone = sum(left.totals.elements for left in side.unpaired)
+    shares = (
+        format_ratio(count / side.whole.elements if side.whole.elements else 0)
+        for count in (side.mapped.elements, side.by_name.elements, alone)
+    )
+    return [
+        f"{side.mapped.tensors:,} of {side.whole.tensors:,}",
+        *shares,
+        f"{format_size(side.mapped.nbytes)} of {format_size(side.whole.nbytes)}",
+    ]
+
+
+# The terminal
+
+
+def draw_comparison(
+    comparison: Comparison, *, width: int, ascii_only: bool = False
+) -> Iterator[Any]:
+    """Everything to print: tables, and lines in rich's markup.
+
+    Args:
+        comparison: The comparison.
+        width: Columns of the terminal.
+        ascii_only: Whether it knows no other characters.
     """
-    yield from heading(comparison)
-    if comparison.measures:
+    yield from _describe_verdict(comparison)
+    if comparison.similarities:
         yield strip_table(comparison, width=width, ascii_only=ascii_only)
-        yield legend(ascii_only=ascii_only)
-    yield share_table(comparison)
-    yield from closing(comparison)
-
-
-def heading(comparison: Comparison) -> Iterator[str]:
-    """The two sides, the verdict and what it rests on, in rich's markup."""
+        yield strip_legend(ascii_only=ascii_only)
+    shares = Table("", title="shares of the parameters", title_justify="left")
+    for heading in SHARE_HEADINGS:
+        shares.add_column(heading, justify="right")
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        whole = f"{side.whole.tensors:,} tensors, {size(side.whole.nbytes)}"
+        shares.add_row(letter, *format_shares(side))
+    yield shares
+    yield from _describe_differences(comparison)
+
+
+def _describe_verdict(comparison: Comparison) -> Iterator[str]:
+    for letter, side in (("A", comparison.a), ("B", comparison.b)):
+        whole = f"{side.whole.tensors:,} tensors, {format_size(side.whole.nbytes)}"
         yield f"{letter}: {escape(side.name)} ({escape(side.arch)}), {whole}"
-    yield f"[bold]{comparison.verdict.word}[/bold]: {escape(comparison.verdict.reason)}"
-    yield counted(comparison)
+    yield f"[bold]{comparison.ancestry.word}[/bold]: {escape(comparison.ancestry.reason)}"
+    yield describe_sample(comparison)
 
 
-def closing(comparison: Comparison) -> Iterator[str]:
-    """What differs, what either side has alone, what a merge would stumble on; rich's markup."""
+def _describe_differences(comparison: Comparison) -> Iterator[str]:
     a, b = comparison.a.traits, comparison.b.traits
-    for name, said in a.items():
-        if said != b[name]:
-            yield escape(f"differs: {name}: {said} in A, {b[name]} in B")
+    for name, value in a.items():
+        if value != b[name]:
+            yield escape(f"differs: {name}: {value} in A, {b[name]} in B")
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        yield escape(f"only in {letter}: {_alone(side)}")
-    if odd := not_finite(comparison):
-        yield f"not finite, left out: {odd}"
+        yield escape(f"only in {letter}: {_describe_unpaired(side)}")
+    if nonfinite := describe_nonfinite(comparison):
+        yield f"not finite, left out: {nonfinite}"
     obstacles = comparison.obstacles
-    for obstacle in obstacles[:SHOWN_OBSTACLES]:
+    for obstacle in obstacles[:MAX_OBSTACLES]:
         yield escape(f"a merge is refused: {obstacle}")
-    if len(obstacles) > SHOWN_OBSTACLES:
-        yield f"… and {len(obstacles) - SHOWN_OBSTACLES} more reasons; --json has all"
+    if len(obstacles) > MAX_OBSTACLES:
+        yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons; --json has all"
     for note in comparison.pairing.notes:
         yield escape(f"note: {note}")
 
 
-def _alone(side: Side) -> str:
-    """What it has alone, with its size, by the reason."""
+def _describe_unpaired(side: CheckpointSummary) -> str:
+    """What a side has alone, with its size, by the reason."""
     reasons: dict[str, list[str]] = {}
-    for only in side.only:
-        reasons.setdefault(only.why, []).append(f"{only.what} ({size(only.share.nbytes)})")
+    for left in side.unpaired:
+        what = f"{left.what} ({format_size(left.totals.nbytes)})"
+        reasons.setdefault(left.why, []).append(what)
     return "; ".join(f"{', '.join(held)}: {why}" for why, held in reasons.items()) or "nothing"
 
 
-def not_finite(comparison: Comparison) -> str:
-    """How many of the elements read are NaN or infinite, or nothing if none are."""
-    total = sum(comparison.measures, Measure())
-    if not (total.odd_a or total.odd_b):
-        return ""
-    return f"{total.odd_a:,} elements of A, {total.odd_b:,} of B"
-
-
-def share_table(comparison: Comparison) -> Table:
-    """How much of each side is mapped, as a merge blends it, and how much else is joined."""
-    table = Table(title="shares of the parameters", title_justify="left")
-    for title in ("", "tensors mapped", "mapped", "same name", "alone", "bytes mapped"):
-        table.add_column(title, justify="right" if title else "left")
-    for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        table.add_row(letter, *shares(side))
-    return table
-
-
-def shares(side: Side) -> list[str]:
-    """Tensors, then shares of the elements joined by role, by name and not, then bytes."""
-    alone = sum(only.share.elements for only in side.only)
-    return [
-        f"{side.mapped.tensors:,} of {side.whole.tensors:,}",
-        *(
-            percent(count / side.whole.elements if side.whole.elements else 0)
-            for count in (side.mapped.elements, side.by_name.elements, alone)
-        ),
-        f"{size(side.mapped.nbytes)} of {size(side.whole.nbytes)}",
-    ]
-
-
 def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False) -> Table:
-    """One row a kind: the heat strip over the layers, then distance and cosine of all of them.
+    """One row for each kind: the heat strip over the layers, then the numbers of all of them.
 
-    width: columns of the terminal; where there are more layers than room, a sign stands for the
-    furthest of several.
+    Where there are more layers than columns, a sign stands for the furthest of several.
     """
-    layers = comparison.layers
-    per = -(-len(layers) // max(width - _AROUND, _LEAST)) or 1
+    layers, cells = comparison.layers, comparison.cells
+    per_sign = -(-len(layers) // max(width - _OTHER_COLUMNS_WIDTH, _MIN_STRIP_WIDTH)) or 1
     signs = _DIGITS if ascii_only else _BLOCKS
-    of_several = f"; a sign is the furthest of {per} layers" if per > 1 else ""
-    table = Table(title=f"distance ||A - B|| / ||A||{of_several}", title_justify="left")
-    table.add_column("")
-    table.add_column(_ruler(layers, per) if comparison.kinds else "", no_wrap=True)
-    for title in ("distance", "cosine", "furthest", "equal"):
-        table.add_column(title, justify="right", no_wrap=True)
-    cells = comparison.cells
-    for kind in comparison.kinds:
+    furthest = f"; a sign is the furthest of {per_sign} layers" if per_sign > 1 else ""
+    table = Table("", title=f"distance ||A - B|| / ||A||{furthest}", title_justify="left")
+    table.add_column(_ruler(layers[::per_sign]) if comparison.layer_kinds else "", no_wrap=True)
+    for heading in ("distance", "cosine", "furthest", "equal"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind in comparison.layer_kinds:
         row = [cells.get((f"layers.{layer}", kind)) for layer in layers]
-        total = sum((measure for measure in row if measure), Measure())
-        far, near, equal = numbers(total)
-        table.add_row(kind, _strip(row, per, signs), far, near, _furthest(row, layers), equal)
+        total = sum((similarity for similarity in row if similarity), Similarity())
+        distance, cosine, equal = format_numbers(total)
+        strip = _strip(row, per_sign, signs)
+        table.add_row(kind, strip, distance, cosine, _furthest(row, layers), equal)
     table.add_section()
-    singles = {group: comparison.groups[group] for group in comparison.singles}
-    for name, measure in {**singles, **comparison.by_name}.items():
-        far, near, equal = numbers(measure)
-        table.add_row(escape(name), _strip([measure], 1, signs), far, near, "", equal)
+    outer = {group: comparison.groups[group] for group in comparison.outer_groups}
+    for name, similarity in {**outer, **comparison.by_name}.items():
+        distance, cosine, equal = format_numbers(similarity)
+        strip = _strip([similarity], 1, signs)
+        table.add_row(escape(name), strip, distance, cosine, "", equal)
     return table
 
 
-def legend(*, ascii_only: bool = False) -> str:
+def strip_legend(*, ascii_only: bool = False) -> str:
     """What the signs of the strip mean."""
     signs = _DIGITS if ascii_only else _BLOCKS
-    steps = [f"{sign} < {percent(step)}" for sign, step in zip(signs, STEPS, strict=False)]
+    steps = [f"{sign} < {format_ratio(step)}" for sign, step in zip(signs, STEPS, strict=False)]
     return (
-        f"{IDENTICAL} equal  {'  '.join(steps)}  {signs[-1]} more  {STRANGE} cosine < {THRESHOLD}"
+        f"{EQUAL} equal  {'  '.join(steps)}  {signs[-1]} more  {UNRELATED} cosine < {THRESHOLD}"
         f"  {UNKNOWN} nothing finite"
     )
 
 
-def numbers(measure: Measure) -> tuple[str, str, str]:
-    """Distance, cosine, and the share of elements that are equal."""
-    equal = percent(measure.equal / measure.read) if measure.read else ""
-    return percent(measure.distance), cosine(measure.cosine), equal
-
-
-def _furthest(row: Sequence[Measure | None], layers: Sequence[int]) -> str:
-    """The layer with the largest distance, and that."""
-    found = [
-        (measure.distance, -layer)
-        for layer, measure in zip(layers, row, strict=True)
-        if measure and measure.distance
+def _furthest(row: Sequence[Similarity | None], layers: Sequence[int]) -> str:
+    """The largest distance and its layer."""
+    distances = [
+        (similarity.distance, -layer)
+        for layer, similarity in zip(layers, row, strict=True)
+        if similarity and similarity.distance
     ]
-    if not found:
+    if not distances:
         return ""
-    distance, layer = max(found)
-    return f"{percent(distance)} in {-layer}"
+    distance, layer = max(distances)
+    return f"{format_ratio(distance)} in {-layer}"
 
 
-def _strip(row: Sequence[Measure | None], per: int, signs: str) -> Text:
-    """A sign for every `per` layers; a blank where neither side has anything to compare."""
+def _strip(row: Sequence[Similarity | None], per_sign: int, signs: str) -> Text:
+    """A sign for every `per_sign` layers; a blank where there is nothing to compare."""
     text = Text()
-    for first in range(0, len(row), per):
-        levels = [level(measure) for measure in row[first : first + per] if measure]
-        if not levels:
+    for first in range(0, len(row), per_sign):
+        several = row[first : first + per_sign]
+        levels = [level_of(similarity) for similarity in several if similarity]
+        furthest = max(levels, key=_rank, default=None)
+        if furthest is None:
             text.append(" ")
-            continue
-        worst = max(levels, key=_rank)
-        style = _STYLES[worst] if isinstance(worst, int) and worst < len(_STYLES) else ""
-        plain = signs[worst] if isinstance(worst, int) else worst
-        text.append(plain, style or {IDENTICAL: "dim", UNKNOWN: "magenta"}.get(plain, "red"))
+        elif isinstance(furthest, int):
+            text.append(signs[furthest], _STYLES[furthest])
+        else:
+            text.append(furthest, _SIGN_STYLES[furthest])
     return text
 
 
-def _rank(found: int | str) -> int:
-    order: dict[int | str, int] = {IDENTICAL: -1, STRANGE: len(STEPS) + 1, UNKNOWN: len(STEPS) + 2}
-    return order[found] if found in order else int(found)
+def _rank(level: int | str) -> int:
+    """The order of levels, from near to far."""
+    if isinstance(level, int):
+        return level
+    return {EQUAL: -1, UNRELATED: len(STEPS) + 1, UNKNOWN: len(STEPS) + 2}[level]
 
 
-def _ruler(layers: Sequence[int], per: int) -> str:
-    """Numbers of layers above the strip, one every ten signs."""
-    starts = layers[::per]
+def _ruler(layers: Sequence[int]) -> str:
+    """The number of every tenth sign's layer, above the strip."""
     text = ""
-    for i in range(0, len(starts), 10):
-        if i + len(str(starts[i])) <= max(len(starts), 2):
-            text = text.ljust(i) + str(starts[i])
+    for position in range(0, len(layers), 10):
+        number = str(layers[position])
+        if position + len(number) <= max(len(layers), 2):
+            text = text.ljust(position) + number
     return text

@@ -162,14 +162,14 @@ class LiveModel(Closing):
     def _backend(self) -> tuple[Source, Any]:
         """Source and kernel for where the model lies."""
         if self.placement.device == "cpu":
-            from ..kernels.select import select
+            from ..kernels.select import select_kernel
 
-            return self._files, select(self.plan.dtypes)[0]
+            return self._files, select_kernel(self.plan.dtypes)[0]
         from ..kernels import gpu
 
         where = self.placement.device
         source = device.DeviceSource(self.plan, self._files, self.placement, where)
-        return source, gpu.kernel(where, self.plan.dtypes)[0]
+        return source, gpu.select_kernel(where, self.plan.dtypes)[0]
 
 
 def check_loaded(

@@ -140,9 +140,9 @@ def run(
     """
     alpha = resolve(alpha, plan)
     if kernel is None:
-        from ..kernels.select import select
+        from ..kernels.select import select_kernel
 
-        kernel, _ = select()
+        kernel, _ = select_kernel()
     with ExitStack() as stack:
         source = source or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order.

@@ -173,13 +173,13 @@ def write(output: Output, alpha: Alpha, options: Options = _PLAIN) -> Path:
 
 def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> None:
     """Everything, in the order in which it can go wrong at the least cost."""
-    from ..kernels.select import select
+    from ..kernels.select import select_kernel
 
     plan, fetch = output.plan, options.fetch
     elsewhere = remote(plan)
     # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
     kin = kinship.measure(plan) if options.force else kinship.check(plan)
-    kernel, why = select(plan.dtypes)
+    kernel, why = select_kernel(plan.dtypes)
     if options.note:
         for line in kin.notes:
             options.note(line)

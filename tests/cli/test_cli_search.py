@@ -657,19 +657,19 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
 ) -> None:
     report = importlib.import_module("lowmem_adamms.reporting.search_page")
     features = importlib.import_module("lowmem_adamms.live.vision_cache")
-    html, over = report.html, features.FeatureCache.over
+    render, over = report.render_search_page, features.FeatureCache.over
     timings: list[Any] = []
     caches: list[Any] = []
 
     def page(*args: Any, **options: Any) -> Any:
         timings.extend(options["timings"])
-        return html(*args, **options)
+        return render(*args, **options)
 
     def used(cache: Any, *args: Any) -> Any:
         caches.append(cache)
         return over(cache, *args)
 
-    monkeypatch.setattr(report, "html", page)
+    monkeypatch.setattr(report, "render_search_page", page)
     monkeypatch.setattr(features.FeatureCache, "over", used)
     report_to = ("--report", tmp_path / "report.html")
     found = searched(exact, prompts, tmp_path / "journal.jsonl", switch, *report_to)
