@@ -60,10 +60,9 @@ KERNELS = ["numba", "numpy", "torch", "triton", *(["torch-cuda", "triton-cuda"] 
 @pytest.fixture(scope="module", params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     name: str = request.param
-    if name == "numba":
-        return cpu.blend
-    if name == "numpy":
-        return select.blend_numpy
+    on_arrays: dict[str, Kernel] = {"numba": cpu.blend, "numpy": select.blend_numpy}
+    if name in on_arrays:
+        return on_arrays[name]
     if name == "triton":
         pytest.importorskip("triton")
         return on_device(interpreted_gpu().blend_triton, "cpu")
