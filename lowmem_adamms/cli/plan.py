@@ -68,7 +68,9 @@ def show_plan(plan: Plan, console: Any) -> None:
     from ..reporting import terminal
 
     console.print(terminal.plan_table(plan))
-    console.print(f"left over of the donor: {escape(terminal.describe_leftover(plan))}", soft_wrap=True)
+    console.print(
+        f"left over of the donor: {escape(terminal.describe_leftover(plan))}", soft_wrap=True
+    )
     for note in plan.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
 

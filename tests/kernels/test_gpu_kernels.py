@@ -163,8 +163,8 @@ def wrong_kernel(mix: Callable[[Any, Any, float], Any]) -> gpu.Kernel:
                 for side, dtype in zip(sides, dtypes, strict=False)
             ]
             with np.errstate(all="ignore"):
-                values = [reference.widen(bits[i], dtypes[i]) for i in (0, 1)]
-                mixed = reference.narrow(mix(*values, alpha).astype(np.float64), dtypes[2])
+                base, donor = (reference.widen(bits[i], dtypes[i]) for i in (0, 1))
+                mixed = reference.narrow(mix(base, donor, alpha).astype(np.float64), dtypes[2])
             if dtypes[0] == dtypes[1] == dtypes[2]:
                 mixed = np.where(bits[0] == bits[1], bits[0], mixed)
             out.copy_(torch.from_numpy(mixed.view(np.uint8)))
@@ -175,7 +175,8 @@ def wrong_kernel(mix: Callable[[Any, Any, float], Any]) -> gpu.Kernel:
 @pytest.mark.parametrize("dtypes", [SAME[0], SAME[2], ("BF16", "F32", "F16")], ids="-".join)
 def test_the_check_notices_other_arithmetic(dtypes: Triple) -> None:
     def is_accepted(mix: Callable[[Any, Any, float], Any]) -> bool:
-        return gpu.matches_reference(wrong_kernel(mix), torch.device("cpu"), dtypes)
+        accepted: bool = gpu.matches_reference(wrong_kernel(mix), torch.device("cpu"), dtypes)
+        return accepted
 
     assert is_accepted(plain)
     assert not is_accepted(in_float32)

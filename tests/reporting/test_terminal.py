@@ -11,7 +11,6 @@ from rich.console import Console
 
 from lowmem_adamms.reporting.terminal import SearchProgress, describe_result, search_table
 from lowmem_adamms.searching.search import Candidate, choose, search
-from lowmem_adamms.values import format_size
 
 # By alpha, the answers to three prompts
 ANSWERS = {
@@ -37,14 +36,6 @@ def cells(lines: Sequence[str]) -> list[list[str]]:
         for line in lines
         if line.startswith(("│", "┃"))
     ]
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (382_464, "382 kB"), (15_200_000_000, "15.20 GB")],
-)
-def test_sizes_are_decimal(nbytes: int, text: str) -> None:
-    assert format_size(nbytes) == text
 
 
 def test_a_search_is_a_row_for_each_alpha() -> None:
