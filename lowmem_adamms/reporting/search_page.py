@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
-from ..mapping.alphas import Alpha
 from ..prompts import Prompt
 from ..searching.search import Result
+from ..searching.session import Timing
 from .answers import collect_answers, make_thumbnail
 from .curve import Chart
 from .page import render_page
@@ -17,22 +16,6 @@ from .view import SCORE_MEANINGS, SearchView, describe_drafts, list_timings
 MAX_CHANGING = 200  # prompts in the table of changes; each may bring images
 MAX_STEADY = 500  # prompts in the list of those that never change
 MAX_COLUMNS = 9  # with more alphas than this, a prompt's answers go below each other
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """What one alpha, or one by layer, cost. Seconds are wall time; tokens count over all prompts.
-
-    forward_tokens: tokens that went through the model. plain_tokens: tokens that would have gone
-    through it without drafts.
-    """
-
-    alpha: Alpha
-    apply_seconds: float
-    seconds: float
-    answer_tokens: int
-    forward_tokens: int
-    plain_tokens: int
 
 
 def render_search_page(

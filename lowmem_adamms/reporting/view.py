@@ -13,8 +13,8 @@ from ..searching.search import Candidate, Result
 from .text import DASH, format_count, format_percent
 
 if TYPE_CHECKING:
+    from ..searching.session import Timing
     from .answers import AnswerRun
-    from .search_page import Timing
 
 SCORE_MEANINGS = {
     "pairwise": "differing answers, to the previous alpha plus to the next",

@@ -21,11 +21,12 @@ from lowmem_adamms.mapping.alphas import Alphas
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.reporting.answers import AnswerRun, find_answer_runs
 from lowmem_adamms.reporting.page import write_page
-from lowmem_adamms.reporting.search_page import MAX_CHANGING, Timing, render_search_page
+from lowmem_adamms.reporting.search_page import MAX_CHANGING, render_search_page
 from lowmem_adamms.reporting.text import DASH, show_hidden
 from lowmem_adamms.searching.answer_text import normalise
 from lowmem_adamms.searching.search import Candidate, Result, choose
 from lowmem_adamms.searching.search import search as run_search
+from lowmem_adamms.searching.session import Timing
 
 GRID = (0.0, 0.1, 0.2, 0.3)
 
