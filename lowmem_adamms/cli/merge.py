@@ -68,7 +68,7 @@ def run(options: MergeOptions) -> int:
     _check_options(options)
     recipe = _read_recipe(options)
     if recipe:
-        dtype = options.dtype or (recipe.dtype.name if recipe.dtype else None)
+        dtype = options.dtype or recipe.dtype
         options = replace(options, base=recipe.base, donor=recipe.donor, dtype=dtype)
     if not (options.base and options.donor):
         raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
@@ -128,7 +128,7 @@ def _read_recipe(options: MergeOptions) -> Recipe | None:
         return None
     from ..mapping import mergekit_yaml
 
-    return mergekit_yaml.read(options.config)
+    return mergekit_yaml.read_recipe(options.config)
 
 
 def _given_alpha(options: MergeOptions, plan: Plan, recipe: Recipe | None) -> Alpha | None:

@@ -200,11 +200,8 @@ _EXPECTED = "expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
 def _parse_list(words: Sequence[str], layers: int, alpha: float | None) -> Alphas:
     weights = [parse_alpha(word) for word in words]
     values = {f"layers.{i}": interpolate(weights, relative_depth(i, layers)) for i in range(layers)}
-    if alpha is not None:
-        return Alphas(alpha, values | dict.fromkeys(UNLAYERED, alpha))
-    return Alphas(
-        weights[0], values | {"embed": weights[0], "norm": weights[-1], "head": weights[-1]}
-    )
+    first, last = (weights[0], weights[-1]) if alpha is None else (alpha, alpha)
+    return Alphas(first, values | {"embed": first, "norm": last, "head": last})
 
 
 def _parse_ranges(words: Sequence[str], layers: int, alpha: float | None) -> Alphas:

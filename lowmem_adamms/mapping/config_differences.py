@@ -1,9 +1,8 @@
-"""What two configs make of the same weights (rotary base, heads, eps, …), and how they differ.
+"""Config settings that affect the output but leave no trace in the weights: rotary base, eps, ….
 
-None of these is in a tensor, so weights trained with one value fit names and shapes of another:
-DeepSeek-R1-Distill-Qwen-7B turns queries and keys with a rotary base of 10 000, Qwen2.5-VL-7B with
-one of 1 000 000. The output has the base's config; the plan says where the donor's differs. Keys
-are those of transformers' configs, and of Qwen's and Molmo's own.
+Weights trained with one value fit the names and shapes of another: DeepSeek-R1-Distill-Qwen-7B has
+a rotary base of 10 000, Qwen2.5-VL-7B one of 1 000 000. The output has the base's config; the plan
+says where the donor's differs. Keys are those of transformers' configs, and of Qwen's and Molmo's.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ _NUMBERS = {
     "attention_multiplier": ("attention_multiplier",),
     "logits_scaling": ("logits_scaling",),
 }
-"""What is compared where both configs give a number, and how it may be spelled."""
+"""Settings that are compared where both configs give a number, and the keys they may have."""
 _PLAIN_ROPE = ("default", "mrope", "dynamic")
-"""Rotary scalings that, at the lengths a model was trained for, are none."""
+"""Rotary scalings that change nothing at the lengths a model was trained for."""
 
 
 def describe_differences(base: Checkpoint, donor: Checkpoint) -> Iterator[str]:
-    """A note on what the two configs say otherwise, if there is anything."""
-    ours, theirs = _settings(base), _settings(donor)
+    """A note on the settings in which the two configs differ, if there are any."""
+    base_settings, donor_settings = _read_settings(base), _read_settings(donor)
     found = [
-        f"{key} is {ours[key]} in the base's config, {theirs[key]} in the donor's"
-        for key in ours
-        if key in theirs and ours[key] != theirs[key]
+        f"{key} is {value} in the base's config, {donor_settings[key]} in the donor's"
+        for key, value in base_settings.items()
+        if donor_settings.get(key, value) != value
     ]
     if found:
         yield (
@@ -48,46 +47,50 @@ def describe_differences(base: Checkpoint, donor: Checkpoint) -> Iterator[str]:
         )
 
 
-def _settings(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a config says of its language model, as it is shown; what it leaves open is left out."""
-    said: dict[str, Any] = {}
+def _read_settings(checkpoint: Checkpoint) -> dict[str, str]:
+    """The settings of the language model that a config tells, as they are shown."""
+    config: dict[str, Any] = {}
     for level in checkpoint.config_levels:  # the inner ones are about the language model alone
-        said |= {key: value for key, value in level.items() if value is not None}
-    rope = _rope(said)
-    said |= {key: value for key, value in rope.items() if key == "rope_theta"}
-    found = {
-        key: f"{said[word]:.12g}"
-        for key, spellings in _NUMBERS.items()
-        for word in reversed(spellings)  # the first that is there counts
-        if _is_number(said.get(word))
-    }
-    if "rope_theta" in found:  # such a config says all there is to say of the rotation
-        found["rope_scaling"] = _scaling(rope)
+        config |= {key: value for key, value in level.items() if value is not None}
+    rope = _read_rope(config)
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    settings: dict[str, str] = {}
+    for name, keys in _NUMBERS.items():
+        numbers = [config[key] for key in keys if _is_number(config.get(key))]
+        if numbers:
+            settings[name] = f"{numbers[0]:.12g}"
+    if "rope_theta" in settings:  # a config that tells the base also tells a scaling, if any
+        settings["rope_scaling"] = _describe_scaling(rope)
     if any("sliding_window" in level for level in checkpoint.config_levels):
-        windowed = said.get("use_sliding_window", True) and _is_number(said.get("sliding_window"))
-        found["sliding_window"] = str(said["sliding_window"]) if windowed else "none"
-    return found
+        window = config.get("sliding_window")
+        used = config.get("use_sliding_window", True) and _is_number(window)
+        settings["sliding_window"] = str(window) if used else "none"
+    return settings
 
 
-def _rope(said: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Under rope_parameters (transformers 5) or rope_scaling; of two kinds of layers, the full."""
+def _read_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary settings: rope_parameters in transformers 5, rope_scaling before.
+
+    Where kinds of layers have their own, those of full attention.
+    """
     for key in ("rope_parameters", "rope_scaling"):
-        found = said.get(key)
-        if isinstance(found, dict):
-            full = found.get("full_attention")
-            return full if isinstance(full, dict) else found
+        rope = config.get(key)
+        if isinstance(rope, dict):
+            full = rope.get("full_attention")
+            return full if isinstance(full, dict) else rope
     return {}
 
 
-def _scaling(rope: Mapping[str, Any]) -> str:
+def _describe_scaling(rope: Mapping[str, Any]) -> str:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind in _PLAIN_ROPE or not isinstance(kind, str):
         return "none"
-    name = {"su": "longrope"}.get(kind, kind)
+    name = "longrope" if kind == "su" else kind  # its name in early Phi-3 configs
     factor = rope.get("factor")
     return f"{name} by {factor:g}" if _is_number(factor) else name
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is one that can be shown: JSON knows integers that no float can hold."""
+    """Whether a value can be shown as a number: JSON has integers that no float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

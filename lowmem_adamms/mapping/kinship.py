@@ -15,16 +15,17 @@ from ..errors import MappingError
 from .plan import Part, Plan
 
 THRESHOLD = 0.5
-"""Below this in any layer the two are taken for strangers."""
+"""Two models with a layer below this cosine are taken for unrelated."""
 RUN_ELEMENTS = 512
-"""Each mapped matrix is sampled in its middle: some 3600 elements a layer."""
+"""Elements sampled from the middle of each matrix: some 3600 a layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kinship:
-    """Cosine similarity of base and mapped donor for each layer (`layers.3`, `embed`, `head`).
+    """How alike base and mapped donor are.
 
-    blank: matrices, as file and role, that hold no finite number where they were sampled.
+    cosines: by layer (`layers.3`), `embed` and `head`. blank: the file and role of each matrix that
+    has no finite number where it was sampled.
     """
 
     cosines: dict[str, float]
@@ -54,19 +55,20 @@ def measure(plan: Plan) -> Kinship:
     parts = [
         part for _, part in plan.parts if part.donor and part.role and len(part.base.shape) > 1
     ]
-    with SampledReader(plan.base.remote_files() | plan.donor.remote_files()) as reads:
-        products = reads.map(lambda part: _products(part, reads), parts)
-        for part, (found, lost) in zip(parts, products, strict=True):
-            total = sums.setdefault(group_of(part.role or ""), [0.0, 0.0, 0.0])
-            for i, value in enumerate(found):
-                total[i] += value
-            blank += [(path, part.role or "") for path in lost]
+    with SampledReader(plan.base.remote_files() | plan.donor.remote_files()) as reader:
+        samples = reader.map(lambda part: _sample(part, reader), parts)
+        for part, (products, paths) in zip(parts, samples, strict=True):
+            role = part.role or ""
+            total = sums.setdefault(group_of(role), [0.0, 0.0, 0.0])
+            for i, product in enumerate(products):
+                total[i] += product
+            blank += [(path, role) for path in paths]
     cosines = {group: cosine_of(*total) for group, total in sums.items()}
     return Kinship(cosines, tuple(blank))
 
 
 def check(plan: Plan) -> Kinship:
-    """The measured kinship; MappingError where some layer lies below THRESHOLD."""
+    """Measure the kinship; MappingError where some layer lies below THRESHOLD."""
     kinship = measure(plan)
     if not kinship.cosines:
         return kinship
@@ -87,26 +89,28 @@ def group_of(role: str) -> str:
 
 
 def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
-    """Of a . b, a . a and b . b: two all-zero samples count as alike, one alone as unlike."""
+    """The cosine from a . b, a . a and b . b; two all-zero samples are alike, one alone is not."""
     if base_square == 0 or donor_square == 0:
         return 1.0 if base_square == donor_square else 0.0
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _products(part: Part, reads: SampledReader) -> tuple[tuple[float, float, float], list[Path]]:
-    """Base . donor, base . base and donor . donor over the sampled elements that are finite.
+def _sample(part: Part, reader: SampledReader) -> tuple[list[float], list[Path]]:
+    """Read the middle of a part on both sides.
 
-    With it the files, of the two, whose sample has none.
+    Gives base . donor, base . base and donor . donor over the elements that are finite on both
+    sides, and the files in which none is.
     """
     import numpy as np
 
     assert part.donor is not None
-    count = part.base.elements
-    take = min(count, RUN_ELEMENTS)
-    middles = (span.flat_slice((count - take) // 2, take) for span in (part.base, part.donor))
-    base, donor = map(reads.read_floats, middles)
-    samples = ((part.base.path, np.isfinite(base)), (part.donor.path, np.isfinite(donor)))
-    lost = [path for path, finite in samples if take and not finite.any()]
-    both = samples[0][1] & samples[1][1]
-    base, donor = base[both], donor[both]
-    return (float(base @ donor), float(base @ base), float(donor @ donor)), lost
+    count = min(part.base.elements, RUN_ELEMENTS)
+    first = (part.base.elements - count) // 2
+    base = reader.read_floats(part.base.flat_slice(first, count))
+    donor = reader.read_floats(part.donor.flat_slice(first, count))
+    base_finite, donor_finite = np.isfinite(base), np.isfinite(donor)
+    sides = ((part.base.path, base_finite), (part.donor.path, donor_finite))
+    blank = [path for path, finite in sides if count and not finite.any()]
+    finite = base_finite & donor_finite
+    base, donor = base[finite], donor[finite]
+    return [float(base @ donor), float(base @ base), float(donor @ donor)], blank
