@@ -6,6 +6,7 @@ RecipeError that says what was found and what is expected.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
@@ -134,3 +135,11 @@ def _parse_range(text: str) -> list[float]:
     if not 0 < count <= _MOST_ALPHAS:
         raise RecipeError(f"{text!r}: makes {count} alphas; expected 3 to {_MOST_ALPHAS}")
     return [round(start + i * step, 6) for i in range(count)]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """How an error about an unknown word ends: the known one it resembles, or all of them."""
+    folded = {each.casefold(): each for each in known}
+    if close := difflib.get_close_matches(word[:80].casefold(), folded, 1, 0.5):
+        return f"; did you mean {folded[close[0]]!r}?"
+    return f"; expected one of {', '.join(folded.values())}"

@@ -1,1 +1,8 @@
-"""TODO."""
+"""Architectures: which role in the common decoder each tensor of a checkpoint has.
+
+layout       what an architecture is, and a checkpoint's layout read with one
+families/    the known architectures, as data
+recognise    which of them a checkpoint is of
+declaration  what a user's own may hold, as a pydantic model
+declare      a user's own, read from TOML and written as such
+"""

@@ -1,9 +1,8 @@
-"""How an architecture says which roles its tensors hold.
+"""What an architecture is, as data, and the layout of a checkpoint read with one.
 
-An Arch is data (`archs.py` holds them all). Reading a checkpoint with one gives a Layout: for every
-tensor either the blocks of the common decoder in it, in memory order along dim 0, or what else it
-is (vision tower, connector, …). Nothing here knows a family by name; which one a checkpoint is of
-is left to `recognise.py`.
+An Arch says which roles the tensors of a family hold. Reading a checkpoint with it gives a Layout:
+for every tensor either the blocks of the common decoder in it, in memory order along dim 0, or what
+else it is (vision tower, connector, …). Nothing here knows a family by name.
 
 Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
 `attn.{q,k,v,o}.{weight,bias}`, `attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`,
@@ -31,26 +30,30 @@ ESSENTIAL = frozenset(
     + [f"mlp.{part}.weight" for part in ("gate", "up", "down")]
     + ["attn_norm.weight", "mlp_norm.weight"]
 )
+"""What every layer of a decoder has."""
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})(\..+)")
 _Layer = tuple[str, int]
-"""Where a tensor is in a stack of layers: the stack's name, `layers.`, and the layer's number."""
+"""The name of a stack of layers, such as `layers.`, and the number of one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arch:
     """One family of checkpoints.
 
-    classes: what `architectures` in config.json may say. spellings: pairs of the decoder's prefix
-    and the head's full name, as found on disk. decoder: tensor name after the prefix, layer number
-    written `#`, to the roles it holds in memory order (space-separated when fused; empty for a
-    buffer that is never blended). others: prefixes of all other tensors and what they are.
-    shared_ids: how many leading token ids all descendants of its ancestor share.
-
-    interleaved: those fused names of `decoder` in which q, k and v alternate head by head: the
-    query rows of one key-value head, its key's, its value's, then the next head's. head_dim: rows
-    of a head, for these, where config.json does not tell. foreign_layers: a name as in `decoder` to
-    what a layer is that has it; such layers lie between those of the ancestor, which are numbered
-    without them.
+    Attributes:
+        name: What it is called in plans.
+        source: Where its names come from.
+        classes: What `architectures` in config.json may say.
+        spellings: Pairs of the decoder's prefix and the head's full name, as found on disk.
+        decoder: Tensor name after the prefix, layer number written `#`, to the roles it holds in
+            memory order: space-separated when fused, empty for a buffer that is never blended.
+        others: Prefixes of all other tensors, and what they are.
+        shared_ids: How many leading token ids all descendants of its ancestor share.
+        interleaved: Those fused names of `decoder` in which q, k and v alternate head by head: the
+            query rows of one key-value head, its key's, its value's, then the next head's.
+        head_dim: Rows of a head, for these, where config.json does not tell.
+        foreign_layers: A name as in `decoder` to what a layer is that has it; such layers lie
+            between those of the ancestor, which are numbered without them.
     """
 
     name: str
@@ -63,6 +66,11 @@ class Arch:
     interleaved: tuple[str, ...] = ()
     head_dim: int | None = None
     foreign_layers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def embed_name(self) -> str:
+        """The embedding's name after the prefix."""
+        return next(name for name, roles in self.decoder.items() if roles == "embed")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `declare.parse_declaration` reads. What has its default is left out."""
@@ -92,7 +100,7 @@ class Block:
 
     @property
     def last(self) -> int:
-        """The row of `role` behind the block's last."""
+        """The row of `role` after the block's last one."""
         return self.first + self.stop - self.start
 
 
@@ -116,9 +124,14 @@ class Layout:
         """Number of decoder layers."""
         return len({role.split(".")[1] for role in self.pieces() if role.startswith("layers.")})
 
+    @property
+    def unknown(self) -> int:
+        """Number of tensors that are nothing its Arch knows."""
+        return sum(kind == UNKNOWN for kind in self.kinds.values())
+
     def roles(self) -> dict[str, tuple[str, Block]]:
         """Each role's tensor and its (in nearly all layouts only) block there, the first."""
-        return {role: held[0] for role, held in self.pieces().items()}
+        return {role: blocks[0] for role, blocks in self.pieces().items()}
 
     def pieces(self) -> dict[str, list[tuple[str, Block]]]:
         """Each role's blocks in the order of its rows, each with the tensor it is in."""
@@ -129,21 +142,24 @@ class Layout:
         return found
 
 
-def embed_name(arch: Arch) -> str:
-    """The embedding's name after the prefix."""
-    return next(suffix for suffix, roles in arch.decoder.items() if roles == "embed")
+def block_span(checkpoint: Checkpoint, name: str, block: Block) -> Span:
+    """The bytes of one block."""
+    return checkpoint.tensors[name].rows(block.start, block.stop)
 
 
 def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:
-    """The layout under one spelling, or None if its decoder is not all there."""
-    if prefix + embed_name(arch) not in checkpoint.tensors:
+    """The layout under one spelling, or None if its decoder is not all there.
+
+    MappingError if it is, but a fused tensor's rows do not divide into its roles.
+    """
+    if prefix + arch.embed_name not in checkpoint.tensors:
         return None
-    foreign = _foreign_layers(checkpoint, arch, prefix)
-    held: dict[str, tuple[str, list[str]]] = {}
+    foreign = _find_foreign_layers(checkpoint, arch, prefix)
+    roles_of: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
-    o_columns = None
+    query_rows = 0
     for name, span in checkpoint.tensors.items():
-        key, layer = _key(arch, prefix, name)
+        key, layer = _declared_name(arch, prefix, name)
         roles = "head" if name == head else arch.decoder.get(key)
         if layer in foreign:
             kinds[name] = foreign[layer]
@@ -152,19 +168,20 @@ def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> L
         elif not roles:
             kinds[name] = BUFFER
         else:
-            held[name] = key, roles.replace("#", _ancestors_number(layer, foreign)).split()
+            roles_of[name] = roles.replace("#", _ancestors_number(layer, foreign)).split()
             if ".attn.o.weight" in roles and len(span.shape) == 2:
-                o_columns = span.shape[1]
-    if not _complete(role for _, roles in held.values() for role in roles):
+                query_rows = span.shape[1]  # the output projection has a column per query row
+    if not _is_complete(role for held in roles_of.values() for role in held):
         return None
-    blocks = {
-        name: _split(checkpoint, arch, name, key, roles, o_columns)
-        for name, (key, roles) in held.items()
-    }
+    blocks: dict[str, tuple[Block, ...]] = {}
+    for name, held in roles_of.items():
+        key, _ = _declared_name(arch, prefix, name)
+        head_dim = _head_dim(checkpoint, arch, query_rows) if key in arch.interleaved else None
+        blocks[name] = _split(checkpoint, name, held, query_rows, head_dim)
     return Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
 
 
-def _key(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None]:
+def _declared_name(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None]:
     """A tensor's name as the declaration would spell it, and the layer it is in, if it is."""
     if not name.startswith(prefix):
         return "", None
@@ -172,14 +189,17 @@ def _key(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None]:
     layer = None if suffix in arch.decoder else _LAYER.match(suffix)
     if layer is None:
         return suffix, None
-    return f"{layer[1]}#{layer[3]}", (layer[1], int(layer[2]))
+    stack, number, rest = layer.groups()
+    return f"{stack}#{rest}", (stack, int(number))
 
 
-def _foreign_layers(checkpoint: Checkpoint, arch: Arch, prefix: str) -> dict[_Layer | None, str]:
+def _find_foreign_layers(
+    checkpoint: Checkpoint, arch: Arch, prefix: str
+) -> dict[_Layer | None, str]:
     """The layers that are none of the ancestor's, and what each is."""
     if not arch.foreign_layers:
         return {}
-    keys = (_key(arch, prefix, name) for name in checkpoint.tensors)
+    keys = (_declared_name(arch, prefix, name) for name in checkpoint.tensors)
     return {layer: arch.foreign_layers[key] for key, layer in keys if key in arch.foreign_layers}
 
 
@@ -188,28 +208,28 @@ def _ancestors_number(layer: _Layer | None, foreign: Iterable[_Layer | None]) ->
     if layer is None:
         return "#"
     stack, number = layer
-    before = (other for other in foreign if other and other[0] == stack and other[1] < number)
-    return str(number - sum(1 for _ in before))
+    before = [other for other in foreign if other and other[0] == stack and other[1] < number]
+    return str(number - len(before))
 
 
 def _kind(arch: Arch, name: str) -> str:
     """What a tensor outside the decoder is: the longest declared prefix wins."""
     if name.endswith("rotary_emb.inv_freq"):
         return BUFFER
-    known = [prefix for prefix in arch.others if name.startswith(prefix)]
-    return arch.others[max(known, key=len)] if known else UNKNOWN
+    prefixes = [prefix for prefix in arch.others if name.startswith(prefix)]
+    return arch.others[max(prefixes, key=len)] if prefixes else UNKNOWN
 
 
-def _complete(held: Iterable[str]) -> bool:
-    """Whether embed, norm and layers 0..n-1 with all essential weights are among the roles held."""
-    roles = {role.partition("@")[0] for role in held}
+def _is_complete(roles: Iterable[str]) -> bool:
+    """Whether embed, norm and layers 0..n-1 with all essential weights are among the roles."""
+    plain = {role.partition("@")[0] for role in roles}
     layers: dict[int, set[str]] = {}
-    for role in roles:
+    for role in plain:
         if role.startswith("layers."):
-            _, index, rest = role.split(".", 2)
-            layers.setdefault(int(index), set()).add(rest)
+            _, number, rest = role.split(".", 2)
+            layers.setdefault(int(number), set()).add(rest)
     return (
-        {"embed", "norm"} <= roles
+        {"embed", "norm"} <= plain
         and bool(layers)
         and set(layers) == set(range(len(layers)))
         and all(found >= ESSENTIAL for found in layers.values())
@@ -217,31 +237,26 @@ def _complete(held: Iterable[str]) -> bool:
 
 
 def _split(
-    checkpoint: Checkpoint,
-    arch: Arch,
-    name: str,
-    key: str,
-    roles: list[str],
-    o_columns: int | None,
+    checkpoint: Checkpoint, name: str, roles: list[str], query_rows: int, head_dim: int | None
 ) -> tuple[Block, ...]:
-    """The rows of each role in a tensor, from shapes (interleaved ones also from the head's size).
+    """The rows of each role in a tensor, from shapes.
 
-    A lone role holds all rows. Of a fused q, k, v the query takes as many rows as the attention's
-    output projection has columns; the others (and gate and up) share the rest equally.
+    A lone role holds all rows. Of a fused q, k, v the query takes `query_rows`; the others (and
+    gate and up) share the rest equally. head_dim: rows of a head of an interleaved tensor, 0 if
+    they are not known; None of any other tensor.
     """
     span = checkpoint.tensors[name]
     rows = span.shape[0] if span.shape else 1
     if len(roles) == 1:
         return (Block(roles[0], 0, rows),)
-    sizes = _fused_rows(rows, roles, o_columns)
+    sizes = _fused_rows(rows, roles, query_rows)
     if sizes is None:
         raise MappingError(
             f"{checkpoint.path}: {name} has {rows} rows, which do not divide into"
-            f" {', '.join(roles)} (query rows expected: {o_columns})"
+            f" {', '.join(roles)} (query rows expected: {query_rows})"
         )
     groups = 1
-    if key in arch.interleaved:
-        head_dim = _head_dim(checkpoint, arch, o_columns)
+    if head_dim is not None:
         groups = sizes[-1] // head_dim if head_dim else 0
         if not groups or any(size % groups for size in sizes) or sizes[-1] != groups * head_dim:
             raise MappingError(
@@ -251,31 +266,26 @@ def _split(
     blocks, start = [], 0
     for group in range(groups):
         for role, size in zip(roles, sizes, strict=True):
-            take = size // groups
-            blocks.append(Block(role, start, start + take, group * take))
-            start += take
+            group_rows = size // groups
+            blocks.append(Block(role, start, start + group_rows, group * group_rows))
+            start += group_rows
     return tuple(blocks)
 
 
-def _head_dim(checkpoint: Checkpoint, arch: Arch, o_columns: int | None) -> int:
+def _head_dim(checkpoint: Checkpoint, arch: Arch, query_rows: int) -> int:
     """Rows of one attention head: as the config says, else as declared; 0 if neither does."""
     for level in checkpoint.config_levels:
         heads = level.get("num_attention_heads")
         if isinstance(heads, int) and heads > 0:
-            return (o_columns or 0) // heads
+            return query_rows // heads
     return arch.head_dim or 0
 
 
-def _fused_rows(rows: int, roles: list[str], o_columns: int | None) -> list[int] | None:
-    query = [".attn.q." in role for role in roles]
-    q_rows = (o_columns or 0) if any(query) else 0
-    rest = rows - q_rows * sum(query)
-    others = query.count(False)
-    if (any(query) and not q_rows) or rest <= 0 or rest % others:
+def _fused_rows(rows: int, roles: list[str], query_rows: int) -> list[int] | None:
+    """The rows of each of several roles in one tensor, or None if they do not divide."""
+    is_query = [".attn.q." in role for role in roles]
+    rest = rows - query_rows * is_query.count(True)
+    others = is_query.count(False)
+    if (any(is_query) and not query_rows) or rest <= 0 or rest % others:
         return None
-    return [q_rows if is_query else rest // others for is_query in query]
-
-
-def block_span(checkpoint: Checkpoint, name: str, block: Block) -> Span:
-    """The bytes of one block."""
-    return checkpoint.tensors[name].rows(block.start, block.stop)
+    return [query_rows if query else rest // others for query in is_query]
