@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import FormatError, RecipeError
+from .. import values
+from ..errors import FormatError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +60,7 @@ _TABLE = (
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 FROM_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch}
 
-_USER_NAMES = {
-    "BF16": ("bf16", "bfloat16"),
-    "F16": ("fp16", "f16", "float16", "half"),
-    "F32": ("fp32", "f32", "float32", "float"),
-}
-
 
 def parse_dtype(text: str) -> DType:
     """The blendable dtype a user means by `bf16`, `bfloat16`, `torch.float16`, …."""
-    word = text.lower().removeprefix("torch.")
-    for name, user_names in _USER_NAMES.items():
-        if word in user_names:
-            return DTYPES[name]
-    raise RecipeError(f"dtype {text!r} cannot be written; expected bf16, fp16 or fp32")
+    return DTYPES[values.parse_dtype(text)]

@@ -175,7 +175,10 @@ MISTAKES = [
     (SHORT + f"shared_ids = 0x{'f' * 9999}", "shared_ids: found an enormous number"),
     (SHORT + "shared_ids = 1979-05-27", "shared_ids: found datetime.date.*; expected a whole"),
     (SHORT + "others = []", "others: found an empty list; expected a table"),
-    (SHORT + 'interleaved = ["a"]', "interleaved: 'a' is no name of the decoder; expected one of embed"),
+    (
+        SHORT + 'interleaved = ["a"]',
+        "interleaved: 'a' is no name of the decoder; expected one of embed",
+    ),
     (SHORT + 'interleaved = ["a", 3]', r"interleaved\[1\]: found 3; expected a text"),
     (SHORT + 'foreign_layers = { "a.b" = "x" }', r'foreign_layers\."a\.b": found .* layer number'),
     (
