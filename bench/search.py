@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,11 @@ sys.path.insert(0, str(ROOT))
 from lowmem_adamms.kernels.select import select_kernel
 
 from lowmem_adamms import LiveModel, make_plan, merge, search
-from lowmem_adamms.live.answerer import Answerer
-from lowmem_adamms.live.draft_decoding import Settings
 from lowmem_adamms.live.prompt_encoder import Encoder
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.prompts import Prompt, load_prompts
-from lowmem_adamms.settings import DEFAULT_ALPHAS
+from lowmem_adamms.settings import DEFAULT_ALPHAS, AnswerSettings
 
 MIB = 1 << 20
 
@@ -73,8 +70,8 @@ def main() -> None:
         figures["apply"] = show("apply", measure_apply(plan, where))
     if arguments.only != "apply":
         for tokens in arguments.tokens:
-            settings = Settings(max_new_tokens=tokens, batch_size=arguments.batch)
-            row = measure_search(plan, prompts, settings, where)
+            settings = AnswerSettings(max_new_tokens=tokens)
+            row = measure_search(plan, prompts, settings, arguments.batch, where)
             figures[f"search_{tokens}"] = show(f"search, {tokens} tokens", row)
     if arguments.device == "cuda":
         figures["peak_vram_bytes"] = torch.cuda.max_memory_allocated()
@@ -132,27 +129,30 @@ def bare_kernel(plan: Plan) -> Callable[[float], None]:
 
 
 def measure_search(
-    plan: Plan, prompts: Sequence[Prompt], settings: Settings, where: dict[str, Any]
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    settings: AnswerSettings,
+    batch_size: int,
+    where: dict[str, Any],
 ) -> dict[str, Any]:
     """Both procedures on the same grid, and whether they agree."""
     start = time.perf_counter()
-    spent: list[Any] = []
+    costs: list[Any] = []
     with LiveModel(plan, **where) as live:
-        answerer = Answerer(live, settings)
+        answerer = live.make_answerer(settings, batch_size=batch_size)
 
         def ours(alpha: float, asked: Sequence[Prompt]) -> list[str]:
             live.apply(alpha)
-            answers = answerer(asked)
-            spent.append(answerer.spent)
+            answers = answerer.answer(asked)
+            costs.append(answerer.cost)
             return answers
 
         mine = search(ours, prompts)
     mine_s = time.perf_counter() - start
     row: dict[str, Any] = {"ours_s": mine_s, "alpha": mine.alpha}
-    for batch in (settings.batch_size, 1):
+    for batch in (batch_size, 1):
         start = time.perf_counter()
-        other = replace(settings, batch_size=batch)
-        theirs = search(partial(authors, plan, other, where["device"]), prompts)
+        theirs = search(partial(authors, plan, settings, batch, where["device"]), prompts)
         theirs_s = time.perf_counter() - start
         row |= {
             f"authors_batch_{batch}_s": theirs_s,
@@ -168,15 +168,20 @@ def measure_search(
     return row | {
         "of": len(prompts) * len(DEFAULT_ALPHAS),
         "changed_between_neighbours": statistics.mean(changes) / len(prompts),
-        "forward_tokens": [s.forward_tokens for s in spent],
-        "without_drafts": [s.plain_tokens for s in spent],
-        "passes": [s.passes for s in spent],
-        "answer_tokens": [s.answer_tokens for s in spent],
+        "forward_tokens": [s.forward_tokens for s in costs],
+        "without_drafts": [s.plain_tokens for s in costs],
+        "passes": [s.passes for s in costs],
+        "answer_tokens": [s.answer_tokens for s in costs],
     }
 
 
 def authors(
-    plan: Plan, settings: Settings, device: str, alpha: float, asked: Sequence[Prompt]
+    plan: Plan,
+    settings: AnswerSettings,
+    batch_size: int,
+    device: str,
+    alpha: float,
+    asked: Sequence[Prompt],
 ) -> list[str]:
     """One alpha by the authors' procedure, never quantized."""
     transformers = importlib.import_module("transformers")
@@ -188,8 +193,8 @@ def authors(
             )
         encoder = Encoder(model.eval(), out)
         answers: dict[int, str] = {}
-        for batch in encoder.batches(asked, settings.batch_size):
-            inputs = encoder([asked[place] for place in batch.places])
+        for batch in encoder.split_into_batches(asked, batch_size):
+            inputs = encoder.encode([asked[place] for place in batch.places])
             with quiet(), torch.inference_mode():
                 made = model.generate(
                     **inputs, do_sample=False, max_new_tokens=settings.max_new_tokens

@@ -22,7 +22,7 @@ from .architectures.declare import read_declarations
 from .architectures.layout import BUFFER, Arch
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .errors import OutputError, PromptError, RecipeError
-from .live.free_memory import measure
+from .live.free_memory import measure_memory
 from .live.placement import Placement, place
 from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json
@@ -34,6 +34,7 @@ from .merging.verify import verify
 from .prompts import Prompt, Prompts
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
+    AnswerSettings,
     OutputSettings,
     PlacementSettings,
     PlanSettings,
@@ -181,15 +182,8 @@ def place_search(
     Raises PlacementError if the model does not fit into the memory that is free.
     """
     settings = combine(PlacementSettings, settings, fields)
-    memory = measure(ram=settings.ram, vram=settings.vram)
-    return place(
-        plan,
-        memory,
-        device=settings.device,
-        quantize=settings.live_quantize or quantize,
-        dtype=settings.live_dtype or plan.options["dtype"],
-        batch=settings.batch_size,
-    )
+    memory = measure_memory(ram=settings.ram, vram=settings.vram)
+    return place(plan, memory, settings, quantize=quantize, dtype=plan.options["dtype"])
 
 
 def find_alpha(
@@ -289,12 +283,10 @@ def _session(
     progress: SearchProgress | None,
 ) -> Iterator[Session]:
     """What asks the model and remembers its answers."""
-    from .live.draft_decoding import Settings
     from .searching.session import Session, fingerprint
 
-    answer_settings = Settings(
+    answer_settings = AnswerSettings(
         max_new_tokens=settings.max_new_tokens,
-        batch_size=placement.batch,
         drafts=settings.drafts,
         vision_cache=settings.vision_cache,
     )
@@ -304,6 +296,7 @@ def _session(
         Session(
             partial(_load, plan, settings, placement),
             answer_settings,
+            placement.batch_size,
             answers,
             asked=progress.asked if progress else None,
             answered=progress.answered if progress else None,
@@ -315,7 +308,7 @@ def _session(
 def _load(plan: Plan, settings: SearchSettings, placement: Placement) -> LiveModel:
     """The live model, which takes a while."""
     from .live.live_model import LiveModel
-    from .live.prompt_encoder import load_processor
+    from .live.processor import load_processor
 
     # A base that cannot be asked anything is found out before its weights are read
     trust = settings.trust_remote_code
@@ -353,7 +346,7 @@ def _facts(
         "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
         "prompts": f"{prompts.ref}, {len(prompts)} of them, seed {settings.seed}",
         "answers": f"greedy, {settings.max_new_tokens} tokens at most",
-        "batch": str(placement.batch),
+        "batch": str(placement.batch_size),
         "embeddings": str(plan.options["embeddings"]),
         "version": __version__,
     }

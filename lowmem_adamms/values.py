@@ -29,7 +29,7 @@ def format_size(nbytes: int) -> str:
     """A number of bytes for people, in decimal units: `16.58 GB`."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB"):
-        if value < 1000:
+        if value < 999.5:  # what rounds to 1000 goes to the next unit
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.2f} GB"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from families import FAMILIES, write_headers
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     import tiny
 
     from lowmem_adamms import LiveModel
+
+V = TypeVar("V")
 
 # Where transformers copies remote code to; read when it is imported, which nothing above does.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
@@ -40,18 +47,35 @@ TINY_LINES = {
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2",
     "qwen3_vl": "qwen3",
+    "internvl": "qwen2",
+    "idefics3": "llama",
+    "smolvlm": "llama",
     "cogvlm": "llama",
     "mplug_owl2": "llama",
 }
+
+
+class MadeOnce(dict[str, V]):
+    """Values that are made when they are first asked for."""
+
+    def __init__(self, make: Callable[[str], V]) -> None:
+        self._make = make
+
+    def __missing__(self, name: str) -> V:
+        self[name] = self._make(name)
+        return self[name]
 
 
 @pytest.fixture(scope="session")
 def true_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """Every family of families.py, opened from a folder of true-size headers without data."""
     root = tmp_path_factory.mktemp("true-size")
-    for name, family in FAMILIES.items():
-        write_headers(root / name, family)
-    return {name: open_checkpoint(root / name) for name in FAMILIES}
+
+    def make(name: str) -> Checkpoint:
+        write_headers(root / name, FAMILIES[name])
+        return open_checkpoint(root / name)
+
+    return MadeOnce(make)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +83,7 @@ def ancestors() -> dict[str, tiny.Tensors]:
     """One tiny random language model for each line of descent."""
     import tiny
 
-    return {kind: tiny.ancestor(kind) for kind in tiny.KINDS}
+    return MadeOnce(tiny.ancestor)
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +101,10 @@ def tiny_models(
     """A tiny real checkpoint of every family, all of a line from one ancestor. Read only."""
     import tiny
 
-    return tiny.make_all(tmp_path_factory.mktemp("tiny"), TINY_LINES, ancestors)
-
-
-class Talkers(Protocol):
-    """Gives a family's live model, loaded at the first call."""
-
-    def __call__(self, family: str) -> LiveModel: ...
+    root = tmp_path_factory.mktemp("tiny")
+    return MadeOnce(
+        lambda family: tiny.make(family, root / family, ancestor=ancestors[TINY_LINES[family]])
+    )
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +115,7 @@ def talking(
     import talk
 
     root = tmp_path_factory.mktemp("talking")
-    return {
-        family: talk.complete(tiny_models[family], root / family)
-        for family in (*talk.DONORS, "mistral")
-    }
+    return MadeOnce(lambda family: talk.complete(tiny_models[family], root / family))
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +126,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return talk.draw_images(tmp_path_factory.mktemp("images"))
 
 
+Talkers = Callable[[str], "LiveModel"]
+
+
 @pytest.fixture(scope="session")
 def talker(
     tmp_path_factory: pytest.TempPathFactory,
@@ -115,24 +136,24 @@ def talker(
     talking: dict[str, Path],
     ancestors: dict[str, tiny.Tensors],
 ) -> Iterator[Talkers]:
-    """A pair's live model in float32 for every family that talks; shared, so apply an alpha."""
+    """Gives a family's live model in float32, loaded at the first call; shared: apply an alpha."""
     import talk
     import tiny
 
-    loaded: dict[str, LiveModel] = {}
+    loaded: list[LiveModel] = []
 
+    @functools.cache
     def load(family: str) -> LiveModel:
-        if family not in loaded:
-            if family in talk.DONORS:
-                donor = tiny_models[talk.DONORS[family]]
-            else:
-                folder = tmp_path_factory.mktemp("sibling")
-                donor = tiny.make_mistral(folder, ancestor=ancestors[family], seed=2)
-            loaded[family] = talk.load(talking[family], donor)
-        return loaded[family]
+        if family in talk.DONORS:
+            donor = tiny_models[talk.DONORS[family]]
+        else:
+            folder = tmp_path_factory.mktemp("sibling")
+            donor = tiny.make(family, folder, ancestor=ancestors[TINY_LINES[family]], seed=2)
+        loaded.append(talk.load(talking[family], donor))
+        return loaded[-1]
 
     yield load
-    for live in loaded.values():
+    for live in loaded:
         live.close()
 
 
@@ -145,3 +166,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hide_package(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a package look as if it were not installed.
+
+    transformers is imported before: it looks once, at its import, for what is installed.
+    """
+
+    def hide(name: str) -> None:
+        importlib.import_module("transformers")
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda asked, *rest: None if asked == name else find_spec(asked, *rest),
+        )
+        monkeypatch.setitem(sys.modules, name, None)
+
+    return hide

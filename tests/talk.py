@@ -7,6 +7,7 @@ search, one prompt at a time, with inputs that its own chat templates made.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from random_pair import SHARED_TOKENS
 
 from lowmem_adamms import LiveModel, make_plan
-from lowmem_adamms.live.prompt_encoder import load_processor
+from lowmem_adamms.live.processor import load_processor
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.prompts import Prompt, open_image
 
@@ -33,6 +34,9 @@ DONORS = {
     "llama": "llava",
     "cogvlm": "llava",
     "mplug_owl2": "cogvlm",
+    "internvl": "llava_onevision",
+    "idefics3": "llava",
+    "smolvlm": "cogvlm",
 }
 """A donor of the same line for every base."""
 TEXT_ONLY = ("qwen2", "llama", "mistral")
@@ -92,10 +96,16 @@ def load(base: Path, donor: Path, dtype: str = "fp32") -> LiveModel:
     return LiveModel(make_plan(base, donor), device="cpu", dtype=dtype, trust_remote_code=True)
 
 
+@functools.cache
+def processor_of(folder: Path) -> Any:
+    """A folder's processor or tokenizer, which takes long to load."""
+    return load_processor(folder, trust_remote_code=True)
+
+
 def reference(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW) -> list[list[int]]:
     """The tokens of transformers' own greedy answers, end token included."""
     folder, model = live.plan.base.path, live.model
-    processor = load_processor(folder, trust_remote_code=True)
+    processor = processor_of(folder)
     answers = []
     for prompt in prompts:
         with quiet(), torch.inference_mode():

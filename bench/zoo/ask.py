@@ -176,14 +176,14 @@ class Asker:
     def __init__(self, model: Any, folder: Path, prompts: Sequence[Prompt]) -> None:
         self.model, self.prompts = model, prompts
         self.encoder = Encoder(model, folder, trust_remote_code=True)
-        self.batches = self.encoder.batches(prompts, ROWS)
+        self.batches = self.encoder.split_into_batches(prompts, ROWS)
 
     def __call__(self) -> Answers:
         """Answers, confidences and entropies, in the prompts' order."""
         out: list[tuple[str, float, float]] = [("", 0.0, 0.0)] * len(self.prompts)
         with torch.inference_mode():
             for batch in self.batches:
-                inputs = self.encoder([self.prompts[i] for i in batch.places])
+                inputs = self.encoder.encode([self.prompts[i] for i in batch.places])
                 for place, answer in zip(batch.places, self._batch(inputs), strict=True):
                     out[place] = answer
         answers, confidences, entropies = zip(*out, strict=True)

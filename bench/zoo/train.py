@@ -45,7 +45,7 @@ from lessons import (
 )
 from world import TASKS, questions, scenes, text_question
 
-from lowmem_adamms.live.prompt_encoder import load_processor
+from lowmem_adamms.live.processor import load_processor
 from lowmem_adamms.live.transformers_model import quiet
 
 KEEP = 200  # steps between two states kept on disk

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..errors import PlacementError
-from ..live.placement import stored_bytes
+from ..live.placement import output_bytes
 from ..merging.sources import remote
 from ..settings import PlacementSettings, PlanSettings, QuantizeSettings, StreamSettings
 from ..values import format_size
@@ -77,7 +77,7 @@ def show_plan(plan: Plan, console: Any) -> None:
 
 def _forecast(plan: Plan, options: PlanOptions) -> Forecast:
     quantize = None if options.quantize == "none" else options.quantize
-    written = stored_bytes(plan, quantize)
+    written = output_bytes(plan, quantize)
     out = options.out or Path()
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     return Forecast(

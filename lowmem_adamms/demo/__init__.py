@@ -94,15 +94,15 @@ def judge(
     base: Path, donor: Path, alphas: Sequence[float], exam: Sequence[Question]
 ) -> list[Marks]:
     """The marks of base and donor blended at each alpha (of one model, if both are the same)."""
-    from ..live.draft_decoding import Settings
     from ..live.live_model import LiveModel
     from ..mapping.join import make_plan
+    from ..settings import AnswerSettings
 
     prompts = [question.prompt for question in exam]
-    settings = Settings(max_new_tokens=LONGEST, batch_size=ROWS)
+    settings = AnswerSettings(max_new_tokens=LONGEST)
     out = []
     with LiveModel(make_plan(base, donor), device="cpu", quantize="none") as live:
         for alpha in alphas:
             live.apply(alpha)
-            out.append(accuracy(exam, live.generate(prompts, settings)))
+            out.append(accuracy(exam, live.generate(prompts, settings, batch_size=ROWS)))
     return out

@@ -1,121 +1,138 @@
-"""Greedy answers of a live model, with three economies that leave them as they are.
+"""Greedy answers of a model, with three ways to save time that leave the answers as they are.
 
-Vision features are computed once and reused at every alpha (no vision weight is merged); the answer
-at the previous alpha is a draft that one forward pass verifies, so that tokens are generated one by
-one only from the first that differs; and prompts whose answers are known are not asked again. Each
-can be switched off. Leaves to others: processors and chat templates (`encode.py`), the loop that
-verifies and generates (`decoding.py`), the memory of features (`features.py`).
+Vision features are computed once and reused at every alpha. The answer at the previous alpha is a
+draft that one forward pass verifies, so that tokens are generated one by one only from the first
+that differs. Prompts whose answers are known are not asked again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from ..prompts import Prompt
-from .draft_decoding import CannotResumeError, Decoding, Settings, Spent, Tokens
-from .prompt_encoder import Inputs
-from .transformers_model import check_can_run
-from .vision_cache import FeatureCache
+from ..settings import AnswerSettings
+from .draft_decoding import BatchDecoder, CannotResumeError, Cost, Tokens
+from .prompt_encoder import Batch, Encoder, Inputs
+from .transformers_model import check_runnable
+from .vision_cache import VisionCache
 
-if TYPE_CHECKING:
-    from .live_model import LiveModel
+VISION_CACHE_BYTES = 1 << 30
+
+Answered = Callable[[int, str, Tokens], None]
+"""Called with a prompt's place, its answer, and the answer's tokens."""
 
 
 class Answerer:
-    """Answers prompt sets with one live model; remembers its last answers as drafts for the next.
+    """Answers prompt sets; remembers its last answers as drafts, and vision features.
 
-    Also remembers vision features and encoded prompts.
+    model: a transformers module. encoder: of that model. batch_size: prompts answered at a time.
+    vision_names: the parameters outside the decoder, of which none may be merged; empty if there
+    are none. vision_cache_bytes: memory for vision features.
+
+    `cost` is what the last call took; `notes` are what the user should know of the answers.
     """
 
-    def __init__(self, live: LiveModel, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
-        self.spent = Spent()
+    def __init__(
+        self,
+        model: Any,
+        encoder: Encoder,
+        settings: AnswerSettings,
+        *,
+        batch_size: int,
+        vision_names: frozenset[str] = frozenset(),
+        vision_cache_bytes: int = VISION_CACHE_BYTES,
+    ) -> None:
+        check_runnable(model)
+        self.settings, self.batch_size = settings, batch_size
+        self.cost = Cost()
         self.notes: list[str] = []
-        self._live = live
-        check_can_run(live.model)
-        self._encoder = live.encoder
-        self._features = FeatureCache(self.settings.vision_bytes)
+        self._model, self._encoder = model, encoder
+        self._vision_names = vision_names
+        self._vision_cache = VisionCache(vision_cache_bytes)
         self._drafts: dict[Prompt, Tokens] = {}
-        self._drafting = self.settings.drafts
-        self._layout: tuple[tuple[Prompt, ...], Any] | None = None
+        self._use_drafts = settings.drafts
+        self._prompts: tuple[Prompt, ...] | None = None
+        self._batches: tuple[Batch, ...] = ()
 
-    def __call__(
+    def answer(
         self,
         prompts: Sequence[Prompt | str],
         known: Mapping[int, str] | None = None,
-        answered: Callable[[int, str, Tokens], None] | None = None,
+        answered: Answered | None = None,
     ) -> list[str]:
-        """One answer per prompt.
+        """One answer for each prompt, in their order.
 
         known: answers by place that need not be made again; a batch is left out if all of it is
-        known. answered: called with place, answer and its tokens as they come.
+        known. answered: called for each new answer as soon as it is there.
         """
         asked = tuple(p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
-        self.spent = Spent()
+        self.cost = Cost()
         start = time.perf_counter()
         answers = dict(known or {})
-        if self._layout is None or self._layout[0] != asked:
-            self._layout = asked, self._encoder.batches(asked, self.settings.batch_size)
-            self._note_length(asked)
-        with torch.inference_mode(), self._vision():
-            for batch in self._layout[1]:
+        if self._prompts != asked:
+            self._batches = self._encoder.split_into_batches(asked, self.batch_size)
+            self._prompts = asked
+            self._note_too_long(asked)
+        with torch.inference_mode(), self._cached_vision():
+            for batch in self._batches:
                 if all(place in answers for place in batch.places):
                     continue
-                for place, answer, tokens in self._answer(batch.places, asked):
-                    if answered and place not in answers:
+                for place, answer, tokens in self._answer_batch(batch, asked):
+                    if place in answers:
+                        continue
+                    answers[place] = answer
+                    if answered:
                         answered(place, answer, tokens)
-                    answers.setdefault(place, answer)
-        self.spent.seconds = time.perf_counter() - start
+        self.cost.seconds = time.perf_counter() - start
         return [answers[place] for place in range(len(asked))]
 
-    def expect(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
-        """Take tokens, by place, as the drafts of the next answers."""
+    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
+        """Take tokens, by the prompt's place, as the drafts of the next answers."""
         self._drafts |= {prompts[place]: found for place, found in tokens.items()}
 
-    def _answer(
-        self, places: Sequence[int], asked: Sequence[Prompt]
+    def _answer_batch(
+        self, batch: Batch, asked: Sequence[Prompt]
     ) -> Iterator[tuple[int, str, Tokens]]:
-        prompts = [asked[place] for place in places]
-        drafts = [self._drafts.get(prompt, []) if self._drafting else [] for prompt in prompts]
-        inputs = self._encoder(prompts)
+        prompts = [asked[place] for place in batch.places]
+        inputs = self._encoder.encode(prompts)
+        no_drafts: list[Tokens] = [[] for _ in prompts]
+        drafts = no_drafts
+        if self._use_drafts:
+            drafts = [self._drafts.get(prompt, []) for prompt in prompts]
         try:
-            tokens = self._decode(inputs, drafts)
+            decoded = self._decode(inputs, drafts)
         except CannotResumeError as error:
-            self._drafting = False
+            self._use_drafts = False
             self.notes.append(str(error))
-            tokens = self._decode(inputs, [[] for _ in prompts])
-        for place, prompt, found in zip(places, prompts, tokens, strict=True):
-            self._drafts[prompt] = found
-            yield place, self._encoder.decode(found), found
+            decoded = self._decode(inputs, no_drafts)
+        for place, prompt, tokens in zip(batch.places, prompts, decoded, strict=True):
+            self._drafts[prompt] = tokens
+            yield place, self._encoder.decode(tokens), tokens
 
     def _decode(self, inputs: Inputs, drafts: Sequence[Tokens]) -> list[Tokens]:
-        decoding = Decoding(self._live.model, drafts, self.settings, self.spent)
-        return decoding.run(inputs, self._encoder.tokenizer)
+        tokenizer = self._encoder.tokenizer
+        return BatchDecoder(self._model, tokenizer, drafts, self.settings, self.cost).decode(inputs)
 
-    def _note_length(self, asked: Sequence[Prompt]) -> None:
-        """Positions beyond those of the training give answers all the same, of whatever worth."""
-        assert self._layout
-        said = [
-            level.get("max_position_embeddings") for level in self._live.plan.base.config_levels
-        ]
-        most = next((number for number in reversed(said) if isinstance(number, int)), None)
-        longest = max(self._layout[1], key=lambda batch: batch.length, default=None)
-        if longest and most and (length := longest.length + self.settings.max_new_tokens) > most:
+    def _cached_vision(self) -> AbstractContextManager[None]:
+        if self.settings.vision_cache and self._vision_names:
+            return self._vision_cache.patch(self._model, self._vision_names)
+        return nullcontext()
+
+    def _note_too_long(self, asked: Sequence[Prompt]) -> None:
+        """Beyond the positions of its training a model answers all the same, but badly."""
+        config = self._model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
+        longest = max(self._batches, key=lambda batch: batch.longest_tokens, default=None)
+        if limit is None or longest is None:
+            return
+        tokens = longest.longest_tokens + self.settings.max_new_tokens
+        if tokens > limit:
             name = asked[longest.places[0]].id or "a prompt"
             self.notes.append(
-                f"{name}: {length} tokens with the answer, and the base was made for {most}"
+                f"{name}: {tokens} tokens with the answer, and the base was made for {limit}"
             )
-
-    @contextmanager
-    def _vision(self) -> Iterator[None]:
-        """Vision features from memory inside the block, if no weight they depend on is merged."""
-        if self.settings.vision_cache and self._live.vision:
-            with self._features.over(self._live.model, self._live.vision):
-                yield
-        else:
-            yield

@@ -1,9 +1,8 @@
-"""Where a search's live model and the weights it is blended from go: card, pinned RAM, page cache.
+"""Decide where a search's model goes, and where the weights that it is blended from are kept.
 
-Arithmetic over a plan's headers and the free memory, done before anything is loaded; the result
-says its sums in `lines`. Sizes of weights are exact but for quantized vision towers; the room for
-activations is an assumption. Imports neither torch nor transformers, so that `plan` can show the
-decision at once. Leaves to others: how much memory there is (`memory.py`), the loading (`live.py`).
+Arithmetic over a plan's headers and the free memory, done before anything is loaded. Sizes of
+weights are exact except those of quantized vision towers; activations are an assumption, because
+nothing in a header tells them. Imports no torch, so that `plan` can show the decision at once.
 """
 
 from __future__ import annotations
@@ -14,109 +13,201 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
-from ..checkpoints.dtypes import DTYPES, DType, parse_dtype
+from ..checkpoints.dtypes import DTYPES, DType
 from ..errors import PlacementError, RecipeError
+from ..settings import Device, PlacementSettings, Quantization
+from ..values import format_size, parse_dtype
 from .free_memory import Memory
 
 if TYPE_CHECKING:
     from ..mapping.plan import Part, Plan, Step
 
-Device = Literal["cpu", "cuda"]
-Quantize = Literal["int8", "nf4"]
-Home = Literal["vram", "pinned", "cache"]
+Location = Literal["vram", "pinned", "cache"]
+"""Where base and donor bytes are kept: card, page-locked RAM, or page cache."""
 
-BATCHES = (8, 4, 2, 1)
-"""Sequences answered at once, the most wanted first: what is tried where no batch is asked for."""
-TOKENS = 2048
-"""Length of each sequence, prompt, image and answer: the default."""
-ACTIVATIONS, ACTIVATIONS_EACH = 512 << 20, 64 << 20
-"""Bytes for activations and for staging weights on their way to the model, and those that each
-sequence of the batch adds. An assumption: nothing in a header tells them."""
-SPARE = 256 << 20
-"""Bytes left alone on the device: fragments, and what the estimates miss."""
+BATCH_SIZES = (8, 4, 2, 1)
+"""Tried in this order where no batch size is asked for."""
+SEQUENCE_TOKENS = 2048
+"""Assumed length of a sequence: prompt, image and answer."""
+ACTIVATION_BYTES = 512 << 20
+"""Assumed for activations, and for staging weights on their way into the model."""
+ACTIVATION_BYTES_PER_SEQUENCE = 64 << 20
+SPARE_BYTES = 256 << 20
+"""Left free on the device for fragmentation and for what the estimates miss."""
 
 _DEVICES: tuple[Device, ...] = ("cuda", "cpu")
-_PRECISIONS: tuple[Quantize | None, ...] = (None, "int8", "nf4")  # from the best down
+_QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")  # from the most exact down
 _LINEAR_KINDS = frozenset({"attention", "MLP", "vision tower", "connector"})
-_CACHED = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
+_CACHED_ROLE = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision. All counts but the batch are bytes.
+    """Where the model and its sources go. All numbers but the batch size are bytes.
 
-    dtype: of the live model, as `dtypes.py` spells it; of a quantized one, of what stays whole.
-    batch: sequences answered at once, for which work_bytes are enough.
-    sources_*: the exact base and donor weights of all interpolated parts, which every apply reads,
-    by where they are kept (`homes` tells it part by part); sources_stay: whether those in the page
-    cache find room there from one apply to the next. lines: the sums, for people.
+    The sources are the base and donor weights of all interpolated parts, which every `apply` reads;
+    `locate_sources` tells where each of them is.
+
+    quantize: "int8", "nf4", or None for a model that is not quantized.
+    dtype: of the parameters (of a quantized model, those that stay whole), as in `DTYPES`.
+    work_bytes: activations, key-value cache and staging, for sequences in batches of `batch_size`.
+    sources_stay_cached: the sources in the page cache find room there from one apply to the next.
+    lines: the decision and its sums, for people.
     """
 
     device: Device
-    quantize: Quantize | None
+    quantize: Quantization | None
     dtype: str
+    batch_size: int
     model_bytes: int
     work_bytes: int
-    batch: int
-    sources_vram: int
-    sources_pinned: int
-    sources_cache: int
-    sources_stay: bool
+    vram_source_bytes: int
+    pinned_source_bytes: int
+    cached_source_bytes: int
+    sources_stay_cached: bool
     lines: tuple[str, ...]
 
 
-# What is needed
-
-
 @dataclass(frozen=True, slots=True)
-class _Option:
-    """One way to hold the model and answer a batch: what it needs on its device, what that has."""
+class _Candidate:
+    """One way to hold the model and answer a batch, and what it needs on its device."""
 
     device: Device
-    quantize: Quantize | None
+    quantize: Quantization
     dtype: DType
-    batch: int
-    model: int
-    cache: int
-    staging: int
-    there: int
+    batch_size: int
+    model_bytes: int
+    kv_cache_bytes: int
+    staging_bytes: int
+    available_bytes: int
 
     @property
-    def activations(self) -> int:
-        return ACTIVATIONS + ACTIVATIONS_EACH * self.batch
+    def activation_bytes(self) -> int:
+        return ACTIVATION_BYTES + ACTIVATION_BYTES_PER_SEQUENCE * self.batch_size
 
     @property
-    def work(self) -> int:
-        return self.activations + self.cache + self.staging
+    def work_bytes(self) -> int:
+        return self.activation_bytes + self.kv_cache_bytes + self.staging_bytes
 
     @property
-    def need(self) -> int:
-        return self.model + self.work + SPARE
+    def required_bytes(self) -> int:
+        return self.model_bytes + self.work_bytes + SPARE_BYTES
 
     @property
     def fits(self) -> bool:
-        return self.need <= self.there
+        return self.required_bytes <= self.available_bytes
 
     @property
     def name(self) -> str:
-        return f"{self.device} {self.quantize or self.dtype.name} at batch {self.batch}"
-
-    @property
-    def flags(self) -> str:
-        return f"--device {self.device} --live-quantize {self.quantize or 'none'}"
+        precision = self.dtype.name if self.quantize == "none" else self.quantize
+        return f"{self.device} {precision} at batch {self.batch_size}"
 
     @property
     def sum(self) -> str:
         return (
-            f"model {_bytes(self.model)} + work {_bytes(self.work)} + spare {_bytes(SPARE)}"
-            f" = {_bytes(self.need)} of {_bytes(self.there)}"
+            f"model {format_size(self.model_bytes)} + work {format_size(self.work_bytes)}"
+            f" + spare {format_size(SPARE_BYTES)} = {format_size(self.required_bytes)}"
+            f" of {format_size(self.available_bytes)}"
+        )
+
+    @property
+    def kv_cache(self) -> str:
+        return (
+            f"{format_size(self.kv_cache_bytes)} key-value cache of"
+            f" {self.batch_size} x {SEQUENCE_TOKENS} tokens"
+        )
+
+    @property
+    def shortage(self) -> str:
+        memory = "VRAM" if self.device == "cuda" else "RAM"
+        return (
+            f"{self.name} needs {format_size(self.required_bytes)} of {memory}"
+            f" but {format_size(self.available_bytes)} is free"
         )
 
 
-def _live_dtype(plan: Plan, dtype: str | None) -> DType:
+def place(
+    plan: Plan,
+    memory: Memory,
+    settings: PlacementSettings,
+    *,
+    quantize: Quantization | None = None,
+    dtype: str | None = None,
+) -> Placement:
+    """Choose the fastest device that fits the model, and there the most exact precision.
+
+    A setting that is None is chosen here; the batch is made smaller before the precision is lowered
+    or a slower device is taken, because only quantizing changes answers. `ram` and `vram` of the
+    settings are not read: `memory` has them.
+
+    quantize, dtype: used where `live_quantize` and `live_dtype` are None. A dtype that is None
+    becomes that of most of the output's bytes.
+
+    Raises PlacementError with the sums if nothing that was asked for fits, and RecipeError if a
+    setting is not one of its choices.
+    """
+    device, quantize = settings.device, settings.live_quantize or quantize
+    if device not in (None, *_DEVICES):
+        raise RecipeError(f"--device {device}: expected cpu or cuda")
+    if quantize not in (None, *_QUANTIZATIONS):
+        raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
+    live_dtype = _choose_dtype(plan, settings.live_dtype or dtype)
+    batch_sizes = BATCH_SIZES if settings.batch_size is None else (settings.batch_size,)
+    candidates = _list_candidates(plan, memory, live_dtype, batch_sizes)
+    allowed = [
+        candidate
+        for candidate in candidates
+        if device in (None, candidate.device) and quantize in (None, candidate.quantize)
+    ]
+    chosen = next((candidate for candidate in allowed if candidate.fits), None)
+    if chosen is None:
+        raise PlacementError(_explain_refusal(candidates, allowed))
+    rejected = allowed[: allowed.index(chosen)]
+    return _place_sources(plan, memory, chosen, _explain_choice(memory, chosen, rejected))
+
+
+def _list_candidates(
+    plan: Plan, memory: Memory, dtype: DType, batch_sizes: Sequence[int]
+) -> list[_Candidate]:
+    """One candidate for each device there is and each precision, the most wanted first.
+
+    Each has the first batch size with which it fits, or the last one if it fits with none.
+    """
+    quantizable = (_loaded_bytes(step, dtype) for step in plan.steps if _is_quantizable(step))
+    # While a tensor is quantized, its blend, a copy of it and the result exist at once
+    staging_bytes = 3 * max(quantizable, default=0)
+    model_bytes = {quantize: _model_bytes(plan, dtype, quantize) for quantize in _QUANTIZATIONS}
+    kv_cache_bytes = _kv_cache_bytes_per_sequence(plan, dtype)
+    available = {"cuda": memory.vram_bytes, "cpu": memory.ram_bytes}
+    candidates = []
+    for device, quantize in product(_DEVICES, _QUANTIZATIONS):
+        available_bytes = available[device]
+        if available_bytes is None:
+            continue
+        for batch_size in batch_sizes:
+            candidate = _Candidate(
+                device,
+                quantize,
+                dtype,
+                batch_size,
+                model_bytes[quantize],
+                kv_cache_bytes * batch_size,
+                0 if quantize == "none" else staging_bytes,
+                available_bytes,
+            )
+            if candidate.fits:
+                break
+        candidates.append(candidate)
+    return candidates
+
+
+# Sizes
+
+
+def _choose_dtype(plan: Plan, dtype: str | None) -> DType:
     """The one asked for, else that of most of the output's bytes."""
     if dtype is not None:
-        return parse_dtype(dtype)
+        return DTYPES[parse_dtype(dtype)]
     sizes: dict[str, int] = {}
     for step in plan.steps:
         if step.dtype.blendable:
@@ -124,158 +215,74 @@ def _live_dtype(plan: Plan, dtype: str | None) -> DType:
     return DTYPES[max(sizes, key=lambda name: sizes[name])]
 
 
-def _live_bytes(step: Step, live: DType) -> int:
-    """Bytes of a whole parameter: floats are cast to the live dtype as they are loaded."""
-    floating = (step.dtype.torch or "").startswith(("float", "bfloat"))
-    return (live if floating else step.dtype).nbytes(step.elements)
+def output_bytes(plan: Plan, quantize: Quantization | None = None) -> int:
+    """Bytes of the tensors that a merge writes; of a quantized output an estimate from headers."""
+    return sum(_stored_bytes(step, step.nbytes, quantize) for step in plan.steps)
 
 
-def _quantized(step: Step) -> bool:
-    """Whether bitsandbytes would quantize it: the weight of an nn.Linear other than the head.
+def _model_bytes(plan: Plan, dtype: DType, quantize: Quantization) -> int:
+    return sum(_stored_bytes(step, _loaded_bytes(step, dtype), quantize) for step in plan.steps)
 
-    An estimate on the vision side: there a two-dimensional weight may also be a table of positions,
-    which no name or shape tells from a Linear. Such tables are small.
+
+def _loaded_bytes(step: Step, dtype: DType) -> int:
+    """Bytes of an unquantized parameter: floats are cast to the model's dtype, others are not."""
+    is_float = (step.dtype.torch or "").startswith(("float", "bfloat"))
+    return (dtype if is_float else step.dtype).nbytes(step.elements)
+
+
+def _stored_bytes(step: Step, whole_bytes: int, quantize: Quantization | None) -> int:
+    """Bytes of a step's tensor: `whole_bytes`, or fewer if it is one that is quantized.
+
+    int8 has a float32 scale for each row. NF4 with double quantization takes half a byte for each
+    element, one for each 64 elements, and four for each 256 of these (QLoRA, arXiv 2305.14314,
+    section 3).
     """
-    return len(step.shape) == 2 and step.kind in _LINEAR_KINDS and step.name.endswith(".weight")
-
-
-def stored_bytes(plan: Plan, quantize: Quantize | None = None) -> int:
-    """Bytes of tensors that a merge writes; of a quantized one an estimate, from headers alone."""
-    return sum(
-        _quantized_bytes(step, quantize) if quantize and _quantized(step) else step.nbytes
-        for step in plan.steps
-    )
-
-
-def _model_bytes(plan: Plan, live: DType, quantize: Quantize | None) -> int:
-    return sum(
-        _quantized_bytes(step, quantize)
-        if quantize and _quantized(step)
-        else _live_bytes(step, live)
-        for step in plan.steps
-    )
-
-
-def _quantized_bytes(step: Step, quantize: Quantize) -> int:
-    """Bytes of a weight in int8 with a float32 scale a row, or in NF4 with double quantization.
-
-    NF4: half a byte an element, one of scale for 64 elements, and 4 for 256 such scales (Dettmers
-    et al., QLoRA, arXiv 2305.14314, section 3).
-    """
+    if quantize in (None, "none") or not _is_quantizable(step):
+        return whole_bytes
     if quantize == "int8":
         return step.elements + 4 * step.shape[0]
     scales = -(-step.elements // 64)
     return -(-step.elements // 2) + scales + 4 * -(-scales // 256)
 
 
-def _kv_bytes(plan: Plan, live: DType, tokens: int) -> int:
-    """Bytes of the key-value cache of one sequence of `tokens` tokens, in the live dtype.
+def _is_quantizable(step: Step) -> bool:
+    """Whether bitsandbytes would quantize it: the weight of an nn.Linear other than the head.
+
+    A guess on the vision side, where a two-dimensional weight may also be a table of positions,
+    which no name or shape tells from a Linear. Such tables are small.
+    """
+    return len(step.shape) == 2 and step.kind in _LINEAR_KINDS and step.name.endswith(".weight")
+
+
+def _kv_cache_bytes_per_sequence(plan: Plan, dtype: DType) -> int:
+    """Bytes of the key-value cache of one sequence of SEQUENCE_TOKENS tokens.
 
     Streams of one layer (CogVLM's experts) share its cache: each token goes through one of them.
     """
     rows: dict[str, int] = {}
     for _, part in plan.parts:
-        if part.role and _CACHED.fullmatch(part.role.partition("@")[0]):
+        if part.role and _CACHED_ROLE.fullmatch(part.role.partition("@")[0]):
             rows[part.role] = rows.get(part.role, 0) + part.rows[1] - part.rows[0]
     widest: dict[str, int] = {}
     for role, count in rows.items():
-        plain = role.partition("@")[0]
-        widest[plain] = max(widest.get(plain, 0), count)
-    return sum(widest.values()) * live.itemsize * tokens
+        plain_role = role.partition("@")[0]
+        widest[plain_role] = max(widest.get(plain_role, 0), count)
+    return sum(widest.values()) * dtype.itemsize * SEQUENCE_TOKENS
 
 
-def _options(
-    plan: Plan, memory: Memory, live: DType, batches: Sequence[int], tokens: int
-) -> list[_Option]:
-    """Every way to hold the model, the most wanted first.
-
-    Each at the first of the falling `batches` with which it fits, or else at the last: quantizing
-    changes the answers, a smaller batch only the time they take.
-    """
-    # While a tensor is quantized its blend, a copy and the result are there at once
-    largest = max((_live_bytes(step, live) for step in plan.steps if _quantized(step)), default=0)
-    models = {precision: _model_bytes(plan, live, precision) for precision in _PRECISIONS}
-    cache = _kv_bytes(plan, live, tokens)
-    room = {"cuda": memory.vram, "cpu": memory.ram}
-    options = []
-    for device, precision in product(_DEVICES, _PRECISIONS):
-        if (there := room[device]) is not None:
-            model, staging = models[precision], 3 * largest if precision else 0
-            ways = [
-                _Option(device, precision, live, batch, model, cache * batch, staging, there)
-                for batch in batches
-            ]
-            options.append(next((way for way in ways if way.fits), ways[-1]))
-    return options
+# Where base and donor bytes are kept
 
 
-# The decision
-
-
-def place(
-    plan: Plan,
-    memory: Memory,
-    *,
-    device: str | None = None,
-    quantize: Quantize | Literal["none"] | None = None,
-    dtype: str | None = None,
-    batch: int | None = None,
-    tokens: int = TOKENS,
-) -> Placement:
-    """Decide where the live model and its sources go: the most exact that fits the fastest device.
-
-    device: "cuda" or "cpu"; quantize: "int8", "nf4" or "none"; dtype: of the live model, such as
-    "BF16"; batch: sequences answered at once. None of each: decided here, the batch as the largest
-    of `BATCHES` that fits, made smaller before the precision is lowered or a slower device taken.
-    tokens: length of each sequence, in the key-value cache. PlacementError gives the numbers where
-    nothing that was asked for fits; RecipeError where a wish is none of the above.
-    """
-    if device not in (None, *_DEVICES):
-        raise RecipeError(f"--device {device}: expected cpu or cuda")
-    if quantize not in (None, "none", "int8", "nf4"):
-        raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
-    live = _live_dtype(plan, dtype)
-    options = _options(plan, memory, live, BATCHES if batch is None else (batch,), tokens)
-    wished = [
-        option
-        for option in options
-        if device in (None, option.device) and quantize in (None, option.quantize or "none")
-    ]
-    chosen = next((option for option in wished if option.fits), None)
-    if chosen is None:
-        raise _refusal(options, wished, tokens)
-    lines = _choice_lines(memory, chosen, wished[: wished.index(chosen)], tokens)
-    return _with_sources(plan, memory, chosen, lines)
-
-
-def _choice_lines(
-    memory: Memory, chosen: _Option, tried: Sequence[_Option], tokens: int
-) -> list[str]:
-    """What there is, what is needed, what did not fit and what did."""
-    work = (
-        f"work: {_bytes(chosen.activations)} assumed for activations and staging"
-        f" + {_cache(chosen, tokens)}"
-    )
-    if chosen.staging:
-        work += f" + {_bytes(chosen.staging)}, 3 x the largest quantized tensor"
-    return [
-        f"memory: {_on_card(memory)}{_bytes(memory.ram)} of RAM available",
-        work,
-        *(f"{option.name}: {option.sum}: does not fit" for option in tried),
-        f"{chosen.name}: {chosen.sum}: chosen",
-    ]
-
-
-def homes(plan: Plan, placement: Placement) -> Iterator[tuple[Step, Part, Home]]:
+def locate_sources(plan: Plan, placement: Placement) -> Iterator[tuple[Step, Part, Location]]:
     """Every interpolated part in plan order, and where its base and donor bytes are kept."""
-    blended = list(_blended(plan))
+    blended = list(_blended_parts(plan))
     sizes = (_source_bytes(part) for _, part in blended)
-    where = _fill(sizes, placement.sources_vram, placement.sources_pinned)
-    for (step, part), home in zip(blended, where, strict=True):
-        yield step, part, home
+    locations = _fill(sizes, placement.vram_source_bytes, placement.pinned_source_bytes)
+    for (step, part), location in zip(blended, locations, strict=True):
+        yield step, part, location
 
 
-def _blended(plan: Plan) -> Iterator[tuple[Step, Part]]:
+def _blended_parts(plan: Plan) -> Iterator[tuple[Step, Part]]:
     return ((step, part) for step, part in plan.parts if part.donor)
 
 
@@ -283,106 +290,126 @@ def _source_bytes(part: Part) -> int:
     return part.base.nbytes + (part.donor.nbytes if part.donor else 0)
 
 
-def _fill(sizes: Iterable[int], vram: int, pinned: int) -> Iterator[Home]:
-    """A place for each size in turn; one that does not fit ends the place for all that follow.
+def _fill(sizes: Iterable[int], vram_bytes: int, pinned_bytes: int) -> Iterator[Location]:
+    """A location for each size in turn: the card until one does not fit, then pinned, then cache.
 
-    So more room never means less in it, and the sums alone are enough to find the parts again.
+    A location that was once left is not used again, so that more memory never holds less, and the
+    sums of bytes in a Placement are enough to find the locations again.
     """
-    rooms: Iterator[tuple[Home, int]] = iter((("vram", vram), ("pinned", pinned)))
-    home, room = next(rooms)
+    remaining: list[tuple[Location, int]] = [("vram", vram_bytes), ("pinned", pinned_bytes)]
     for size in sizes:
-        while home != "cache" and size > room:
-            home, room = next(rooms, ("cache", 0))
-        room -= size
-        yield home
+        while remaining and size > remaining[0][1]:
+            del remaining[0]
+        if not remaining:
+            yield "cache"
+            continue
+        location, free_bytes = remaining[0]
+        remaining[0] = location, free_bytes - size
+        yield location
 
 
-def _with_sources(plan: Plan, memory: Memory, chosen: _Option, lines: list[str]) -> Placement:
-    """The placement, with the sources in what the model leaves free.
+def _place_sources(plan: Plan, memory: Memory, chosen: _Candidate, lines: list[str]) -> Placement:
+    """Put the sources into what the model leaves free.
 
-    Pinned memory cannot be swapped or given back in need: at most half of the RAM. On the CPU
-    nothing is copied: the mapped files serve, and the kernel caches what it has room for.
+    Pinned memory cannot be swapped or reclaimed, so at most half of the RAM is used for it. On the
+    CPU nothing is copied: the mapped files serve, and the kernel caches what it has room for.
     """
-    on_card = chosen.device == "cuda"
-    vram, pinned = (chosen.there - chosen.need, memory.ram // 2) if on_card else (0, 0)
-    sizes = [_source_bytes(part) for _, part in _blended(plan)]
-    sums: dict[Home, int] = {"vram": 0, "pinned": 0, "cache": 0}
-    for home, size in zip(_fill(sizes, vram, pinned), sizes, strict=True):
-        sums[home] += size
-    taken = sums["pinned"] + SPARE if on_card else chosen.need
-    ram_left = max(0, memory.ram - taken)
-    lines += _source_lines(sums, ram_left)
+    vram_bytes, pinned_bytes = 0, 0
+    if chosen.device == "cuda":
+        vram_bytes = chosen.available_bytes - chosen.required_bytes
+        pinned_bytes = memory.ram_bytes // 2
+    sizes = [_source_bytes(part) for _, part in _blended_parts(plan)]
+    total: dict[Location, int] = {"vram": 0, "pinned": 0, "cache": 0}
+    for location, size in zip(_fill(sizes, vram_bytes, pinned_bytes), sizes, strict=True):
+        total[location] += size
+    used_ram = total["pinned"] + SPARE_BYTES if chosen.device == "cuda" else chosen.required_bytes
+    free_ram = max(0, memory.ram_bytes - used_ram)
     return Placement(
-        chosen.device,
-        chosen.quantize,
-        chosen.dtype.name,
-        chosen.model,
-        chosen.work,
-        chosen.batch,
-        sums["vram"],
-        sums["pinned"],
-        sums["cache"],
-        sums["cache"] <= ram_left,
-        tuple(lines),
+        device=chosen.device,
+        quantize=None if chosen.quantize == "none" else chosen.quantize,
+        dtype=chosen.dtype.name,
+        batch_size=chosen.batch_size,
+        model_bytes=chosen.model_bytes,
+        work_bytes=chosen.work_bytes,
+        vram_source_bytes=total["vram"],
+        pinned_source_bytes=total["pinned"],
+        cached_source_bytes=total["cache"],
+        sources_stay_cached=total["cache"] <= free_ram,
+        lines=(*lines, *_explain_sources(total, free_ram)),
     )
 
 
-def _source_lines(sums: dict[Home, int], ram_left: int) -> Iterator[str]:
-    """Where base and donor go, and how much of them each alpha must fetch from the disk anew."""
-    words: dict[Home, str] = {
+# Words
+
+
+def _explain_choice(
+    memory: Memory, chosen: _Candidate, rejected: Sequence[_Candidate]
+) -> list[str]:
+    """What is free, what is needed, what did not fit and what did."""
+    card = "no CUDA card"
+    if memory.vram_bytes is not None:
+        card = f"{format_size(memory.vram_bytes)} free on {memory.card_name or 'the CUDA card'}"
+    activations = format_size(chosen.activation_bytes)
+    work = f"work: {activations} assumed for activations and staging + {chosen.kv_cache}"
+    if chosen.staging_bytes:
+        work += f" + {format_size(chosen.staging_bytes)}, 3 x the largest quantized tensor"
+    return [
+        f"memory: {card}, {format_size(memory.ram_bytes)} of RAM available",
+        work,
+        *(f"{candidate.name}: {candidate.sum}: does not fit" for candidate in rejected),
+        f"{chosen.name}: {chosen.sum}: chosen",
+    ]
+
+
+def _explain_sources(total: dict[Location, int], free_ram: int) -> Iterator[str]:
+    """Where base and donor are, and how much of them each alpha must read from the disk again."""
+    names: dict[Location, str] = {
         "vram": "in VRAM",
         "pinned": "in pinned RAM",
         "cache": "through the page cache",
     }
-    where = ", ".join(f"{_bytes(sums[home])} {word}" for home, word in words.items() if sums[home])
-    yield f"base + donor: each alpha reads {_bytes(sum(sums.values()))}: {where}"
-    if again := sums["cache"] - min(sums["cache"], ram_left):
+    where = ", ".join(
+        f"{format_size(total[location])} {name}"
+        for location, name in names.items()
+        if total[location]
+    )
+    yield f"base + donor: each alpha reads {format_size(sum(total.values()))}: {where}"
+    cached = total["cache"]
+    if cached > free_ram:
         yield (
-            f"page cache: at most {_bytes(ram_left)} of it stays in the RAM left;"
-            f" each alpha reads the other {_bytes(again)} or more from the disk again"
+            f"page cache: at most {format_size(free_ram)} of it stays in the RAM left;"
+            f" each alpha reads the other {format_size(cached - free_ram)} or more from the disk"
+            " again"
         )
-    elif sums["cache"]:
-        yield f"page cache: all of it fits the {_bytes(ram_left)} of RAM left; read from disk once"
+    elif cached:
+        yield (
+            f"page cache: all of it fits the {format_size(free_ram)} of RAM left;"
+            " read from disk once"
+        )
 
 
-def _on_card(memory: Memory) -> str:
-    if memory.vram is None:
-        return "no CUDA card, "
-    return f"{_bytes(memory.vram)} free on {memory.card or 'the CUDA card'}, "
-
-
-def _cache(option: _Option, tokens: int) -> str:
-    return f"{_bytes(option.cache)} key-value cache of {option.batch} x {tokens} tokens"
-
-
-def _refusal(options: list[_Option], wished: list[_Option], tokens: int) -> PlacementError:
-    """What the smallest wished option on each device lacks, and what would fit instead."""
-    other = next((option for option in options if option.fits), None)
-    fitting = f"{other.flags} would fit" if other else "a smaller model would help"
-    if not wished:  # every CPU option exists, so it was a card that was wished for
-        return PlacementError(
-            f"no CUDA card was found, or --vram 0 rules it out; {fitting},"
+def _explain_refusal(candidates: Sequence[_Candidate], allowed: Sequence[_Candidate]) -> str:
+    """What the smallest allowed candidate on each device lacks, and what would fit instead."""
+    help = "a smaller model would help"
+    fitting = next((candidate for candidate in candidates if candidate.fits), None)
+    if fitting:
+        help = f"--device {fitting.device} --live-quantize {fitting.quantize} would fit"
+    if not allowed:  # every CPU candidate exists, so a card was asked for
+        return (
+            f"no CUDA card was found, or --vram 0 rules it out; {help},"
             " --vram SIZE plans for a card that nvidia-smi does not show"
         )
-    least = {
-        device: min(on_device, key=lambda option: option.need)
+    smallest = {
+        device: min(on_device, key=lambda candidate: candidate.required_bytes)
         for device in _DEVICES
-        if (on_device := [option for option in wished if option.device == device])
+        if (on_device := [candidate for candidate in allowed if candidate.device == device])
     }
-    lacks = ", ".join(
-        f"{option.name} needs {_bytes(option.need)}"
-        f" of {'VRAM' if device == 'cuda' else 'RAM'} but {_bytes(option.there)} is free"
-        for device, option in least.items()
+    shortages = ", ".join(candidate.shortage for candidate in smallest.values())
+    options = " and ".join("--vram" if device == "cuda" else "--ram" for device in smallest)
+    first = allowed[0]  # nothing fits, so that all have the last batch size
+    if first.batch_size > 1:
+        help += ", a smaller --batch-size may help"
+    return (
+        f"the model does not fit: {shortages} (with a {first.kv_cache}); {help}, or free memory"
+        f" ({options} may say how much there will be)"
     )
-    free = " and ".join("--vram" if device == "cuda" else "--ram" for device in least)
-    smallest = wished[0]  # nothing fits, so all are at the last batch tried
-    fewer = ", a smaller --batch-size may help" if smallest.batch > 1 else ""
-    return PlacementError(
-        f"the model does not fit: {lacks} (with a {_cache(smallest, tokens)}); {fitting}{fewer},"
-        f" or free memory ({free} may say how much there will be)"
-    )
-
-
-def _bytes(count: int) -> str:
-    """A size for people, in decimal units."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,7 +1,6 @@
 """Vision features, computed once and taken from memory at every further alpha.
 
-Right as long as no weight on the vision side is merged, which the plan shows. Leaves to others:
-when to use it (`generate.py`).
+This is right as long as no weight on the vision side is merged, which the plan shows.
 """
 
 from __future__ import annotations
@@ -15,80 +14,81 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from .prompt_encoder import size_of
+from .prompt_encoder import tensor_bytes
 
 
-class FeatureCache:
-    """What the vision side made of the images it was given, by the images' bytes.
+class VisionCache:
+    """Outputs of a model's vision side by the images it was given.
 
-    limit: bytes of features to keep; when they are spent, further ones are computed every time.
+    limit_bytes: of features to keep; once they are used up, further ones are computed every time.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._room = limit
-        self._kept: dict[str, Any] = {}
+    def __init__(self, limit_bytes: int) -> None:
+        self._free_bytes = limit_bytes
+        self._outputs: dict[str, Any] = {}
 
     @contextmanager
-    def over(self, model: Any, vision: frozenset[str]) -> Iterator[None]:
-        """Inside the block, take the features from memory where they are there.
+    def patch(self, model: Any, vision_names: frozenset[str]) -> Iterator[None]:
+        """Inside the block, have the model take features from here if they are known.
 
-        vision: the parameters outside the decoder. transformers' own models have one method for
-        features; of remote code, the largest modules made of those parameters alone are taken.
+        vision_names: the parameters outside the decoder. Models of transformers have one method for
+        features; of remote code, the largest modules made of these parameters alone are taken.
         """
         inner = model.base_model
         if hasattr(inner, "get_image_features"):
-            places = [(inner, "get_image_features")]
+            methods = [(inner, "get_image_features")]
         else:
-            places = [(module, "forward") for module in _largest(model, vision)]
-        # Others (accelerate) may have put a method of theirs on the same module.
-        before = [vars(owner).get(name) for owner, name in places]
-        for owner, name in places:
-            setattr(owner, name, self._remembering(getattr(owner, name)))
+            methods = [(module, "forward") for module in _vision_modules(model, vision_names)]
+        # Others (accelerate) may have put a method of theirs on the same module
+        before = [vars(owner).get(name) for owner, name in methods]
+        for owner, name in methods:
+            setattr(owner, name, self._remember(getattr(owner, name)))
         try:
             yield
         finally:
-            for (owner, name), old in zip(places, before, strict=True):
+            for (owner, name), old in zip(methods, before, strict=True):
                 if old is None:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, old)
 
-    def _remembering(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def _remember(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(compute)
-        named = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
 
         @functools.wraps(compute)  # transformers looks at the signature
         def remembered(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
-            key = _digest([(name, given[name]) for name in named if name in given])
-            if key in self._kept:
-                return _slim(self._kept[key])
-            made = _slim(compute(*args, **kwargs))
-            if (size := size_of(made)) <= self._room:
-                self._kept[key] = made
-                self._room -= size
-            return _slim(made)
+            key = _digest([(name, given[name]) for name in names if name in given])
+            if key in self._outputs:
+                return _copy_features(self._outputs[key])
+            features = _copy_features(compute(*args, **kwargs))
+            nbytes = tensor_bytes(features)
+            if nbytes <= self._free_bytes:
+                self._outputs[key] = features
+                self._free_bytes -= nbytes
+            return _copy_features(features)
 
         return remembered
 
 
-def _largest(model: Any, vision: frozenset[str], path: str = "") -> Iterator[Any]:
-    """The modules, as near the top as can be, all of whose parameters are in `vision`."""
+def _vision_modules(model: Any, vision_names: frozenset[str], path: str = "") -> Iterator[Any]:
+    """The modules, as near the top as can be, that have vision parameters alone."""
     for name, child in model.named_children():
-        here = f"{path}{name}."
-        held = {here + inner for inner, _ in child.named_parameters()}
-        if held and held <= vision:
+        child_path = f"{path}{name}."
+        names = {child_path + inner for inner, _ in child.named_parameters()}
+        if names and names <= vision_names:
             yield child
-        elif held & vision:
-            yield from _largest(child, vision, here)
+        elif names & vision_names:
+            yield from _vision_modules(child, vision_names, child_path)
 
 
-def _slim(made: Any) -> Any:
-    """A copy of an output, without states of every vision layer: no decoder reads those."""
-    if not isinstance(made, dict):
-        return made
-    left_out = ("hidden_states", "attentions")
-    return type(made)(**{name: value for name, value in made.items() if name not in left_out})
+def _copy_features(output: Any) -> Any:
+    """A copy of an output, without the states of every vision layer: no decoder reads those."""
+    if not isinstance(output, dict):
+        return output
+    omitted = ("hidden_states", "attentions")
+    return type(output)(**{name: value for name, value in output.items() if name not in omitted})
 
 
 def _digest(value: Any) -> str:

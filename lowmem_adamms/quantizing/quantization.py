@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..checkpoints.dtypes import DTYPES, FROM_TORCH, DType
 from ..errors import FormatError, MappingError, RecipeError
-from ..live import transformers_model as loading
+from ..live import transformers_model
 from ..mapping.plan import Plan, Step
 from ..merging.shard_layout import Entry
 
@@ -102,14 +102,14 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
     base.fetch_sidecars()  # of a base on the Hub: its config, and code if it brings any
     floats = (step.dtype.torch for step in plan.steps if step.dtype.blendable)
     spoken = plan.options["dtype"]
-    model, quantizer = loading.skeleton(
+    model, quantizer = transformers_model.build_skeleton(
         base.folder,
         dtype=DTYPES[spoken].torch if spoken else None,
-        first=next(floats, None) or "float32",
+        first_dtype=next(floats, None) or "float32",
         quantize=method,
         trust_remote_code=trust_remote_code,
     )
-    groups, ignored = loading.join(model, [step.name for step in plan.steps])
+    groups, ignored = transformers_model.group_tensors(model, [step.name for step in plan.steps])
     names = _names(plan, model, quantizer, groups, ignored)
     casts = _casts(plan, model, [group for group in groups if group.names[0] not in names])
     settings = quantizer.quantization_config.to_dict()
@@ -121,13 +121,15 @@ def _dtype(dtype: Any) -> DType:
     return FROM_TORCH[str(dtype).removeprefix("torch.")]
 
 
-def _casts(plan: Plan, model: Any, groups: Sequence[loading.Group]) -> dict[str, DType]:
+def _casts(
+    plan: Plan, model: Any, groups: Sequence[transformers_model.TensorGroup]
+) -> dict[str, DType]:
     """The steps that a loader casts, and to what."""
     steps = {step.name: step for step in plan.steps}
-    state = loading.state_of(model)
+    state = transformers_model.get_state(model)
     casts = {}
     for group in groups:
-        wanted = _dtype(loading.dtype_of(model, group.target, state))
+        wanted = _dtype(transformers_model.loaded_dtype(model, group.target, state))
         for name in group.names:
             if steps[name].dtype.blendable and wanted.blendable and steps[name].dtype != wanted:
                 casts[name] = wanted
@@ -138,7 +140,7 @@ def _names(
     plan: Plan,
     model: Any,
     quantizer: Any,
-    groups: Sequence[loading.Group],
+    groups: Sequence[transformers_model.TensorGroup],
     ignored: Sequence[str],
 ) -> frozenset[str]:
     """The steps that become weights which the quantizer takes."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -23,10 +23,10 @@ from ..prompts import Prompt, digest
 
 if TYPE_CHECKING:
     from ..live.answerer import Answerer
-    from ..live.draft_decoding import Settings
     from ..live.live_model import LiveModel
     from ..live.placement import Placement
     from ..mapping.plan import Plan
+    from ..settings import AnswerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,16 @@ class Session(Closing):
 
     An alpha may be one by layer (`Alphas`).
 
-    load: makes the live model. journal: None keeps no record. asked: called before each alpha's
-    answers, and `answered` after each with its tokens (0: known before), for progress.
+    load: makes the live model. batch_size: prompts answered at a time. journal: None keeps no
+    record. asked: called before each alpha's answers, and `answered` after each with its tokens (0:
+    known before), for progress.
     """
 
     def __init__(
         self,
         load: Callable[[], LiveModel],
-        settings: Settings,
+        settings: AnswerSettings,
+        batch_size: int,
         journal: AnswerJournal | None = None,
         *,
         asked: Callable[[Alpha], None] | None = None,
@@ -65,7 +67,8 @@ class Session(Closing):
     ) -> None:
         self.timings: list[Timing] = []
         self.notes: list[str] = []
-        self._load, self._settings, self._journal = load, settings, journal
+        self._load, self._settings, self._batch_size = load, settings, batch_size
+        self._journal = journal
         self._asked, self._answered = asked, answered
         self._tokens = {**journal.tokens} if journal else {}
         self._last: Alpha | None = None
@@ -94,25 +97,21 @@ class Session(Closing):
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
         """
-        from ..live.answerer import Answerer
-
         known = dict(self._journal.again.get(alpha, {})) if self._journal else {}
         if len(known) < len(prompts):
             live, _ = self._ready()
             live.apply(alpha)
-            size = self._settings.batch_size
-            other = replace(self._settings, batch_size=max(1, size // 2))
-            answerer = Answerer(live, other)
-            answerer.expect(prompts, self._tokens[alpha])
+            answerer = live.make_answerer(self._settings, batch_size=max(1, self._batch_size // 2))
+            answerer.set_drafts(prompts, self._tokens[alpha])
             note = self._journal.note if self._journal else lambda *_, **__: None
-            answers = answerer(prompts, known, partial(note, alpha, again=True))
+            answers = answerer.answer(prompts, known, partial(note, alpha, again=True))
             known = dict(enumerate(answers))
         return [known[place] for place in range(len(prompts))]
 
     def _ask(self, alpha: Alpha, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
         live, answerer = self._ready()
         if self._last is not None:
-            answerer.expect(prompts, self._tokens[self._last])
+            answerer.set_drafts(prompts, self._tokens[self._last])
         self._last = alpha
         start = time.perf_counter()
         live.apply(alpha)
@@ -124,28 +123,27 @@ class Session(Closing):
                 self._journal.note(alpha, place, answer, tokens)
             self._tell(alpha, len(tokens))
 
-        answers = answerer(prompts, known, answered)
-        spent = answerer.spent
+        answers = answerer.answer(prompts, known, answered)
+        cost = answerer.cost
         self.timings.append(
             Timing(
                 alpha,
                 applied,
-                spent.seconds,
-                spent.answer_tokens,
-                spent.forward_tokens,
-                spent.plain_tokens,
+                cost.seconds,
+                cost.answer_tokens,
+                cost.forward_tokens,
+                cost.plain_tokens,
             )
         )
         self.notes = answerer.notes
         return answers
 
     def _ready(self) -> tuple[LiveModel, Answerer]:
-        from ..live.answerer import Answerer
-
         if self._loaded is None:
             live = self._load()
             try:
-                self._loaded = live, Answerer(live, self._settings)
+                answerer = live.make_answerer(self._settings, batch_size=self._batch_size)
+                self._loaded = live, answerer
             except BaseException:
                 live.close()
                 raise
@@ -157,7 +155,7 @@ class Session(Closing):
 
 
 def fingerprint(
-    plan: Plan, prompts: Sequence[Prompt], settings: Settings, placement: Placement
+    plan: Plan, prompts: Sequence[Prompt], settings: AnswerSettings, placement: Placement
 ) -> str:
     """A digest of everything that decides the answers at an alpha."""
     from ..version import __version__
@@ -166,7 +164,7 @@ def fingerprint(
     papers = [(str(name), (folder / name).stat()) for name in plan.base.sidecars()]
     document = [
         [__version__, version("transformers")],
-        [placement.device, placement.quantize, placement.dtype],
+        [placement.device, placement.quantize, placement.dtype, placement.batch_size],
         [[name, stat.st_size, stat.st_mtime_ns] for name, stat in papers],
         plan.identity(),
         digest(prompts),

@@ -116,7 +116,7 @@ def test_models_are_trained_on_the_inputs_that_the_product_gives_them(
     batch = lessons.Teaching(one, tokens, shown, count, 0).batch([0], [[("What is it?", "ring")]])
     image = tmp_path / "picture.png"
     Image.fromarray(shown.scenes[0].pixels).save(image)
-    given = Encoder(model, tmp_path / "papers")([Prompt("What is it?", images=(image,))])
+    given = Encoder(model, tmp_path / "papers").encode([Prompt("What is it?", images=(image,))])
     length = given["input_ids"].shape[1]
     assert batch["input_ids"][0, :length].tolist() == given["input_ids"][0].tolist()
     assert batch["labels"][0, :length].unique().tolist() == [lessons.SILENT]

@@ -28,7 +28,7 @@ from tiny import seen
 
 from lowmem_adamms import LiveModel, __version__, make_plan, merge, search
 from lowmem_adamms.live import transformers_model as loading
-from lowmem_adamms.live.prompt_encoder import load_processor
+from lowmem_adamms.live.processor import load_processor
 from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK, AnswerJournal
 from lowmem_adamms.prompts import Prompt, load_prompts
 from lowmem_adamms.settings import (
@@ -657,7 +657,7 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
 ) -> None:
     report = importlib.import_module("lowmem_adamms.reporting.search_page")
     features = importlib.import_module("lowmem_adamms.live.vision_cache")
-    render, over = report.render_search_page, features.FeatureCache.over
+    render, over = report.render_search_page, features.VisionCache.patch
     timings: list[Any] = []
     caches: list[Any] = []
 
@@ -670,7 +670,7 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
         return over(cache, *args)
 
     monkeypatch.setattr(report, "render_search_page", page)
-    monkeypatch.setattr(features.FeatureCache, "over", used)
+    monkeypatch.setattr(features.VisionCache, "patch", used)
     report_to = ("--report", tmp_path / "report.html")
     found = searched(exact, prompts, tmp_path / "journal.jsonl", switch, *report_to)
     assert found == small[0]
@@ -808,10 +808,10 @@ def test_plan_imports_nothing_heavy(pair: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--ram", "100MB", "--vram", "0"), r"needs [\d.]+ GB of RAM but 0\.10 GB is free"),
+        (("--ram", "100MB", "--vram", "0"), r"needs [\d.]+ [MG]B of RAM but 100 MB is free"),
         (
             ("--ram", "8GB", "--vram", "50MB", "--device", "cuda"),
-            r"needs [\d.]+ GB of VRAM but 50\.0 MB is free .*--live-quantize none would",
+            r"needs [\d.]+ [MG]B of VRAM but 50 MB is free .*--live-quantize none would",
         ),
         (("--ram", "8GB", "--vram", "0", "--device", "cuda"), "no CUDA card was found"),
         (("--ram", "8GB", "--vram", "80GB"), "placed on a CUDA card, but torch sees none"),
@@ -844,7 +844,7 @@ def test_what_does_not_fit_is_not_fetched(
     forbid(monkeypatch, "lowmem_adamms.merging.sources.download")
     words = ("--prompts", prompts, "--ram", "100MB", "--vram", "0")
     assert run("search", *pair, *words) == 2
-    assert_one_error(capsys, r"needs [\d.]+ GB of RAM but 0\.10 GB is free")
+    assert_one_error(capsys, r"needs [\d.]+ [MG]B of RAM but 100 MB is free")
 
 
 # Errors

@@ -1,8 +1,8 @@
 """The live model against its one promise: it is what loading the merged checkpoint would give.
 
 After any applies, every parameter and buffer equals, bit for bit, what transformers loads from the
-folder that `merge` writes at the last alpha. The expectation never goes through `live` or
-`loading`: a folder on disk, and from_pretrained of the class that its config names.
+folder that `merge` writes at the last alpha. The expectation never goes through `live/`: a folder
+on disk, and from_pretrained of the class that its config names.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import TINY_LINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem_adamms.kernels import gpu
@@ -30,19 +31,15 @@ from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import parse_dtype
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
-from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
-from lowmem_adamms.live import live_model as live
-from lowmem_adamms.live import transformers_model as loading
+from lowmem_adamms.live import live_model, load_check, transformers_model
 from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.live_sink import LiveSink
 from lowmem_adamms.live.placement import Placement, place
 from lowmem_adamms.mapping.plan import Plan
-
-loop = importlib.import_module(
-    "lowmem_adamms.merging.loop"
-)  # the package's `merge` is the function
+from lowmem_adamms.merging import loop
+from lowmem_adamms.settings import PlacementSettings
 
 Make = Callable[..., Path]
 Contents = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -58,7 +55,7 @@ def load(folder: Path, dtype: str = "auto", **options: Any) -> Any:
     remote = "auto_map" in config
     known = None if remote else getattr(transformers, config["architectures"][0], None)
     loader = known or transformers.AutoModelForCausalLM
-    with loading.quiet():
+    with transformers_model.quiet():
         model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=remote, **options)
     return model.eval()
 
@@ -89,18 +86,6 @@ def assert_same(found: Contents, expected: Contents) -> None:
 @functools.cache
 def ancestor(kind: str, *, seed: int = 0, tied: bool = False, inner: int = 0) -> tiny.Tensors:
     return tiny.ancestor(kind, seed, tied=tied)
-
-
-LINES = {
-    "llava": "llama",
-    "llava_next": "llama",
-    "cogvlm": "llama",
-    "mplug_owl2": "llama",
-    "llava_onevision": "qwen2",
-    "qwen2_vl": "qwen2",
-    "qwen2_5_vl": "qwen2",
-    "qwen3_vl": "qwen3",
-}
 
 
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
@@ -203,7 +188,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         tied = tied_parent or options.get("tied", False)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(tiny, "INNER", inner)
-            line = LINES.get(family, family)
+            line = TINY_LINES[family]
             tensors = ancestor(line, seed=parent, tied=tied, inner=inner)
             tiny.make(family, folder, ancestor=tensors, **options)
         for form in forms:
@@ -236,38 +221,29 @@ TIED, TIED_PARENT = {"tied": True}, {"tied_parent": True}
 FP16, FP32 = {"dtype": "float16"}, {"dtype": "float32"}
 PAIRS = {
     "qwen2_vl-ov": Pair(("qwen2_vl",), ("llava_onevision",)),
-    "ov-qwen2_vl": Pair(("llava_onevision",), ("qwen2_vl",)),
     "qwen2_vl-ov, by token": Pair(("qwen2_vl", "tokens"), ("llava_onevision", "tokens")),
-    "ov-qwen2_vl, by token": Pair(("llava_onevision", "tokens"), ("qwen2_vl", "tokens")),
-    "qwen2_vl modern-ov bin": Pair(("qwen2_vl", "modern"), ("llava_onevision", "bin")),
+    "ov modern-qwen2_5_vl": Pair(("llava_onevision", "modern"), ("qwen2_5_vl",)),
     "qwen2_vl bin-ov lmms": Pair(("qwen2_vl", "bin"), ("llava_onevision", "lmms")),
     "qwen2_vl hub-qwen2": Pair(("qwen2_vl", "qwen_hub"), ("qwen2",)),
-    "qwen2_5_vl-ov": Pair(("qwen2_5_vl",), ("llava_onevision",)),
     "qwen2_5_vl modern-ov fp16": Pair(
         ("qwen2_5_vl", "modern"), ("llava_onevision",), donor_options=FP16
     ),
-    "ov modern-qwen2_5_vl": Pair(("llava_onevision", "modern"), ("qwen2_5_vl",)),
-    "llava-next": Pair(("llava",), ("llava_next",)),
-    "next-llava bin": Pair(("llava_next",), ("llava", "bin")),
+    "next modern-llava bin": Pair(("llava_next", "modern"), ("llava", "bin")),
     "llava hub-llama": Pair(("llava", "llava_hub"), ("llama",)),
-    "next modern-llava": Pair(("llava_next", "modern"), ("llava",)),
     "llama-llava": Pair(("llama",), ("llava",)),
     "mistral": Pair(("mistral",), ("mistral",), donor_options={"seed": 2}),
-    "qwen3": Pair(("qwen3",), ("qwen3",), donor_options={"seed": 2}),
     "qwen3_vl-qwen3": Pair(("qwen3_vl",), ("qwen3",)),
+    "internvl-ov": Pair(("internvl",), ("llava_onevision",)),
+    "idefics3-llava": Pair(("idefics3",), ("llava",)),
     "tied-untied": Pair(("qwen2_vl",), ("llava_onevision",), base_options=TIED),
     "tied headless-untied": Pair(("qwen2", "headless"), ("qwen2_vl",), base_options=TIED),
     "untied-tied": Pair(("llava_onevision",), ("qwen2_vl",), TIED_PARENT, TIED),
-    "tied-tied": Pair(("qwen2_vl",), ("llava_onevision",), TIED, TIED),
     "tied inside-untied": Pair(("qwen2_vl", "both_tied"), ("llava_onevision",), TIED, TIED_PARENT),
     "silent-untied": Pair(("llama", "gemma"), ("llava",), TIED, TIED_PARENT),
     "donor of fewer rows": Pair(("llava",), ("llama",), donor_options={"vocab": 300}),
-    "donor of more rows": Pair(("qwen2_vl", "tokens"), ("qwen2", "tokens"), {}, {"vocab": 400}),
-    "keep": Pair(("qwen2_vl",), ("llava_onevision",), plan={"embeddings": "keep"}),
     "keep silent": Pair(("llama", "gemma"), ("llava",), TIED, plan={"embeddings": "keep"}),
     "plan fp16": Pair(("qwen2_vl",), ("llava_onevision",), plan={"dtype": parse_dtype("fp16")}),
-    "plan fp32": Pair(("llava",), ("llava_next",), plan={"dtype": parse_dtype("fp32")}),
-    "plan fp32 mixed": Pair(
+    "plan fp32, mixed": Pair(
         ("llava", "mixed"), ("llava_next",), plan={"dtype": parse_dtype("fp32")}
     ),
     "live fp32": Pair(("qwen2_vl",), ("llava_onevision",), dtype="fp32"),
@@ -275,21 +251,16 @@ PAIRS = {
     "plan fp32, live bf16": Pair(
         ("qwen2_vl",), ("llava_onevision",), plan={"dtype": parse_dtype("fp32")}, dtype="bf16"
     ),
-    "fp32-bf16": Pair(("qwen2_vl",), ("llava_onevision",), FP32),
     "bf16-fp32": Pair(("llava",), ("llava_next",), donor_options=FP32),
     "mixed-bf16": Pair(("llava", "mixed"), ("llava_next",)),
-    "mixed-mixed, by token": Pair(
-        ("qwen2_vl", "mixed", "tokens"), ("llava_onevision", "mixed", "tokens")
-    ),
     "cogvlm-llava": Pair(("cogvlm", "remote"), ("llava",)),
-    "mplug_owl2-llava": Pair(("mplug_owl2", "remote"), ("llava",)),
     "mplug_owl2-cogvlm": Pair(("mplug_owl2", "remote"), ("cogvlm",)),
 }
 
 
 def placed(plan: Plan, **wishes: Any) -> Placement:
     """On the CPU, whatever this machine has."""
-    return place(plan, Memory(64 << 30, None, None), device="cpu", **wishes)
+    return place(plan, Memory(64 << 30, None, None), PlacementSettings(device="cpu", **wishes))
 
 
 def live_of(
@@ -298,7 +269,7 @@ def live_of(
     return LiveModel(
         plan,
         dtype=dtype,
-        placement=placed(plan, quantize=quantize),
+        placement=placed(plan, live_quantize=quantize),
         trust_remote_code="auto_map" in plan.base.config,
         **options,
     )
@@ -364,24 +335,19 @@ def test_what_is_live_is_what_the_merged_checkpoint_loads_as(
     name: str, ready: Callable[..., Ready]
 ) -> None:
     pair = ready(name)
-    assert_same(contents(pair.live.model), pair.expected(0))
-    pair.check((0.3, 1, 0, 0.3))
+    base = contents(pair.live.model)
+    assert_same(base, pair.expected(0))
+    pair.check((0.3, 0))
+    merged = pair.expected(0.3)
+    assert sum(merged[key] != base[key] for key in base) >= 2 * 9, "too little is merged"
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_the_pairs_differ_enough_to_prove_it(name: str, ready: Callable[..., Ready]) -> None:
-    pair = ready(name)
-    merged, base, donor = (pair.expected(alpha) for alpha in (0.3, 0, 1))
-    blended = [key for key in merged if merged[key] not in (base[key], donor[key])]
-    assert len(blended) >= 2 * 9
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl-ov, by token", "live fp32", "silent-untied"])
+@pytest.mark.parametrize("name", ["qwen2_vl-ov, by token", "live fp32"])
 def test_any_sequence_of_alphas_ends_at_the_last(name: str, ready: Callable[..., Ready]) -> None:
     pair = ready(name)
 
     @settings(max_examples=8)
-    @given(st.lists(st.sampled_from([0, 1e-3, 1 / 3, 0.5, 0.999, 1]), min_size=1, max_size=6))
+    @given(st.lists(st.sampled_from([0, 1e-3, 1 / 3, 1]), min_size=1, max_size=5))
     def sequence_ends_at_its_last(alphas: list[float]) -> None:
         for alpha in alphas[:-1]:
             pair.live.apply(alpha)
@@ -442,33 +408,24 @@ def test_an_alpha_out_of_range_changes_nothing(alpha: float, ready: Callable[...
     assert_same(contents(pair.live.model), pair.expected(0.3))
 
 
-def test_the_files_are_only_read(ready: Callable[..., Ready]) -> None:
-    pair = ready("qwen2_vl-ov")
-    shards = [path for side in (pair.plan.base, pair.plan.donor) for path in side.shards]
-    before = [path.read_bytes() for path in shards]
-    pair.live.apply(0.3)
-    pair.live.apply(1)
-    assert [path.read_bytes() for path in shards] == before
-
-
 @pytest.mark.parametrize(
     ("name", "inside"),
     [
         ("qwen2_vl-ov", ("model.visual.",)),
         (
-            "ov-qwen2_vl",
+            "ov modern-qwen2_5_vl",
             ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
         ),
         ("cogvlm-llava", ("model.vision.",)),
         ("llama-llava", ("nothing",)),
     ],
 )
-def test_vision_names_all_parameters_outside_the_decoder(
+def test_vision_names_are_all_parameters_outside_the_decoder(
     name: str, inside: tuple[str, ...], ready: Callable[..., Ready]
 ) -> None:
-    model = ready(name).live
-    names = {key for key, _ in model.model.named_parameters() if key.startswith(inside)}
-    assert model.vision & dict(model.model.named_parameters()).keys() == names
+    live = ready(name).live
+    names = {key for key, _ in live.model.named_parameters() if key.startswith(inside)}
+    assert live.vision_names & dict(live.model.named_parameters()).keys() == names
 
 
 def test_a_closed_model_is_gone(make: Make) -> None:
@@ -478,19 +435,16 @@ def test_a_closed_model_is_gone(make: Make) -> None:
     assert gone() is None
 
 
-def test_device_alone_is_enough(make: Make, tmp_path: Path) -> None:
-    plan = PAIRS["qwen2_vl-ov"].planned(make)
-    with LiveModel(plan, device="cpu") as model:
-        assert model.placement.device == "cpu"
-        model.apply(0.3)
-        assert_same(contents(model.model), contents(load(merge(plan, 0.3, tmp_path / "out"))))
+def test_without_a_placement_one_is_chosen(make: Make) -> None:
+    with LiveModel(PAIRS["qwen2_vl-ov"].planned(make), device="cpu") as model:
+        assert (model.placement.device, model.placement.quantize) == ("cpu", None)
 
 
 # Windows
 
 
-@pytest.mark.parametrize("window", [1000, 4096, 1 << 30])
-@pytest.mark.parametrize("name", ["qwen2_vl-ov, by token", "live fp16", "mixed-bf16"])
+@pytest.mark.parametrize("window", [1000, 1 << 30])
+@pytest.mark.parametrize("name", ["qwen2_vl-ov, by token", "mixed-bf16"])
 def test_the_size_of_the_windows_changes_no_bit(
     name: str, window: int, ready: Callable[..., Ready]
 ) -> None:
@@ -527,12 +481,10 @@ class Watching(LiveSink):
         return slot
 
 
-S = TypeVar("S", bound=LiveSink)
-
-
-def own_sink(kind: type[S], model: LiveModel, source: Any) -> S:
-    """A second sink on a live model, made of the public parts."""
-    groups, ignored = loading.join(model.model, list(model.plan.base.tensors))
+def own_sink(model: LiveModel, source: Any, kind: type[LiveSink] = LiveSink) -> Any:
+    """A second sink on a live model."""
+    names = list(model.plan.base.tensors)
+    groups, ignored = transformers_model.group_tensors(model.model, names)
     return kind(model.model, model.plan, groups, ignored, source)
 
 
@@ -546,7 +498,7 @@ def test_blends_go_straight_into_the_parameters(
     ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready("qwen2_vl-ov")
-    sink = own_sink(Watching, pair.live, files).watch()
+    sink = own_sink(pair.live, files, Watching).watch()
     loop.run(pair.plan, 0.3, sink, source=files)
     assert sink.staged == []
     assert_same(contents(pair.live.model), pair.expected(0.3))
@@ -556,7 +508,7 @@ def test_casting_stages_one_window_at_a_time(
     ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready("live fp32")
-    sink = own_sink(Watching, pair.live, files).watch()
+    sink = own_sink(pair.live, files, Watching).watch()
     loop.run(pair.plan, 0.3, sink, source=files, window=4096)
     assert len(sink.staged) > 20
     assert 0 < sink.most <= 4096
@@ -568,7 +520,7 @@ def test_steps_that_alpha_cannot_change_are_left_alone(
     ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready("qwen2_vl-ov")
-    sink = own_sink(LiveSink, pair.live, files)
+    sink = own_sink(pair.live, files)
     assert {step.name for step in pair.plan.steps if sink.wants(step)} == {
         step.name for step in pair.plan.steps if step.action == "interpolate"
     }
@@ -577,23 +529,25 @@ def test_steps_that_alpha_cannot_change_are_left_alone(
 # The way over a device, without one
 
 
-DEVICE_PAIRS = ["qwen2_vl-ov, by token", "untied-tied", "live fp16", "mixed-bf16"]
-
-
-@pytest.mark.parametrize("name", DEVICE_PAIRS)
-@pytest.mark.parametrize("shares", [(0, 0), (1, 0), (0, 1), (0.4, 0.3)])
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("qwen2_vl-ov, by token", (0.4, 0.3)),
+        ("untied-tied", (1, 0)),
+        ("live fp16", (0, 1)),
+        ("mixed-bf16", (0, 0)),
+        ("mixed-bf16", (0.4, 0.3)),
+    ],
+)
 def test_sources_on_a_device_change_no_bit(
     name: str, shares: tuple[float, float], ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready(name)
     where = pair.live.placement
-    total = where.sources_cache
-    vram, pinned = (int(total * share) for share in shares)
-    where = replace(
-        where, sources_vram=vram, sources_pinned=pinned, sources_cache=total - vram - pinned
-    )
+    vram, pinned = (int(where.cached_source_bytes * share) for share in shares)
+    where = replace(where, vram_source_bytes=vram, pinned_source_bytes=pinned)
     source = DeviceSource(pair.plan, files, where, "cpu")
-    sink = own_sink(LiveSink, pair.live, source)
+    sink = own_sink(pair.live, source)
     for window, alpha in ((1 << 20, 1), (5000, 0.3), (5000, 0), (1 << 20, 0.3)):
         loop.run(pair.plan, alpha, sink, kernel=gpu.blend_torch, source=source, window=window)
         assert_same(contents(pair.live.model), pair.expected(alpha))
@@ -654,7 +608,7 @@ INPUT = torch.arange(1, 9).reshape(1, -1)
 
 
 def logits(model: Any) -> torch.Tensor:
-    with loading.quiet(), torch.inference_mode():
+    with transformers_model.quiet(), torch.inference_mode():
         out: torch.Tensor = model(input_ids=INPUT, attention_mask=torch.ones_like(INPUT)).logits
     return out
 
@@ -673,7 +627,7 @@ def test_a_quantized_model_is_the_merged_checkpoint_quantized(
     quantize: str, name: str, quantized: Callable[..., Ready]
 ) -> None:
     pair = quantized(name, quantize)
-    assert sum(map(loading.is_quantized, pair.live.model.parameters())) >= 2 * 7
+    assert sum(map(transformers_model.is_quantized, pair.live.model.parameters())) >= 2 * 7
     pair.check((0.3, 1, 0.3))
     assert pair.expected(0.3) != pair.expected(1)
 
@@ -698,7 +652,7 @@ def test_answering_in_between_changes_nothing(
 def test_a_quantized_model_generates(quantize: str, quantized: Callable[..., Ready]) -> None:
     pair = quantized("qwen2_vl-ov", quantize)
     pair.live.apply(0.3)
-    with loading.quiet(), torch.inference_mode():
+    with transformers_model.quiet(), torch.inference_mode():
         made = pair.live.model.generate(
             input_ids=INPUT,
             attention_mask=torch.ones_like(INPUT),
@@ -722,7 +676,7 @@ def test_quantizing_stages_one_tensor_at_a_time(
     quantized: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = quantized("qwen2_vl-ov", "nf4")
-    sink = own_sink(Watching, pair.live, files).watch()
+    sink = own_sink(pair.live, files, Watching).watch()
     loop.run(pair.plan, 0.3, sink, source=files, window=4096)
     largest = max(step.nbytes for step in pair.plan.steps if sink.wants(step))
     assert 0 < sink.most <= largest + 4096
@@ -801,7 +755,7 @@ def test_fused_tensors_are_what_the_merged_checkpoint_loads_as(
         assert len({fused.expected(alpha)[QKV][2] for alpha in (0, 0.3, 1)}) == 3
         interrupt_apply(fused.live, monkeypatch)
         fused.check((0.3,))
-        sink = own_sink(LiveSink, fused.live, files)
+        sink = own_sink(fused.live, files)
         for window in (1000, 1 << 30):
             loop.run(plan, 1, sink, source=files)
             loop.run(plan, 0.3, sink, source=files, window=window)
@@ -894,7 +848,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr(loading, "load_model", fail)
+    monkeypatch.setattr(transformers_model, "load_model", fail)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -914,7 +868,7 @@ def test_force_loads_strangers(make: Make, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "measure", lambda: Memory(64 << 20, None, None))
+    monkeypatch.setattr(live_model, "measure_memory", lambda: Memory(64 << 20, None, None))
     with pytest.raises(PlacementError, match="does not fit"):
         LiveModel(PAIRS["qwen2_vl-ov"].planned(make))
 
@@ -951,14 +905,14 @@ def test_one_wrong_bit_after_loading_is_found(
 ) -> None:
     if quantize:
         pytest.importorskip("bitsandbytes")
-    real = loading.load_model
+    real = transformers_model.load_model
 
     def spoilt(*args: Any, **options: Any) -> Any:
         model = real(*args, **options)
         one_bit(model.get_parameter(target))
         return model
 
-    monkeypatch.setattr(loading, "load_model", spoilt)
+    monkeypatch.setattr(transformers_model, "load_model", spoilt)
     plan = PAIRS["qwen2_vl-ov"].planned(make)
     stem = target.removeprefix("model.language_model.").removeprefix("model.")
     with pytest.raises(FormatError) as caught:
@@ -973,7 +927,7 @@ def test_a_wrong_bit_in_a_fused_or_split_tensor_is_found(
     registered: Callable[[str, list[Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = loading.load_model
+    real = transformers_model.load_model
     registered("phi3", fusing())
 
     def spoilt(*args: Any, **options: Any) -> Any:
@@ -981,7 +935,7 @@ def test_a_wrong_bit_in_a_fused_or_split_tensor_is_found(
         one_bit(model.get_parameter(QKV).chunk(2)[place])
         return model
 
-    monkeypatch.setattr(loading, "load_model", spoilt)
+    monkeypatch.setattr(transformers_model, "load_model", spoilt)
     with pytest.raises(FormatError, match=QKV):
         live_of(FUSED["phi3"].planned(make))
 
@@ -989,8 +943,8 @@ def test_a_wrong_bit_in_a_fused_or_split_tensor_is_found(
 def test_chunks_of_a_large_tensor_are_all_compared(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "CHUNK", 512)
-    real = loading.load_model
+    monkeypatch.setattr(load_check, "CHUNK_BYTES", 512)
+    real = transformers_model.load_model
     plan = PAIRS["qwen2_vl-ov"].planned(make)
     live_of(plan).close()
     for at in (0, 300, 64 * 96 - 1):
@@ -1001,7 +955,7 @@ def test_chunks_of_a_large_tensor_are_all_compared(
             one_bit(weight.view(-1)[: at + 1])
             return model
 
-        monkeypatch.setattr(loading, "load_model", spoilt)
+        monkeypatch.setattr(transformers_model, "load_model", spoilt)
         with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj"):
             live_of(plan)
 
@@ -1052,7 +1006,7 @@ def test_tensors_at_odd_offsets_are_read_right(make: Make, tmp_path: Path) -> No
     for path in (path for side in sides for path in side.glob("*.safetensors")):
         unpad(path)
     plan = make_plan(*sides)
-    spans: list[Span] = [*open_checkpoint(sides[0]).tensors.values()]
+    spans = open_checkpoint(sides[0]).tensors.values()
     assert all(span.start % span.dtype.itemsize for span in spans)
     with Ready(plan, live_of(plan), tmp_path) as odd:
         odd.check((0.3, 1, 0, 0.3))
@@ -1071,7 +1025,7 @@ def test_numpy_sees_the_parameters_themselves(
     ready: Callable[..., Ready], files: MappedFiles
 ) -> None:
     pair = ready("qwen2_vl-ov")
-    sink = own_sink(LiveSink, pair.live, files)
+    sink = own_sink(pair.live, files)
     step = next(
         step for step in pair.plan.steps if step.name.endswith("layers.1.mlp.up_proj.weight")
     )

@@ -34,13 +34,14 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, MappingError, MergeError, RecipeError
 from lowmem_adamms.live import transformers_model as loading
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import place, stored_bytes
+from lowmem_adamms.live.placement import output_bytes, place
 from lowmem_adamms.mapping.plan import Part, Plan, Step
 from lowmem_adamms.merging import disk_sink as sink
 from lowmem_adamms.merging.journal import WORK
 from lowmem_adamms.merging.shard_layout import Entry
 from lowmem_adamms.merging.verify import verify
 from lowmem_adamms.quantizing.quantization import Method, Quantized, prepare
+from lowmem_adamms.settings import PlacementSettings
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -222,7 +223,11 @@ def test_what_a_quantized_search_asks_is_what_is_written(
 ) -> None:
     """The ends are copies, which take another way than blends."""
     plan, _ = plain("llava")
-    placement = place(plan, Memory(1 << 40, None, None), device="cpu", quantize=method)
+    placement = place(
+        plan,
+        Memory(1 << 40, None, None),
+        PlacementSettings(device="cpu", live_quantize=method),
+    )
     with LiveModel(plan, placement=placement) as live:
         live.apply(alpha)
         asked = contents(live.model.state_dict())
@@ -382,13 +387,13 @@ def test_the_command_writes_it_and_the_plan_foretells_its_size(
     words = ("--quantize", "nf4", "--alpha", "0.3")
     with monkeypatch.context() as patch:
         asked: list[Path] = []
-        ask = loading.skeleton
+        ask = loading.build_skeleton
 
         def counted(folder: Path, **options: Any) -> Any:
             asked.append(folder)
             return ask(folder, **options)
 
-        patch.setattr(loading, "skeleton", counted)
+        patch.setattr(loading, "build_skeleton", counted)
         assert main(["merge", *pair, "-o", str(tmp_path / "out"), *words]) == 0
         assert len(asked) == 1  # it takes seconds, and as it has to be known first, is kept
     assert "24 of them quantized to nf4" in capsys.readouterr().out
@@ -410,9 +415,9 @@ def test_the_command_writes_it_and_the_plan_foretells_its_size(
 
 def test_true_sizes_are_foretold(true_size: dict[str, Any]) -> None:
     plan = make_plan(true_size["qwen2-vl-7b"], true_size["llava-onevision-qwen2-7b-ov-hf"])
-    assert stored_bytes(plan) == plan.bytes_written
-    assert 0.3 < stored_bytes(plan, "nf4") / plan.bytes_written < 0.4
-    assert 0.5 < stored_bytes(plan, "int8") / plan.bytes_written < 0.6
+    assert output_bytes(plan) == plan.bytes_written
+    assert 0.3 < output_bytes(plan, "nf4") / plan.bytes_written < 0.4
+    assert 0.5 < output_bytes(plan, "int8") / plan.bytes_written < 0.6
 
 
 # Refusals
@@ -424,18 +429,16 @@ def test_it_cannot_be_merged_again(outs: dict[str, Path]) -> None:
             open_checkpoint(out)
 
 
-@pytest.mark.parametrize("missing", ["bitsandbytes", "accelerate"])
 def test_what_is_missing_is_named_in_one_line(
-    missing: str, plain: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    plain: Plain, tmp_path: Path, hide_package: Callable[[str], None], capsys: Capture
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == missing else find(n))
+    hide_package("bitsandbytes")
     plan, _ = plain("llava")
     words = (str(plan.base.path), str(plan.donor.path), "-o", str(tmp_path / "out"))
     assert main(["merge", *words, "--alpha", "0.3", "--quantize", "nf4"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["note", "error"]
-    assert f"--quantize needs {missing}: pip install" in lines[-1]
+    assert "nf4 needs bitsandbytes, which is not installed" in lines[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -489,13 +492,13 @@ def test_names_that_transformers_ignores_are_refused(
 def test_what_transformers_converts_is_refused(
     plain: Plain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    join = loading.join
+    join = loading.group_tensors
 
     def converting(model: Any, names: list[str]) -> Any:
         groups, ignored = join(model, names)
         return [replace(group, converter=object()) for group in groups], ignored
 
-    monkeypatch.setattr(loading, "join", converting)
+    monkeypatch.setattr(loading, "group_tensors", converting)
     with pytest.raises(RecipeError, match=r"transformers converts .* merge without --quantize"):
         prepare(plain("llava")[0], "nf4")
 

@@ -17,13 +17,13 @@ import talk
 
 from lowmem_adamms import make_plan, search
 from lowmem_adamms.errors import OutputError
-from lowmem_adamms.live.draft_decoding import Settings
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.placement import Placement, place
 from lowmem_adamms.mapping.alphas import Alpha
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.searching.session import Session, fingerprint
+from lowmem_adamms.settings import AnswerSettings, PlacementSettings
 
 if TYPE_CHECKING:
     from conftest import Talkers
@@ -35,7 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILY = "llava_onevision"
 ALPHAS = (0.0, 0.2, 0.4, 0.6)
-SETTINGS = Settings(talk.NEW, 2)
+SETTINGS = AnswerSettings(max_new_tokens=talk.NEW)
+BATCH_SIZE = 2
 TESTS = Path(__file__).parents[1]
 
 
@@ -44,8 +45,7 @@ class Kept:
 
     def __init__(self, live: LiveModel) -> None:
         self._live = live
-        self.model, self.plan, self.vision = live.model, live.plan, live.vision
-        self.trust_remote_code, self.encoder = live.trust_remote_code, live.encoder
+        self.model, self.plan, self.make_answerer = live.model, live.plan, live.make_answerer
         self.applied: list[float] = []
         self.closed = 0
 
@@ -70,7 +70,7 @@ def prompts(images: tuple[Path, ...]) -> tuple[Prompt, ...]:
 def opened(
     kept: Kept, journal: AnswerJournal | None = None, **hooks: Callable[..., None]
 ) -> Session:
-    return Session(lambda: kept, SETTINGS, journal, **hooks)  # type: ignore[arg-type, return-value]
+    return Session(lambda: kept, SETTINGS, BATCH_SIZE, journal, **hooks)  # type: ignore[arg-type, return-value]
 
 
 def unwanted() -> NoReturn:
@@ -89,7 +89,7 @@ def truth(talker: Talkers, prompts: tuple[Prompt, ...]) -> dict[float, list[str]
         plain = replace(SETTINGS, drafts=False, vision_cache=False)
         for alpha in ALPHAS:
             live.apply(alpha)
-            _truth[alpha] = live.generate(prompts, plain)
+            _truth[alpha] = live.generate(prompts, plain, batch_size=BATCH_SIZE)
     assert len({tuple(answers) for answers in _truth.values()}) == len(ALPHAS)
     return _truth
 
@@ -142,7 +142,7 @@ def test_what_is_all_known_needs_no_model(
     with (
         AnswerJournal(tmp_path / "a", "mine") as journal,
         Session(
-            unwanted, SETTINGS, journal, answered=lambda alpha, _: told.append(alpha)
+            unwanted, SETTINGS, BATCH_SIZE, journal, answered=lambda alpha, _: told.append(alpha)
         ) as session,
     ):
         assert asked_all(session, prompts) == truth
@@ -192,7 +192,7 @@ def test_noise_is_the_same_alpha_in_other_batches_and_is_journalled(
 def test_noise_is_measured_in_batches_of_half_the_size(
     kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]]
 ) -> None:
-    session = Session(lambda: kept, replace(SETTINGS, batch_size=4))  # type: ignore[arg-type, return-value]
+    session = Session(lambda: kept, SETTINGS, 4)  # type: ignore[arg-type, return-value]
     session(0.2, prompts)
     with talk.counted(kept.model) as passes:
         assert session.again(0.2, prompts) == truth[0.2]
@@ -249,15 +249,15 @@ def run(
     key = fingerprint(plan, prompts, SETTINGS, small(plan))  # type: ignore[arg-type]
     with (
         AnswerJournal(out, key) as journal,
-        Session(load, SETTINGS, journal, answered=answered) as session,
+        Session(load, SETTINGS, BATCH_SIZE, journal, answered=answered) as session,
     ):
         return search(session, prompts, ALPHAS, noise=session.again)
 
 
 def small(plan: object) -> Placement:
     """A placement that is the same in every process."""
-    memory = Memory(ram=4 << 30, vram=None, card=None)
-    return place(plan, memory, device="cpu", dtype="F32", batch=2)  # type: ignore[arg-type]
+    settings = PlacementSettings(device="cpu", live_dtype="fp32", batch_size=BATCH_SIZE)
+    return place(plan, Memory(4 << 30, None, None), settings)  # type: ignore[arg-type]
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_result(
@@ -319,7 +319,7 @@ def test_a_fingerprint_tells_everything_apart_that_decides_an_answer(
         "another order": fingerprint(plan, prompts[::-1], SETTINGS, there),
         "another image": fingerprint(plan, swapped, SETTINGS, there),
         "longer answers": fingerprint(plan, prompts, replace(SETTINGS, max_new_tokens=9), there),
-        "other batches": fingerprint(plan, prompts, replace(SETTINGS, batch_size=3), there),
+        "other batches": fingerprint(plan, prompts, SETTINGS, replace(there, batch_size=3)),
         "no drafts": fingerprint(plan, prompts, replace(SETTINGS, drafts=False), there),
         "quantized": fingerprint(plan, prompts, SETTINGS, replace(there, quantize="nf4")),
         "another device": fingerprint(plan, prompts, SETTINGS, replace(there, device="cuda")),
@@ -343,7 +343,7 @@ def test_a_fingerprint_does_not_depend_on_where_sources_lie_or_prompts_are_kept(
     moved = [Path(shutil.copy(image, tmp_path / f"moved-{image.name}")) for image in images]
     here, there = talk.ask(FAMILY, images), talk.ask(FAMILY, moved)
     placement = small(plan)
-    elsewhere = replace(placement, sources_cache=0, sources_pinned=1, lines=())
+    elsewhere = replace(placement, cached_source_bytes=0, pinned_source_bytes=1, lines=())
     assert fingerprint(plan, here, SETTINGS, placement) == fingerprint(
         plan, there, SETTINGS, elsewhere
     )
