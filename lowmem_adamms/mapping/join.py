@@ -92,7 +92,7 @@ def make_plan(
         >>> pair = demo.export(Path("demo"))
         >>> plan = make_plan(pair.base, pair.donor)
         >>> plan.counts
-        {'interpolate': 75, 'copy': 22}
+        {'interpolate': 75, 'copy': 55}
     """
     output_dtype = None if dtype is None else _find_dtype(dtype)
     base_opened, donor_opened = _open(base), _open(donor)
