@@ -123,6 +123,7 @@ def test_relative_intervals_hold_the_score_and_are_finite_where_little_moved() -
         assert candidate.interval is not None and candidate.score is not None
         low, high = candidate.interval
         assert 0 <= low <= candidate.score <= high < 1e6
+    assert result.wins[0.1] < 0.1, "a draw in which nothing moved is no win"
 
 
 def test_noise_is_told_in_the_unit_of_relative_scores() -> None:
