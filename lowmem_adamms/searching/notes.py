@@ -55,7 +55,7 @@ def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) ->
     lowest = min(scores.values())
     for end, neighbour in ((grid[0].alpha, grid[1].alpha), (grid[-1].alpha, grid[-2].alpha)):
         differences = comparison.differences(min(end, neighbour), max(end, neighbour))
-        difference = comparison.scale(comparison.sum(differences), end)
+        difference = comparison.scale(comparison.total(differences), end)
         if difference is None or not comparison.is_eligible(end):
             continue
         if 2 * difference < lowest:

@@ -144,9 +144,9 @@ class AnswerComparison:
     def score(self, point: GridPoint) -> float | None:
         """D, in per cent if relative; None at an end, and where there is nothing to divide by."""
         scores = self.prompt_scores(point)
-        return None if scores is None else self.scale(self.sum(scores), point.alpha)
+        return None if scores is None else self.scale(self.total(scores), point.alpha)
 
-    def sum(self, differences: Iterable[float]) -> float:
+    def total(self, differences: Iterable[float]) -> float:
         """A count, or a sum of distances to 9 decimals: the same in every order of the prompts."""
         total = math.fsum(differences)
         return int(total) if self._distance is None else round(total, 9)

@@ -282,7 +282,7 @@ def _candidate(
     def difference(first: float | None, second: float | None) -> float | None:
         if first is None or second is None:
             return None
-        return comparison.sum(comparison.differences(first, second))
+        return comparison.total(comparison.differences(first, second))
 
     return Candidate(
         point.alpha,
