@@ -34,7 +34,6 @@ from .merging.verify import verify
 from .prompts import Prompt, Prompts
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
-    AnswerSettings,
     OutputSettings,
     PlacementSettings,
     PlanSettings,
@@ -285,17 +284,12 @@ def _session(
     """What asks the model and remembers its answers."""
     from .searching.session import Session, fingerprint
 
-    answer_settings = AnswerSettings(
-        max_new_tokens=settings.max_new_tokens,
-        drafts=settings.drafts,
-        vision_cache=settings.vision_cache,
-    )
-    key = fingerprint(plan, prompts, answer_settings, placement)
+    key = fingerprint(plan, prompts, settings, placement)
     with (
         _journal(Path(journal), key) if journal else nullcontext() as answers,
         Session(
             partial(_load, plan, settings, placement),
-            answer_settings,
+            settings,
             placement.batch_size,
             answers,
             asked=progress.asked if progress else None,

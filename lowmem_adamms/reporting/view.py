@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..mapping.alphas import Alphas
 from ..searching.scoring import MARKEDLY
 from ..searching.search import Candidate, Result
 from .text import DASH, format_count, format_percent
@@ -222,7 +221,7 @@ class TimingRow:
 
 
 def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[TimingRow]:
-    """A row for each alpha, one for all alphas by layer, and the total."""
+    """A row for each alpha, and the total."""
     rows = [
         TimingRow(
             view.format_alpha(timing.alpha),
@@ -230,11 +229,7 @@ def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[TimingRow]
             "chosen" if timing.alpha == view.result.alpha else "",
         )
         for timing in timings
-        if not isinstance(timing.alpha, Alphas)
     ]
-    by_layer = [timing for timing in timings if isinstance(timing.alpha, Alphas)]
-    if by_layer:
-        rows.append(TimingRow(f"by layer, {format_count(len(by_layer), 'time')}", by_layer))
     return [*rows, TimingRow("total", timings, "total")]
 
 

@@ -1,8 +1,6 @@
-"""One search on one live model: answers alpha by alpha, journalled, timed, resumed after a kill.
+"""The answers of one live model, alpha by alpha: journalled, timed, resumed after a kill.
 
-What lies between the search, which knows no model, and the model, which knows no search. The model
-is loaded at the first question that the journal cannot answer. Leaves to others: choosing
-(`search.py`), showing (`cli/`, `report.py`).
+This is what lies between the search, which knows no model, and the model, which knows no search.
 """
 
 from __future__ import annotations
@@ -11,22 +9,22 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from ..closing import Closing
-from ..mapping.alphas import Alpha
 from ..merging.journal import AnswerJournal
 from ..prompts import Prompt, digest
+from ..settings import AnswerSettings
+from ..version import __version__
 
 if TYPE_CHECKING:
     from ..live.answerer import Answerer
     from ..live.live_model import LiveModel
     from ..live.placement import Placement
     from ..mapping.plan import Plan
-    from ..settings import AnswerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Timing:
     through it without drafts.
     """
 
-    alpha: Alpha
+    alpha: float
     apply_seconds: float
     seconds: float
     answer_tokens: int
@@ -45,14 +43,22 @@ class Timing:
     plain_tokens: int
 
 
-class Session(Closing):
-    """Callable as `search.Generate`. `timings` has a line for each alpha that was not all known.
+class Session(AbstractContextManager["Session"]):
+    """Answers prompts at an alpha; its instances are what `search` calls `generate`.
 
-    An alpha may be one by layer (`Alphas`).
+    Args:
+        load: Makes the live model, at the first prompt that the journal has no answer to.
+        settings: How answers are made.
+        batch_size: Prompts answered at a time.
+        journal: Keeps the answers and knows those of an earlier run; None keeps no record.
+        asked: Called with each alpha before its answers.
+        answered: Called after each answer with its alpha and number of tokens, which is 0 if the
+            answer was known.
 
-    load: makes the live model. batch_size: prompts answered at a time. journal: None keeps no
-    record. asked: called before each alpha's answers, and `answered` after each with its tokens (0:
-    known before), for progress.
+    Attributes:
+        timings: One for each alpha that was not all known.
+        notes: What the user should know of the answers.
+
     """
 
     def __init__(
@@ -62,8 +68,8 @@ class Session(Closing):
         batch_size: int,
         journal: AnswerJournal | None = None,
         *,
-        asked: Callable[[Alpha], None] | None = None,
-        answered: Callable[[Alpha, int], None] | None = None,
+        asked: Callable[[float], None] | None = None,
+        answered: Callable[[float, int], None] | None = None,
     ) -> None:
         self.timings: list[Timing] = []
         self.notes: list[str] = []
@@ -71,8 +77,11 @@ class Session(Closing):
         self._journal = journal
         self._asked, self._answered = asked, answered
         self._tokens = {**journal.tokens} if journal else {}
-        self._last: Alpha | None = None
+        self._last_alpha: float | None = None
         self._loaded: tuple[LiveModel, Answerer] | None = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Drop the model, if it was loaded."""
@@ -80,55 +89,55 @@ class Session(Closing):
             self._loaded[0].close()
         self._loaded = None
 
-    def __call__(self, alpha: Alpha, prompts: Sequence[Prompt]) -> list[str]:
-        """The answers at one alpha, from the journal as far as it knows them."""
+    def __call__(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers at one alpha; the model is asked only for those that are not known."""
         if self._asked:
             self._asked(alpha)
         known = dict(self._journal.answers.get(alpha, {})) if self._journal else {}
         for _ in known:
-            self._tell(alpha, 0)
+            self._report_answer(alpha, 0)
         if len(known) < len(prompts):
-            return self._ask(alpha, prompts, known)
-        self._last = alpha
-        return [known[place] for place in range(len(prompts))]
+            answers = self._ask(alpha, prompts, known)
+        else:
+            answers = [known[place] for place in range(len(prompts))]
+        self._last_alpha = alpha
+        return answers
 
-    def again(self, alpha: Alpha, prompts: Sequence[Prompt]) -> list[str]:
+    def again(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
         """The same alpha once more, in batches of half the size: what differs is noise.
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
         """
         known = dict(self._journal.again.get(alpha, {})) if self._journal else {}
-        if len(known) < len(prompts):
-            live, _ = self._ready()
-            live.apply(alpha)
-            answerer = live.make_answerer(self._settings, batch_size=max(1, self._batch_size // 2))
-            answerer.set_drafts(prompts, self._tokens[alpha])
-            note = self._journal.note if self._journal else lambda *_, **__: None
-            answers = answerer.answer(prompts, known, partial(note, alpha, again=True))
-            known = dict(enumerate(answers))
-        return [known[place] for place in range(len(prompts))]
+        if len(known) == len(prompts):
+            return [known[place] for place in range(len(prompts))]
+        live, _ = self._model()
+        live.apply(alpha)
+        answerer = live.make_answerer(self._settings, batch_size=max(1, self._batch_size // 2))
+        answerer.set_drafts(prompts, self._tokens[alpha])
+        note = partial(self._journal.note, alpha, again=True) if self._journal else None
+        return answerer.answer(prompts, known, note)
 
-    def _ask(self, alpha: Alpha, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
-        live, answerer = self._ready()
-        if self._last is not None:
-            answerer.set_drafts(prompts, self._tokens[self._last])
-        self._last = alpha
+    def _ask(self, alpha: float, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
+        live, answerer = self._model()
+        if self._last_alpha is not None:
+            answerer.set_drafts(prompts, self._tokens[self._last_alpha])
         start = time.perf_counter()
         live.apply(alpha)
-        applied = time.perf_counter() - start
+        apply_seconds = time.perf_counter() - start
 
-        def answered(place: int, answer: str, tokens: list[int]) -> None:
+        def record(place: int, answer: str, tokens: list[int]) -> None:
             self._tokens.setdefault(alpha, {})[place] = tokens
             if self._journal:
                 self._journal.note(alpha, place, answer, tokens)
-            self._tell(alpha, len(tokens))
+            self._report_answer(alpha, len(tokens))
 
-        answers = answerer.answer(prompts, known, answered)
+        answers = answerer.answer(prompts, known, record)
         cost = answerer.cost
         self.timings.append(
             Timing(
                 alpha,
-                applied,
+                apply_seconds,
                 cost.seconds,
                 cost.answer_tokens,
                 cost.forward_tokens,
@@ -138,36 +147,35 @@ class Session(Closing):
         self.notes = answerer.notes
         return answers
 
-    def _ready(self) -> tuple[LiveModel, Answerer]:
+    def _model(self) -> tuple[LiveModel, Answerer]:
+        """The live model and what asks it, loaded at the first call."""
         if self._loaded is None:
             live = self._load()
             try:
                 answerer = live.make_answerer(self._settings, batch_size=self._batch_size)
-                self._loaded = live, answerer
             except BaseException:
                 live.close()
                 raise
+            self._loaded = live, answerer
         return self._loaded
 
-    def _tell(self, alpha: Alpha, tokens: int) -> None:
+    def _report_answer(self, alpha: float, token_count: int) -> None:
         if self._answered:
-            self._answered(alpha, tokens)
+            self._answered(alpha, token_count)
 
 
 def fingerprint(
     plan: Plan, prompts: Sequence[Prompt], settings: AnswerSettings, placement: Placement
 ) -> str:
     """A digest of everything that decides the answers at an alpha."""
-    from ..version import __version__
-
     folder = plan.base.path
-    papers = [(str(name), (folder / name).stat()) for name in plan.base.sidecars()]
+    sidecars = [(str(name), (folder / name).stat()) for name in plan.base.sidecars()]
     document = [
         [__version__, version("transformers")],
         [placement.device, placement.quantize, placement.dtype, placement.batch_size],
-        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in papers],
+        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sidecars],
         plan.identity(),
         digest(prompts),
-        asdict(settings),
+        {field.name: getattr(settings, field.name) for field in fields(AnswerSettings)},
     ]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -7,10 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import talk
@@ -18,332 +19,327 @@ import talk
 from lowmem_adamms import make_plan, search
 from lowmem_adamms.errors import OutputError
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import Placement, place
-from lowmem_adamms.mapping.alphas import Alpha
+from lowmem_adamms.live.placement import Placement
+from lowmem_adamms.live.placement import place as choose_placement
+from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.searching.session import Session, fingerprint
-from lowmem_adamms.settings import AnswerSettings, PlacementSettings
+from lowmem_adamms.settings import AnswerSettings, PlacementSettings, SearchSettings
 
 if TYPE_CHECKING:
     from conftest import Talkers
 
-    from lowmem_adamms import LiveModel
     from lowmem_adamms.searching.search import Result
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-FAMILY = "llava_onevision"
 ALPHAS = (0.0, 0.2, 0.4, 0.6)
-SETTINGS = AnswerSettings(max_new_tokens=talk.NEW)
 BATCH_SIZE = 2
+PROMPTS = tuple(Prompt(f"question {i}") for i in range(6))
+SETTINGS = AnswerSettings(max_new_tokens=talk.NEW)
 TESTS = Path(__file__).parents[1]
 
 
-class Kept:
-    """A live model that several sessions may use: closing one does not close it."""
+class FakeModel:
+    """A live model whose answers say what was asked, and at which alpha."""
 
-    def __init__(self, live: LiveModel) -> None:
-        self._live = live
-        self.model, self.plan, self.make_answerer = live.model, live.plan, live.make_answerer
+    notes: tuple[str, ...] = ("a note",)
+
+    def __init__(self) -> None:
         self.applied: list[float] = []
+        self.batches: list[tuple[int, ...]] = []
+        self.drafts: list[dict[int, list[int]]] = []
         self.closed = 0
 
     def apply(self, alpha: float) -> None:
         self.applied.append(alpha)
-        self._live.apply(alpha)
+
+    def make_answerer(self, settings: AnswerSettings, *, batch_size: int) -> FakeAnswerer:
+        assert settings == SETTINGS
+        return FakeAnswerer(self, batch_size)
 
     def close(self) -> None:
         self.closed += 1
 
 
-@pytest.fixture
-def kept(talker: Talkers) -> Kept:
-    return Kept(talker(FAMILY))
+class FakeAnswerer:
+    """Answers batch by batch, as the real one does; only whole batches are left out."""
+
+    def __init__(self, model: FakeModel, batch_size: int) -> None:
+        self.model, self.batch_size, self.notes = model, batch_size, list(model.notes)
+
+    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, list[int]]) -> None:
+        self.model.drafts.append(dict(tokens))
+
+    def answer(
+        self, prompts: Sequence[Prompt], known: Mapping[int, str], answered: Any
+    ) -> list[str]:
+        answers = dict(known)
+        alpha = self.model.applied[-1]
+        for start in range(0, len(prompts), self.batch_size):
+            places = range(start, start + self.batch_size)
+            if all(place in answers for place in places):
+                continue
+            self.model.batches.append(tuple(places))
+            for place in places:
+                if place not in answers:
+                    answers[place] = f"{prompts[place].text} at {alpha}"
+                    if answered:
+                        answered(place, answers[place], tokens_of(alpha, place))
+        self.cost = SimpleNamespace(
+            seconds=2.0, answer_tokens=12, forward_tokens=30, plain_tokens=40
+        )
+        return [answers[place] for place in range(len(prompts))]
 
 
-@pytest.fixture
-def prompts(images: tuple[Path, ...]) -> tuple[Prompt, ...]:
-    return talk.ask(FAMILY, images)
+def tokens_of(alpha: float, place: int) -> list[int]:
+    return [round(10 * alpha), place]
 
 
-def opened(
-    kept: Kept, journal: AnswerJournal | None = None, **hooks: Callable[..., None]
-) -> Session:
-    return Session(lambda: kept, SETTINGS, BATCH_SIZE, journal, **hooks)  # type: ignore[arg-type, return-value]
+def all_tokens(alpha: float) -> dict[int, list[int]]:
+    return {place: tokens_of(alpha, place) for place in range(len(PROMPTS))}
 
 
-def unwanted() -> NoReturn:
-    raise AssertionError("the model is loaded, though everything is known")
+def answers_at(alpha: float) -> list[str]:
+    return [f"{prompt.text} at {alpha}" for prompt in PROMPTS]
 
 
-def asked_all(session: Session, prompts: tuple[Prompt, ...]) -> dict[float, list[str]]:
-    return {alpha: session(alpha, prompts) for alpha in ALPHAS}
+def opened(model: FakeModel | None, journal: AnswerJournal | None = None, **hooks: Any) -> Session:
+    """A session on the model; None: it must not be loaded."""
+
+    def load() -> Any:
+        assert model is not None, "the model is loaded, though everything is known"
+        return model
+
+    return Session(load, SETTINGS, BATCH_SIZE, journal, **hooks)
 
 
-@pytest.fixture
-def truth(talker: Talkers, prompts: tuple[Prompt, ...]) -> dict[float, list[str]]:
-    """The answers at each alpha, without any session."""
-    if not _truth:
-        live = talker(FAMILY)
-        plain = replace(SETTINGS, drafts=False, vision_cache=False)
-        for alpha in ALPHAS:
-            live.apply(alpha)
-            _truth[alpha] = live.generate(prompts, plain, batch_size=BATCH_SIZE)
-    assert len({tuple(answers) for answers in _truth.values()}) == len(ALPHAS)
-    return _truth
+def ask_everything(session: Session) -> None:
+    for alpha in ALPHAS:
+        assert session(alpha, PROMPTS) == answers_at(alpha)
 
 
-_truth: dict[float, list[str]] = {}
-
-
-def test_answers_timings_and_hooks_alpha_by_alpha(
-    kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]]
-) -> None:
+def test_answers_timings_and_hooks_alpha_by_alpha() -> None:
+    model = FakeModel()
     begun: list[float] = []
     told: list[tuple[float, int]] = []
-
-    def answered(alpha: float, tokens: int) -> None:
-        told.append((alpha, tokens))
-
-    with opened(kept, asked=begun.append, answered=answered) as session:
-        assert asked_all(session, prompts) == truth
-    assert begun == kept.applied == list(ALPHAS)
-    assert [alpha for alpha, _ in told] == [alpha for alpha in ALPHAS for _ in prompts]
-    for timing in session.timings:
-        tokens = [count for alpha, count in told if alpha == timing.alpha]
-        assert min(tokens) > 0 and sum(tokens) == timing.answer_tokens
+    hooks: dict[str, Any] = {
+        "asked": begun.append,
+        "answered": lambda alpha, count: told.append((alpha, count)),
+    }
+    with opened(model, **hooks) as session:
+        ask_everything(session)
+    assert begun == model.applied == list(ALPHAS)
+    assert told == [(alpha, 2) for alpha in ALPHAS for _ in PROMPTS]
+    assert model.drafts == [all_tokens(alpha) for alpha in ALPHAS[:-1]]
     assert [timing.alpha for timing in session.timings] == list(ALPHAS)
     for timing in session.timings:
-        assert timing.apply_seconds > 0
-        assert timing.seconds > 0
-        assert len(prompts) <= timing.answer_tokens <= len(prompts) * talk.NEW
-        assert timing.forward_tokens > timing.answer_tokens
-        assert timing.plain_tokens > timing.answer_tokens
-    assert session.timings[0].forward_tokens <= session.timings[0].plain_tokens
-    assert session.notes == []
-    assert kept.closed == 1
+        assert timing.apply_seconds > 0 and timing.seconds == 2
+        counts = (timing.answer_tokens, timing.forward_tokens, timing.plain_tokens)
+        assert counts == (12, 30, 40)
+    assert session.notes == ["a note"]
+    assert model.closed == 1
 
 
-def test_notes_of_answering_reach_the_session(talker: Talkers, images: tuple[Path, ...]) -> None:
-    with opened(Kept(talker("mistral"))) as session:
-        for alpha in (0.0, 0.3):
-            session(alpha, talk.ask("mistral", images))
-    assert [note.split(":")[0] for note in session.notes] == ["drafts are off"]
+def test_a_model_that_cannot_be_asked_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(model, "make_answerer", refuse)
+    with pytest.raises(ValueError, match="no"), opened(model) as session:
+        session(0.0, PROMPTS)
+    assert model.closed == 1
 
 
-def test_what_is_all_known_needs_no_model(
-    kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]], tmp_path: Path
-) -> None:
-    with AnswerJournal(tmp_path / "a", "mine") as journal, opened(kept, journal) as session:
-        asked_all(session, prompts)
-        noise = session.again(0.2, prompts)
-    told: list[Alpha] = []
+def test_what_is_all_known_needs_no_model(tmp_path: Path) -> None:
     with (
         AnswerJournal(tmp_path / "a", "mine") as journal,
-        Session(
-            unwanted, SETTINGS, BATCH_SIZE, journal, answered=lambda alpha, _: told.append(alpha)
-        ) as session,
+        opened(FakeModel(), journal) as session,
     ):
-        assert asked_all(session, prompts) == truth
-        assert session.again(0.2, prompts) == noise
+        ask_everything(session)
+        session.again(0.2, PROMPTS)
+    told: list[tuple[float, int]] = []
+    with (
+        AnswerJournal(tmp_path / "a", "mine") as journal,
+        opened(None, journal, answered=lambda *found: told.append(found)) as session,
+    ):
+        ask_everything(session)
+        assert session.again(0.2, PROMPTS) == answers_at(0.2)
     assert session.timings == []
-    assert told == [alpha for alpha in ALPHAS for _ in prompts]
+    assert told == [(alpha, 0) for alpha in ALPHAS for _ in PROMPTS]
 
 
-def test_only_what_is_missing_of_an_alpha_is_asked(
-    kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]], tmp_path: Path
-) -> None:
-    path = tmp_path / "answers.jsonl"
-    with AnswerJournal(path, "mine") as journal, opened(kept, journal) as session:
-        asked_all(session, prompts)
-    # All of the first alpha, and two batches of three of the second
+def test_only_what_is_missing_of_an_alpha_is_asked(tmp_path: Path) -> None:
+    path, model = tmp_path / "answers.jsonl", FakeModel()
+    with AnswerJournal(path, "mine") as journal, opened(model, journal) as session:
+        ask_everything(session)
+    # All of the first alpha, and of the second two batches of three but for the last line's end
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[: 1 + 6 + 4]) + lines[11][:-5])
-    kept.applied.clear()
-    told: list[Alpha] = []
+    path.write_bytes(b"".join(lines[: 1 + 6 + 3]) + lines[10][:-5])
+    model = FakeModel()
+    told: list[tuple[float, int]] = []
     with (
         AnswerJournal(path, "mine") as journal,
-        opened(kept, journal, answered=lambda alpha, _: told.append(alpha)) as session,
+        opened(model, journal, answered=lambda *found: told.append(found)) as session,
     ):
-        assert asked_all(session, prompts) == truth
-    assert kept.applied == list(ALPHAS[1:])
-    assert [timing.alpha for timing in session.timings] == list(ALPHAS[1:])
-    assert session.timings[0].answer_tokens <= 2 * talk.NEW
-    assert told == [alpha for alpha in ALPHAS for _ in prompts]
-    assert sorted(path.read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
+        ask_everything(session)
+    assert model.applied == [timing.alpha for timing in session.timings] == list(ALPHAS[1:])
+    assert model.batches[:2] == [(2, 3), (4, 5)]
+    assert model.drafts == [all_tokens(alpha) for alpha in ALPHAS[:-1]]
+    assert told[:12] == [(0.0, 0)] * 6 + [(0.2, 0)] * 3 + [(0.2, 2)] * 3
+    assert path.read_bytes().splitlines(keepends=True) == lines
 
 
-def test_noise_is_the_same_alpha_in_other_batches_and_is_journalled(
-    kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]], tmp_path: Path
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, 6), (2, 6), (4, 3)])
+def test_noise_is_the_same_alpha_in_batches_of_half_the_size(
+    tmp_path: Path, batch_size: int, batches: int
 ) -> None:
-    with AnswerJournal(tmp_path / "a", "mine") as journal, opened(kept, journal) as session:
-        asked_all(session, prompts)
-        with talk.counted(kept.model) as passes:
-            # In float32 other batches make no difference
-            assert session.again(0.2, prompts) == truth[0.2]
-        assert len(passes) == len(prompts), "one by one, each with its own answer as the draft"
-        assert kept.applied[-1] == 0.2
-        assert session(0.6, prompts) == truth[0.6]
+    """Its own answers are the drafts, also after a search that was resumed."""
+    with AnswerJournal(tmp_path / "a", "mine") as journal, opened(FakeModel(), journal) as session:
+        ask_everything(session)
+    model: Any = FakeModel()
+    with (
+        AnswerJournal(tmp_path / "a", "mine") as journal,
+        Session(lambda: model, SETTINGS, batch_size, journal) as session,
+    ):
+        ask_everything(session)
+        assert session.again(0.4, PROMPTS) == answers_at(0.4)
+        assert journal.again == {0.4: dict(enumerate(answers_at(0.4)))}
         assert list(journal.answers) == list(ALPHAS)
-        assert journal.again == {0.2: dict(enumerate(truth[0.2]))}
+    assert (model.applied, model.drafts) == ([0.4], [all_tokens(0.4)])
+    assert len(model.batches) == batches
 
 
-def test_noise_is_measured_in_batches_of_half_the_size(
-    kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]]
+def test_noise_needs_no_journal() -> None:
+    with opened(FakeModel()) as session:
+        session(0.2, PROMPTS)
+        assert session.again(0.2, PROMPTS) == answers_at(0.2)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_live_model_answers_as_it_does_without_a_session(
+    talker: Talkers, images: tuple[Path, ...], tmp_path: Path
 ) -> None:
-    session = Session(lambda: kept, SETTINGS, 4)  # type: ignore[arg-type, return-value]
-    session(0.2, prompts)
-    with talk.counted(kept.model) as passes:
+    live, prompts = talker("llava_onevision"), talk.ask("llava_onevision", images)
+    truth = {}
+    for alpha in ALPHAS:
+        live.apply(alpha)
+        plain = replace(SETTINGS, drafts=False, vision_cache=False)
+        truth[alpha] = live.generate(prompts, plain, batch_size=BATCH_SIZE)
+    assert len(set(map(tuple, truth.values()))) == len(ALPHAS)
+    session = Session(lambda: live, SETTINGS, BATCH_SIZE)
+    assert {alpha: session(alpha, prompts) for alpha in ALPHAS} == truth
+    with talk.counted(live.model) as passes:
         assert session.again(0.2, prompts) == truth[0.2]
-    assert len(passes) == len(prompts) / 2
-
-
-def test_noise_after_a_resumed_search_still_has_its_drafts(
-    kept: Kept, prompts: tuple[Prompt, ...], truth: dict[float, list[str]], tmp_path: Path
-) -> None:
-    with AnswerJournal(tmp_path / "a", "mine") as journal, opened(kept, journal) as session:
-        asked_all(session, prompts)
-    kept.applied.clear()
-    with AnswerJournal(tmp_path / "a", "mine") as journal, opened(kept, journal) as session:
-        asked_all(session, prompts)
-        with talk.counted(kept.model) as passes:
-            assert session.again(0.4, prompts) == truth[0.4]
-    assert kept.applied == [0.4]
-    assert len(passes) == len(prompts)
+    assert len(passes) == len(prompts), "one by one, each with its own answer as the draft"
+    for timing in session.timings:
+        assert timing.forward_tokens > timing.answer_tokens > 0
+        assert timing.seconds > 0 and timing.plain_tokens > timing.answer_tokens
 
 
 # A killed search
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import talk, test_session, torch
-from lowmem_adamms import make_plan
-
-torch.set_num_threads(1)
-base, donor, out, after, *images = sys.argv[1:]
-left = int(after)
-
-def answered(alpha, tokens):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-prompts = talk.ask(test_session.FAMILY, [Path(image) for image in images])
-plan = make_plan(base, donor)
-test_session.run(lambda: talk.load(base, donor), plan, prompts, Path(out), answered)
-"""
-
-
-def run(
-    load: Callable[[], LiveModel],
-    plan: object,
-    prompts: tuple[Prompt, ...],
-    out: Path,
-    answered: Callable[[Alpha, int], None] | None = None,
-) -> Result:
-    """A whole search with a journal in `out`."""
-    key = fingerprint(plan, prompts, SETTINGS, small(plan))  # type: ignore[arg-type]
+def run(out: Path, model: FakeModel, answered: Callable[[float, int], None] | None) -> Result:
+    """A whole search with a journal."""
     with (
-        AnswerJournal(out, key) as journal,
-        Session(load, SETTINGS, BATCH_SIZE, journal, answered=answered) as session,
+        AnswerJournal(out, "key") as journal,
+        opened(model, journal, answered=answered) as session,
     ):
-        return search(session, prompts, ALPHAS, noise=session.again)
+        return search(session, PROMPTS, ALPHAS, noise=session.again)
 
 
-def small(plan: object) -> Placement:
-    """A placement that is the same in every process."""
-    settings = PlacementSettings(device="cpu", live_dtype="fp32", batch_size=BATCH_SIZE)
-    return place(plan, Memory(4 << 30, None, None), settings)  # type: ignore[arg-type]
+def run_until_killed(out: str, after: int) -> None:
+    told: list[float] = []
+
+    def answered(alpha: float, tokens: int) -> None:
+        told.append(alpha)
+        if len(told) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(Path(out), FakeModel(), answered)
 
 
-def test_a_search_that_was_killed_goes_on_to_the_same_result(
-    talking: dict[str, Path],
-    tiny_models: dict[str, Path],
-    kept: Kept,
-    prompts: tuple[Prompt, ...],
-    images: tuple[Path, ...],
-    tmp_path: Path,
-) -> None:
-    base, donor = talking[FAMILY], tiny_models[talk.DONORS[FAMILY]]
-    plan = make_plan(base, donor)
-    undisturbed = run(lambda: kept, plan, prompts, tmp_path / "whole")  # type: ignore[arg-type, return-value]
-    cut = tmp_path / "cut"
-    after = len(prompts) + 3  # in the second batch of the second alpha
-    arguments = [str(base), str(donor), str(cut), str(after), *map(str, images)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+def test_a_search_that_was_killed_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    whole, cut, model = tmp_path / "whole", tmp_path / "cut", FakeModel()
+    undisturbed = run(whole, model, None)
+    after = len(PROMPTS) + 3  # in the second batch of the second alpha
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
+        [
+            sys.executable,
+            "-c",
+            f"import test_session as t; t.run_until_killed({str(cut)!r}, {after})",
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, _paths()))},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(cut.read_bytes().splitlines()) == 1 + after
-    kept.applied.clear()
-    resumed = run(lambda: kept, plan, prompts, cut)  # type: ignore[arg-type, return-value]
-    assert resumed == undisturbed
-    assert kept.applied[:3] == list(ALPHAS[1:])
-    assert sorted(cut.read_bytes().splitlines()) == sorted(
-        (tmp_path / "whole").read_bytes().splitlines()
-    )
+    model = FakeModel()
+    assert run(cut, model, None) == undisturbed
+    assert model.applied[:3] == list(ALPHAS[1:])
+    assert cut.read_bytes() == whole.read_bytes()
 
 
-def test_a_search_for_something_else_does_not_take_these_answers(
-    kept: Kept, prompts: tuple[Prompt, ...], tmp_path: Path
-) -> None:
-    path = tmp_path / "answers.jsonl"
-    run(lambda: kept, kept.plan, prompts, path)  # type: ignore[arg-type, return-value]
+def _paths() -> list[Path]:
+    return [TESTS.parent, TESTS, Path(__file__).parent]
+
+
+def test_a_search_for_something_else_does_not_take_these_answers(tmp_path: Path) -> None:
+    run(tmp_path / "answers.jsonl", FakeModel(), None)
     with pytest.raises(OutputError, match="another search"):
-        run(unwanted, kept.plan, prompts[:-1], path)
+        AnswerJournal(tmp_path / "answers.jsonl", "another key")
 
 
 # Fingerprint
 
 
+def placement_for(plan: Plan) -> Placement:
+    settings = PlacementSettings(device="cpu", live_dtype="fp32", batch_size=BATCH_SIZE)
+    return choose_placement(plan, Memory(4 << 30, None, None), settings)
+
+
 def test_a_fingerprint_tells_everything_apart_that_decides_an_answer(
-    talking: dict[str, Path], tiny_models: dict[str, Path], images: tuple[Path, ...], tmp_path: Path
+    pair: tuple[Path, Path], images: tuple[Path, ...], tmp_path: Path
 ) -> None:
-    donor = tiny_models[talk.DONORS[FAMILY]]
-    plan, prompts = make_plan(talking[FAMILY], donor), talk.ask(FAMILY, images)
-    there = small(plan)
+    base, donor = pair
+    plan, prompts = make_plan(base, donor), talk.ask("llava_onevision", images)
+    where = placement_for(plan)
     touched = Path(shutil.copytree(donor, tmp_path / "donor"))
     swapped = (replace(prompts[0], images=images[1:2]), *prompts[1:])
     variants = {
-        "as it is": fingerprint(plan, prompts, SETTINGS, there),
-        "a prompt less": fingerprint(plan, prompts[1:], SETTINGS, there),
-        "another order": fingerprint(plan, prompts[::-1], SETTINGS, there),
-        "another image": fingerprint(plan, swapped, SETTINGS, there),
-        "longer answers": fingerprint(plan, prompts, replace(SETTINGS, max_new_tokens=9), there),
-        "other batches": fingerprint(plan, prompts, SETTINGS, replace(there, batch_size=3)),
-        "no drafts": fingerprint(plan, prompts, replace(SETTINGS, drafts=False), there),
-        "quantized": fingerprint(plan, prompts, SETTINGS, replace(there, quantize="nf4")),
-        "another device": fingerprint(plan, prompts, SETTINGS, replace(there, device="cuda")),
-        "another dtype": fingerprint(plan, prompts, SETTINGS, replace(there, dtype="BF16")),
-        "another donor": fingerprint(make_plan(talking[FAMILY], touched), prompts, SETTINGS, there),
+        "as it is": fingerprint(plan, prompts, SETTINGS, where),
+        "a prompt less": fingerprint(plan, prompts[1:], SETTINGS, where),
+        "another order": fingerprint(plan, prompts[::-1], SETTINGS, where),
+        "another image": fingerprint(plan, swapped, SETTINGS, where),
+        "longer answers": fingerprint(plan, prompts, replace(SETTINGS, max_new_tokens=9), where),
+        "no drafts": fingerprint(plan, prompts, replace(SETTINGS, drafts=False), where),
+        "other batches": fingerprint(plan, prompts, SETTINGS, replace(where, batch_size=3)),
+        "quantized": fingerprint(plan, prompts, SETTINGS, replace(where, quantize="nf4")),
+        "another device": fingerprint(plan, prompts, SETTINGS, replace(where, device="cuda")),
+        "another dtype": fingerprint(plan, prompts, SETTINGS, replace(where, dtype="BF16")),
+        "another donor": fingerprint(make_plan(base, touched), prompts, SETTINGS, where),
         "other embeddings": fingerprint(
-            make_plan(talking[FAMILY], donor, embeddings="keep"), prompts, SETTINGS, there
+            make_plan(base, donor, embeddings="keep"), prompts, SETTINGS, where
         ),
     }
     assert len(set(variants.values())) == len(variants)
-    shard = next(touched.glob("*.safetensors"))
-    os.utime(shard, ns=(1, 1))
-    again = fingerprint(make_plan(talking[FAMILY], touched), prompts, SETTINGS, there)
+    os.utime(next(touched.glob("*.safetensors")), ns=(1, 1))
+    again = fingerprint(make_plan(base, touched), prompts, SETTINGS, where)
     assert again not in variants.values(), "a file that was written since"
 
 
-def test_a_fingerprint_does_not_depend_on_where_sources_lie_or_prompts_are_kept(
-    talking: dict[str, Path], tiny_models: dict[str, Path], images: tuple[Path, ...], tmp_path: Path
+def test_a_fingerprint_does_not_depend_on_where_files_lie_or_on_the_search(
+    pair: tuple[Path, Path], images: tuple[Path, ...], tmp_path: Path
 ) -> None:
-    plan = make_plan(talking[FAMILY], tiny_models[talk.DONORS[FAMILY]])
+    plan = make_plan(*pair)
+    where, prompts = placement_for(plan), talk.ask("llava_onevision", images)
+    expected = fingerprint(plan, prompts, SETTINGS, where)
     moved = [Path(shutil.copy(image, tmp_path / f"moved-{image.name}")) for image in images]
-    here, there = talk.ask(FAMILY, images), talk.ask(FAMILY, moved)
-    placement = small(plan)
-    elsewhere = replace(placement, cached_source_bytes=0, pinned_source_bytes=1, lines=())
-    assert fingerprint(plan, here, SETTINGS, placement) == fingerprint(
-        plan, there, SETTINGS, elsewhere
-    )
+    elsewhere = replace(where, cached_source_bytes=0, pinned_source_bytes=1, lines=())
+    assert fingerprint(plan, talk.ask("llava_onevision", moved), SETTINGS, elsewhere) == expected
+    more = SearchSettings(max_new_tokens=talk.NEW, refine=3, ram=1 << 30)
+    assert fingerprint(plan, prompts, more, where) == expected
