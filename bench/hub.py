@@ -1,17 +1,18 @@
-"""Measures a merge streamed from a Hub over loopback against the local merge of the same pair.
+"""Measures a merge streamed from a Hub over TLS against the local merge of the same pair.
 
     python bench/synthetic.py PAIR --size 1gb
-    python bench/hub.py PAIR [--runs 3] [--cold]
+    python bench/hub.py PAIR [--runs 3] [--cold] [--plain]
 
-The Hub is tests/hub_server.py in a process of its own, serving PAIR. Each run merges the folders,
-then `--no-cache` what the server has, both as a whole process, inputs in the page cache (or, with
---cold, out of it) just before; the bytes of the outputs are compared. Memory: RssAnon at its peak,
-and of a process that has only done the imports. Disk: the streamed merge runs with its temporary
-files, its cache and its output in one folder, whose size is watched: it must never hold the inputs.
-Processor time: of the merges, and of the server, which runs on the same cores. Beside them stands
-what fetching alone costs: a process that asks the server for the same bytes in the same requests
-and drops them; and sha256 of the base, the other thing that a merge of folders has no need of.
-Prints a table and, last, one line of JSON.
+The Hub is tests/hub_server.py in a process of its own on this machine, serving PAIR over HTTPS with
+a certificate made on the spot (--plain: over HTTP, which tells what TLS costs). Each run merges the
+folders, then with `--no-cache` what the server has, each as a whole process, inputs in the page
+cache (or, with --cold, out of it) just before; the bytes of the outputs are compared. Memory:
+RssAnon at its peak, and of a process that has only done the imports. Disk: the streamed merge runs
+with its temporary files, its cache and its output in one folder, whose size is watched: it must
+never hold the inputs. Processor time: of the merges, and of the server, which runs on the same
+cores. Beside them stands what fetching alone costs: a process that asks the server for the same
+bytes in requests of the same size and drops them; and sha256 of the base, the other thing that a
+merge of folders has no need of. Prints a table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,32 +34,32 @@ from typing import Any
 from measure import Run, evict, measure, settled, warm
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = (
-    "import lowmem_adamms, rich.progress, huggingface_hub;"
-    "from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download;"
-    "from huggingface_hub.utils import get_session; get_session();"
-    "from lowmem_adamms import ranges; from lowmem_adamms.kernels import cpu; cpu.warm()"
-)
+IMPORTS = """
+import lowmem_adamms, rich.progress, huggingface_hub
+from huggingface_hub import HfApi, get_hf_file_metadata, get_session, hf_hub_url, snapshot_download
+from lowmem_adamms.merging import range_source
+from lowmem_adamms.kernels import cpu
+get_session()
+cpu.warm()
+"""
 RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
-
-
 FETCH = """
-import sys, time
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from huggingface_hub import get_session
-from lowmem_adamms import checkpoint, hub, ranges
+from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
+from lowmem_adamms.hub.remote_file import PARALLEL_REQUESTS
+from lowmem_adamms.merging.range_source import REQUEST
 files = {}
 for ref in ("bench/base", "bench/donor"):
-    files |= checkpoint.open_checkpoint(ref, cache=False).remote_files()
-size = ranges.REQUEST
+    files |= open_checkpoint(ref, cache=False).remote_files()
 def fetch(job):
     file, start = job
-    file.read(start, min(start + size, file.size))
-jobs = [(file, at) for file in files.values() for at in range(0, file.size, size)]
+    file.read(start, min(start + REQUEST, file.size))
+jobs = [(file, at) for file in files.values() for at in range(0, file.size, REQUEST)]
 get_session()
 before = time.perf_counter(), time.process_time()
-with ThreadPoolExecutor(hub.LANES) as pool:
+with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
     list(pool.map(fetch, jobs))
 print(time.perf_counter() - before[0], time.process_time() - before[1])
 """
@@ -76,21 +77,28 @@ print(time.process_time() - before)
 
 
 @contextlib.contextmanager
-def served(pair: Path) -> Iterator[tuple[str, int]]:
-    """A Hub that has the pair as bench/base and bench/donor: its endpoint and its process's id."""
-    argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
-    argv += [f"bench/{side}={pair / side}" for side in ("base", "donor")]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin is not None and server.stdout is not None
-        try:
-            yield server.stdout.readline().strip(), server.pid
-        finally:
-            server.stdin.close()
+def served(pair: Path, *, tls: bool) -> Iterator[tuple[dict[str, str], int]]:
+    """A Hub that has the pair: the environment in which it is the Hub, and its process's id."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
+        argv += [f"bench/{side}={pair / side}" for side in ("base", "donor")]
+        argv += ["--tls", folder] if tls else []
+        with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stdin is not None and server.stdout is not None
+            env = {"HF_ENDPOINT": server.stdout.readline().strip(), "HF_HUB_OFFLINE": "0"}
+            if tls:
+                env["SSL_CERT_FILE"] = str(Path(folder, "certificate.pem"))
+            try:
+                yield env, server.pid
+            finally:
+                server.stdin.close()
 
 
 def anon_after_imports() -> int:
     """RssAnon in bytes of a process that has imported everything and loaded the kernel."""
-    argv = [sys.executable, "-c", f"{IMPORTS}; {RSS_ANON}"]
+    argv = [sys.executable, "-c", IMPORTS + RSS_ANON]
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return int(done.stdout) * 1024
 
@@ -147,7 +155,9 @@ def merged(refs: list[str], out: Path, *options: str, env: dict[str, str] | None
     return run
 
 
-def compare(pair: Path, endpoint: str, pid: int, scratch: Path, *, cold: bool) -> dict[str, Any]:
+def compare(
+    pair: Path, hub: dict[str, str], pid: int, scratch: Path, *, cold: bool
+) -> dict[str, Any]:
     """The local merge, the streamed one, and whether they wrote the same shards."""
     prepare = evict if cold else warm
     inputs = [pair / "base", pair / "donor"]
@@ -156,8 +166,7 @@ def compare(pair: Path, endpoint: str, pid: int, scratch: Path, *, cold: bool) -
     home = scratch / "streamed"
     home.mkdir()
     places = {"HF_HOME": home / "hf", "HF_HUB_CACHE": home / "hf" / "hub", "TMPDIR": home}
-    env = {"HF_ENDPOINT": endpoint, **{key: str(path) for key, path in places.items()}}
-    env["HF_HUB_OFFLINE"] = "0"
+    env = hub | {key: str(path) for key, path in places.items()}
     prepare(inputs)
     before = cpu_of(pid)
     with Watch(home) as watch:
@@ -188,6 +197,7 @@ def main() -> None:
     parser.add_argument("pair", type=Path, help="what synthetic.py made: PAIR/base and PAIR/donor")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="evict the inputs before each merge")
+    parser.add_argument("--plain", action="store_true", help="serve over HTTP, without TLS")
     args = parser.parse_args()
     pair = args.pair.resolve()
     sizes = {
@@ -195,6 +205,7 @@ def main() -> None:
         for side in ("base", "donor")
     }
     report: dict[str, Any] = {"benchmark": "hub", "bytes": sizes, "cold": args.cold}
+    report["tls"] = not args.plain
     report["anon_after_imports_bytes"] = anon_after_imports()
     print(f"anonymous after imports: {report['anon_after_imports_bytes'] / 2**20:.1f} MiB")
     (report["sha256_of_base_cpu_s"],) = numbers(DIGEST, str(pair / "base"))
@@ -205,11 +216,11 @@ def main() -> None:
     )
     print("".join(f"{head:>11}" for head in heads), flush=True)
     report["runs"] = []
-    with served(pair) as (endpoint, pid):
+    with served(pair, tls=not args.plain) as (hub, pid):
         for _ in range(args.runs):
             with tempfile.TemporaryDirectory(dir=pair) as folder:
                 with settled(folder, 4 * sum(sizes.values()) if args.cold else 0):
-                    row = compare(pair, endpoint, pid, Path(folder), cold=args.cold)
+                    row = compare(pair, hub, pid, Path(folder), cold=args.cold)
                 report["runs"].append(row)
                 memory = [row[f"{side}_peak_anon_bytes"] / 2**20 for side in ("local", "hub")]
                 times = [row[key] for key in ("local_s", "hub_s", "ratio")]

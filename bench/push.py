@@ -4,7 +4,7 @@
     python bench/push.py PAIR
 
 The same merge without and with --push-to-hub, as processes of their own, and a process that only
-imports huggingface_hub. The server (tests/hub_push_server.py) is another process, which is not
+imports huggingface_hub. The server (tests/hub_server.py) is another process, which is not
 counted and keeps what it is sent in memory. Nothing is said about the time an upload takes. Prints
 a table and, last, one line of JSON.
 """
@@ -24,13 +24,6 @@ from pathlib import Path
 from measure import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVE = """
-import sys
-from hub_push_server import serving
-with serving() as hub:
-    print(hub.url, flush=True)
-    sys.stdin.read()
-"""
 RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
 IMPORTS = "from huggingface_hub import CommitOperationAdd, HfApi, ModelCard; HfApi()"
 
@@ -38,9 +31,9 @@ IMPORTS = "from huggingface_hub import CommitOperationAdd, HfApi, ModelCard; HfA
 @contextlib.contextmanager
 def server() -> Iterator[str]:
     """The address of a server in a process of its own."""
-    argv = [sys.executable, "-c", SERVE]
+    argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
     with subprocess.Popen(
-        argv, cwd=ROOT / "tests", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin and process.stdout
         yield process.stdout.readline().strip()

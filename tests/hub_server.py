@@ -1,119 +1,194 @@
-"""A small Hub on this machine: what a client reads from it, and what can go wrong on the way.
+"""A small Hub on this machine, for reading and uploading, and what can go wrong with both.
 
-Speaks, over HTTP on two ports of 127.0.0.1, the part of the Hub's API that reading needs: model
-info, tree, paths-info (huggingface.co/docs/hub/api, and what huggingface_hub itself requests),
-and `resolve` with its headers, which redirects large files to the second port, a stand-in for the
-content network, by addresses that can be made to expire. Faults are put in by hand, and every
-request is noted with the bytes it was sent. Uploads are not spoken here.
+Speaks the part of the Hub's API that huggingface_hub uses for models: info, tree, `resolve`, who a
+token belongs to, creating a repository, Git LFS with single and multipart uploads, commits, and the
+check of a card's metadata. Large files are served from a second port, a stand-in for the content
+network, by addresses that can be made to expire. Every request is noted; faults are put in by hand.
 
-    python tests/hub_server.py org/name=FOLDER …      serves until it is killed; prints its endpoint
+    python tests/hub_server.py org/name=FOLDER … [--tls FOLDER]
+
+serves until its input ends; prints its endpoint. With --tls a certificate is made in the folder.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
+import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from pytest import MonkeyPatch
 
 LARGE = (".safetensors", ".bin", ".pt")
-"""What is kept in LFS: named by its sha256, and served by the content network."""
-_CHUNK = 1 << 20
+"""What is kept in LFS whatever its size: named by its sha256, and served by the content network."""
+TOKEN = "tok"
+"""The token of ada, who may write to her own namespace and to that of lab."""
+_CARD_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One request, as it was answered. `start` and `stop` of what was asked; `sent` bytes of it."""
+class File:
+    """One file of a commit. sha256: its digest if it is a large one."""
 
-    method: str
-    path: str
-    file: str
-    status: int
-    start: int
-    stop: int
-    sent: int
+    source: Path | bytes
+    size: int
+    oid: str
+    sha256: str | None
+
+    @classmethod
+    def of(cls, name: str, source: Path | bytes) -> File:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if name.endswith(LARGE) or size > 1 << 20:
+            return cls(source, size, "0" * 40, _digest("sha256", b"", source))
+        return cls(source, size, _digest("sha1", b"blob %d\0" % size, source), None)
+
+    @property
+    def content(self) -> bytes:
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """As a tree lists it."""
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": self.size, "oid": self.oid}
+        if self.sha256:
+            entry["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
+        return entry
+
+    def sibling(self, name: str) -> dict[str, Any]:
+        """As model info lists it."""
+        entry: dict[str, Any] = {"rfilename": name, "size": self.size, "blobId": self.oid}
+        if self.sha256:
+            entry["lfs"] = {"sha256": self.sha256, "size": self.size, "pointerSize": 134}
+        return entry
+
+
+def _digest(algorithm: str, prefix: bytes, source: Path | bytes) -> str:
+    digest = hashlib.new(algorithm, prefix)
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass
+class Repo:
+    """A repository: its commits, oldest first, each with all its files."""
+
+    id: str
+    private: bool = False
+    gated: bool = False
+    commits: list[tuple[str, dict[str, File]]] = field(default_factory=list)
+    revisions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sha(self) -> str:
+        return self.commits[-1][0]
+
+    @property
+    def files(self) -> dict[str, File]:
+        """What the main branch holds."""
+        return self.commits[-1][1]
+
+    @property
+    def contents(self) -> dict[str, bytes]:
+        """The same as bytes, but for what the Hub itself put there."""
+        return {k: file.content for k, file in self.files.items() if k != ".gitattributes"}
+
+    def commit(self, files: Mapping[str, Path | bytes], *revisions: str) -> str:
+        """Put all these files on the main branch, and on others."""
+        made = {name: File.of(name, source) for name, source in files.items()}
+        listing = [self.id, len(self.commits), [[k, f.sha256 or f.oid] for k, f in made.items()]]
+        sha = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
+        self.commits.append((sha, made))
+        self.revisions |= dict.fromkeys(("main", sha, *revisions), sha)
+        return sha
+
+
+@dataclass
+class Seen:
+    """One request, `METHOD /path?query`, and of the file that was sent for it what was sent."""
+
+    line: str
     authorised: bool
+    file: str = ""
+    start: int = 0
+    sent: int = 0
 
 
 @dataclass
 class Fault:
-    """Something that goes wrong in answers to GET (or HEAD) of paths that contain `match`.
+    """What goes wrong with the next `times` requests that match `pattern`, after `skip` others.
 
-    kind: "drop" (the connection breaks `after` bytes), "stall" (no byte for `seconds` after that),
-    "status" (answers `status` with `headers`), "short" (says and sends a body `after` bytes less),
-    "ignore" (sends the whole file whatever range was asked), "shift" (another range than asked),
-    "etag" (another ETag), "flip" (the first byte is inverted), "size" (another size of the file).
-    times: answers it still spoils; skip: answers let through before.
+    Of any request: "status" answers `status` with `headers` and `words`; "garbage" answers with
+    nonsense; "lost" does what was asked and closes without an answer; "hang up" closes after
+    `after` bytes of the request's body; "silence" falls silent there.
+
+    Of a file that is sent: "drop" breaks the connection after `after` bytes; "stall" sends nothing
+    for `seconds` after that; "short" says and sends `after` bytes less; "ignore" sends the whole
+    file whatever range was asked; "shift" says another range; "etag" another ETag; "size" another
+    size of the file; "flip" inverts the first byte.
     """
 
+    pattern: str
     kind: str
-    match: str = ""
     times: int = 1
     skip: int = 0
     after: int = 0
     seconds: float = 0.0
     status: int = 503
     headers: Mapping[str, str] = field(default_factory=dict)
-    method: str = "GET"
+    words: str = ""
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    size: int
-    oid: str
-    sha256: str | None
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 or self.oid
-
-
-@dataclass
-class _Repo:
-    id: str
-    sha: str
-    files: dict[str, _File]
-    revisions: dict[str, str]
-    private: bool
-    gated: bool
+def person(name: str, *, orgs: dict[str, str] | None = None, **token: Any) -> dict[str, Any]:
+    """What whoami-v2 says of a token: its owner, their roles in organisations, its own role."""
+    return {
+        "type": "user",
+        "name": name,
+        "orgs": [{"name": org, "roleInOrg": role} for org, role in (orgs or {}).items()],
+        "auth": {"accessToken": {"displayName": "t", "role": "write", **token}},
+    }
 
 
 class HubServer:
-    """Repositories served from folders, for as long as the `with` block lasts."""
+    """Repositories served and taken for as long as the `with` block lasts."""
 
-    def __init__(
-        self, *, token: str = "hf_secret", certificate: tuple[Path, Path] | None = None
-    ) -> None:
+    def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
         """certificate: its file and that of its key, to speak HTTP over TLS."""
-        self.token = token
-        self._scheme = "https" if certificate else "http"
-        self.repos: dict[str, _Repo] = {}
+        self.tokens = {TOKEN: person("ada", orgs={"lab": "write"})}
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.parts: dict[str, dict[int, bytes]] = {}
+        self.part_size: int | None = None
+        self.received = 0
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.signature = 0
-        self.lock = threading.Lock()
-        self._servers = [_Server(("127.0.0.1", 0), handler) for handler in (_Hub, _Network)]
-        for server in self._servers:
-            server.hub = self
-            if certificate:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                context.load_cert_chain(*certificate)
-                server.tls = context
+        self.lock = threading.RLock()
+        self.reached, self.ended = threading.Event(), threading.Event()
+        self._gate = threading.Event()
+        self._gate.set()
+        self._passing = 0
+        self._servers = [_Server(self, certificate) for _ in range(2)]
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
@@ -121,6 +196,8 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+        self.ended.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -128,84 +205,116 @@ class HubServer:
     @property
     def endpoint(self) -> str:
         """What HF_ENDPOINT should be."""
-        return f"{self._scheme}://127.0.0.1:{self._servers[0].server_address[1]}"
+        return self._servers[0].url
 
     @property
     def network(self) -> str:
         """The content network, which must never see a token."""
-        return f"{self._scheme}://127.0.0.1:{self._servers[1].server_address[1]}"
+        return self._servers[1].url
 
     def add(
         self,
         repo_id: str,
-        folder: Path,
-        *,
-        revisions: tuple[str, ...] = ("main",),
+        files: Path | Mapping[str, bytes],
+        *revisions: str,
         private: bool = False,
         gated: bool = False,
-    ) -> str:
-        """Serve a folder as a repository, again after it has changed; returns the commit's sha."""
-        files = {
-            str(path.relative_to(folder)): _file(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        listing = json.dumps([repo_id, [[name, file.etag] for name, file in files.items()]])
-        sha = hashlib.sha1(listing.encode()).hexdigest()
-        known = dict.fromkeys((*revisions, sha), sha)
-        self.repos[repo_id] = _Repo(repo_id, sha, files, known, private, gated)
-        return sha
+    ) -> Repo:
+        """Serve a folder's files, or these, as a repository."""
+        if isinstance(files, Path):
+            found = {str(p.relative_to(files)): p for p in sorted(files.rglob("*")) if p.is_file()}
+        repo = self.repos[repo_id] = Repo(repo_id, private, gated)
+        repo.commit(found if isinstance(files, Path) else files, *revisions)
+        return repo
+
+    def fail(self, pattern: str, kind: str, **options: Any) -> Fault:
+        """Put in a fault; see Fault."""
+        self.faults.append(Fault(pattern, kind, **options))
+        return self.faults[-1]
 
     def expire(self) -> None:
         """Addresses handed out so far are refused from now on."""
         self.signature += 1
 
-    def fail(self, kind: str, match: str = "", **options: Any) -> Fault:
-        """Put in a fault; see Fault."""
-        fault = Fault(kind, match, **options)
-        self.faults.append(fault)
-        return fault
+    def asked(self, pattern: str) -> list[str]:
+        """The requests so far, `METHOD /path?query`, that match."""
+        return [seen.line for seen in self.seen if re.search(pattern, seen.line)]
 
     def served(self, name: str) -> list[tuple[int, int]]:
-        """The stretches of a file (`org/name/file`) whose bytes were sent, as they were sent."""
-        found = [seen for seen in self.seen if seen.file == name and seen.status in (200, 206)]
-        return [(seen.start, seen.start + seen.sent) for seen in found if seen.sent]
+        """The stretches of a file (`org/name/file`) that were sent."""
+        return [(s.start, s.start + s.sent) for s in self.seen if s.file == name and s.sent]
 
     def sent(self, suffix: str = "") -> int:
-        """Bytes of files that were sent, of those whose names end so."""
-        return sum(seen.sent for seen in self.seen if seen.file and seen.file.endswith(suffix))
+        """Bytes sent of files whose names end so."""
+        return sum(seen.sent for seen in self.seen if seen.file.endswith(suffix))
+
+    def hold(self, passing: int = 0) -> None:
+        """After `passing` more bodies of large files the next one sets `reached`, and waits."""
+        self._passing = passing
+        self.reached.clear()
+        self._gate.clear()
+
+    def release(self) -> None:
+        """Whoever was held is dropped; everybody else passes."""
+        self._gate.set()
+
+    def take(self, body: bytes) -> bool:
+        """Count a body that arrived; False if it was held, and is to be dropped."""
+        with self.lock:
+            self.received += len(body)
+            self._passing -= 1
+            if self._passing >= 0 or self._gate.is_set():
+                return True
+        self.reached.set()
+        self._gate.wait(60)
+        return False
 
 
-def use(server: HubServer, patch: MonkeyPatch, home: Path) -> None:
-    """The Hub as far as this process is concerned, without a token, its cache below `home`."""
+def use(server: HubServer, patch: MonkeyPatch, home: Path, token: str | None = None) -> None:
+    """The Hub as far as this process is concerned; nobody waits before trying again."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from lowmem_adamms.hub import client
 
     patch.delenv("HF_TOKEN", raising=False)
+    if token:
+        patch.setenv("HF_TOKEN", token)
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     patch.setattr(constants, "ENDPOINT", server.endpoint)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(client, "FIRST_PAUSE", 0.0)
+    patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
-def _file(path: Path) -> _File:
-    size = path.stat().st_size
-    oid = hashlib.sha1(f"{path.name} {size} {path.stat().st_mtime_ns}".encode()).hexdigest()
-    if path.suffix not in LARGE:
-        return _File(path, size, oid, None)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return _File(path, size, oid, digest.hexdigest())
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that this machine signed itself, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise FileNotFoundError("needs the program openssl to make a certificate")
+    files = folder / "certificate.pem", folder / "key.pem"
+    argv = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    argv += ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
+    argv += ["subjectAltName=IP:127.0.0.1", "-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run(argv, check=True, capture_output=True)
+    return files
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
-    hub: HubServer
-    tls: ssl.SSLContext | None = None
+
+    def __init__(self, hub: HubServer, certificate: tuple[Path, Path] | None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub, self.tls = hub, None
+        if certificate:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.tls.load_cert_chain(*certificate)
+        scheme = "https" if certificate else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.server_address[1]}"
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """In the connection's own thread: a client that does not trust us must not hold up all."""
@@ -219,258 +328,366 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up is no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """What both ports share: JSON, errors, files with ranges and faults."""
+class _Answer(Exception):  # noqa: N818  # not an error: how a route ends early
+    """An answer that is not the ordinary one."""
 
+    def __init__(self, status: int, words: str = "", code: str = "", **headers: str) -> None:
+        super().__init__(words)
+        self.status, self.words, self.headers = status, words, headers
+        if code:
+            self.headers["X-Error-Code"] = code
+
+
+class _Drop(Exception):  # noqa: N818
+    """The connection is closed without an answer."""
+
+
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Server
 
-    def log_message(self, *_: Any) -> None:
-        pass
+    def log_message(self, *_: object) -> None:
+        """Nothing: the tests look at `HubServer.seen`."""
 
     @property
     def hub(self) -> HubServer:
         return self.server.hub
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    def _handle(self) -> None:
+        line = f"{self.command} {unquote(self.path)}"
+        with self.hub.lock:
+            self.request_seen = Seen(line, "authorization" in self.headers)
+            self.hub.seen.append(self.request_seen)
+            self.fault = self._due_fault(line)
+        kind = self.fault.kind if self.fault else ""
+        try:
+            if self.fault and kind in ("hang up", "silence"):
+                self._read(self.fault.after)
+                if kind == "silence":
+                    self.hub.ended.wait()
+                raise _Drop
+            body = self._read()
+            if kind == "garbage":
+                self._reply(200, b"<html>not json")
+            elif self.fault and kind == "status":
+                raise _Answer(self.fault.status, self.fault.words, **self.fault.headers)
+            else:
+                self._route(line.partition("?")[0], body, lost=kind == "lost")
+        except _Answer as answer:
+            document = answer.words.startswith("{")
+            said = answer.words if document else json.dumps({"error": answer.words})
+            self._reply(answer.status, said.encode() if answer.words else b"", answer.headers)
+        except (_Drop, ConnectionError):
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
 
-    def do_GET(self) -> None:
-        raise NotImplementedError
+    do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815
 
-    def json(self, document: object) -> None:
-        body = json.dumps(document).encode()
-        self.reply(200, {"Content-Type": "application/json"}, body)
+    def _due_fault(self, line: str) -> Fault | None:
+        for fault in self.hub.faults:
+            if fault.times > 0 and re.search(fault.pattern, line):
+                if fault.skip == 0:
+                    fault.times -= 1
+                    return fault
+                fault.skip -= 1
+        return None
 
-    def error(self, status: int, code: str = "", message: str = "") -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message}
-        self.reply(status, {key: value for key, value in headers.items() if value}, b"")
+    def _read(self, most: int | None = None) -> bytes:
+        """The body, with its length known or in chunks; at most `most` bytes of it."""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)[:most]
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length if most is None else min(length, most))
+        if len(body) < length and most is None:
+            raise _Drop
+        return body
 
-    def reply(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
-        self.note(status)
+    def _reply(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
+        for key, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(key.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def note(
-        self, status: int, file: str = "", start: int = 0, stop: int = 0, sent: int = 0
-    ) -> None:
-        authorised = "authorization" in self.headers
-        with self.hub.lock:
-            seen = Seen(self.command, self.path, file, status, start, stop, sent, authorised)
-            self.hub.seen.append(seen)
+    def _route(self, line: str, body: bytes, *, lost: bool) -> None:
+        for pattern, route in _ROUTES:
+            if found := re.fullmatch(pattern, line):
+                answer = route(self, body, **found.groupdict())
+                if lost:
+                    raise _Drop
+                if answer is not None:
+                    self._reply(200, json.dumps(answer).encode())
+                return
+        raise _Answer(404, f"no route for {line}", "RepoNotFound")
 
-    def fault(self) -> Fault | None:
-        """The first fault that is due for this request."""
-        with self.hub.lock:
-            for fault in self.hub.faults:
-                fits = fault.match in unquote(self.path) and fault.method == self.command
-                if not fits or fault.times <= 0:
-                    continue
-                if fault.skip > 0:
-                    fault.skip -= 1
-                    continue
-                fault.times -= 1
-                return fault
-        return None
+    # Who may do what
 
-    def file(self, name: str, file: _File, headers: dict[str, str]) -> None:
-        """Send a file, or the range of it that was asked for, spoilt by what fault is due."""
-        fault = self.fault()
-        if fault and fault.kind == "status":
-            self.reply(fault.status, fault.headers)
+    def _me(self) -> dict[str, Any] | None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        return self.hub.tokens.get(token)
+
+    def _readable(self, name: str, revision: str = "main", *, content: bool = False) -> Repo:
+        """The repository at a revision; content: of whose files something is asked."""
+        repo, me = self.hub.repos.get(name), self._me()
+        if repo is None or (repo.private and not me):
+            raise _Answer(404 if me else 401, "Repository not found", "RepoNotFound")
+        if repo.gated and content and not me:
+            raise _Answer(401, f"Access to model {name} is restricted.", "GatedRepo")
+        if revision not in repo.revisions:
+            raise _Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return repo
+
+    def _check_writer(self, repo: str) -> None:
+        """403 unless the token's owner writes in the namespace; the Hub says no more than that."""
+        me, namespace = self.whoami(b""), repo.partition("/")[0]
+        roles = {org["name"]: org["roleInOrg"] for org in me["orgs"]} | {me["name"]: "admin"}
+        if roles.get(namespace, "read") == "read" or me["auth"]["accessToken"].get("denied"):
+            raise _Answer(403, "You don't have the rights to write there.")
+
+    def _writable(self, name: str) -> Repo:
+        repo = self._readable(name)
+        self._check_writer(name)
+        return repo
+
+    def whoami(self, body: bytes) -> Any:
+        me = self._me()
+        if me is None:
+            raise _Answer(401, "Invalid username or password.")
+        return me
+
+    def auth_check(self, body: bytes, repo: str) -> Any:
+        self._writable(repo)
+        return {}
+
+    # What there is
+
+    def model(self, body: bytes, repo: str, revision: str = "main") -> Any:
+        found = self._readable(repo, revision or "main")
+        siblings = [file.sibling(name) for name, file in found.files.items()]
+        private, gated = found.private, "auto" if found.gated else False
+        known = {"id": repo, "sha": found.sha, "private": private, "gated": gated}
+        return known | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
+
+    def tree(self, body: bytes, repo: str, revision: str) -> Any:
+        files = self._readable(repo, revision).files
+        return [file.entry(name) for name, file in files.items()]
+
+    def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
+        found = self._readable(repo, revision, content=True)
+        headers = {"X-Repo-Commit": found.sha}
+        if (file := found.files.get(name)) is None:
+            raise _Answer(404, "", "EntryNotFound", **headers)
+        if file.sha256 is None:
+            self._send_file(f"{repo}/{name}", file, headers | {"ETag": f'"{file.oid}"'})
             return
+        headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        where = f"/network/{quote(repo)}/{quote(name)}?signature={self.hub.signature}"
+        self._reply(302, b"", headers | {"Location": self.hub.network + where})
+
+    def network(self, body: bytes, repo: str, name: str) -> None:
+        """Large files, for whoever holds an address that has not expired; a token is an error."""
+        signed = urlsplit(self.path).query == f"signature={self.hub.signature}"
+        if not signed or "authorization" in self.headers:
+            raise _Answer(403, "expired, or a token where none belongs")
+        file = self.hub.repos[repo].files[name]
+        assert file.sha256 is not None
+        self._send_file(f"{repo}/{name}", file, {"ETag": f'"{file.sha256[:32]}"'})
+
+    def _send_file(self, name: str, file: File, headers: dict[str, str]) -> None:
+        """Send a file, or the range of it that was asked for, spoilt by what fault is due."""
+        fault = self.fault or Fault("", "")
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if fault and fault.kind == "ignore":
+        if fault.kind == "ignore":
             asked = None
         start, stop = 0, file.size
         if asked:
             start, stop = int(asked[1]), min(int(asked[2] or file.size) + 1, file.size)
             if start >= file.size:
-                self.reply(416, {"Content-Range": f"bytes */{file.size}"})
-                return
-        if fault and fault.kind == "etag":
+                raise _Answer(416, "", Content_Range=f"bytes */{file.size}")
+        if fault.kind == "etag":
             headers = headers | {"ETag": '"another"', "X-Linked-Etag": '"another"'}
-        if fault and fault.kind == "short":
+        if fault.kind == "short":
             stop -= fault.after
-        shift = 1 if fault and fault.kind == "shift" else 0
-        total = file.size + (1 if fault and fault.kind == "size" else 0)
+        shift = 1 if fault.kind == "shift" else 0
+        total = file.size + (1 if fault.kind == "size" else 0)
         self.send_response(206 if asked else 200)
         for key, value in headers.items():
             self.send_header(key, value)
         if asked:
             self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1 + shift}/{total}")
-        self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
-        sent = 0
-        try:
-            if self.command != "HEAD":
-                sent = self._send(file, start, stop, fault)
-        finally:
-            self.note(206 if asked else 200, name, start, stop, sent)
+        self.request_seen.file, self.request_seen.start = name, start
+        if self.command != "HEAD":
+            self._send_bytes(file, start, stop, fault)
 
-    def _send(self, file: _File, start: int, stop: int, fault: Fault | None) -> int:
-        """The bytes from `start` to `stop`, or as many as the fault lets through."""
-        breaks = fault is not None and fault.kind in ("drop", "stall")
-        end = min(stop, start + fault.after) if fault and breaks else stop
-        at = start
+    def _send_bytes(self, file: File, at: int, stop: int, fault: Fault) -> None:
+        breaks = fault.kind in ("drop", "stall")
+        stop = min(stop, at + fault.after) if breaks else stop
         self.wfile.flush()
-        with file.path.open("rb") as source, contextlib.suppress(ConnectionError):
-            if fault and fault.kind == "flip" and at < end:
+        if isinstance(file.source, bytes):
+            self.wfile.write(file.source[at:stop])
+            self.request_seen.sent = stop - at
+            return
+        with file.source.open("rb") as source, contextlib.suppress(ConnectionError):
+            if fault.kind == "flip" and at < stop:
+                source.seek(at)
                 self.connection.sendall(bytes([source.read(1)[0] ^ 0xFF]))
                 at += 1
-            while at < end:
+                self.request_seen.sent += 1
+            while at < stop:
                 if self.server.tls:
                     source.seek(at)
-                    self.connection.sendall(block := source.read(min(_CHUNK, end - at)))
-                    done = len(block)
+                    self.connection.sendall(block := source.read(min(1 << 20, stop - at)))
+                    count = len(block)
                 else:
-                    done = os.sendfile(self.connection.fileno(), source.fileno(), at, end - at)
-                if not done:
-                    break
-                at += done
-            if fault and fault.kind == "stall":
-                time.sleep(fault.seconds)
+                    count = os.sendfile(self.connection.fileno(), source.fileno(), at, stop - at)
+                at += count
+                self.request_seen.sent += count
+            time.sleep(fault.seconds)
         if breaks:
             self.close_connection = True
-        return at - start
+
+    # Uploads
+
+    def create(self, body: bytes) -> Any:
+        wanted = json.loads(body)
+        name = f"{wanted.get('organization') or self.whoami(b'')['name']}/{wanted['name']}"
+        self._check_writer(name)
+        url = {"url": f"{self.hub.endpoint}/{name}", "name": name}
+        if name in self.hub.repos:
+            raise _Answer(409, json.dumps(url | {"error": "You already created this model repo"}))
+        attributes = {".gitattributes": b"*.safetensors filter=lfs\n"}
+        self.hub.add(name, attributes, private=wanted.get("visibility") == "private")
+        return url
+
+    def validate_yaml(self, body: bytes) -> Any:
+        import yaml  # type: ignore[import-untyped]
+
+        front = re.match(r"---\r?\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
+        if front is None:
+            return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
+        names = yaml.safe_load(front[1]).get("base_model", [])
+        if wrong := [name for name in names if not _CARD_NAME.fullmatch(str(name))]:
+            words = f'"base_model" with value "{wrong[0]}" is not valid. Use a model id.'
+            raise _Answer(400, json.dumps({"errors": [{"message": words}], "warnings": []}))
+        return {"errors": [], "warnings": []}
+
+    def preupload(self, body: bytes, repo: str) -> Any:
+        files = []
+        existing = self._writable(repo).files
+        for file in json.loads(body)["files"]:
+            path = file["path"]
+            large = path.endswith(LARGE) or file["size"] > 1 << 20
+            old = existing.get(path)
+            answer = {"path": path, "uploadMode": "lfs" if large else "regular"}
+            files.append(answer | {"shouldIgnore": False, "oid": old and (old.sha256 or old.oid)})
+        return {"files": files}
+
+    def batch(self, body: bytes, repo: str) -> Any:
+        self._writable(repo)
+        answers = []
+        for item in json.loads(body)["objects"]:
+            answer = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.hub.objects:
+                answer["actions"] = self._actions(item["oid"], item["size"])
+            answers.append(answer)
+        return {"transfer": "basic", "objects": answers}
+
+    def _actions(self, oid: str, size: int) -> Any:
+        base = f"{self.hub.endpoint}/lfs/{oid}"
+        verify = {"href": f"{base}/verify"}
+        if self.hub.part_size is None or size <= self.hub.part_size:
+            return {"upload": {"href": base}, "verify": verify}
+        count = -(-size // self.hub.part_size)
+        urls = {f"{i:05}": f"{base}/{i}" for i in range(1, count + 1)}
+        header = {"chunk_size": str(self.hub.part_size), **urls}
+        return {"upload": {"href": f"{base}/complete", "header": header}, "verify": verify}
+
+    def put(self, body: bytes, oid: str) -> Any:
+        if not self.hub.take(body):
+            raise _Drop
+        return self._store(oid, body)
+
+    def put_part(self, body: bytes, oid: str, part: str) -> None:
+        if not self.hub.take(body):
+            raise _Drop
+        self.hub.parts.setdefault(oid, {})[int(part)] = body
+        self._reply(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+
+    def complete(self, body: bytes, oid: str) -> Any:
+        parts = self.hub.parts.pop(oid)
+        numbers = [part["partNumber"] for part in json.loads(body)["parts"]]
+        return self._store(oid, b"".join(parts[number] for number in numbers))
+
+    def _store(self, oid: str, body: bytes) -> Any:
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise _Answer(400, "BadDigest")
+        self.hub.objects[oid] = body
+        return {}
+
+    def verify(self, body: bytes, oid: str) -> Any:
+        if len(self.hub.objects.get(oid, b"")) != json.loads(body)["size"]:
+            raise _Answer(404, "object not found")
+        return {}
+
+    def commit(self, body: bytes, repo: str) -> Any:
+        found = self._writable(repo)
+        files = {name: file.source for name, file in found.files.items()}
+        for line in map(json.loads, body.splitlines()):
+            key, value = line["key"], line["value"]
+            if key == "header" and value.get("parentCommit") not in (None, found.sha):
+                raise _Answer(412, "A commit has happened since.")
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            if key == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            if key == "deletedFile":
+                del files[value["path"]]
+        sha = found.commit(files)
+        return {"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{sha}", "commitOid": sha}
 
 
-class _Hub(_Handler):
-    """The API and `resolve`."""
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        if path.startswith("/api/models/"):
-            self._api(path.removeprefix("/api/models/"))
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._resolve(*map(unquote, found.groups()))
-        else:
-            self.error(404, "RepoNotFound")
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length)
-        path = urlsplit(self.path).path
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)", path)
-        repo = self._repo(*map(unquote, found.groups())) if found else None
-        if repo is None:
-            return
-        as_json = self.headers.get("Content-Type", "").startswith("application/json")
-        asked = json.loads(body) if as_json else parse_qs(body.decode())
-        paths = [path for path in asked.get("paths", []) if path in repo.files]
-        self.json([_entry(path, repo.files[path]) for path in paths])
-
-    def _repo(self, repo_id: str, revision: str, *, content: bool = False) -> _Repo | None:
-        """The repository at a revision, or None once an error was sent. content: of its files."""
-        repo = self.hub.repos.get(repo_id)
-        known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-        if repo is None or (repo.private and not known):
-            self.error(404 if known else 401, "RepoNotFound", "Repository not found")
-        elif repo.gated and content and not known:
-            self.error(401, "GatedRepo", f"Access to model {repo_id} is restricted.")
-        elif revision not in repo.revisions:
-            self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        else:
-            return repo
-        return None
-
-    def _api(self, rest: str) -> None:
-        fault = self.fault()
-        if fault and fault.kind == "status":
-            self.reply(fault.status, fault.headers)
-            return
-        pattern = r"([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)/?)?"
-        found = re.fullmatch(pattern, rest)
-        if not found:
-            self.error(404, "RepoNotFound")
-            return
-        repo = self._repo(unquote(found[1]), unquote(found[3] or "main"))
-        if repo is None:
-            return
-        if found[2] == "tree":
-            self.json([_entry(name, file) for name, file in repo.files.items()])
-            return
-        query = parse_qs(urlsplit(self.path).query)
-        siblings = [_sibling(name, file, "blobs" in query) for name, file in repo.files.items()]
-        document: dict[str, Any] = {
-            "_id": repo.sha[:24],
-            "id": repo.id,
-            "modelId": repo.id,
-            "sha": repo.sha,
-        }
-        document |= {"private": repo.private, "gated": "auto" if repo.gated else False}
-        self.json(document | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
-
-    def _resolve(self, repo_id: str, revision: str, name: str) -> None:
-        repo = self._repo(repo_id, revision, content=True)
-        if repo is None:
-            return
-        headers = {"X-Repo-Commit": repo.sha}
-        if (file := repo.files.get(name)) is None:
-            self.note(404)
-            self.send_response(404)
-            for key, value in (headers | {"X-Error-Code": "EntryNotFound"}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if file.sha256 is None:
-            self.file(f"{repo_id}/{name}", file, headers | {"ETag": f'"{file.oid}"'})
-            return
-        fault = self.fault()
-        if fault and fault.kind == "status":
-            self.reply(fault.status, fault.headers)
-            return
-        etag = "0" * 64 if fault and fault.kind == "etag" else file.sha256
-        headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(file.size)}
-        where = f"/{quote(repo_id)}/{repo.sha}/{quote(name)}?signature={self.hub.signature}"
-        self.reply(302, headers | {"Location": self.hub.network + where})
-
-
-class _Network(_Handler):
-    """Large files, for whoever holds an address that has not expired; a token is an error."""
-
-    def do_GET(self) -> None:
-        split = urlsplit(self.path)
-        org, repo, _, name = unquote(split.path).strip("/").split("/", 3)
-        if split.query != f"signature={self.hub.signature}" or "authorization" in self.headers:
-            self.error(403, message="expired, or a token where none belongs")
-            return
-        file = self.hub.repos[f"{org}/{repo}"].files[name]
-        assert file.sha256 is not None
-        etag = {"ETag": f'"{file.sha256[:32]}"'}
-        self.file(f"{org}/{repo}/{name}", file, etag)
-
-
-def _entry(name: str, file: _File) -> dict[str, Any]:
-    """A file as `tree` and `paths-info` list it."""
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": file.size, "oid": file.oid}
-    if file.sha256:
-        entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
-    return entry
-
-
-def _sibling(name: str, file: _File, blobs: bool) -> dict[str, Any]:
-    """A file as model info lists it."""
-    entry: dict[str, Any] = {"rfilename": name}
-    if blobs:
-        entry |= {"size": file.size, "blobId": file.oid}
-        if file.sha256:
-            entry["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": 134}
-    return entry
+_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_OID = r"(?P<oid>[0-9a-f]{64})"
+_ROUTES: list[tuple[str, Callable[..., Any]]] = [
+    (r"GET /api/whoami-v2", _Handler.whoami),
+    (rf"GET /api/models/{_REPO}", _Handler.model),
+    (rf"GET /api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.model),
+    (rf"GET /api/models/{_REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
+    (rf"GET /api/models/{_REPO}/auth-check/write", _Handler.auth_check),
+    (rf"(?:GET|HEAD) /{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", _Handler.resolve),
+    (rf"(?:GET|HEAD) /network/{_REPO}/(?P<name>.+)", _Handler.network),
+    (r"POST /api/repos/create", _Handler.create),
+    (r"POST /api/validate-yaml", _Handler.validate_yaml),
+    (rf"POST /api/models/{_REPO}/preupload/main", _Handler.preupload),
+    (rf"POST /api/models/{_REPO}/commit/main", _Handler.commit),
+    (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
+    (rf"PUT /lfs/{_OID}", _Handler.put),
+    (rf"PUT /lfs/{_OID}/(?P<part>\d+)", _Handler.put_part),
+    (rf"POST /lfs/{_OID}/complete", _Handler.complete),
+    (rf"POST /lfs/{_OID}/verify", _Handler.verify),
+]
 
 
 def main() -> None:
     """Serve the folders named on the command line until the input ends."""
-    with HubServer() as hub:
-        for word in sys.argv[1:]:
+    words = sys.argv[1:]
+    certificate = None
+    if "--tls" in words:
+        certificate = make_certificate(Path(words[-1]))
+        del words[-2:]
+    with HubServer(certificate) as hub:
+        for word in words:
             repo_id, _, folder = word.partition("=")
             hub.add(repo_id, Path(folder))
         sys.stdout.write(hub.endpoint + "\n")

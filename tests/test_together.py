@@ -9,13 +9,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import hub_push_server
 import pytest
 from command import run, run_until_killed
-from hub_server import HubServer, use
+from hub_server import TOKEN, HubServer, use
 
 from lowmem_adamms import make_plan, merge
-from lowmem_adamms.hub import client
 from lowmem_adamms.merging.journal import WORK
 from lowmem_adamms.quantizing.quantization import Method
 
@@ -26,7 +24,7 @@ IDS = ("org/base", "org/donor")
 REPO = "lab/merged"
 ALPHAS = "0.1,0.5"
 METHODS: tuple[Method, ...] = ("nf4", "int8")
-WAYS = {"cache": (), "no cache": ("--no-cache",), "disk budget": ("--disk-budget", "1GB")}
+WAYS = {"cache": (), "no cache": ("--no-cache",)}
 # huggingface_hub's own use of httpx2
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 Files = dict[str, bytes]
@@ -56,19 +54,18 @@ def quantized(pair: Pair, plain: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def server(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with the pair on it, and no waiting between attempts."""
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.001)
     with HubServer() as server:
         use(server, monkeypatch, tmp_path)
         for repo_id, folder in zip(IDS, pair, strict=True):
-            server.add(repo_id, folder, revisions=("main", "v1"))
+            server.add(repo_id, folder, "v1")
         yield server
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_push_server.HubServer]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that takes uploads."""
-    with hub_push_server.serving() as server:
-        hub_push_server.use(server, monkeypatch)
+    with HubServer() as server:
+        use(server, monkeypatch, tmp_path, TOKEN)
         yield server
 
 
@@ -78,12 +75,12 @@ def weights(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in folder.glob("model*")}
 
 
-def assert_pushed(hub: hub_push_server.HubServer, out: Path) -> None:
+def assert_pushed(hub: HubServer, out: Path) -> None:
     """The repository holds the folder, from one commit."""
     repo = hub.repos[REPO]
     assert len(repo.commits) == 2
     ours = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == ours
+    assert repo.contents == ours
 
 
 # Quantized
@@ -113,12 +110,11 @@ def test_what_comes_from_the_hub_is_quantized(
     assert server.sent(".safetensors") > 0
 
 
-@pytest.mark.parametrize("way", ["no cache", "disk budget"])
 def test_killed_while_it_quantizes_from_the_hub_it_resumes(
-    server: HubServer, quantized: dict[str, Path], tmp_path: Path, way: str
+    server: HubServer, quantized: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = [*IDS, "-o", str(out), "--alpha-layers", ALPHAS, "--quantize", "nf4", *WAYS[way]]
+    words = [*IDS, "-o", str(out), "--alpha-layers", ALPHAS, "--quantize", "nf4", "--no-cache"]
     places = {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
     rooms = (
         "merging.disk_sink",
@@ -172,7 +168,7 @@ dtype: bfloat16
 
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_what_was_blended_by_layer_and_quantized_is_pushed(
-    hub: hub_push_server.HubServer,
+    hub: HubServer,
     pair: Pair,
     plain: Path,
     quantized: dict[str, Path],
@@ -188,7 +184,7 @@ def test_what_was_blended_by_layer_and_quantized_is_pushed(
 
 
 def test_a_quantized_upload_that_fails_is_finished(
-    hub: hub_push_server.HubServer,
+    hub: HubServer,
     pair: Pair,
     quantized: dict[str, Path],
     tmp_path: Path,
@@ -197,7 +193,7 @@ def test_a_quantized_upload_that_fails_is_finished(
     """By the same command; it is then known which merge waits."""
     out = tmp_path / "out"
     words = (*pair, "-o", out, "--alpha-layers", ALPHAS, "--push-to-hub", REPO)
-    hub.faults = [hub_push_server.Fault(r"POST .*/commit/main", "403")]
+    hub.fail(r"POST .*/commit/main", "status", status=403)
     assert run(*words, "--quantize", "int8") == 2
     assert "the output is complete" in capsys.readouterr().err
     assert run(*words) == 2
