@@ -21,7 +21,8 @@ from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints import safetensors_header as header
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import DTYPES
-from lowmem_adamms.comparing import comparison, pairing
+from lowmem_adamms.comparing.comparison import compare
+from lowmem_adamms.comparing.pairing import pair_checkpoints
 from lowmem_adamms.mapping import kinship
 from lowmem_adamms.merging import range_source
 from lowmem_adamms.merging.journal import WORK
@@ -139,11 +140,11 @@ def test_small_rings_and_requests_give_the_same(
 def test_two_models_on_the_hub_are_compared_without_being_stored(
     server: HubServer, pair: Pair, tmp_path: Path
 ) -> None:
-    there = pairing.join(*(open_checkpoint(ref, cache=False) for ref in IDS))
+    there = pair_checkpoints(*(open_checkpoint(ref, cache=False) for ref in IDS))
     assert there.remote and there.a.path.startswith("org/base@")
     sample = kinship.RUN_ELEMENTS
-    theirs, ours = (comparison.compare(p, sample=sample) for p in (there, pairing.join(*pair)))
-    assert (theirs.measures, theirs.verdict) == (ours.measures, ours.verdict)
+    remote, local = (compare(p, sample=sample) for p in (there, pair_checkpoints(*pair)))
+    assert (remote.similarities, remote.ancestry) == (local.similarities, local.ancestry)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
