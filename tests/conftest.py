@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 from families import FAMILIES, write_headers
 from hypothesis import settings
+from more_families import MORE
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
@@ -68,11 +69,11 @@ class MadeOnce(dict[str, V]):
 
 @pytest.fixture(scope="session")
 def true_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """Every family of families.py, opened from a folder of true-size headers without data."""
+    """Every family, opened from a folder of true-size headers without data."""
     root = tmp_path_factory.mktemp("true-size")
 
     def make(name: str) -> Checkpoint:
-        write_headers(root / name, FAMILIES[name])
+        write_headers(root / name, (FAMILIES | MORE)[name])
         return open_checkpoint(root / name)
 
     return MadeOnce(make)

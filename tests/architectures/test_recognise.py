@@ -344,6 +344,7 @@ def test_what_a_declaration_lacks_is_told_of_the_nearest_spelling(tmp_path: Path
     [
         ("layers.0.self_attn.q_proj.weight", r"a\.layers\.0\.self_attn\.q_proj\.weight"),
         ("layers.1.mlp.up_proj.weight", r"a\.layers\.1\.mlp\.up_proj\.weight"),
+        ("layers.1.input_layernorm.weight", r"a\.layers\.1\.input_layernorm\.weight"),
         ("norm.weight", r"a\.norm\.weight"),
     ],
 )
@@ -356,7 +357,10 @@ def test_what_comes_nearest_to_a_decoder_is_told(tmp_path: Path, drop: str, lost
         recognise(hollow(tmp_path, tensors), ARCHS)
 
 
-def test_no_decoder_at_all_is_told(tmp_path: Path) -> None:
-    checkpoint = hollow(tmp_path, {"bert.layer.0.weight": ("F32", (2, 2))})
-    with pytest.raises(MappingError, match=r"no decoder found among its 1 tensors.*--arch"):
+@pytest.mark.parametrize("name", ["bert.layer.0.weight", "model.embed_tokens.weight"])
+def test_no_decoder_at_all_is_told(tmp_path: Path, name: str) -> None:
+    checkpoint = hollow(tmp_path, {name: ("F32", (2, 2))})
+    with pytest.raises(
+        MappingError, match=rf"no decoder found among its 1 tensors.*{name}.*--arch"
+    ):
         recognise(checkpoint, ARCHS)
