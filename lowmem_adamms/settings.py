@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from os.path import expanduser
 from typing import Any, Literal, TypeVar
 
+from .errors import RecipeError
 from .values import (
     parse_count,
     parse_dtype,
@@ -60,13 +61,30 @@ def setting(default: Any, help: str, **how: Any) -> Any:
 def combine(kind: type[S], settings: S | None, fields: Mapping[str, Any]) -> S:
     """Settings of one kind: those given, or the defaults, with `fields` replaced.
 
-    TypeError for a field that the kind does not have.
+    Values may be words, as on a command line: `ram="16GB"`, `dtype=torch.bfloat16`.
+    TypeError for a field that the kind does not have, or a value of a wrong type; RecipeError for
+    one that is out of range.
     """
-    known = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(fields) - set(known)):
         raise TypeError(f"no setting is called {unknown[0]!r}; there are {', '.join(known)}")
+    values = {name: _check(known[name], value) for name, value in fields.items()}
     settings = settings or kind()
-    return dataclasses.replace(settings, **fields) if fields else settings  # type: ignore[type-var]
+    return dataclasses.replace(settings, **values) if values else settings  # type: ignore[type-var]
+
+
+def _check(item: dataclasses.Field[Any], value: Any) -> Any:
+    """A value that was given in Python, as the setting holds it."""
+    option: Option = item.metadata["option"]
+    if value is None or value == item.default:
+        return value
+    if option.choices and value not in option.choices:
+        raise RecipeError(f"{item.name} {value!r}: expected {' or '.join(option.choices)}")
+    if isinstance(item.default, bool) and not isinstance(value, bool):
+        raise TypeError(f"{item.name} is {value!r}, expected True or False")
+    if option.repeated:
+        return (value,) if isinstance(value, str) else tuple(value)
+    return option.parse(value) if option.parse else value
 
 
 def changed(settings: object, *kinds: type) -> list[dataclasses.Field[Any]]:

@@ -35,6 +35,16 @@ def format_size(nbytes: int) -> str:
     return f"{value:.2f} GB"
 
 
+def format_duration(seconds: float) -> str:
+    """A time for people: `0.4 s`, `21 s`, `5 min`, `1 h 10 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def parse_size(text: str | int) -> int:
     """Bytes: a number, or text such as `5GB`, `500 MB` and `7.5GiB`."""
     nbytes = parse_size_or_zero(text)
@@ -45,8 +55,10 @@ def parse_size(text: str | int) -> int:
 
 def parse_size_or_zero(text: str | int) -> int:
     """The same as `parse_size`, and 0 where nothing at all has a meaning."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
+    if not isinstance(text, str):
+        raise TypeError(f"found {text!r}, expected a number of bytes or text such as '16GB'")
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise RecipeError(f"{text!r}: expected a size such as 16GB, 7.5GiB or 500MB")
@@ -60,7 +72,7 @@ def parse_size_or_zero(text: str | int) -> int:
 
 def parse_dtype(dtype: object) -> str:
     """The safetensors name of a dtype that can be written: `bf16`, `torch.bfloat16`, …: `BF16`."""
-    word = str(dtype).lower().removeprefix("torch.")
+    word = str(getattr(dtype, "name", dtype)).lower().removeprefix("torch.")
     for name, words in _DTYPE_WORDS.items():
         if word in words:
             return name
@@ -78,6 +90,8 @@ def parse_natural(text: str | int) -> int:
 
 
 def _parse_whole(text: str | int, least: int) -> int:
+    if not isinstance(text, str | int) or isinstance(text, bool):
+        raise TypeError(f"found {text!r}, expected a whole number, {least} or more")
     word = str(text).strip()
     if not word.isdecimal() or int(word) < least:
         raise RecipeError(f"{text!r}: expected a whole number, {least} or more")

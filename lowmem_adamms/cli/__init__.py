@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import MergeError, RecipeError
 from . import archs, compare, console, demo, merge, plan, push, search, verify
-from .options import Command, make_parser, read_options
+from .options import Command, did_you_mean, make_parser, program, read_options
 
 COMMANDS = {
     "plan": plan.COMMAND,
@@ -39,10 +39,10 @@ architecture, vision encoder, tokenizer and processor; DONOR's language weights
 are blended into it: out = (1 - alpha) * base + alpha * donor."""
 _EXAMPLES = """\
 examples:
-  python -m lowmem_adamms demo
-  python -m lowmem_adamms plan BASE DONOR
-  python -m lowmem_adamms BASE DONOR -o OUT --prompts questions.jsonl
-  python -m lowmem_adamms BASE DONOR -o OUT --alpha 0.3
+  %(prog)s demo
+  %(prog)s plan BASE DONOR
+  %(prog)s BASE DONOR -o OUT --prompts questions.jsonl
+  %(prog)s BASE DONOR -o OUT --alpha 0.3
 
 BASE and DONOR are folders, files or Hub ids (org/name[@revision]). Without a
 command, BASE DONOR ... is short for merge BASE DONOR ...
@@ -83,21 +83,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MergeError as error:
-        return console.fail(*error.lines)
+        return _fail(*error.lines)
     except BrokenPipeError:  # such as `plan --json | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return console.fail(
-                f"disk full ({error}); free some and run the same command to resume"
-            )
+            return _fail(f"disk full ({error}); free some and run the same command to resume")
         if error.errno in _NOT_ACCESSIBLE:
-            return console.fail(f"{error.filename}: {error.strerror}")
+            return _fail(f"{error.filename}: {error.strerror}")
         raise
     except KeyboardInterrupt:
-        print(f"interrupted{_way_to_resume(taken)}", file=sys.stderr)
+        console.print_info(f"interrupted{_way_to_resume(taken)}")
         return 130
+
+
+def _fail(*messages: str) -> int:
+    console.print_errors(messages)
+    return 2
 
 
 def parse(words: list[str]) -> tuple[Command, Any]:
@@ -114,8 +117,8 @@ def _with_command(words: list[str]) -> list[str]:
         return words
     if "/" not in words[0] and not Path(words[0]).exists():
         raise RecipeError(
-            f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)});"
-            " see python -m lowmem_adamms --help"
+            f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)})"
+            f"{did_you_mean(words[0], COMMANDS)}; see {program()} --help"
         )
     return ["merge", *words]
 

@@ -7,7 +7,7 @@ from os.path import expanduser
 
 from ..architectures import declare, families
 from ..settings import setting
-from .console import print_json
+from .console import print_json, print_line
 from .options import Command
 from .pair import json_option
 
@@ -40,7 +40,7 @@ def run(options: ArchsOptions) -> int:
     elif one:
         print(declare.to_toml(one), end="")
     else:
-        print(terminal.describe_archs(known))
+        print_line(terminal.describe_archs(known))
     return 0
 
 

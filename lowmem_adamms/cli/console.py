@@ -1,13 +1,22 @@
-"""What the commands print with: results on stdout; errors, notes and progress on stderr."""
+"""What the commands print with: results on stdout; errors, notes and progress on stderr.
+
+Names and texts of checkpoints reach the terminal only through this file, which makes control
+characters visible and reads no markup in them.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from ..reporting.text import show_hidden
+
+_RED, _YELLOW = 31, 33
 
 
 class _Discard(io.TextIOBase):
@@ -30,13 +39,15 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def fail(*messages: str) -> int:
-    """Print each message as one printable line, whatever names are in it; returns exit code 2."""
+def print_line(text: str) -> None:
+    """One line, or several, of a result."""
+    print(show_hidden(text))
+
+
+def print_errors(messages: Iterable[str]) -> None:
+    """Each message as one line on stderr."""
     for message in messages:
-        line = " ".join(message.split())
-        safe = "".join(letter if letter.isprintable() else "?" for letter in line)
-        print("error:", safe, file=sys.stderr)
-    return 2
+        print(_coloured("error:", _RED), show_hidden(" ".join(message.split())), file=sys.stderr)
 
 
 def print_json(document: Any) -> None:
@@ -47,13 +58,25 @@ def print_json(document: Any) -> None:
 
 def print_note(note: str) -> None:
     """What the user should know and nothing depends on."""
-    print(f"note: {note}", file=sys.stderr)
+    print(_coloured("note:", _YELLOW), show_hidden(note), file=sys.stderr)
+
+
+def print_info(text: str) -> None:
+    """What is no part of a result, such as where a search runs."""
+    print(show_hidden(text), file=sys.stderr)
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Several of them."""
     for note in notes:
         print_note(note)
+
+
+def _coloured(word: str, colour: int) -> str:
+    """The word in a colour, on a terminal that wants any (https://no-color.org)."""
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
+        return word
+    return f"\x1b[{colour}m{word}\x1b[0m"
 
 
 def shows_progress() -> bool:
@@ -63,9 +86,19 @@ def shows_progress() -> bool:
 
 def screen() -> Any:
     """A rich console for tables on stdout; of one width where that is no terminal."""
+    return _console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def _console(**options: Any) -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    class SafeConsole(Console):
+        """Shows every string as it is: no markup, no control characters."""
+
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(show_hidden(text), **{**options, "markup": False})
+
+    return SafeConsole(**options)
 
 
 @contextmanager
@@ -75,7 +108,6 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]
         yield None
         return
     from rich import progress as bars
-    from rich.console import Console
 
     columns = (
         bars.TextColumn(what),
@@ -84,7 +116,7 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]
         bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+    with bars.Progress(*columns, console=_console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
@@ -95,10 +127,9 @@ def live_table(renderable: Any) -> Iterator[None]:
     if not shows_progress():
         yield
         return
-    from rich.console import Console
     from rich.live import Live
 
-    with Live(renderable, console=Console(stderr=True), refresh_per_second=2, transient=True):
+    with Live(renderable, console=_console(stderr=True), refresh_per_second=2, transient=True):
         yield
 
 
@@ -110,7 +141,7 @@ def status_line(wanted: bool) -> Iterator[Callable[[str], None] | None]:
         return
 
     def show(what: str) -> None:
-        print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{show_hidden(what)}", end="", file=sys.stderr, flush=True)
 
     try:
         yield show

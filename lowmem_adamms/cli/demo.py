@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from ..settings import setting
 from ..values import parse_alpha
 from . import merge
-from .console import screen
+from .console import print_line, screen
 from .options import Command
 from .pair import out_option, parse_path
 from .plan import show_plan
@@ -46,7 +46,7 @@ def run(options: DemoOptions) -> int:
             raise RecipeError("demo --export only writes the pair and its questions; give no more")
         pair = demo.export(options.export)
         for path in (pair.base, pair.donor, pair.prompts, pair.exam):
-            print(path)
+            print_line(str(path))
         return 0
     folder = options.out or Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
     pair = demo.export(folder)
@@ -74,10 +74,10 @@ def _show(pair: demo.Pair, out: Path) -> None:
     if scores:
         rows = zip(scores.items(), curve, strict=True)
         console.print(terminal.accuracy_table({a: (d, marks["mean"]) for (a, d), marks in rows}))
-    print(f"right answers in per cent, {len(exam)} questions that the search has not seen")
-    print(f"merged model: {out}")
+    print_line(f"right answers in per cent, {len(exam)} questions that the search has not seen")
+    print_line(f"merged model: {out}")
     if scores:
-        print(f"report: {out / 'report.html'}")
+        print_line(f"report: {out / 'report.html'}")
 
 
 def _scores(out: Path) -> dict[float, float | None]:

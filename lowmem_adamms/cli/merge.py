@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import textwrap
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..errors import RecipeError
@@ -21,9 +24,16 @@ from ..settings import (
     changed,
     setting,
 )
-from ..values import format_size, parse_alpha
-from .console import print_note, print_notes, progress_bar, shows_progress
-from .options import Command, spelled
+from ..values import format_duration, format_size, parse_alpha
+from .console import (
+    print_info,
+    print_line,
+    print_note,
+    print_notes,
+    progress_bar,
+    shows_progress,
+)
+from .options import Command, program, spelled
 from .pair import OptionalPairOptions, make_plan, out_option, parse_path, prompts_option
 from .push import show_upload
 from .search import find_alpha, show_found
@@ -65,6 +75,7 @@ class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchS
 
 def run(options: MergeOptions) -> int:
     """Check what can be checked, search if that is asked for, write, upload."""
+    start = time.perf_counter()
     _check_options(options)
     recipe = _read_recipe(options)
     if recipe:
@@ -87,7 +98,9 @@ def run(options: MergeOptions) -> int:
         assert alpha is not None
         with progress_bar("merging", plan.bytes_written) as progress:
             job.write(alpha, progress=progress, note=print_note, show_bars=shows_progress())
-        print(f"{options.out}: {_summary(job.output)}")
+        print_line(f"{options.out}: {_summary(job.output)}")
+        found = alpha.alpha if isinstance(alpha, api.FoundAlpha) else alpha
+        _say_what_next(plan, found, options.out, time.perf_counter() - start)
         if job.upload:
             show_upload(job.upload, options.out, job.finish_upload)
     return 0
@@ -153,6 +166,31 @@ def _summary(output: Output) -> str:
     return (
         f"{plan.counts['interpolate']} tensors interpolated, {plan.counts['copy']} copied"
         f"{quantized}, {format_size(written)}"
+    )
+
+
+def _say_what_next(plan: Plan, alpha: Alpha, out: Path, seconds: float) -> None:
+    """How the output came about, how to load it and how to check it."""
+    weight = f"alpha {alpha:g}" if isinstance(alpha, float) else "an alpha for each layer or role"
+    base, donor = plan.base.name, plan.donor.name
+    print_info(f"{weight}, {base} <- {donor}, {format_duration(seconds)}")
+    print_info("\nload it:\n" + textwrap.indent(_loading_code(plan.base.config, out), "  "))
+    print_info(f"check it:\n  {program()} verify {out} --deep")
+
+
+def _loading_code(config: Mapping[str, Any], out: Path) -> str:
+    """Python that loads a merged checkpoint of a base with this config."""
+    names = config.get("architectures") or []
+    model_class = str(names[0]) if names else ""
+    options = 'dtype="auto"'
+    if "auto_map" in config or not model_class.isidentifier():
+        model_class = "AutoModelForCausalLM"
+        options += ", trust_remote_code=True"
+    return (
+        f"from transformers import AutoProcessor, {model_class}\n"
+        f"model = {model_class}.from_pretrained({str(out)!r}, {options})\n"
+        f"processor = AutoProcessor.from_pretrained({str(out)!r})"
+        "  # of some models only with torchvision installed"
     )
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import inspect
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import RecipeError
@@ -35,15 +39,30 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.known_words: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print and exit for."""
-        raise RecipeError(f"{message}; see {self.prog} --help")
+        wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        hint = did_you_mean(wrong[1], self.known_words) if wrong else ""
+        raise RecipeError(f"{message}{hint}; see {self.prog} --help")
+
+
+def program() -> str:
+    """How this program was started."""
+    name = Path(sys.argv[0]).name
+    return name if name == "lowmem-adamms" else "python -m lowmem_adamms"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is most like another, or nothing."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def make_parser(commands: Mapping[str, Command], about: str, examples: str) -> Parser:
     """The parser of the whole command line."""
-    root = Parser(prog="python -m lowmem_adamms", description=about, epilog=examples)
+    root = Parser(prog=program(), description=about, epilog=examples)
     root.add_argument("--version", action="version", version=__version__)
     subparsers = root.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
@@ -57,6 +76,7 @@ def make_parser(commands: Mapping[str, Command], about: str, examples: str) -> P
             epilog=command.examples,
         )
         _add_options(parser, command.takes)
+        root.known_words |= {_spelled(item) for item in _fields(command.takes)}
     return root
 
 

@@ -15,7 +15,7 @@ from ..live.placement import output_bytes
 from ..merging.sources import remote
 from ..settings import PlacementSettings, PlanSettings, QuantizeSettings, StreamSettings
 from ..values import format_size
-from .console import print_json, screen
+from .console import print_json, print_line, screen
 from .options import Command
 from .pair import PairOptions, json_option, make_plan, out_option
 
@@ -63,16 +63,12 @@ def run(options: PlanOptions) -> int:
 
 def show_plan(plan: Plan, console: Any) -> None:
     """The table, what is left over of the donor, and the notes."""
-    from rich.markup import escape
-
     from ..reporting import terminal
 
     console.print(terminal.plan_table(plan))
-    console.print(
-        f"left over of the donor: {escape(terminal.describe_leftover(plan))}", soft_wrap=True
-    )
+    print_line(f"left over of the donor: {terminal.describe_leftover(plan)}")
     for note in plan.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+        print_line(f"note: {note}")
 
 
 def _forecast(plan: Plan, options: PlanOptions) -> Forecast:
@@ -94,7 +90,7 @@ def _show_forecast(
 ) -> None:
     quantized = options.quantize not in (None, "none")
     about = f" (about; {options.quantize} of bitsandbytes)" if quantized else ""
-    print(
+    print_line(
         f"read {format_size(plan.bytes_read)}, write {format_size(forecast.disk_needed)}{about};"
         f" disk free {format_size(forecast.disk_free)},"
         f" needed {format_size(forecast.disk_needed)}\n"
@@ -102,11 +98,11 @@ def _show_forecast(
         f" about {forecast.seconds_at_1_GB_per_s} s on a disk that moves 1 GB/s"
     )
     if forecast.to_fetch:
-        print(
+        print_line(
             f"from the Hub: {format_size(forecast.to_fetch)} in shards that are not in the cache;"
             " --no-cache streams what is needed of them"
         )
-    print("a search for alpha would run so:", *search, sep="\n  ")
+    print_line("\n  ".join(["a search for alpha would run so:", *search]))
 
 
 COMMAND = Command(

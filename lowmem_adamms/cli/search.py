@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,16 @@ from ..settings import (
     setting,
 )
 from ..version import __version__
-from .console import live_table, print_json, print_note, print_notes, screen, shows_progress
+from .console import (
+    live_table,
+    print_info,
+    print_json,
+    print_line,
+    print_note,
+    print_notes,
+    screen,
+    shows_progress,
+)
 from .options import Command, spelled
 from .pair import (
     OptionalPairOptions,
@@ -85,12 +93,12 @@ def run(options: SearchOptions) -> int:
         refs = {"base": plan.base.ref, "donor": plan.donor.ref}
         print_notes(plan.notes)
         found = find_alpha(plan, prompts, options, options.journal, quantize=options.quantize)
-    if options.report:
-        found.write_page(options.report)
     if options.json:
         print_json(found.to_json() | refs | {"version": __version__})
     else:
         show_found(found)
+    if options.report:  # last, so that what was found is not lost if this fails
+        found.write_page(options.report)
     return 0
 
 
@@ -118,7 +126,7 @@ def find_alpha(
     api.check_images(plan, prompts)
     placement = api.place_search(plan, settings, quantize=quantize)
     for line in placement.lines:
-        print(line, file=sys.stderr)
+        print_info(line)
     download(plan, bars=shows_progress())
     progress = terminal.SearchProgress(len(settings.alphas), len(prompts))
     with live_table(progress):
@@ -139,7 +147,7 @@ def show_found(found: api.FoundAlpha) -> None:
 
     result = found.result
     screen().print(terminal.search_table(result.rounds, result.alpha))
-    print(found)
+    print_line(str(found))
     if result.earlier:
         print_note("D compares within a round: closer neighbours differ less")
     print_notes(result.notes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..settings import setting
 from ..values import format_size
-from .console import print_notes, status_line
+from .console import print_line, print_notes, status_line
 from .options import Command
 from .pair import parse_path
 
@@ -29,7 +29,7 @@ def run(options: VerifyOptions) -> int:
     with status_line(options.deep) as show:
         verdict = verify(options.out, deep=options.deep, progress=show)
     deep = "" if verdict.rows is None else f", {verdict.rows} sampled rows equal to the recipe's"
-    print(
+    print_line(
         f"{options.out}: ok, {verdict.tensors} tensors in {verdict.shards} shards,"
         f" {format_size(verdict.bytes)}{deep}"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -107,7 +106,7 @@ def format_shares(side: CheckpointSummary) -> list[str]:
 def draw_comparison(
     comparison: Comparison, *, width: int, ascii_only: bool = False
 ) -> Iterator[Any]:
-    """Everything to print: tables, and lines in rich's markup.
+    """Everything to print: tables, and lines of text.
 
     Args:
         comparison: The comparison.
@@ -130,8 +129,8 @@ def draw_comparison(
 def _describe_verdict(comparison: Comparison) -> Iterator[str]:
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
         whole = f"{side.whole.tensors:,} tensors, {format_size(side.whole.nbytes)}"
-        yield f"{letter}: {escape(side.name)} ({escape(side.arch)}), {whole}"
-    yield f"[bold]{comparison.ancestry.word}[/bold]: {escape(comparison.ancestry.reason)}"
+        yield f"{letter}: {side.name} ({side.arch}), {whole}"
+    yield f"{comparison.ancestry.word}: {comparison.ancestry.reason}"
     yield describe_sample(comparison)
 
 
@@ -139,18 +138,18 @@ def _describe_differences(comparison: Comparison) -> Iterator[str]:
     a, b = comparison.a.traits, comparison.b.traits
     for name, value in a.items():
         if value != b[name]:
-            yield escape(f"differs: {name}: {value} in A, {b[name]} in B")
+            yield f"differs: {name}: {value} in A, {b[name]} in B"
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        yield escape(f"only in {letter}: {_describe_unpaired(side)}")
+        yield f"only in {letter}: {_describe_unpaired(side)}"
     if nonfinite := describe_nonfinite(comparison):
         yield f"not finite, left out: {nonfinite}"
     obstacles = comparison.obstacles
     for obstacle in obstacles[:MAX_OBSTACLES]:
-        yield escape(f"a merge is refused: {obstacle}")
+        yield f"a merge is refused: {obstacle}"
     if len(obstacles) > MAX_OBSTACLES:
         yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons; --json has all"
     for note in comparison.pairing.notes:
-        yield escape(f"note: {note}")
+        yield f"note: {note}"
 
 
 def _describe_unpaired(side: CheckpointSummary) -> str:
@@ -186,7 +185,7 @@ def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False)
     for name, similarity in {**outer, **comparison.by_name}.items():
         distance, cosine, equal = format_numbers(similarity)
         strip = _strip([similarity], 1, signs)
-        table.add_row(escape(name), strip, distance, cosine, "", equal)
+        table.add_row(name, strip, distance, cosine, "", equal)
     return table
 
 

@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from ..values import format_size
@@ -29,12 +28,12 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
         f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
     )
-    table = Table(title_justify="left", title=escape(title))
+    table = Table(title_justify="left", title=title)
     for heading in ("base's", "tensors", "size", "action", "why"):
         table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
     for (kind, action, reason), steps in rows.items():
         size = format_size(sum(step.nbytes for step in steps))
-        table.add_row(kind, str(len(steps)), size, action, escape(reason))
+        table.add_row(kind, str(len(steps)), size, action, reason)
     return table
 
 
