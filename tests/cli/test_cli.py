@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def assert_one_error(out: str, err: str, words: str = "") -> None:
     assert re.search(words, err), err
 
 
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 # The commands
 
 
@@ -91,7 +99,7 @@ def test_merge_may_be_left_out(pair: Pair, tmp_path: Path, capsys: Capture) -> N
     assert run(*pair, "-o", tmp_path / "a", "--alpha", "0.3") == 0
     assert run("merge", *pair, "--alpha", "0.3", "--out", tmp_path / "b") == 0
     assert seen(tmp_path / "a") == seen(tmp_path / "b")
-    assert capsys.readouterr().err == ""
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_mistyped_command_is_not_taken_for_a_model(capsys: Capture) -> None:
@@ -174,6 +182,58 @@ def test_plan_writes_nothing(pair: Pair, tmp_path: Path, capsys: Capture) -> Non
     assert seen(pair[0].parent) == before
     assert not list(tmp_path.iterdir())
     assert "disk free" in capsys.readouterr().out
+
+
+def test_the_code_that_loads_the_result_runs(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
+    assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3") == 0
+    told = capsys.readouterr().err
+    assert re.match(r"alpha 0\.3, \w+ <- \w+, \d", told)
+    code = textwrap.dedent(told.partition("load it:\n")[2].partition("check it:")[0])
+    found: dict[str, Any] = {}
+    exec(code.partition("processor =")[0], found)  # the tiny pair has no processor
+    assert sum(p.numel() for p in found["model"].parameters()) > 0
+    check = told.partition("check it:\n  python -m lowmem_adamms ")[2].split()
+    assert run(*check) == 0
+
+
+def test_hostile_names_do_not_act_on_the_terminal(
+    copies: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    hostile = "[red]\x1b]0;gotcha\x07\x1b[2J\u202e[bold]"
+    base = copies[0].rename(copies[0].with_name(hostile))
+    edit(base / "config.json", lambda config: config.update(architectures=[hostile]))
+    for words in (
+        ["plan", base, copies[1]],
+        ["compare", base, copies[1]],
+        [base, copies[1], "-o", tmp_path / "out", "--alpha", "0.3"],
+        [base, tmp_path / hostile, "-o", tmp_path / "new", "--alpha", "0.3"],
+    ):
+        run(*words)
+    shown = "".join(capsys.readouterr())
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", shown)
+    assert "[red][U+001B]" in shown
+
+
+def test_errors_and_notes_have_colours_on_a_terminal_that_wants_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for no_color, expected in (("", "\x1b[31merror:\x1b[0m"), ("1", "error:")):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        assert run("verify", "nowhere") == 2
+        assert terminal.getvalue().startswith(f"{expected} nowhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("serach", "x"), r"\(did you mean search\?\)"),
+        (("merge", "a", "b", "-o", "x", "--alhpa", "0.3"), r"\(did you mean --alpha\?\)"),
+    ],
+)
+def test_a_slip_is_answered_with_a_hint(words: tuple[str, ...], hint: str, capsys: Capture) -> None:
+    assert run(*words) == 2
+    assert_one_error(*capsys.readouterr(), hint)
 
 
 # Bad input: all of these end in one line on stderr, exit code 2 and nothing written
@@ -372,7 +432,7 @@ def test_what_is_for_hub_ids_is_said_to_do_nothing_for_folders(
     pair: Pair, tmp_path: Path, capsys: Capture
 ) -> None:
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3", "--no-cache") == 0
-    assert capsys.readouterr().err == (
+    assert capsys.readouterr().err.startswith(
         "note: --no-cache is for Hub ids; both checkpoints lie here and are read in place\n"
     )
 
@@ -485,18 +545,11 @@ def test_interrupted_is_130(
 # Progress
 
 
-class Terminal(io.StringIO):
-    """A stderr that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 def test_progress_is_drawn_on_a_terminal_only(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     run(*pair, "-o", tmp_path / "a", "--alpha", "0.3")
-    assert capsys.readouterr().err == ""
+    assert "\x1b" not in capsys.readouterr().err
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setenv("TERM", "xterm")

@@ -51,7 +51,10 @@ TEXTS = (
     "Describe this image in detail.",
     "Is the door open or closed? Answer yes or no.",
 )
-STDERR = re.compile(r"(memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): ")
+STDERR = re.compile(
+    r"(memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): "
+    r"|alpha .* <- |load it:$|check it:$|  |$"
+)
 CONTRACT = {"alpha", "measure", "prompts", "candidates", "base", "donor", "version"}
 CANDIDATE = {"alpha", "diff_previous", "diff_next", "score", "degenerate"}
 Capture = pytest.CaptureFixture[str]
@@ -527,7 +530,7 @@ def test_two_at_once_do_not_mix(
     assert run(*words) == 0
     assert codes == [2]
     captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if not STDERR.match(line)]
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert [line.partition(": another run")[1:] for line in errors] == [
         (": another run", " is writing there now")
     ]
