@@ -32,60 +32,31 @@ TOWER, CONNECTOR, BUFFER = "vision tower", "connector", "rotary buffer"
 
 # Equal shapes, though not one ancestor each: the kinship check tells these apart by their values
 GROUPS = [
-    [
-        "qwen2-7b",
-        "qwen2.5-7b",
-        "qwen2-vl-7b",
-        "llava-onevision-qwen2-7b-ov-hf",
-        "llava-onevision-qwen2-7b-ov-lmms",
-        "minicpm-v-2_6",
-        "molmo-7b-d",
-        "internvl3-8b",
-        "internvl3-8b-hf",
-        "qwen2.5-vl-7b",
-        "qwen2.5-omni-7b",
-        "qwen2.5-omni-thinker",
-        "videollama3-7b",
-        "videollama3-7b-hf",
-        "ovis2-8b",
-        "ovis2-8b-hf",
-    ],
-    ["qwen3-8b", "qwen3-vl-8b", "internvl3_5-8b", "internvl3_5-8b-hf", "llava-onevision-1.5-8b"],
-    ["qwen2.5-3b", "qwen2.5-vl-3b", "internvl2_5-4b"],
-    ["qwen2-1.5b", "qwen2.5-1.5b", "qwen2-vl-2b", "internvl3-2b"],
-    ["qwen2-0.5b", "internvl2_5-1b"],
-    ["qwen3-4b", "qwen3-vl-4b"],
-    ["qwen3-1.7b", "qwen3-vl-2b"],
-    ["qwen-7b", "qwen-vl"],
-    [
-        "llama-2-7b",
-        "vicuna-7b-v1.5",
-        "llava-1.5-7b-hf",
-        "llava-1.5-7b-orig",
-        "llava-v1.6-vicuna-7b-hf",
-        "llava-v1.6-vicuna-7b-orig",
-        "sharegpt4v-7b",
-        "cogvlm-chat-7b",
+    names.split()
+    for names in (
+        "qwen2-7b qwen2.5-7b qwen2-vl-7b llava-onevision-qwen2-7b-ov-hf "
+        "llava-onevision-qwen2-7b-ov-lmms minicpm-v-2_6 molmo-7b-d internvl3-8b "
+        "internvl3-8b-hf qwen2.5-vl-7b qwen2.5-omni-7b qwen2.5-omni-thinker "
+        "videollama3-7b videollama3-7b-hf ovis2-8b ovis2-8b-hf",
+        "qwen3-8b qwen3-vl-8b internvl3_5-8b internvl3_5-8b-hf llava-onevision-1.5-8b",
+        "qwen2.5-3b qwen2.5-vl-3b internvl2_5-4b",
+        "qwen2-1.5b qwen2.5-1.5b qwen2-vl-2b internvl3-2b",
+        "qwen2-0.5b internvl2_5-1b",
+        "qwen3-4b qwen3-vl-4b",
+        "qwen3-1.7b qwen3-vl-2b",
+        "qwen-7b qwen-vl",
+        "llama-2-7b vicuna-7b-v1.5 llava-1.5-7b-hf llava-1.5-7b-orig "
+        "llava-v1.6-vicuna-7b-hf llava-v1.6-vicuna-7b-orig sharegpt4v-7b cogvlm-chat-7b "
         "mplug-owl2-llama2-7b",
-    ],
-    [
-        "llama-3-8b",
-        "llama-3.1-8b",
-        "llama3-llava-next-8b-hf",
-        "cogvlm2-llama3-chat-19b",
-        "minicpm-llama3-v-2_5",
-        "idefics3-8b",
-        "mllama-11b",
-        "internlm2_5-7b-chat",
-        "internvl2_5-8b",
-        "mistral-7b",
-        "llava-v1.6-mistral-7b-hf",
-    ],
-    ["smollm2-1.7b", "smolvlm-instruct"],
-    ["phi-3.5-mini", "phi-3.5-vision", "internvl2-4b"],
-    ["gemma-2b", "paligemma-3b"],
-    ["gemma-2-2b", "paligemma2-3b"],
-    ["gemma-3-4b-text", "gemma-3-4b"],
+        "llama-3-8b llama-3.1-8b llama3-llava-next-8b-hf cogvlm2-llama3-chat-19b "
+        "minicpm-llama3-v-2_5 idefics3-8b mllama-11b internlm2_5-7b-chat internvl2_5-8b "
+        "mistral-7b llava-v1.6-mistral-7b-hf",
+        "smollm2-1.7b smolvlm-instruct",
+        "phi-3.5-mini phi-3.5-vision internvl2-4b",
+        "gemma-2b paligemma-3b",
+        "gemma-2-2b paligemma2-3b",
+        "gemma-3-4b-text gemma-3-4b",
+    )
 ]
 
 

@@ -35,14 +35,10 @@ def altered(
     ("base", "donor"),
     [
         ("qwen2_vl", "llava_onevision"),
-        ("llava_onevision", "qwen2_vl"),
-        ("qwen2_5_vl", "qwen2"),
         ("cogvlm", "llava"),
         ("cogvlm", "mplug_owl2"),
         ("mplug_owl2", "cogvlm"),
         ("llava", "mplug_owl2"),
-        ("llava_next", "llama"),
-        ("qwen3", "qwen3"),
         ("mistral", "mistral"),
     ],
 )
@@ -56,11 +52,6 @@ def test_descendants_of_one_ancestor_pass(
     for group in LAYERS:
         assert found.cosines[group] == pytest.approx(1.0 if base == donor else 0.990, abs=0.002)
     assert found.lowest[1] == min(found.cosines.values())
-
-
-def test_identical_models_have_cosine_one(tiny_models: dict[str, Path]) -> None:
-    cosines = measure(tiny_models["qwen2_vl"], tiny_models["qwen2_vl"])
-    assert list(cosines.values()) == pytest.approx([1.0] * len(cosines), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -95,18 +86,6 @@ def test_one_foreign_layer_is_found_and_named(tiny_models: dict[str, Path], tmp_
         kinship.check(plan)
 
 
-def test_layers_in_another_order_are_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """Same ancestor, but layer 0 of one is layer 1 of the other."""
-    other = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
-
-    def swap(name: str) -> str:
-        return next((name.replace(a, b) for a, b in other.items() if a in name), name)
-
-    donor = tiny.respell(tiny_models["llama"], swap, tmp_path / "swapped")
-    with pytest.raises(MappingError, match=r"layers\.[01]"):
-        kinship.check(make_plan(tiny_models["llama"], donor))
-
-
 def test_the_negative_of_a_model_is_no_relative(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -126,8 +105,10 @@ def test_scale_and_dtype_do_not_matter(tiny_models: dict[str, Path], tmp_path: P
     assert list(cosines.values()) == pytest.approx([1.0] * 4, abs=1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("bfloat16", float("nan")), ("float16", float("inf")), ("float32", float("-inf"))],
+)
 def test_values_that_are_not_finite_are_passed_over(
     tiny_models: dict[str, Path], tmp_path: Path, dtype: str, value: float
 ) -> None:
@@ -176,19 +157,14 @@ def test_a_matrix_of_nan_is_noted_and_one_nan_in_it_is_not(
     assert kinship.check(make_plan(tiny_models["llama"], tiny_models["llama"])).notes == ()
 
 
-def test_zeros_on_both_sides_are_alike(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_zeros_are_alike_on_both_sides_and_unlike_on_one(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     def zero(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         return torch.zeros_like(tensor) if "layers.0." in name else None
 
     zeroed = altered(tiny_models["llama"], tmp_path / "zero", zero)
     assert kinship.check(make_plan(zeroed, zeroed)).cosines["layers.0"] == 1.0
-
-
-def test_zeros_on_one_side_are_unlike(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    def zero(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        return torch.zeros_like(tensor) if "layers.0." in name else None
-
-    zeroed = altered(tiny_models["llama"], tmp_path / "zero", zero)
     with pytest.raises(MappingError, match=r"layers\.0 is 0\.000"):
         kinship.check(make_plan(tiny_models["llama"], zeroed))
 
