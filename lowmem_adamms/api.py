@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,7 +29,7 @@ from .mapping.alphas import Alpha, alpha_to_json
 from .mapping.plan import Plan
 from .merging import model_card, writer
 from .merging.journal import ANSWERS, NAME, PENDING, WORK, AnswerJournal, pending
-from .merging.sources import Fetch, download
+from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
 from .searching.search import Candidate, Result, choose, search
@@ -393,19 +393,17 @@ class Merge:
     ) -> Path:
         """Write the checkpoint, with the report of the search if alpha was searched for."""
         found = alpha if isinstance(alpha, FoundAlpha) else None
-        options = _writer_options(self.settings)
         return writer.write(
             self.output,
             alpha.alpha if isinstance(alpha, FoundAlpha) else alpha,
-            replace(
-                options,
-                fetch=Fetch(no_cache=self.settings.no_cache, bars=show_bars),
-                push=self.upload,
-                progress=progress,
-                note=note,
-                search=found.to_json() if found else None,
-                beside={"report.html": found.page.encode()} if found else None,
-            ),
+            force=self.settings.force,
+            stream=self.settings.no_cache,
+            show_bars=show_bars,
+            upload=self.upload,
+            progress=progress,
+            note=note,
+            search=found.to_json() if found else None,
+            extra_files={"report.html": found.page.encode()} if found else None,
         )
 
     def finish_upload(self, progress: Callable[[int], None] | None = None) -> int:
@@ -428,7 +426,12 @@ def prepare_merge(
     out = Path(out)
     if settings.push_to_hub is None and (settings.private or settings.replace_repo):
         raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
-    output = writer.prepare(plan, out, _writer_options(settings))
+    output = writer.prepare(
+        plan,
+        out,
+        max_shard_size=settings.max_shard_size,
+        quantizer=_quantizer(plan, settings),
+    )
     output.check(push=settings.push_to_hub is not None)
     with ExitStack() as stack:
         upload = None
@@ -483,13 +486,12 @@ def merge(
     return folder
 
 
-def _writer_options(settings: OutputSettings) -> writer.Options:
-    return writer.Options(
-        max_shard_size=settings.max_shard_size,
-        quantize=None if settings.quantize == "none" else settings.quantize,
-        trust_remote_code=settings.trust_remote_code,
-        force=settings.force,
-    )
+def _quantizer(plan: Plan, settings: OutputSettings) -> writer.Quantizer | None:
+    if settings.quantize in (None, "none"):
+        return None
+    from .quantizing.quantization import prepare
+
+    return prepare(plan, settings.quantize, trust_remote_code=settings.trust_remote_code)
 
 
 # Upload

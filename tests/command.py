@@ -14,13 +14,15 @@ from lowmem_adamms.cli import main
 ROOT = Path(__file__).parent.parent
 
 _KILLED = """
-import importlib, os, signal, sys
+import os, signal, sys
 from lowmem_adamms import cli
-from lowmem_adamms.merging import disk_sink as sink
-rooms, *words = sys.argv[1:]
-for room in rooms.split(","):
-    importlib.import_module(f"lowmem_adamms.{room}").WINDOW = 4096
-sink.DURABLE = 10_000
+from lowmem_adamms.merging import disk_sink, loop, writer
+words = sys.argv[1:]
+disk_sink.WINDOW = loop.WINDOW = writer.REMOTE_WINDOW = 4096
+disk_sink.DURABLE = 10_000
+if "--quantize" in words:
+    from lowmem_adamms.quantizing import quantizing_sink
+    quantizing_sink.WINDOW = 4096
 pwrite, count = os.pwrite, 0
 def killing(*args):
     global count
@@ -42,10 +44,8 @@ def run(*words: object) -> int:
         return end.code
 
 
-def run_until_killed(
-    words: Sequence[object], *, rooms: Sequence[str], env: Mapping[str, str] | None = None
-) -> None:
-    """Run a command until SIGKILL at its sixtieth write; `rooms` are those with small windows."""
-    argv = [sys.executable, "-c", _KILLED, ",".join(rooms), *map(str, words)]
+def run_until_killed(words: Sequence[object], *, env: Mapping[str, str] | None = None) -> None:
+    """Run a command, in small windows, until SIGKILL at its sixtieth write."""
+    argv = [sys.executable, "-c", _KILLED, *map(str, words)]
     done = subprocess.run(argv, cwd=ROOT, env={**os.environ, **(env or {})}, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -15,7 +15,7 @@ from hub_server import TOKEN, HubServer, use
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.merging.journal import WORK
-from lowmem_adamms.quantizing.quantization import Method
+from lowmem_adamms.quantizing.quantized_layout import Method
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -116,13 +116,7 @@ def test_killed_while_it_quantizes_from_the_hub_it_resumes(
     out = tmp_path / "out"
     words = [*IDS, "-o", str(out), "--alpha-layers", ALPHAS, "--quantize", "nf4", "--no-cache"]
     places = {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    rooms = (
-        "merging.disk_sink",
-        "quantizing.quantizing_sink",
-        "merging.range_source",
-        "merging.sources",
-    )
-    run_until_killed(words, rooms=rooms, env=places | {"HF_HUB_OFFLINE": "0"})
+    run_until_killed(words, env=places | {"HF_HUB_OFFLINE": "0"})
     assert any((out / WORK).iterdir())
     server.seen.clear()
     assert run(*words) == 0

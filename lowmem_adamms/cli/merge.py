@@ -157,12 +157,13 @@ def _given_alpha(options: MergeOptions, plan: Plan, recipe: Recipe | None) -> Al
 
 def _summary(output: Output) -> str:
     """What was written, in a line."""
-    plan, quantizer = output.plan, output.how
+    plan, quantizer = output.plan, output.quantizer
     written = plan.bytes_written
     quantized = ""
     if quantizer:
         written = sum(path.stat().st_size for path in output.folder.glob("*.safetensors"))
-        quantized = f", {len(quantizer.names)} of them quantized to {quantizer.method}"
+        about = quantizer.describe()
+        quantized = f", {about['tensors']} of them quantized to {about['method']}"
     return (
         f"{plan.counts['interpolate']} tensors interpolated, {plan.counts['copy']} copied"
         f"{quantized}, {format_size(written)}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import api
 from ..errors import PlacementError
 from ..live.placement import output_bytes
-from ..merging.sources import remote
+from ..merging.sources import remote_shards
 from ..settings import PlacementSettings, PlanSettings, QuantizeSettings, StreamSettings
 from ..values import format_size
 from .console import print_json, print_line, screen
@@ -80,7 +80,7 @@ def _forecast(plan: Plan, options: PlanOptions) -> Forecast:
         disk_needed=written,
         disk_free=shutil.disk_usage(place).free,
         anonymous_memory=(_QUANTIZING_MB if quantize else _ANONYMOUS_MB) << 20,
-        to_fetch=sum(file.size for file in remote(plan).values()),
+        to_fetch=sum(file.size for file in remote_shards(plan).values()),
         seconds_at_1_GB_per_s=math.ceil((plan.bytes_read + written) / 1e9),
     )
 

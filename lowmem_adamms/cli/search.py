@@ -127,7 +127,7 @@ def find_alpha(
     placement = api.place_search(plan, settings, quantize=quantize)
     for line in placement.lines:
         print_info(line)
-    download(plan, bars=shows_progress())
+    download(plan, show_bars=shows_progress())
     progress = terminal.SearchProgress(len(settings.alphas), len(prompts))
     with live_table(progress):
         return api.find_alpha(

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoints.mapped_files import MappedFiles
-from ..checkpoints.span import Span
 from ..errors import MappingError
 from ..mapping.plan import Plan, Step
 from ..merging.loop import Source
@@ -42,7 +41,6 @@ class LiveSink:
         ignored: Sequence[str],
         source: Source,
     ) -> None:
-        self._source = source
         self._on_host = isinstance(source, MappedFiles)
         self._targets: dict[str, _Target] = {}
         self._touched: list[_Target] = []
@@ -77,10 +75,9 @@ class LiveSink:
         """Whether the live model holds the step and alpha changes it."""
         return step.name in self._targets
 
-    def copy(self, step: Step, offset: int, span: Span) -> None:
+    def copy(self, step: Step, offset: int, content: Any) -> None:
         """Bytes that are the base's or the donor's as they are."""
-        slot = self.slot(step, offset, span.nbytes)
-        slot[...] = self._source.view(span)
+        self.slot(step, offset, len(content))[...] = content
         self.commit()
 
     def slot(self, step: Step, offset: int, nbytes: int) -> Any:

@@ -1,11 +1,12 @@
-"""What a killed run leaves behind, and how the same command finds its way back.
+"""The journals of a merge and of a search: what a killed run has done, for the next to go on from.
 
-JSON Lines, one object each. The first line says whose journal it is, by a fingerprint of everything
-that decides the result; a last line cut short by a kill is ignored; the file is locked while it is
-in use. Of a merge (each line fsynced before what it promises is relied on):
+A journal is a file of JSON lines. The first says whose it is, by a fingerprint of everything that
+decides the result; a last line cut short by a kill is ignored; the file is locked while in use.
+
+Of a merge, each line fsynced before anything relies on it:
     {"merge": fingerprint}
     {"file": name, "upto": n}                     the first n bytes of the file are durable
-    {"file": name, "upto": n, "late": {t: hex}}   and these tensors are written at its end
+    {"file": name, "upto": n, "late": {t: hex}}   and these quant states belong at its end
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
 Of a search:
     {"search": fingerprint}
@@ -19,36 +20,35 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from ..closing import Closing
 from ..errors import OutputError
 from ..mapping.alphas import Alpha, alpha_from_json, alpha_to_json
 
 WORK = ".partial"
-"""The folder inside OUT where everything is made; what is in OUT itself is complete."""
+"""Folder inside OUT that holds unfinished output; what is in OUT itself is complete."""
 NAME = ".journal.jsonl"
-"""Hidden, as no sidecar of a model is."""
+"""A merge's journal in WORK. Hidden, as no sidecar of a model is."""
 ANSWERS = "answers.jsonl"
 """A search's journal; it ends beside the merged model, and scores again with `--answers`."""
-
 PENDING = ".push.json"
 """In OUT beside a complete merge whose upload is not finished: `{"merge": fingerprint, "repo": …}`.
 It is made in WORK and moves with the rest."""
 
 
-class _Log(Closing):
+class _Journal:
     """A locked file of JSON lines that belongs to one fingerprint. resumed: it was there before."""
 
-    def __init__(self, path: Path, kind: str, fingerprint: str, others: str) -> None:
-        """others: what to say if the file belongs to another run than this one."""
+    def __init__(self, path: Path, kind: str, fingerprint: str, conflict: str) -> None:
+        """conflict: the error's text if the file belongs to another run than this one."""
         self.path, self.fingerprint = path, fingerprint
-        found = _fingerprint(path, kind)
-        if found == _STRANGE:
+        found = _read_fingerprint(path, kind)
+        if found == _FOREIGN:
             raise OutputError(f"{path} is no journal of a {kind}; choose another place")
         if found not in (None, fingerprint):
-            raise OutputError(others)
+            raise OutputError(conflict)
         self.resumed = found is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
@@ -57,6 +57,12 @@ class _Log(Closing):
         if found is None:
             self._file.truncate(0)
             self._append({kind: fingerprint})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give up the lock; what was noted stays."""
@@ -68,6 +74,7 @@ class _Log(Closing):
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
+        """Keep in memory what a line says."""
         raise NotImplementedError
 
     def _lock(self) -> None:
@@ -95,22 +102,41 @@ class _Log(Closing):
         self._file.truncate(end)
 
 
-class Journal(_Log):
-    """The journal of one merge in `out/.partial`, opened and locked."""
+class Journal(_Journal):
+    """The journal of one merge in `out/.partial`, opened and locked.
+
+    upto: how many bytes of an unfinished file are durable. quant_states: those noted with them.
+    done: name, size and digest of each complete file, as in the journal's line.
+    """
 
     def __init__(self, out: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if another merge owns the folder or is running in it."""
         self.upto: dict[str, int] = {}
-        self.late: dict[str, dict[str, bytes]] = {}
+        self.quant_states: dict[str, dict[str, bytes]] = {}
         self.done: dict[str, dict[str, Any]] = {}
-        others = (
+        conflict = (
             f"{out} holds an unfinished merge of other inputs or options;"
             f" delete {out / WORK} or choose another -o"
         )
-        super().__init__(out / WORK / NAME, "merge", fingerprint, others)
+        super().__init__(out / WORK / NAME, "merge", fingerprint, conflict)
 
-    def note(self, **line: Any) -> None:
-        """Append a line and make it durable."""
+    def note_durable(self, file: str, upto: int, quant_states: Mapping[str, bytes]) -> None:
+        """Note that the first bytes of a file, and with them these quant states, are safe."""
+        line: dict[str, Any] = {"file": file, "upto": upto}
+        if quant_states:
+            line["late"] = {name: content.hex() for name, content in quant_states.items()}
+        self._append_durably(line)
+
+    def note_done(self, file: str, size: int, digest: str) -> None:
+        """Note that a file is complete and durable."""
+        self._append_durably({"file": file, "size": size, "blake3": digest})
+
+    def forget(self, file: str) -> None:
+        """Take a file for not begun, whatever the journal says."""
+        self.done.pop(file, None)
+        self.upto.pop(file, None)
+
+    def _append_durably(self, line: dict[str, Any]) -> None:
         self._append(line)
         os.fsync(self._file.fileno())
 
@@ -119,11 +145,11 @@ class Journal(_Log):
             self.done[line["file"]] = line
         elif "upto" in line:
             self.upto[line["file"]] = line["upto"]
-            late = {name: bytes.fromhex(content) for name, content in line.get("late", {}).items()}
-            self.late.setdefault(line["file"], {}).update(late)
+            states = {name: bytes.fromhex(digits) for name, digits in line.get("late", {}).items()}
+            self.quant_states.setdefault(line["file"], {}).update(states)
 
 
-class AnswerJournal(_Log):
+class AnswerJournal(_Journal):
     """The answers that a search has so far, by alpha and place of the prompt."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -131,12 +157,12 @@ class AnswerJournal(_Log):
         self.answers: dict[Alpha, dict[int, str]] = {}
         self.tokens: dict[Alpha, dict[int, list[int]]] = {}
         self.again: dict[Alpha, dict[int, str]] = {}
-        others = (
+        conflict = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
             " settings); give the same options, --batch-size too, or delete it or choose another"
             " place"
         )
-        super().__init__(path, "search", fingerprint, others)
+        super().__init__(path, "search", fingerprint, conflict)
 
     def note(
         self, alpha: Alpha, index: int, answer: str, tokens: list[int], *, again: bool = False
@@ -156,13 +182,13 @@ class AnswerJournal(_Log):
             self.tokens.setdefault(alpha, {})[index] = line["tokens"]
 
 
-_STRANGE = "unreadable"
+_FOREIGN = "foreign"
 
 
-def _fingerprint(path: Path, kind: str) -> str | None:
+def _read_fingerprint(path: Path, kind: str) -> str | None:
     """Whose journal lies there; None if there is none or it was cut off in its first line.
 
-    _STRANGE for any other file: it may be somebody's only copy of something.
+    _FOREIGN for any other file: it may be somebody's only copy of something.
     """
     try:
         first, end, _ = path.read_bytes().partition(b"\n")
@@ -171,13 +197,13 @@ def _fingerprint(path: Path, kind: str) -> str | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        return _STRANGE
+        return _FOREIGN
     begun = f'{{"{kind}": "'.encode()
-    return None if first.startswith(begun) or begun.startswith(first) else _STRANGE
+    return None if first.startswith(begun) or begun.startswith(first) else _FOREIGN
 
 
 def pending(out: Path) -> str | None:
-    """Whose complete merge lies in `out`, its upload unfinished; None if nothing waits there."""
+    """Fingerprint of the complete merge in `out` whose upload is not finished, if there is one."""
     if (out / WORK / NAME).is_file() or not (out / PENDING).is_file():
         return None
-    return _fingerprint(out / PENDING, "merge")
+    return _read_fingerprint(out / PENDING, "merge")

@@ -1,25 +1,25 @@
-"""The one loop: run(plan, alpha, sink). A disk writer and a live model are both just sinks.
+"""The one loop, run(plan, alpha, sink): what writes a checkpoint also re-blends the live model.
 
 Output is produced in windows: consecutive pieces of consecutive tensors, at most WINDOW bytes,
 blended by one kernel call per triple of dtypes and alpha (nearly always one: layers are larger than
-windows). A window crosses tensor bounds, so that a layer's many small tensors cost one call, and a
-tensor's bounds, so that a 1 GB embedding costs no more memory than a bias. While one window is
-blended the pages of the next are brought in and the sink deals with the last. Leaves to others:
-joining (`join.py`), arithmetic (`kernels/`).
+windows). A window crosses tensor bounds, so that a layer's many small tensors cost one call, and
+cuts tensors, so that a 1 GB embedding costs no more memory than a bias. While one window is blended
+the pages of the next are brought in and the sink deals with the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.mapped_files import MappedFiles, read_ahead
 from ..checkpoints.span import Span
 from ..errors import RecipeError
-from ..mapping.alphas import Alpha, alpha_of, resolve
+from ..mapping.alphas import Alpha, alpha_of
 from ..mapping.plan import Part, Plan, Step
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ LARGEST_ITEM = 4
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
+_LARGEST = {"F16": ("65504", "bf16 or fp32"), "BF16": ("3.39e38", "fp32")}
+"""By output dtype: its largest value, and which dtypes hold larger ones."""
 _MAY_OVERFLOW = frozenset(
     (base, donor, out)
     for out, wider in (("F16", {"BF16", "F32"}), ("BF16", {"F32"}))
@@ -44,16 +46,19 @@ _MAY_OVERFLOW = frozenset(
 
 
 class Source(Protocol):
-    """Where the bytes of base and donor come from: `stream.Files`, or a device's memory."""
+    """Where the bytes of base and donor come from: `MappedFiles`, the Hub or a device's memory."""
 
     def view(self, span: Span) -> Any:
-        """A span's bytes, as the kernel takes them; valid until its window is done."""
+        """A span's bytes, as the kernel takes them; valid until the call from `release` is made."""
 
     def prefetch(self, span: Span) -> list[Callable[[], None]]:
         """Calls, for any thread, that bring a span nearer before it is needed."""
 
     def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
-        """A call, for any thread, that lets go of a span, if there is anything to let go of."""
+        """A call, for any thread, that lets go of a viewed span, if there is anything to let go of.
+
+        The loop makes these calls in the order in which it asked for them.
+        """
 
 
 class Sink(Protocol):
@@ -62,10 +67,13 @@ class Sink(Protocol):
     def wants(self, step: Step) -> bool:
         """Whether the step is still to be done."""
 
-    def copy(self, step: Step, offset: int, span: Span) -> None:
-        """Take `span`'s bytes verbatim as those of the output tensor from byte `offset`."""
+    def copy(self, step: Step, offset: int, content: Any) -> Future[None] | None:
+        """Take bytes verbatim as those of the output tensor from byte `offset`.
 
-    def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
+        Returns a future where `content` is read after the call: it is done when that has ended.
+        """
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Any:
         """A writable buffer for bytes `offset` to `offset + nbytes` of the output tensor."""
 
     def commit(self) -> None:
@@ -73,7 +81,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Blend:
     """A stretch of one output tensor from byte `offset`; donor None means the base is cast.
 
     What is only cast has alpha 0: blended with itself at another it need not come out the same.
@@ -100,7 +108,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A stretch that is taken verbatim. Its pages are brought in, but evicted by the sink."""
+    """A stretch that is taken verbatim: `span` as plain bytes, whatever their dtype."""
 
     step: Step
     offset: int
@@ -117,7 +125,7 @@ class Copy:
         return self.span.nbytes
 
 
-Window = list[Piece] | Copy
+Window = Sequence[Blend] | Copy
 
 
 def run(
@@ -131,14 +139,22 @@ def run(
     evict: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Carry out the plan into the sink, at one alpha or at one by layer or role.
+    """Carry out the plan into the sink.
 
-    kernel: default is the CPU's; works on the buffers that source and sink give. source: default is
-    the mapped files, for this run. window: bytes of output per kernel call, default WINDOW. evict:
-    drop read pages from the page cache. progress: called with the bytes of output produced since
-    the last call.
+    Args:
+        plan: What is merged.
+        alpha: One weight, or one by layer or role, as `alphas.resolve` returns it.
+        sink: Where results go.
+        kernel: Works on the buffers that source and sink give; default: the CPU's.
+        source: Where input bytes come from; default: the mapped files, for this run.
+        window: Bytes of output per kernel call; default: WINDOW.
+        evict: Drop pages from the page cache once they were read.
+        progress: Called with the bytes of output produced since the last call.
+
+    Raises:
+        RecipeError: A blended value does not fit the output's dtype.
+        FormatError: An input file is shorter than its header says.
     """
-    alpha = resolve(alpha, plan)
     if kernel is None:
         from ..kernels.select import select_kernel
 
@@ -147,27 +163,28 @@ def run(
         source = source or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order.
         *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
-        windows = _windows(plan, alpha, sink, window or WINDOW)
+        windows = _cut_windows(plan, alpha, sink, window or WINDOW)
         for todo in read_ahead(windows, _spans, source.prefetch, readers, AHEAD):
+            written = None
             if isinstance(todo, Copy):
-                sink.copy(todo.step, todo.offset, todo.span)
+                written = sink.copy(todo.step, todo.offset, source.view(todo.span))
             else:
-                _blend(todo, sink, source, kernel)
-            for piece in _pieces(todo):
-                for span in piece.spans:
-                    if let_go := source.release(span, evict=evict and isinstance(piece, Piece)):
-                        releaser.submit(let_go)
+                _blend_window(todo, sink, source, kernel)
+            pieces = _pieces(todo)
+            for span in (span for piece in pieces for span in piece.spans):
+                if release := source.release(span, evict=evict):
+                    releaser.submit(_release_after, written, release)
             if progress:
-                progress(sum(piece.nbytes for piece in _pieces(todo)))
+                progress(sum(piece.nbytes for piece in pieces))
 
 
 def spans_in_order(plan: Plan, alpha: Alpha, sink: Sink, window: int) -> Iterator[list[Span]]:
     """The input spans of each window that `run` will ask for, in its order."""
-    for todo in _windows(plan, alpha, sink, window):
+    for todo in _cut_windows(plan, alpha, sink, window):
         yield [span for piece in _pieces(todo) for span in piece.spans]
 
 
-def _pieces(window: Window) -> Sequence[Piece | Copy]:
+def _pieces(window: Window) -> Sequence[Blend | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
@@ -175,25 +192,32 @@ def _spans(window: Window) -> Iterator[tuple[Span, ...]]:
     return (piece.spans for piece in _pieces(window))
 
 
-def _blend(window: list[Piece], sink: Sink, source: Source, kernel: Kernel) -> None:
-    """One window: a slot for each piece, then one kernel call per triple of dtypes and alpha."""
-    calls: dict[tuple[tuple[str, str, str], float], list[tuple[Bytes, Bytes, Bytes]]] = {}
-    narrowed: list[tuple[Piece, tuple[Bytes, Bytes, Bytes]]] = []
+def _release_after(written: Future[None] | None, release: Callable[[], None]) -> None:
+    """Let go of a span, once the sink does not read it any more."""
+    if written is not None:
+        wait([written])
+    release()
+
+
+def _blend_window(window: Sequence[Blend], sink: Sink, source: Source, kernel: Kernel) -> None:
+    """Fill a slot for each piece, with one kernel call per triple of dtypes and alpha."""
+    calls: dict[tuple[tuple[str, str, str], float], list[tuple[Any, Any, Any]]] = {}
+    may_overflow: list[tuple[Blend, tuple[Any, Any, Any]]] = []
     for piece in window:
         base = source.view(piece.base)
         donor = source.view(piece.donor) if piece.donor else base
-        part = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
-        calls.setdefault((piece.dtypes, piece.alpha), []).append(part)
+        buffers = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
+        calls.setdefault((piece.dtypes, piece.alpha), []).append(buffers)
         if piece.dtypes in _MAY_OVERFLOW:
-            narrowed.append((piece, part))
+            may_overflow.append((piece, buffers))
     for (dtypes, alpha), parts in calls.items():
         kernel(parts, dtypes, alpha)
-    for piece, part in narrowed:
-        _check_range(piece, part)
+    for piece, buffers in may_overflow:
+        _check_range(piece, buffers)
     sink.commit()
 
 
-def _check_range(piece: Piece, part: tuple[Bytes, Bytes, Bytes]) -> None:
+def _check_range(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> None:
     """RecipeError if finite values became infinite, which no later pass could tell from the rest.
 
     On the host only: what a search tries on a device, a merge writes from the host.
@@ -202,33 +226,34 @@ def _check_range(piece: Piece, part: tuple[Bytes, Bytes, Bytes]) -> None:
 
     from ..kernels import reference
 
-    dtypes = piece.dtypes
-    if not isinstance(part[2], np.ndarray):
+    if not isinstance(buffers[2], np.ndarray):
         return
     base, donor, out = (
-        buffer.view(reference.STORAGE[dtype]) for buffer, dtype in zip(part, dtypes, strict=True)
+        buffer.view(reference.STORAGE[dtype])
+        for buffer, dtype in zip(buffers, piece.dtypes, strict=True)
     )
-    infinity = _INFINITY[dtypes[2]]
+    base_dtype, donor_dtype, out_dtype = piece.dtypes
+    infinity = _INFINITY[out_dtype]
     # As signed and as unsigned numbers: two passes that need no memory, nearly always enough
     if not out.size or (out.view(np.int16).max() < infinity and out.max() < infinity | 0x8000):
         return
-    found = np.flatnonzero((out & 0x7FFF) == infinity)
-    sides = ((base, dtypes[0]), (donor, dtypes[1]))
-    finite = (np.isfinite(reference.widen(side[found], dtype)) for side, dtype in sides)
-    lost = int(np.logical_and(*finite).sum())
-    if lost:
-        largest, wider = {"F16": ("65504", "bf16 or fp32"), "BF16": ("3.39e38", "fp32")}[dtypes[2]]
+    infinite = np.flatnonzero((out & 0x7FFF) == infinity)
+    was_finite = np.isfinite(reference.widen(base[infinite], base_dtype)) & np.isfinite(
+        reference.widen(donor[infinite], donor_dtype)
+    )
+    if lost := int(was_finite.sum()):
+        largest, wider = _LARGEST[out_dtype]
         raise RecipeError(
-            f"{piece.step.name}: {lost} or more values do not fit into {dtypes[2]}, whose largest"
+            f"{piece.step.name}: {lost} or more values do not fit into {out_dtype}, whose largest"
             f" is {largest}, and would be written as infinite; choose --dtype {wider} and another"
             " -o"
         )
 
 
-def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:
-    """All the work the sink wants, in order: copies whole, everything else in windows."""
-    window: list[Piece] = []
-    room = size
+def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:
+    """All the work the sink wants, in order: copies and blends, neither beyond `size` bytes."""
+    window: list[Blend] = []
+    free_bytes = size
     for step in plan.steps:
         if not sink.wants(step):
             continue
@@ -239,22 +264,19 @@ def _windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window
             if donor is None and base.dtype == step.dtype:
                 if window:
                     yield window
-                    window, room = [], size
-                for start in range(base.start, base.stop, size):
-                    stop = min(start + size, base.stop)
-                    stretch = replace(base, start=start, stop=stop, shape=(stop - start,))
-                    yield Copy(step, offset, stretch)
-                    offset += stretch.nbytes
+                    window, free_bytes = [], size
+                yield from _cut_copy(step, offset, base, size)
+                offset += base.nbytes
                 continue
             nbytes = step.dtype.nbytes(base.elements)
-            whole = Piece(step, offset, base, donor, nbytes, weight if donor else 0.0)
-            for piece in _cut(whole, room, size):
+            whole = Blend(step, offset, base, donor, nbytes, weight if donor else 0.0)
+            for piece in _cut_blend(whole, free_bytes, size):
                 window.append(piece)
-                room -= piece.nbytes
-                offset += piece.nbytes
-                if room < LARGEST_ITEM:
+                free_bytes -= piece.nbytes
+                if free_bytes < LARGEST_ITEM:
                     yield window
-                    window, room = [], size
+                    window, free_bytes = [], size
+            offset += nbytes
     if window:
         yield window
 
@@ -266,20 +288,28 @@ def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
     return (part.donor, None) if alpha == 1 else (part.base, part.donor)
 
 
-def _cut(whole: Piece, room: int, window: int) -> Iterator[Piece]:
-    """A part in pieces: the first fills `room` bytes of output, the others a window each."""
-    step, base, donor = whole.step, whole.base, whole.donor
-    size = step.dtype.itemsize
-    elements, done = whole.nbytes // size, 0
+def _cut_copy(step: Step, offset: int, whole: Span, size: int) -> Iterator[Copy]:
+    """A copied part in pieces of `size` bytes."""
+    for start in range(whole.start, whole.stop, size):
+        stop = min(start + size, whole.stop)
+        stretch = Span(whole.path, DTYPES["U8"], start, stop, (stop - start,))
+        yield Copy(step, offset + start - whole.start, stretch)
+
+
+def _cut_blend(whole: Blend, first_bytes: int, size: int) -> Iterator[Blend]:
+    """A blended part in pieces: the first of `first_bytes` of output, the others of `size`."""
+    base, donor = whole.base, whole.donor
+    itemsize = whole.step.dtype.itemsize
+    elements, done = whole.nbytes // itemsize, 0
     while done < elements:
-        take = min(elements - done, room // size)
-        yield Piece(
-            step,
-            whole.offset + done * size,
-            base.flat_slice(done, take),
-            donor.flat_slice(done, take) if donor else None,
-            take * size,
+        count = min(elements - done, first_bytes // itemsize)
+        yield Blend(
+            whole.step,
+            whole.offset + done * itemsize,
+            base.flat_slice(done, count),
+            donor.flat_slice(done, count) if donor else None,
+            count * itemsize,
             whole.alpha,
         )
-        done += take
-        room = window
+        done += count
+        first_bytes = size

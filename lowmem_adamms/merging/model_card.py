@@ -1,7 +1,6 @@
-"""The papers that go with a merged checkpoint: model card, `adamms.json`, config under --dtype.
+"""What lies beside merged weights: model card, `adamms.json`, and config.json in another dtype.
 
-Front matter follows the Hub's model card specification (hf.co/docs/hub/model-cards). Leaves to
-others: where these are written, and the digests of what was.
+Front matter follows the Hub's model card specification (hf.co/docs/hub/model-cards).
 """
 
 from __future__ import annotations
@@ -17,25 +16,30 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
+from ..checkpoints.sampled_reads import evenly_spread
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_lines
 from ..mapping.kinship import Kinship
 from ..mapping.plan import Plan
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
+_QUANTIZED_TO = {
+    "nf4": ("4-bit", "4 bit (NF4, double quantization)"),
+    "int8": ("8-bit", "8 bit (LLM.int8)"),
+}
+"""By method: the Hub's tag, and how the card puts it."""
 
 
-def model_card(plan: Plan, alpha: Alpha, papers: Mapping[str, Any]) -> str:
-    """README.md of the merged model, with Hub front matter. papers: what adamms.json will say."""
-    parents = [plan.base.name, plan.donor.name]
+def model_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
+    """README.md of the merged model, with Hub front matter. recipe: what adamms.json will say."""
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
     front = [
-        *_parents(parents),
+        *_parents([plan.base.name, plan.donor.name]),
         "library_name: transformers",
         f"pipeline_tag: {task}",
         "tags:\n- adamms\n- merge\n- lowmem-adamms",
-        *_quantization_tags(papers),
+        *_quantization_tags(recipe),
         *_licence(plan.base),
     ]
     counts = plan.counts
@@ -55,8 +59,8 @@ def model_card(plan: Plan, alpha: Alpha, papers: Mapping[str, Any]) -> str:
             "",
             f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
             "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
-            *_quantization(papers),
-            *_choice(papers),
+            *_quantization(recipe),
+            *_choice(recipe),
             "The licences of both models apply.",
             "",
         ]
@@ -76,22 +80,23 @@ def _formula(alpha: Alpha) -> list[str]:
     ]
 
 
-def _quantization_tags(papers: Mapping[str, Any]) -> list[str]:
+def _quantization_tags(recipe: Mapping[str, Any]) -> list[str]:
     """The tags by which the Hub knows a bitsandbytes checkpoint."""
-    if "quantized" not in papers:
+    if "quantized" not in recipe:
         return []
-    return ["- bitsandbytes", "- 4-bit" if papers["quantized"]["method"] == "nf4" else "- 8-bit"]
+    tag, _ = _QUANTIZED_TO[recipe["quantized"]["method"]]
+    return ["- bitsandbytes", f"- {tag}"]
 
 
-def _quantization(papers: Mapping[str, Any]) -> list[str]:
+def _quantization(recipe: Mapping[str, Any]) -> list[str]:
     """What was quantized, if anything."""
-    if "quantized" not in papers:
+    if "quantized" not in recipe:
         return []
-    how = papers["quantized"]
-    name = {"nf4": "4 bit (NF4, double quantization)", "int8": "8 bit (LLM.int8)"}[how["method"]]
+    quantized = recipe["quantized"]
+    _, words = _QUANTIZED_TO[quantized["method"]]
     return [
-        f"The weights of {how['tensors']} linear layers were quantized to {name} with bitsandbytes"
-        f" {how['bitsandbytes']};",
+        f"The weights of {quantized['tensors']} linear layers were quantized to {words} with"
+        f" bitsandbytes {quantized['bitsandbytes']};",
         "loading it needs bitsandbytes. All else is as it was merged.",
     ]
 
@@ -108,16 +113,16 @@ def _parents(names: list[str]) -> list[str]:
     return ["base_model:", *listed, "base_model_relation: merge"] if listed else []
 
 
-def _choice(papers: Mapping[str, Any]) -> list[str]:
+def _choice(recipe: Mapping[str, Any]) -> list[str]:
     """How alpha was chosen, if it was searched for."""
-    if "candidates" not in papers:
+    if "candidates" not in recipe:
         return []
-    moved = any(group["moved"] for group in papers.get("layers", {}).get("groups", ()))
-    tried = ", ".join(f"{candidate['alpha']:g}" for candidate in papers["candidates"])
+    moved = any(group["moved"] for group in recipe.get("layers", {}).get("groups", ()))
+    tried = ", ".join(f"{candidate['alpha']:g}" for candidate in recipe["candidates"])
     return [
         "Alpha was chosen without labels, by the consistency of the answers to"
-        f" {papers['prompts']} prompts",
-        f"at the alphas {tried} (measure: {papers['measure']}). `report.html`, where it lies",
+        f" {recipe['prompts']} prompts",
+        f"at the alphas {tried} (measure: {recipe['measure']}). `report.html`, where it lies",
         "beside this file, shows how.",
         *(["Groups of layers were then moved one by one, by the same measure."] * moved),
     ]
@@ -135,17 +140,16 @@ def _licence(base: Checkpoint) -> list[str]:
 
 def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A copy of a config.json that announces another dtype, at each level that announced one."""
-    spoken = DTYPES[dtype].torch
+    dtype_name = DTYPES[dtype].torch
 
-    def changed(level: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: spoken
-            if key in ("dtype", "torch_dtype")
-            else (changed(value) if isinstance(value, dict) else value)
-            for key, value in level.items()
-        }
+    def change(key: str, value: Any) -> Any:
+        if key in ("dtype", "torch_dtype"):
+            return dtype_name
+        if isinstance(value, dict):
+            return {inner: change(inner, value[inner]) for inner in value}
+        return value
 
-    return {"torch_dtype": spoken, **changed(config)}
+    return {"torch_dtype": dtype_name} | {key: change(key, config[key]) for key in config}
 
 
 def recipe(
@@ -192,21 +196,20 @@ def input_digest(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb", buffering=0) as file:
-        for i in range(_SAMPLES):
-            file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
+        for start in evenly_spread(size, _SAMPLE_BYTES, _SAMPLES):
+            file.seek(start)
             digest.update(file.read(_SAMPLE_BYTES))
-    found: dict[str, Any] = {
+    noted = _hub_sha256(path)
+    return {
         "file": path.name,
         "size": size,
         "sample_sha256": digest.hexdigest(),
+        **({"sha256": noted} if noted else {}),
     }
-    if noted := _hub_sha256(path):
-        found["sha256"] = noted
-    return found
 
 
 def _hub_sha256(path: Path) -> str | None:
-    """huggingface_hub names cached blobs, and notes local downloads, by their sha256."""
+    """The file's sha256 where huggingface_hub noted it: as a cached blob's name, or in a note."""
     blob = Path(os.path.realpath(path)).name
     note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     lines = note.read_text().splitlines() if note.is_file() else []

@@ -1,9 +1,7 @@
-"""`merge`: from a plan to a checkpoint folder that transformers loads.
+"""From a plan and an alpha to a checkpoint folder that transformers loads.
 
 Everything is made inside OUT/.partial and moved to its final name when all of it is complete,
-fsynced and indexed; the index moves last. The journal there lets the same command resume after any
-kill. Leaves to others: what the bytes are (`merge.py`), writing them (`sink.py`), the words
-(`card.py`).
+fsynced and indexed. The journal there lets the same command resume after any kill.
 """
 
 from __future__ import annotations
@@ -11,82 +9,59 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import OutputError
+from ..checkpoints.mapped_files import MappedFiles
+from ..errors import DigestError, OutputError
 from ..mapping import kinship
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, resolve
-from ..mapping.plan import Plan
-from . import model_card as card
+from ..mapping.plan import Plan, Step
+from . import model_card, output_folder
 from .disk_sink import DiskSink
-from .journal import ANSWERS, NAME, PENDING, WORK, Journal, pending
-from .loop import Sink
-from .shard_layout import OutFile, out_files
-from .sources import BY_CACHE, Fetch, carry_out, download, remote
+from .journal import NAME, PENDING, WORK, Journal, pending
+from .loop import Sink, run, spans_in_order
+from .output_folder import INDEX, write_file, write_json
+from .range_source import REMOTE_WINDOW, RangeSource
+from .shard_layout import Entry, ShardLayout, lay_out_shards
+from .sources import download, remote_shards
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
-    from ..hub.upload import Upload
     from ..kernels.select import Kernel
-    from ..quantizing.quantization import Method, Quantized
-
-INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a merge is written.
+class Quantizer(Protocol):
+    """How an output is quantized. The wing `quantizing` makes one for a plan."""
 
-    These decide the output's bytes, besides plan and alpha. max_shard_size: bytes; None keeps the
-    base's shards. quantize: "nf4" or "int8", as bitsandbytes does; asks the base's class in
-    transformers what to quantize, for which trust_remote_code may be needed.
+    def entries(self, step: Step) -> Sequence[Entry]:
+        """The tensors of the output that a step becomes; they stay together in one shard."""
 
-    These do not. force: merge also what looks unrelated. fetch: how what lies on the Hub gets here.
-    push: is given every shard as it is durable; the caller finishes it. progress: called with bytes
-    of output done since the last call, before they are quantized. note: called with each sentence
-    about the inputs that is no reason to stop.
+    def open_sink(self, disk: DiskSink, work: Path) -> AbstractContextManager[Sink]:
+        """A sink that quantizes what it is given and hands it on. work: a folder for scratch."""
 
-    These go beside the weights. search: how alpha was found, for adamms.json. beside: further
-    files, such as a report.
-    """
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the quantized model, from that of the merged one."""
 
-    max_shard_size: int | None = None
-    quantize: Method | None = None
-    trust_remote_code: bool = False
-    force: bool = False
-    fetch: Fetch = BY_CACHE
-    push: Upload | None = None
-    progress: Callable[[int], None] | None = None
-    note: Callable[[str], object] | None = None
-    search: Mapping[str, Any] | None = None
-    beside: Mapping[str, bytes] | None = None
+    def describe(self) -> dict[str, Any]:
+        """What adamms.json says of it: at least method, tensors (how many), and bitsandbytes."""
+
+    def identity(self) -> list[Any]:
+        """Plain data that decides the output's bytes."""
 
 
-_PLAIN = Options()
+class ShardUpload(Protocol):
+    """An upload that sends each shard as soon as it is durable. The caller commits it."""
 
+    repo: str
 
-class Keywords(TypedDict, total=False):
-    """The fields of `Options` as keywords of `merge`, so that type checkers and editors know them.
+    def begin(self) -> None:
+        """Make the repository; called once, before anything is written."""
 
-    A test holds the two together.
-    """
-
-    max_shard_size: int | None
-    quantize: Method | None
-    trust_remote_code: bool
-    force: bool
-    fetch: Fetch
-    push: Upload | None
-    progress: Callable[[int], None] | None
-    note: Callable[[str], object] | None
-    search: Mapping[str, Any] | None
-    beside: Mapping[str, bytes] | None
+    def add_shard(self, path: Path) -> None:
+        """Send a complete file, which may be moved to its final place meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,143 +70,123 @@ class Output:
 
     plan: Plan
     folder: Path
-    files: tuple[OutFile, ...]
-    how: Quantized | None
+    shards: tuple[ShardLayout, ...]
+    quantizer: Quantizer | None = None
 
     @property
     def work(self) -> Path:
-        """Where all is made until it is complete."""
+        """Folder that holds unfinished output."""
         return self.folder / WORK
 
-    def check(self, *, room: int = 0, push: bool = False) -> None:
-        """OutputError if the folder cannot take it.
+    def check(self, *, push: bool = False) -> None:
+        """Raise OutputError if the folder is not usable: not empty, an input, too little space.
 
-        room: bytes that must be free beside it. push: the folder may be a complete merge whose
-        upload is not finished.
+        push: the folder may also hold a complete merge whose upload is not finished.
         """
-        if not (push and pending(self.folder)):
-            _check_place(self.plan, self.folder)
-            _check_space(self.files, self.folder, room)
+        if push and pending(self.folder):
+            return
+        output_folder.check_place(self.plan, self.folder)
+        output_folder.check_space(self.shards, self.folder)
 
     def fingerprint(self, alpha: Alpha) -> str:
         """A digest of everything that decides the output's bytes."""
         from ..version import __version__
 
-        layout = [[file.name, file.size, sorted(file.offsets.items())] for file in self.files]
+        layout = [[shard.name, shard.size, sorted(shard.offsets.items())] for shard in self.shards]
         weight = alpha_to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
         document = [__version__, weight, layout, self.plan.identity()]
-        if self.how:
-            document.append(self.how.identity())
+        if self.quantizer:
+            document.append(self.quantizer.identity())
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
-def merge(
+def prepare(
     plan: Plan,
-    alpha: Alpha,
-    out: str | Path,
-    options: Options | None = None,
-    **more: Unpack[Keywords],
-) -> Path:
-    """Write the merged checkpoint of `plan` at `alpha` to the folder `out`, and return it.
+    out: Path,
+    *,
+    max_shard_size: int | None = None,
+    quantizer: Quantizer | None = None,
+) -> Output:
+    """What a merge of the plan writes to `out`, before alpha is known. Touches no file.
 
-    alpha: the donor's weight in 0..1, or an `Alphas` with one by layer or role. options: or each of
-    its fields as a keyword, as in `merge(plan, 0.3, "merged", quantize="nf4")`.
+    max_shard_size: bytes of tensors in a file; None keeps the base's files.
+    """
+    entries_of = quantizer.entries if quantizer else None
+    return Output(plan, out, lay_out_shards(plan, max_shard_size, entries_of), quantizer)
+
+
+def write(
+    output: Output,
+    alpha: Alpha,
+    *,
+    force: bool = False,
+    stream: bool = False,
+    show_bars: bool = False,
+    upload: ShardUpload | None = None,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], object] | None = None,
+    search: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write the merged checkpoint and return its folder.
 
     Resumes a killed run of the same merge, and leaves alone a complete one whose upload is not.
-    Raises RecipeError, OutputError, FormatError, MappingError or PushError before anything is
-    written; HubError, also later, where the Hub fails for good. TypeError for another keyword.
+
+    Args:
+        output: From `prepare`. It is checked once more, as time may have passed.
+        alpha: The donor's weight, 0 to 1, or an `Alphas`.
+        force: Merge also what looks unrelated.
+        stream: Read what lies on the Hub by ranges, instead of downloading it into the cache.
+        show_bars: Show the progress of downloads.
+        upload: Is given every shard as it is durable.
+        progress: Called with the bytes of output done since the last call, as they are before
+            they are quantized.
+        note: Called with each sentence about the inputs that is no reason to stop.
+        search: How alpha was found, for adamms.json.
+        extra_files: Files to put beside the weights, such as a report, by name.
+
+    Raises:
+        RecipeError, OutputError, MappingError, FormatError, PushError: Before anything is written.
+        RecipeError: A blended value does not fit the output's dtype.
+        HubError: A file on the Hub cannot be read, or is not what the Hub says it is.
     """
-    known = Keywords.__annotations__
-    if unknown := sorted(more.keys() - known.keys()):
-        raise TypeError(f"merge() has no option {unknown[0]!r}; it has {', '.join(known)}")
-    options = replace(options or _PLAIN, **more)
+    from ..kernels.select import select_kernel
+
+    output.check(push=upload is not None)
+    plan = output.plan
     alpha = resolve(alpha, plan)
-    return write(prepare(plan, Path(out), options), alpha, options)
-
-
-def prepare(plan: Plan, out: Path, options: Options = _PLAIN) -> Output:
-    """What will be written, before alpha is known; errors as of `quantized.prepare`."""
-    how, code = None, options.trust_remote_code
-    if options.quantize is not None:
-        from ..quantizing import quantization as quantized
-
-        how = quantized.prepare(plan, options.quantize, trust_remote_code=code)
-    files = out_files(plan, options.max_shard_size, how.entries if how else None)
-    return Output(plan, out, files, how)
-
-
-def write(output: Output, alpha: Alpha, options: Options = _PLAIN) -> Path:
-    """`merge` of what was prepared with these options; checked anew, as time may have passed."""
-    push = options.push is not None
-    output.check(room=options.fetch.disk_budget or 0, push=push)
-    alpha = resolve(alpha, output.plan)
     fingerprint = output.fingerprint(alpha)
-    if not _only_upload_left(output.folder, fingerprint):
-        _write(output, alpha, options, fingerprint)
+    if _only_upload_is_missing(output.folder, fingerprint):
+        return output.folder
+    # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
+    kin = kinship.measure(plan) if force else kinship.check(plan)
+    kernel, kernel_name = select_kernel(plan.dtypes)
+    if note:
+        for line in kin.notes:
+            note(line)
+    from_hub = bool(remote_shards(plan))
+    plan.base.fetch_sidecars()
+    if from_hub and not stream:
+        download(plan, show_bars=show_bars)
+    if upload:
+        upload.begin()
+    with Journal(output.folder, fingerprint) as journal:
+        output_folder.check_still_unused(output.folder, journal)
+        unchecked = _write_shards(output, alpha, journal, kernel, upload, progress)
+        for name, content in (extra_files or {}).items():
+            write_file(output.work / name, content)
+        recipe = model_card.recipe(plan, alpha, kin, kernel_name, search or {})
+        if output.quantizer:
+            recipe["quantized"] = output.quantizer.describe()
+        if from_hub:
+            recipe["not_checked"] = unchecked
+        _write_papers(output, alpha, journal, recipe)
+        output_folder.publish(output.folder)
     return output.folder
 
 
-def _write(output: Output, alpha: Alpha, options: Options, fingerprint: str) -> None:
-    """Everything, in the order in which it can go wrong at the least cost."""
-    from ..kernels.select import select_kernel
-
-    plan, fetch = output.plan, options.fetch
-    elsewhere = remote(plan)
-    # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
-    kin = kinship.measure(plan) if options.force else kinship.check(plan)
-    kernel, why = select_kernel(plan.dtypes)
-    if options.note:
-        for line in kin.notes:
-            options.note(line)
-    plan.base.fetch_sidecars()
-    if elsewhere and fetch.cached:
-        download(plan, bars=fetch.bars)
-    if options.push:
-        options.push.begin()
-    with Journal(output.folder, fingerprint) as journal:
-        _check_alone(output.folder, journal)
-        unchecked = _write_weights(output, alpha, options, journal, kernel)
-        for name, content in (options.beside or {}).items():
-            _write_file(output.work / name, content)
-        papers = card.recipe(plan, alpha, kin, why, options.search or {})
-        if output.how:
-            papers["quantized"] = output.how.paper()
-        if elsewhere:
-            papers["not_checked"] = unchecked
-        _write_papers(output, alpha, journal, papers)
-        _publish(output.folder)
-
-
-def _write_weights(
-    output: Output, alpha: Alpha, options: Options, journal: Journal, kernel: Kernel
-) -> list[str]:
-    """All that the journal does not know as done; returns the files not held against a digest."""
-    plan, push, progress = output.plan, options.push, options.progress
-    evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
-    finished = (lambda name: push.add_shard(output.work / name)) if push else None
-    with _sink(output, journal, evict=evict, finished=finished) as sink:
-        _hand_over(push, output.work, journal)
-        if progress:
-            progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
-        means = {"kernel": kernel, "evict": evict, "progress": progress}
-        return carry_out(plan, alpha, sink, output.work, options.fetch, **means)
-
-
-@contextmanager
-def _sink(output: Output, journal: Journal, **options: Any) -> Iterator[Sink]:
-    """The disk sink with its options, behind the stage that quantizes if there is one."""
-    with DiskSink(output.folder, output.files, journal, **options) as disk:
-        if output.how is None:
-            yield disk
-            return
-        from ..quantizing.quantizing_sink import QuantizingSink
-
-        with QuantizingSink(disk, output.how, output.work, evict=options["evict"]) as sink:
-            yield sink
-
-
-def _only_upload_left(out: Path, fingerprint: str) -> bool:
-    """Whether `out` is this merge, complete; OutputError if it is another one, to be uploaded."""
+def _only_upload_is_missing(out: Path, fingerprint: str) -> bool:
+    """Whether `out` is this merge, complete; OutputError if another one waits for its upload."""
     found = pending(out)
     if found not in (None, fingerprint):
         raise OutputError(
@@ -241,142 +196,116 @@ def _only_upload_left(out: Path, fingerprint: str) -> bool:
     return found is not None
 
 
-def _hand_over(push: Upload | None, work: Path, journal: Journal) -> None:
-    """Note that the output is to be uploaded, or no longer, and give what is complete already."""
-    note = work / PENDING
-    if push is None:
-        note.unlink(missing_ok=True)
+def _write_shards(
+    output: Output,
+    alpha: Alpha,
+    journal: Journal,
+    kernel: Kernel,
+    upload: ShardUpload | None,
+    progress: Callable[[int], None] | None,
+) -> list[str]:
+    """Write all that the journal does not know as done.
+
+    Returns the files on the Hub whose bytes could not be held against the Hub's digests.
+    """
+    plan = output.plan
+    evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
+    with _open_sink(output, journal, upload, evict=evict) as sink:
+        _note_upload(output.work, journal, upload)
+        if progress:
+            progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
+        remote = remote_shards(plan)
+        windows = spans_in_order(plan, alpha, sink, REMOTE_WINDOW)
+        try:
+            with RangeSource(remote, windows) if remote else MappedFiles() as source:
+                run(
+                    plan,
+                    alpha,
+                    sink,
+                    kernel=kernel,
+                    source=source,
+                    window=REMOTE_WINDOW if remote else None,
+                    evict=evict,
+                    progress=progress,
+                )
+                return source.finish() if isinstance(source, RangeSource) else []
+        except DigestError:  # what was made of bad bytes must not be resumed
+            for path in output.work.iterdir():
+                if path.name == NAME or path.suffix == ".safetensors":
+                    path.unlink()
+            raise
+
+
+@contextmanager
+def _open_sink(
+    output: Output, journal: Journal, upload: ShardUpload | None, *, evict: bool
+) -> Iterator[Sink]:
+    """The disk sink, behind the one that quantizes if there is one."""
+    finished = (lambda name: upload.add_shard(output.work / name)) if upload else None
+    with DiskSink(output.work, output.shards, journal, evict=evict, finished=finished) as disk:
+        if output.quantizer is None:
+            yield disk
+        else:
+            with output.quantizer.open_sink(disk, output.work) as sink:
+                yield sink
+
+
+def _note_upload(work: Path, journal: Journal, upload: ShardUpload | None) -> None:
+    """Note whether the output is to be uploaded, and hand over the shards complete already."""
+    if upload is None:
+        (work / PENDING).unlink(missing_ok=True)
         return
-    line = json.dumps({"merge": journal.fingerprint, "repo": push.repo}, ensure_ascii=True)
-    _write_file(note, line.encode() + b"\n")
+    line = json.dumps({"merge": journal.fingerprint, "repo": upload.repo}, ensure_ascii=True)
+    write_file(work / PENDING, line.encode() + b"\n")
     for name in list(journal.done):
         unpublished = work / name
-        push.add_shard(unpublished if unpublished.exists() else work.parent / name)
+        upload.add_shard(unpublished if unpublished.exists() else work.parent / name)
 
 
-def _check_place(plan: Plan, out: Path) -> None:
-    """OUT must be new, empty, or our own unfinished merge, and not an input or inside one."""
-    there = _nearest(out)
-    if not there.is_dir():
-        raise OutputError(f"{out}: {there} is a file; -o names a folder")
-    for side in (plan.base, plan.donor):
-        if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
-    if there != out or (out / WORK / NAME).is_file():
-        return
-    if pending(out):
-        raise OutputError(
-            f"{out} is complete and waits for its upload; finish that with `push` or the command"
-            " that began it, or choose another -o"
-        )
-    ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
-    if not set(out.rglob("*")) <= ours:
-        raise OutputError(f"{out} is not empty; choose another -o or empty it")
-
-
-def _check_alone(out: Path, journal: Journal) -> None:
-    """OutputError if another run finished in `out` since it was looked at: its result stays."""
-    if journal.resumed or {path.name for path in out.iterdir()} == {WORK}:
-        return
-    journal.path.unlink()
-    with suppress(OSError):  # answers of a search may lie there
-        journal.path.parent.rmdir()
-    raise OutputError(f"{out}: another run has just put its result there; choose another -o")
-
-
-def _nearest(path: Path) -> Path:
-    """The path itself if it exists, else the nearest folder above it that does."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
-def _check_space(files: tuple[OutFile, ...], out: Path, beside: int) -> None:
-    """The whole output must fit before anything starts, and `beside` it what is fetched."""
-    there = _nearest(out)
-    partial = [out / WORK / file.name for file in files]
-    already = sum(path.stat().st_blocks * 512 for path in partial if path.exists())
-    placed = sum(file.size for file in files if (out / file.name).exists())
-    need = sum(file.size for file in files) - already - placed + beside + (64 << 20)
-    free = shutil.disk_usage(there).free
-    if need > free:
-        raise OutputError(
-            f"{there}: {free / 1e9:.1f} GB free, the output needs {need / 1e9:.1f} GB;"
-            " free some or choose another -o"
-        )
-
-
-def _write_papers(output: Output, alpha: Alpha, journal: Journal, papers: dict[str, Any]) -> None:
+def _write_papers(output: Output, alpha: Alpha, journal: Journal, recipe: dict[str, Any]) -> None:
     """Index, sidecars, model card and adamms.json into the work folder, each durable."""
-    plan, files, work = output.plan, output.files, output.work
-    if len(files) > 1:
-        weight_map = {name: file.name for file in files for name in sorted(file.offsets)}
-        total = sum(journal.done[file.name]["size"] - len(file.header) for file in files)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(work / INDEX, index)
+    plan, shards, work = output.plan, output.shards, output.work
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard in shards for name in sorted(shard.offsets)}
+        total = sum(journal.done[shard.name]["size"] - len(shard.header) for shard in shards)
+        write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for relative in plan.base.sidecars():
-        _copy_file(plan.base.path / relative, work / relative)
-    config, dtype = plan.base.config, plan.options["dtype"]
-    if dtype and config:
-        config = card.config_in_dtype(config, dtype)
-    if output.how:
-        config = output.how.config(config)
+        output_folder.copy_file(plan.base.path / relative, work / relative)
+    config = plan.base.config
+    if config and plan.options["dtype"]:
+        config = model_card.config_in_dtype(config, plan.options["dtype"])
+    if output.quantizer:
+        config = output.quantizer.config(config)
     if config != plan.base.config:
-        _write_json(work / "config.json", config)
-    _write_file(work / "README.md", card.model_card(plan, alpha, papers).encode(errors="replace"))
-    made = [journal.done[file.name] for file in files]
-    outputs = [{key: line[key] for key in ("file", "size", "blake3")} for line in made]
-    _write_json(work / "adamms.json", papers | {"outputs": outputs})
-
-
-def _write_json(path: Path, document: object) -> None:
-    # A path that is not UTF-8 comes as lone surrogates, which JSON can hold and UTF-8 cannot
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    _write_file(path, text.encode(errors="backslashreplace") + b"\n")
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    """In pieces: a repository may hold a film beside its weights."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as given, target.open("wb") as file:
-        shutil.copyfileobj(given, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(out: Path) -> None:
-    """Move everything to its final name, the index last, then remove the work folder."""
-    work = out / WORK
-    everything = sorted(work.rglob("*"))
-    made = [path for path in everything if path.is_file() and path.name != NAME]
-    if (work / ANSWERS).is_file():  # a search does not fsync it as it grows
-        _sync(work / ANSWERS)
-    for path in sorted(made, key=lambda path: path.name == INDEX):
-        target = out / path.relative_to(work)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-    for folder in {out.absolute().parent, *(out / path.relative_to(work).parent for path in made)}:
-        _sync(folder)
-    for folder in [path for path in reversed(everything) if path.is_dir()]:
-        folder.rmdir()
-    (work / NAME).unlink()
-    work.rmdir()
-    _sync(out)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        write_json(work / "config.json", config)
+    card = model_card.model_card(plan, alpha, recipe)
+    write_file(work / "README.md", card.encode(errors="replace"))
+    outputs = [
+        {key: journal.done[shard.name][key] for key in ("file", "size", "blake3")}
+        for shard in shards
+    ]
+    write_json(work / "adamms.json", recipe | {"outputs": outputs})
 
 
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def merge(
+    plan: Plan,
+    alpha: Alpha,
+    out: str | Path,
+    *,
+    max_shard_size: int | None = None,
+    quantize: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Path:
+    """Write the merged checkpoint of `plan` at `alpha` to `out`. options: those of `write`."""
+    quantizer = None
+    if quantize is not None:
+        from ..quantizing.quantization import prepare as prepare_quantizer
+
+        quantizer = prepare_quantizer(plan, quantize, trust_remote_code=trust_remote_code)
+    output = prepare(plan, Path(out), max_shard_size=max_shard_size, quantizer=quantizer)
+    return write(output, alpha, **options)

@@ -2,8 +2,7 @@
 
 bitsandbytes quantizes 64 elements (NF4) or a row (int8) at a time, so a tensor of any size goes
 through it in chunks, to the same bits as at once. The scales of NF4 are quantized in their turn,
-around the mean of all of them: they wait in a file without a name. Leaves to others: which tensors
-(`quantized.py`), the loop (`merge.py`), writing (`sink.py`).
+around the mean of all of them: they wait in a file without a name.
 """
 
 from __future__ import annotations
@@ -13,21 +12,20 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..checkpoints.mapped_files import evict_range
-from ..checkpoints.span import Span
-from ..closing import Closing
 from ..live.device_source import torch_dtype
 from ..mapping.plan import Step
-from ..merging.disk_sink import DiskSink, pread_all
+from ..merging.disk_sink import DiskSink
 from ..merging.loop import WINDOW
 from ..merging.shard_layout import Entry
-from .quantization import BLOCK, NESTED, STATE, Quantized
+from .quantized_layout import BLOCK, NESTED, QUANT_STATE, QuantizedLayout
 
 if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
@@ -36,253 +34,222 @@ CHUNK = 1 << 18
 """Elements that are quantized at a time: the intermediate results take some 25 bytes each."""
 
 
-class QuantizingSink(Closing):
-    """A sink that hands its windows on to a disk sink, quantized where `how` says so.
+class QuantizingSink(AbstractContextManager["QuantizingSink"]):
+    """A sink that hands its windows on to a disk sink, quantized or cast where `layout` says so.
 
     work: a folder for what the scales of one tensor wait in. Anonymous memory: one window, and the
     intermediate results of a chunk (of a row, if one is longer).
     """
 
-    def __init__(self, disk: DiskSink, how: Quantized, work: Path, *, evict: bool) -> None:
-        self._disk, self._how, self._evict = disk, how, evict
-        self._staging: Bytes = np.empty(WINDOW, np.uint8)
+    def __init__(self, disk: DiskSink, layout: QuantizedLayout, work: Path) -> None:
+        self._disk, self._layout = disk, layout
+        self._window: Bytes = np.empty(WINDOW, np.uint8)
         self._used = 0
         self._staged: list[tuple[Step, int, Bytes]] = []
-        self._filled = 0  # bytes of the disk sink's window
-        self._scratch = _Scratch(work)
-        self._layer: tuple[str, _Layer] | None = None
+        self._disk_used = 0  # bytes of the disk sink's window
+        self._scratch = _ScratchFile(work)
+        self._tensor: _QuantizedTensor | None = None
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Drop what is staged; the disk sink is closed by its owner."""
-        self._layer, self._staged = None, []
+        self._tensor, self._staged = None, []
         self._scratch.close()
 
     def wants(self, step: Step) -> bool:
         """Whether anything of what the step becomes is still to be written."""
-        entries = [entry for entry in self._how.entries(step) if not entry.late]
-        return any(map(self._disk.wants, entries))
+        entries = self._layout.entries(step)
+        return any(self._disk.wants(entry) for entry in entries if not entry.quant_state)
 
-    def copy(self, step: Step, offset: int, span: Span) -> None:
-        """Have a span copied as it is, or read it to be quantized."""
-        if step.name not in self._how.names and step.name not in self._how.casts:
-            self._disk.copy(step, offset, span)
-            self._filled = 0
-            return
-        fd = os.open(span.path, os.O_RDONLY)
-        try:
-            for start in range(span.start, span.stop, WINDOW):
-                nbytes = min(WINDOW, span.stop - start)
-                view = self.slot(step, offset + start - span.start, nbytes)
-                pread_all(fd, memoryview(view), start)  # type: ignore[arg-type]
-                self.commit()
-            if self._evict:
-                evict_range(fd, span.start, span.stop)
-        finally:
-            os.close(fd)
+    def copy(self, step: Step, offset: int, content: Bytes) -> Future[None] | None:
+        """Take bytes that were not blended: quantize or cast them, or queue them as they are."""
+        if step.name in self._layout.names or step.name in self._layout.casts:
+            self._staged.append((step, offset, content))
+            self.commit()
+            return None
+        self._disk_used = 0
+        return self._disk.copy(step, offset, content)
 
     def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
         """The next stretch of the staging buffer, which holds one window."""
-        view = self._staging[self._used : self._used + nbytes]
+        view = self._window[self._used : self._used + nbytes]
         self._used += nbytes
         self._staged.append((step, offset, view))
         return view
 
     def commit(self) -> None:
         """Hand on what was staged, in its order, as what it becomes."""
-        for step, offset, view in self._staged:
-            if step.name in self._how.names:
-                self._layer_of(step).feed(view)
+        for step, offset, content in self._staged:
+            if step.name in self._layout.names:
+                self._tensor_of(step).feed(content)
             else:
-                self._pass_on(step, offset, view)
-        self._staged, self._used, self._filled = [], 0, 0
+                self._pass_on(step, offset, content)
+        self._staged, self._used, self._disk_used = [], 0, 0
         self._disk.commit()
 
-    def _pass_on(self, step: Step, offset: int, view: Bytes) -> None:
+    def _pass_on(self, step: Step, offset: int, content: Bytes) -> None:
         """A stretch that is not quantized, cast where a loader would."""
-        (entry,) = self._how.entries(step)
+        (entry,) = self._layout.entries(step)
         if entry.dtype == step.dtype:
-            self._put(entry, offset, view)
+            self._put(entry, offset, content)
             return
         size, first = step.dtype.itemsize, offset // step.dtype.itemsize
-        for start in range(0, view.size, CHUNK * size):
-            values = torch.from_numpy(view[start : start + CHUNK * size].copy())
+        for start in range(0, content.size, CHUNK * size):
+            values = torch.from_numpy(content[start : start + CHUNK * size].copy())
             cast = values.view(torch_dtype(step.dtype)).to(torch_dtype(entry.dtype))
-            self._put(entry, (first + start // size) * entry.dtype.itemsize, _bytes(cast))
+            self._put(entry, (first + start // size) * entry.dtype.itemsize, _bytes_of(cast))
 
-    def _layer_of(self, step: Step) -> _Layer:
+    def _tensor_of(self, step: Step) -> _QuantizedTensor:
         """The tensor that is being quantized: one at a time, since steps come in order."""
-        if self._layer is None or self._layer[0] != step.name:
-            kind = _Nf4 if self._how.method == "nf4" else _Int8
-            layer = kind(step, self._how, self._put, self._disk.late, self._scratch)
-            self._layer = step.name, layer
-        return self._layer[1]
+        if self._tensor is None or self._tensor.step.name != step.name:
+            if self._layout.method == "nf4":
+                add_state = self._disk.write_quant_state
+                self._tensor = _Nf4Tensor(step, self._layout, self._put, add_state, self._scratch)
+            else:
+                self._tensor = _Int8Tensor(step, self._layout, self._put)
+        return self._tensor
 
     def _put(self, entry: Entry, offset: int, content: Bytes) -> None:
         """Bytes of one entry into windows of the disk sink."""
         for start in range(0, content.size, WINDOW):
             piece = content[start : start + WINDOW]
-            if self._filled + piece.size > WINDOW:
+            if self._disk_used + piece.size > WINDOW:
                 self._disk.commit()
-                self._filled = 0
+                self._disk_used = 0
             self._disk.slot(entry, offset + start, piece.size)[...] = piece
-            self._filled += piece.size
-
-
-# What bitsandbytes does of it, on CPU tensors
-
-
-def nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed codes, scales and map of whole blocks: U8, F32, F32."""
-    functional = importlib.import_module("bitsandbytes").functional
-    packed, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
-    return packed, state.absmax, state.code
-
-
-def double_quantized(scales: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Codes of NF4's scales around their mean, U8, and the state that undoes it."""
-    functional = importlib.import_module("bitsandbytes").functional
-    codes: torch.Tensor
-    codes, state = functional.quantize_blockwise(scales - offset, blocksize=NESTED)
-    return codes, state
-
-
-def stored_state(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    code: torch.Tensor,
-    offset: torch.Tensor,
-    nested: Any,
-) -> dict[str, torch.Tensor]:
-    """What bitsandbytes stores of a quant state beside codes and scales, by the ends of names."""
-    state = importlib.import_module("bitsandbytes").functional.QuantState(
-        absmax=torch.empty(0, dtype=torch.uint8),
-        shape=torch.Size(shape),
-        dtype=dtype,
-        blocksize=BLOCK,
-        code=code,
-        quant_type="nf4",
-        offset=offset,
-        state2=nested,
-    )
-    stored = state.as_dict(packed=True)
-    return {name: stored[name] for name in ("nested_quant_map", "quant_map", STATE)}
-
-
-def int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of whole rows, I8 and F32; by way of fp16, as `Int8Params` does."""
-    functional = importlib.import_module("bitsandbytes").functional
-    weight, scales, _ = functional.int8_vectorwise_quant(rows.half())
-    return weight, scales
-
-
-# One tensor after the other
+            self._disk_used += piece.size
 
 
 Put = Callable[[Entry, int, "Bytes"], None]
-Late = Callable[[Entry, bytes], None]
 
 
-class _Layer:
-    """One tensor on its way: gathered into chunks of whole units, each quantized by itself."""
+class _QuantizedTensor:
+    """One tensor on its way: gathered into chunks of whole units, each quantized by itself.
 
-    unit: int
-    """Elements that are quantized together."""
+    unit: elements that are quantized together.
+    """
 
-    def __init__(self, step: Step, how: Quantized, put: Put, late: Late, scratch: _Scratch) -> None:
-        self._step, self._put, self._late = step, put, late
-        self._stored, self._dtype = torch_dtype(step.dtype), torch_dtype(how.dtype)
-        self._entries = how.entries(step)
-        self._left = step.nbytes
-        size = min(step.elements, max(1, CHUNK // self.unit) * self.unit)
-        self._chunk: Bytes = np.empty(size * step.dtype.itemsize, np.uint8)
+    def __init__(self, step: Step, layout: QuantizedLayout, put: Put, unit: int) -> None:
+        self.step = step
+        self._put = put
+        self._stored_dtype, self._dtype = torch_dtype(step.dtype), torch_dtype(layout.dtype)
+        self._entries = layout.entries(step)
+        self._bytes_left = step.nbytes
+        elements = min(step.elements, max(1, CHUNK // unit) * unit)
+        self._chunk: Bytes = np.empty(elements * step.dtype.itemsize, np.uint8)
         self._used = 0
 
     def feed(self, content: Bytes) -> None:
         """The next bytes of the tensor; after the last ones what belongs to it follows."""
         while content.size:
-            take = min(content.size, self._chunk.size - self._used)
-            self._chunk[self._used : self._used + take] = content[:take]
-            content = content[take:]
-            self._used += take
-            self._left -= take
-            if self._used == self._chunk.size or not self._left:
-                values = torch.from_numpy(self._chunk[: self._used]).view(self._stored)
+            count = min(content.size, self._chunk.size - self._used)
+            self._chunk[self._used : self._used + count] = content[:count]
+            content = content[count:]
+            self._used += count
+            self._bytes_left -= count
+            if self._used == self._chunk.size or not self._bytes_left:
+                values = torch.from_numpy(self._chunk[: self._used]).view(self._stored_dtype)
                 self._quantize(values.to(self._dtype))
                 self._used = 0
-        if not self._left:
-            self._end()
+        if not self._bytes_left:
+            self._finish()
 
     def _quantize(self, values: torch.Tensor) -> None:
-        """Whole units of the tensor, flat and in the model's dtype."""
+        """Quantize whole units of the tensor, flat and in the model's dtype."""
         raise NotImplementedError
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
+        """Write what belongs to the tensor, once all of it is quantized."""
         raise NotImplementedError
 
 
-class _Int8(_Layer):
+class _Int8Tensor(_QuantizedTensor):
     """Rows with one float32 scale each."""
 
-    def __init__(self, step: Step, how: Quantized, put: Put, late: Late, scratch: _Scratch) -> None:
-        self.unit = step.shape[1]
-        super().__init__(step, how, put, late, scratch)
-        self._done = 0
+    def __init__(self, step: Step, layout: QuantizedLayout, put: Put) -> None:
+        rows, self._width = step.shape
+        super().__init__(step, layout, put, unit=self._width)
+        self._rows_done = 0
         # One block, not an array a chunk: those would keep the heap from shrinking between chunks
-        self._scales = torch.empty(step.shape[0])
+        self._scales = torch.empty(rows)
 
     def _quantize(self, values: torch.Tensor) -> None:
-        weight, scales = int8(values.view(-1, self.unit))
-        self._put(self._entries[0], self._done, _bytes(weight))
-        first = self._done // self.unit
-        self._scales[first : first + len(scales)] = scales
-        self._done += weight.numel()
+        # By way of fp16, as `Int8Params` does
+        rows = values.view(-1, self._width).half()
+        weight, scales, _ = _bitsandbytes().int8_vectorwise_quant(rows)
+        self._put(self._entries[0], self._rows_done * self._width, _bytes_of(weight))
+        self._scales[self._rows_done : self._rows_done + len(scales)] = scales
+        self._rows_done += len(scales)
 
-    def _end(self) -> None:
-        _, scales, layout = self._entries
-        self._put(scales, 0, _bytes(self._scales))
-        self._put(layout, 0, np.zeros(1, np.uint8))  # row-major
+    def _finish(self) -> None:
+        _, scales, weight_format = self._entries
+        self._put(scales, 0, _bytes_of(self._scales))
+        self._put(weight_format, 0, np.zeros(1, np.uint8))  # row-major
 
 
-class _Nf4(_Layer):
+class _Nf4Tensor(_QuantizedTensor):
     """Blocks, and their scales as soon as all of them are known."""
 
-    unit = BLOCK
-
-    def __init__(self, step: Step, how: Quantized, put: Put, late: Late, scratch: _Scratch) -> None:
-        super().__init__(step, how, put, late, scratch)
-        self._done = self._blocks = 0
+    def __init__(
+        self,
+        step: Step,
+        layout: QuantizedLayout,
+        put: Put,
+        write_quant_state: Callable[[Entry, bytes], None],
+        scratch: _ScratchFile,
+    ) -> None:
+        super().__init__(step, layout, put, unit=BLOCK)
+        self._write_quant_state = write_quant_state
+        self._bytes_done = self._blocks_done = 0
         self._map = scratch.map(4 * -(-step.elements // BLOCK))
         self._absmax = torch.frombuffer(self._map, dtype=torch.float32)
         self._code: Any = None
 
     def _quantize(self, values: torch.Tensor) -> None:
-        packed, scales, self._code = nf4(values)
-        self._put(self._entries[0], self._done, _bytes(packed))
-        self._done += packed.numel()
-        self._absmax[self._blocks : self._blocks + len(scales)] = scales
-        self._blocks += len(scales)
+        packed, state = _bitsandbytes().quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+        self._code = state.code
+        self._put(self._entries[0], self._bytes_done, _bytes_of(packed))
+        self._bytes_done += packed.numel()
+        count = len(state.absmax)
+        self._absmax[self._blocks_done : self._blocks_done + count] = state.absmax
+        self._blocks_done += count
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         """As `quantize_4bit` does with compress_statistics, some scales at a time."""
         _, absmax, nested_absmax, nested_map, quant_map, quant_state = self._entries
-        offset = self._absmax.mean()
+        mean = self._absmax.mean()
         nested: list[Bytes] = []
         for start in range(0, len(self._absmax), CHUNK):
-            scales, state = double_quantized(self._absmax[start : start + CHUNK], offset)
-            self._put(absmax, start, _bytes(scales))
-            nested.append(_bytes(state.absmax))
-        stated = stored_state(self._step.shape, self._dtype, self._code, offset, state)
+            scales = self._absmax[start : start + CHUNK] - mean
+            codes, state = _bitsandbytes().quantize_blockwise(scales, blocksize=NESTED)
+            self._put(absmax, start, _bytes_of(codes))
+            nested.append(_bytes_of(state.absmax))
+        stored = self._stored_state(mean, state)
         self._put(nested_absmax, 0, np.concatenate(nested))
-        self._put(nested_map, 0, _bytes(stated["nested_quant_map"]))
-        self._put(quant_map, 0, _bytes(stated["quant_map"]))
-        self._late(quant_state, _bytes(stated[STATE]).tobytes())
+        self._put(nested_map, 0, _bytes_of(stored["nested_quant_map"]))
+        self._put(quant_map, 0, _bytes_of(stored["quant_map"]))
+        self._write_quant_state(quant_state, _bytes_of(stored[QUANT_STATE]).tobytes())
+
+    def _stored_state(self, mean: torch.Tensor, nested_state: Any) -> dict[str, torch.Tensor]:
+        """What bitsandbytes stores of a quant state beside codes and scales, by ends of names."""
+        state = _bitsandbytes().QuantState(
+            absmax=torch.empty(0, dtype=torch.uint8),
+            shape=torch.Size(self.step.shape),
+            dtype=self._dtype,
+            blocksize=BLOCK,
+            code=self._code,
+            quant_type="nf4",
+            offset=mean,
+            state2=nested_state,
+        )
+        stored: dict[str, torch.Tensor] = state.as_dict(packed=True)
+        return stored
 
 
-class _Scratch:
+class _ScratchFile:
     """Memory that belongs to a file without a name: the kernel's to write out, not anonymous."""
 
-    def __init__(self, work: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=work)  # noqa: SIM115  (closed by close)
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by close)
 
     def map(self, nbytes: int) -> mmap.mmap:
         """Writable memory of `nbytes`, until nobody holds it; what was there is overwritten."""
@@ -291,9 +258,15 @@ class _Scratch:
         return mmap.mmap(self._file.fileno(), nbytes)
 
     def close(self) -> None:
+        """Delete the file, once nobody holds its memory."""
         self._file.close()
 
 
-def _bytes(tensor: torch.Tensor) -> Bytes:
+def _bitsandbytes() -> Any:
+    """`bitsandbytes.functional`, without its types."""
+    return importlib.import_module("bitsandbytes").functional
+
+
+def _bytes_of(tensor: torch.Tensor) -> Bytes:
     flat: Bytes = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return flat

@@ -24,7 +24,7 @@ from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.comparing.comparison import compare
 from lowmem_adamms.comparing.pairing import pair_checkpoints
 from lowmem_adamms.mapping import kinship
-from lowmem_adamms.merging import range_source
+from lowmem_adamms.merging import range_source, writer
 from lowmem_adamms.merging.journal import WORK
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,8 @@ def test_small_rings_and_requests_give_the_same(
     server: HubServer, local: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where one window needs more than the ring holds."""
-    for name, size in (("BUDGET", 10_000), ("REQUEST", 3000), ("WINDOW", 12_000), ("GAP", 500)):
+    monkeypatch.setattr(writer, "REMOTE_WINDOW", 12_000)
+    for name, size in (("BUFFER", 10_000), ("REQUEST", 3000), ("GAP", 500)):
         monkeypatch.setattr(range_source, name, size)
     assert merged("--no-cache") == local
 
@@ -219,7 +220,7 @@ def test_what_is_finished_is_not_fetched_again(
     server: HubServer, pair: Pair, local: Files, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """A merge that fails at the base's last shard, then goes on."""
-    monkeypatch.setattr(range_source, "WINDOW", 8192)
+    monkeypatch.setattr(writer, "REMOTE_WINDOW", 8192)
     names = sorted(path.name for path in pair[0].glob("*.safetensors"))
     server.fail(f"GET /network/org/base/{names[-1]}", "status", skip=1, times=10**6)
     assert_fails(capsys, "answers 503", "--no-cache")
@@ -259,9 +260,7 @@ def test_a_branch_that_moves_changes_nothing(
     plan = make_plan(*(open_checkpoint(ref, cache=False) for ref in IDS))
     repo = server.repos["org/base"]
     repo.revisions = {repo.sha: repo.sha}
-    from lowmem_adamms.merging.sources import Fetch
-
-    out = merge(plan, 0.3, tmp_path / "out", fetch=Fetch(no_cache=True))
+    out = merge(plan, 0.3, tmp_path / "out", stream=True)
     assert left(out) == local
 
 

@@ -203,7 +203,7 @@ class Memory:
         self.out[step.name] = np.zeros(step.nbytes, np.uint8)
         return True
 
-    def copy(self, step: Any, offset: int, span: Any) -> None:
+    def copy(self, step: Any, offset: int, content: Any) -> None:
         pass
 
     def slot(self, step: Any, offset: int, nbytes: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib
 import json
 import os
 import random
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,16 @@ from lowmem_adamms.checkpoints import mapped_files as stream
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.safetensors_header import read_header
 from lowmem_adamms.cli import main
-from lowmem_adamms.errors import FormatError, MappingError, OutputError, RecipeError
+from lowmem_adamms.errors import FormatError, MappingError, OutputError
 from lowmem_adamms.mapping import kinship
 from lowmem_adamms.mapping.kinship import Kinship
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging import disk_sink as sink
-from lowmem_adamms.merging import writer
+from lowmem_adamms.merging import loop, writer
 from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK
+from lowmem_adamms.merging.shard_file import ShardFile
 from lowmem_adamms.merging.verify import verify
 
-loop = importlib.import_module(
-    "lowmem_adamms.merging.loop"
-)  # the package's `merge` is the function
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 PAPERS = {"README.md", "adamms.json", INDEX}
@@ -304,7 +301,7 @@ FOUND: dict[str, Any] = {
 
 def test_a_search_adds_its_document_and_its_files(pair: Pair, whole: Files, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    merge(make_plan(*pair), 0.3, out, search=FOUND, beside={"report.html": b"<p>found</p>"})
+    merge(make_plan(*pair), 0.3, out, search=FOUND, extra_files={"report.html": b"<p>found</p>"})
     files = seen(out)
     changed = {"adamms.json", "README.md"}
     assert {name for name in files if files[name] != whole.get(name)} == changed | {"report.html"}
@@ -338,14 +335,18 @@ def test_the_recipe_tells_what_was_done_whatever_the_search_says(
 def test_a_search_of_the_base_is_not_taken_for_its_own(pair: Pair, tmp_path: Path) -> None:
     """A merged model may be merged again; its answers and report stay with it."""
     first = merge(
-        make_plan(*pair), 0.3, tmp_path / "first", search=FOUND, beside={"report.html": b"first"}
+        make_plan(*pair),
+        0.3,
+        tmp_path / "first",
+        search=FOUND,
+        extra_files={"report.html": b"first"},
     )
     (first / ANSWERS).write_bytes(b"{}\n")
     plain = merge(make_plan(first, pair[1]), 0.1, tmp_path / "plain")
     assert not {ANSWERS, "report.html"} & set(seen(plain))
     assert "candidates" not in json.loads((plain / "adamms.json").read_bytes())
     second = merge(
-        make_plan(first, pair[1]), 0.1, tmp_path / "second", beside={"report.html": b"second"}
+        make_plan(first, pair[1]), 0.1, tmp_path / "second", extra_files={"report.html": b"second"}
     )
     assert (second / "report.html").read_bytes() == b"second"
 
@@ -363,7 +364,7 @@ def test_answers_of_an_unfinished_search_may_lie_in_the_output(
     plan = make_plan(*pair)
     output = writer.prepare(plan, tmp_path / "out")
     output.check()
-    assert [file.name for file in output.files] == sorted(
+    assert [file.name for file in output.shards] == sorted(
         name for name in whole if name.endswith(".safetensors")
     )
     merge(plan, 0.3, tmp_path / "out")
@@ -382,43 +383,6 @@ def test_a_folder_that_was_filled_since_it_was_looked_at_is_left_alone(
     with pytest.raises(OutputError, match="not empty"):
         writer.write(output, 0.3)
     assert [path.name for path in out.rglob("*")] == ["mine"]
-
-
-# The keywords
-
-
-def test_the_keywords_are_the_options() -> None:
-    """In name, order and type: type checkers read the ones, the code the others."""
-    keywords = {
-        name: kind.__forward_arg__ for name, kind in writer.Keywords.__annotations__.items()
-    }
-    assert list(keywords.items()) == [(field.name, field.type) for field in fields(writer.Options)]
-
-
-def test_a_keyword_that_does_not_exist_is_a_type_error_for_people_and_for_mypy(
-    pair: Pair, tmp_path: Path
-) -> None:
-    """To mypy, which is strict about ignores that it does not need: each of these it does."""
-    plan = make_plan(*pair)
-    with pytest.raises(
-        TypeError, match=r"^merge\(\) has no option 'quantise'; it has max_shard_size,"
-    ):
-        merge(plan, 0.3, tmp_path / "out", quantise="nf4")  # type: ignore[call-arg]
-    with pytest.raises(RecipeError, match="fp4"):
-        merge(plan, 0.3, tmp_path / "out", quantize="fp4")  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir())
-
-
-def test_options_may_come_as_one_value_or_as_keywords_or_both(
-    pair: Pair, whole: Files, tmp_path: Path
-) -> None:
-    done: list[int] = []
-    options = writer.Options(max_shard_size=1000, note=lambda _: None)
-    out = merge(
-        make_plan(*pair), 0.3, tmp_path / "out", options, max_shard_size=None, progress=done.append
-    )
-    assert seen(out) == whole
-    assert sum(done) == make_plan(*pair).bytes_written
 
 
 # Refusals
@@ -482,7 +446,26 @@ def test_a_small_disk_is_found_before_starting(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=64 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert_refused(pair, tmp_path / "a" / "out", "GB free, the output needs")
+    assert_refused(pair, tmp_path / "a" / "out", "67.1 MB free, the output needs 67")
+
+
+def test_a_resumed_merge_needs_space_for_what_is_missing_only(
+    pair: Pair, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards in the work folder hold their space already, as do those with a final name."""
+    output = writer.prepare(make_plan(*pair), tmp_path / "out")
+    output.work.mkdir(parents=True)
+    (output.work / NAME).touch()
+    published, begun, missing = sorted(merged.glob("*.safetensors"))
+    shutil.copy(published, output.folder)
+    shutil.copy(begun, output.work)
+    begun_bytes = (output.work / begun.name).stat().st_blocks * 512
+    needed = begun.stat().st_size - begun_bytes + missing.stat().st_size + (64 << 20)
+    for free, fits in ((needed, True), (needed - 1, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        with nullcontext() if fits else pytest.raises(OutputError, match="free, the output needs"):
+            output.check()
 
 
 @pytest.fixture(scope="module")
@@ -622,9 +605,9 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     )
     plan = make_plan(base, donor)
     calls = iter(range(nth))
-    finish = sink._Shard.finish
+    finish = ShardFile.finish
 
-    def failing(shard: Any) -> tuple[int, str]:
+    def failing(shard: ShardFile) -> tuple[int, str]:
         if next(calls, None) is None:
             shard.close()
             raise StopError
@@ -634,17 +617,17 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     with monkeypatch.context() as patch:
         small_steps(patch, durable=1)
         patch.setattr(loop, "WINDOW", 128)  # so that a window ends where the shard does
-        patch.setattr(sink._Shard, "finish", failing)
+        patch.setattr(ShardFile, "finish", failing)
         with pytest.raises(StopError):
             merge(plan, 0.3, tmp_path / "out")
     assert seen(merge(plan, 0.3, tmp_path / "out")) == seen(merge(plan, 0.3, tmp_path / "whole"))
 
 
 DRIVER = """
-import importlib, os, pathlib, signal, sys
-from lowmem_adamms import cli, sink, writer
+import os, pathlib, signal, sys
+from lowmem_adamms import cli
+from lowmem_adamms.merging import disk_sink as sink, loop, writer
 
-loop = importlib.import_module("lowmem_adamms.merging.loop")
 loop.WINDOW = sink.WINDOW = 12_288  # with whole pages, for the page cache to be passed by
 writer._physical_memory = lambda: 0
 sink.DURABLE = 50_000
@@ -790,7 +773,9 @@ def test_every_file_is_on_the_disk_before_it_gets_its_name(
     found = {"report.html": b"<p>", ANSWERS: b"{}\n"}
     (tmp_path / "out" / WORK).mkdir(parents=True)
     (tmp_path / "out" / WORK / ANSWERS).write_bytes(found[ANSWERS])
-    merge(make_plan(*pair), 0.3, tmp_path / "out", beside={"report.html": found["report.html"]})
+    merge(
+        make_plan(*pair), 0.3, tmp_path / "out", extra_files={"report.html": found["report.html"]}
+    )
     files = whole | found
     assert sorted(named) == sorted(name for name, what in files.items() if what != b"(folder)")
     assert named[-1] == INDEX
@@ -861,8 +846,9 @@ def test_an_input_cut_after_the_plan_is_one_error(
     inputs = [Path(shutil.copytree(each, tmp_path / each.name)) for each in pair]
     plan = make_plan(*inputs)
     shard = max(inputs[side].glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    os.truncate(shard, 5000)
-    with pytest.raises(FormatError, match=f"{shard.name}: 5000 bytes, expected"):
+    size = shard.stat().st_size - 10  # what was sampled before is still there
+    os.truncate(shard, size)
+    with pytest.raises(FormatError, match=f"{shard.name}: {size} bytes, expected"):
         merge(plan, 0.3, tmp_path / "out", force=True)
     assert_nothing_incomplete(tmp_path / "out", whole)
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / WORK]

@@ -1,0 +1,124 @@
+"""The output folder: whether it is usable, files written durably, and the move to final names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import OutputError
+from ..mapping.plan import Plan
+from ..values import format_size
+from .journal import ANSWERS, NAME, WORK, Journal, pending
+from .shard_layout import ShardLayout
+
+INDEX = "model.safetensors.index.json"
+_SPARE_BYTES = 64 << 20
+"""Disk space beside the shards, for index, sidecars and file system."""
+
+
+def check_place(plan: Plan, out: Path) -> None:
+    """Raise OutputError unless `out` is new, empty or our own unfinished merge, and no input."""
+    nearest = _nearest(out)
+    if not nearest.is_dir():
+        raise OutputError(f"{out}: {nearest} is a file; -o names a folder")
+    for side in (plan.base, plan.donor):
+        if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
+    if nearest != out or (out / WORK / NAME).is_file():
+        return
+    if pending(out):
+        raise OutputError(
+            f"{out} is complete and waits for its upload; finish that with `push` or the command"
+            " that began it, or choose another -o"
+        )
+    ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
+    if not set(out.rglob("*")) <= ours:
+        raise OutputError(f"{out} is not empty; choose another -o or empty it")
+
+
+def check_space(shards: Sequence[ShardLayout], out: Path) -> None:
+    """Raise OutputError unless what is not yet written of the output fits on the disk."""
+    total = sum(shard.size for shard in shards)
+    partial = [out / WORK / shard.name for shard in shards]
+    allocated = sum(path.stat().st_blocks * 512 for path in partial if path.exists())
+    published = sum(shard.size for shard in shards if (out / shard.name).exists())
+    required_bytes = total - allocated - published + _SPARE_BYTES
+    nearest = _nearest(out)
+    free_bytes = shutil.disk_usage(nearest).free
+    if required_bytes > free_bytes:
+        raise OutputError(
+            f"{nearest}: {format_size(free_bytes)} free, the output needs"
+            f" {format_size(required_bytes)}; free some or choose another -o"
+        )
+
+
+def check_still_unused(out: Path, journal: Journal) -> None:
+    """Raise OutputError if another run finished in `out` since it was checked: its result stays."""
+    if journal.resumed or {path.name for path in out.iterdir()} == {WORK}:
+        return
+    journal.path.unlink()
+    with suppress(OSError):  # answers of a search may lie there
+        journal.path.parent.rmdir()
+    raise OutputError(f"{out}: another run has just put its result there; choose another -o")
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a document and make it durable."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    # A path that is not UTF-8 comes as lone surrogates, which JSON can hold and UTF-8 cannot
+    write_file(path, text.encode(errors="backslashreplace") + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file and make it durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file piece by piece, as it may be large, and make the copy durable."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as given, target.open("wb") as file:
+        shutil.copyfileobj(given, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(out: Path) -> None:
+    """Move everything to its final name, the index last, then remove the work folder."""
+    work = out / WORK
+    everything = sorted(work.rglob("*"))
+    files = [path for path in everything if path.is_file() and path.name != NAME]
+    if (work / ANSWERS).is_file():  # a search does not fsync it as it grows
+        _sync(work / ANSWERS)
+    for path in sorted(files, key=lambda path: path.name == INDEX):
+        target = out / path.relative_to(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    for folder in {out.absolute().parent, *(out / path.relative_to(work).parent for path in files)}:
+        _sync(folder)
+    for folder in [path for path in reversed(everything) if path.is_dir()]:
+        folder.rmdir()
+    (work / NAME).unlink()
+    work.rmdir()
+    _sync(out)
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself if it exists, else the nearest folder above it that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
