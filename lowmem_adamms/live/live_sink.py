@@ -61,14 +61,9 @@ class LiveSink:
             # Embedding and head that are equal on disk but written separately may come to differ
             untie_parameter(model, group.target)
             param = model.get_parameter(group.target)
-        dtype = torch_dtype(members[0].dtype)
-        target: _Target
+        target: _Target = _DirectTarget(param, torch_dtype(members[0].dtype))
         if group.converter is not None or is_quantized(param) or not param.is_contiguous():
             target = _StagedTarget(model, group, members, param)
-        elif dtype == param.dtype:
-            target = _InPlaceTarget(param)
-        else:
-            target = _CastTarget(param, dtype)
         self._targets |= dict.fromkeys(group.names, target)
 
     def wants(self, step: Step) -> bool:
@@ -117,42 +112,29 @@ class _Target(Protocol):
     def discard(self) -> None: ...
 
 
-class _InPlaceTarget:
-    """The parameter's own memory: it has the dtype that is written."""
-
-    def __init__(self, param: torch.Tensor) -> None:
-        self.param, self._loaded = param, param.detach()
-        self._bytes = bytes_of(param)
-
-    def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
-        return self._bytes[offset : offset + nbytes]
-
-    def flush(self) -> None:
-        _restore_memory(self.param, self._loaded)
-
-    def discard(self) -> None:
-        pass
-
-
-class _CastTarget:
-    """A parameter of another dtype than is written: cast window by window, as a loader would."""
+class _DirectTarget:
+    """A parameter's own memory; where it has another dtype, cast window by window."""
 
     def __init__(self, param: torch.Tensor, dtype: torch.dtype) -> None:
         self.param, self._loaded, self._dtype = param, param.detach(), dtype
-        self._flat = self._loaded.view(-1)
         self._staged: list[tuple[int, torch.Tensor]] = []  # first element, bytes
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
-        buffer = self._flat.new_empty(nbytes, dtype=torch.uint8)
+        if self._dtype == self._loaded.dtype:
+            return bytes_of(self._loaded)[offset : offset + nbytes]
+        buffer = self._loaded.new_empty(nbytes, dtype=torch.uint8)
         self._staged.append((offset // self._dtype.itemsize, buffer))
         return buffer
 
     def flush(self) -> None:
+        flat = self._loaded.view(-1)
         for start, buffer in self._staged:
             values = buffer.view(self._dtype)
-            self._flat[start : start + len(values)].copy_(values)
+            flat[start : start + len(values)].copy_(values)
         self._staged = []
-        _restore_memory(self.param, self._loaded)
+        # A forward pass of bitsandbytes puts cast biases in the place of a parameter's memory
+        if self.param.data_ptr() != self._loaded.data_ptr():
+            self.param.data = self._loaded
 
     def discard(self) -> None:
         self._staged = []
@@ -192,9 +174,3 @@ class _StagedTarget:
     def discard(self) -> None:
         self._staged: dict[str, torch.Tensor] = {}
         self._missing_bytes = sum(self._sizes.values())
-
-
-def _restore_memory(param: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Give a parameter its memory back: a forward pass of bitsandbytes puts cast biases aside."""
-    if param.data_ptr() != loaded.data_ptr():
-        param.data = loaded

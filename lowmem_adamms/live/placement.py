@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 Location = Literal["vram", "pinned", "cache"]
 """Where base and donor bytes are kept: card, page-locked RAM, or page cache."""
+_LOCATION_NAMES: dict[Location, str] = {
+    "vram": "in VRAM",
+    "pinned": "in pinned RAM",
+    "cache": "through the page cache",
+}
 
 BATCH_SIZES = (8, 4, 2, 1)
 """Tried in this order where no batch size is asked for."""
@@ -43,14 +48,14 @@ _CACHED_ROLE = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the model and its sources go. All numbers but the batch size are bytes.
+    """One way to hold the model and its sources, and to answer a batch.
 
     The sources are the base and donor weights of all interpolated parts, which every `apply` reads;
     `locate_sources` tells where each of them is.
 
     quantize: "int8", "nf4", or None for a model that is not quantized.
     dtype: of the parameters (of a quantized model, those that stay whole), as in `DTYPES`.
-    work_bytes: activations, key-value cache and staging, for sequences in batches of `batch_size`.
+    staging_bytes: taken while a tensor is quantized. available_bytes: free on the device before.
     sources_stay_cached: the sources in the page cache find room there from one apply to the next.
     lines: the decision and its sums, for people.
     """
@@ -60,70 +65,37 @@ class Placement:
     dtype: str
     batch_size: int
     model_bytes: int
-    work_bytes: int
-    vram_source_bytes: int
-    pinned_source_bytes: int
-    cached_source_bytes: int
-    sources_stay_cached: bool
-    lines: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """One way to hold the model and answer a batch, and what it needs on its device."""
-
-    device: Device
-    quantize: Quantization
-    dtype: DType
-    batch_size: int
-    model_bytes: int
     kv_cache_bytes: int
     staging_bytes: int
     available_bytes: int
+    vram_source_bytes: int = 0
+    pinned_source_bytes: int = 0
+    cached_source_bytes: int = 0
+    sources_stay_cached: bool = False
+    lines: tuple[str, ...] = ()
 
     @property
     def activation_bytes(self) -> int:
+        """An assumption."""
         return ACTIVATION_BYTES + ACTIVATION_BYTES_PER_SEQUENCE * self.batch_size
 
     @property
     def work_bytes(self) -> int:
+        """Needed on the device besides the model."""
         return self.activation_bytes + self.kv_cache_bytes + self.staging_bytes
 
     @property
     def required_bytes(self) -> int:
+        """Needed on the device in all, without sources."""
         return self.model_bytes + self.work_bytes + SPARE_BYTES
 
     @property
     def fits(self) -> bool:
+        """Whether the device has as much."""
         return self.required_bytes <= self.available_bytes
 
-    @property
-    def name(self) -> str:
-        precision = self.dtype.name if self.quantize == "none" else self.quantize
-        return f"{self.device} {precision} at batch {self.batch_size}"
-
-    @property
-    def sum(self) -> str:
-        return (
-            f"model {format_size(self.model_bytes)} + work {format_size(self.work_bytes)}"
-            f" + spare {format_size(SPARE_BYTES)} = {format_size(self.required_bytes)}"
-            f" of {format_size(self.available_bytes)}"
-        )
-
-    @property
-    def kv_cache(self) -> str:
-        return (
-            f"{format_size(self.kv_cache_bytes)} key-value cache of"
-            f" {self.batch_size} x {SEQUENCE_TOKENS} tokens"
-        )
-
-    @property
-    def shortage(self) -> str:
-        memory = "VRAM" if self.device == "cuda" else "RAM"
-        return (
-            f"{self.name} needs {format_size(self.required_bytes)} of {memory}"
-            f" but {format_size(self.available_bytes)} is free"
-        )
+    def __str__(self) -> str:
+        return f"{self.device} {self.quantize or self.dtype} at batch {self.batch_size}"
 
 
 def place(
@@ -153,23 +125,23 @@ def place(
         raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
     live_dtype = _choose_dtype(plan, settings.live_dtype or dtype)
     batch_sizes = BATCH_SIZES if settings.batch_size is None else (settings.batch_size,)
-    candidates = _list_candidates(plan, memory, live_dtype, batch_sizes)
+    options = _list_options(plan, memory, live_dtype, batch_sizes)
     allowed = [
-        candidate
-        for candidate in candidates
-        if device in (None, candidate.device) and quantize in (None, candidate.quantize)
+        option
+        for option in options
+        if device in (None, option.device) and quantize in (None, option.quantize or "none")
     ]
-    chosen = next((candidate for candidate in allowed if candidate.fits), None)
+    chosen = next((option for option in allowed if option.fits), None)
     if chosen is None:
-        raise PlacementError(_explain_refusal(candidates, allowed))
+        raise PlacementError(_explain_refusal(options, allowed))
     rejected = allowed[: allowed.index(chosen)]
     return _place_sources(plan, memory, chosen, _explain_choice(memory, chosen, rejected))
 
 
-def _list_candidates(
+def _list_options(
     plan: Plan, memory: Memory, dtype: DType, batch_sizes: Sequence[int]
-) -> list[_Candidate]:
-    """One candidate for each device there is and each precision, the most wanted first.
+) -> list[Placement]:
+    """One placement for each device there is and each precision, the most wanted first.
 
     Each has the first batch size with which it fits, or the last one if it fits with none.
     """
@@ -178,27 +150,27 @@ def _list_candidates(
     staging_bytes = 3 * max(quantizable, default=0)
     model_bytes = {quantize: _model_bytes(plan, dtype, quantize) for quantize in _QUANTIZATIONS}
     kv_cache_bytes = _kv_cache_bytes_per_sequence(plan, dtype)
-    available = {"cuda": memory.vram_bytes, "cpu": memory.ram_bytes}
-    candidates = []
+    available: dict[Device, int | None] = {"cuda": memory.vram_bytes, "cpu": memory.ram_bytes}
+    options = []
     for device, quantize in product(_DEVICES, _QUANTIZATIONS):
         available_bytes = available[device]
         if available_bytes is None:
             continue
         for batch_size in batch_sizes:
-            candidate = _Candidate(
+            option = Placement(
                 device,
-                quantize,
-                dtype,
+                None if quantize == "none" else quantize,
+                dtype.name,
                 batch_size,
                 model_bytes[quantize],
                 kv_cache_bytes * batch_size,
                 0 if quantize == "none" else staging_bytes,
                 available_bytes,
             )
-            if candidate.fits:
+            if option.fits:
                 break
-        candidates.append(candidate)
-    return candidates
+        options.append(option)
+    return options
 
 
 # Sizes
@@ -308,29 +280,23 @@ def _fill(sizes: Iterable[int], vram_bytes: int, pinned_bytes: int) -> Iterator[
         yield location
 
 
-def _place_sources(plan: Plan, memory: Memory, chosen: _Candidate, lines: list[str]) -> Placement:
+def _place_sources(plan: Plan, memory: Memory, chosen: Placement, lines: list[str]) -> Placement:
     """Put the sources into what the model leaves free.
 
     Pinned memory cannot be swapped or reclaimed, so at most half of the RAM is used for it. On the
     CPU nothing is copied: the mapped files serve, and the kernel caches what it has room for.
     """
-    vram_bytes, pinned_bytes = 0, 0
-    if chosen.device == "cuda":
-        vram_bytes = chosen.available_bytes - chosen.required_bytes
-        pinned_bytes = memory.ram_bytes // 2
+    on_card = chosen.device == "cuda"
+    vram_bytes = chosen.available_bytes - chosen.required_bytes if on_card else 0
+    pinned_bytes = memory.ram_bytes // 2 if on_card else 0
     sizes = [_source_bytes(part) for _, part in _blended_parts(plan)]
     total: dict[Location, int] = {"vram": 0, "pinned": 0, "cache": 0}
     for location, size in zip(_fill(sizes, vram_bytes, pinned_bytes), sizes, strict=True):
         total[location] += size
-    used_ram = total["pinned"] + SPARE_BYTES if chosen.device == "cuda" else chosen.required_bytes
+    used_ram = total["pinned"] + SPARE_BYTES if on_card else chosen.required_bytes
     free_ram = max(0, memory.ram_bytes - used_ram)
-    return Placement(
-        device=chosen.device,
-        quantize=None if chosen.quantize == "none" else chosen.quantize,
-        dtype=chosen.dtype.name,
-        batch_size=chosen.batch_size,
-        model_bytes=chosen.model_bytes,
-        work_bytes=chosen.work_bytes,
+    return replace(
+        chosen,
         vram_source_bytes=total["vram"],
         pinned_source_bytes=total["pinned"],
         cached_source_bytes=total["cache"],
@@ -342,35 +308,43 @@ def _place_sources(plan: Plan, memory: Memory, chosen: _Candidate, lines: list[s
 # Words
 
 
-def _explain_choice(
-    memory: Memory, chosen: _Candidate, rejected: Sequence[_Candidate]
-) -> list[str]:
+def _explain_choice(memory: Memory, chosen: Placement, rejected: Sequence[Placement]) -> list[str]:
     """What is free, what is needed, what did not fit and what did."""
     card = "no CUDA card"
     if memory.vram_bytes is not None:
         card = f"{format_size(memory.vram_bytes)} free on {memory.card_name or 'the CUDA card'}"
-    activations = format_size(chosen.activation_bytes)
-    work = f"work: {activations} assumed for activations and staging + {chosen.kv_cache}"
+    work = (
+        f"work: {format_size(chosen.activation_bytes)} assumed for activations and staging"
+        f" + {_describe_cache(chosen)}"
+    )
     if chosen.staging_bytes:
         work += f" + {format_size(chosen.staging_bytes)}, 3 x the largest quantized tensor"
     return [
         f"memory: {card}, {format_size(memory.ram_bytes)} of RAM available",
         work,
-        *(f"{candidate.name}: {candidate.sum}: does not fit" for candidate in rejected),
-        f"{chosen.name}: {chosen.sum}: chosen",
+        *(f"{option}: {_describe_sum(option)}: does not fit" for option in rejected),
+        f"{chosen}: {_describe_sum(chosen)}: chosen",
     ]
+
+
+def _describe_sum(option: Placement) -> str:
+    return (
+        f"model {format_size(option.model_bytes)} + work {format_size(option.work_bytes)}"
+        f" + spare {format_size(SPARE_BYTES)} = {format_size(option.required_bytes)}"
+        f" of {format_size(option.available_bytes)}"
+    )
+
+
+def _describe_cache(option: Placement) -> str:
+    tokens = f"{option.batch_size} x {SEQUENCE_TOKENS} tokens"
+    return f"{format_size(option.kv_cache_bytes)} key-value cache of {tokens}"
 
 
 def _explain_sources(total: dict[Location, int], free_ram: int) -> Iterator[str]:
     """Where base and donor are, and how much of them each alpha must read from the disk again."""
-    names: dict[Location, str] = {
-        "vram": "in VRAM",
-        "pinned": "in pinned RAM",
-        "cache": "through the page cache",
-    }
     where = ", ".join(
         f"{format_size(total[location])} {name}"
-        for location, name in names.items()
+        for location, name in _LOCATION_NAMES.items()
         if total[location]
     )
     yield f"base + donor: each alpha reads {format_size(sum(total.values()))}: {where}"
@@ -388,28 +362,34 @@ def _explain_sources(total: dict[Location, int], free_ram: int) -> Iterator[str]
         )
 
 
-def _explain_refusal(candidates: Sequence[_Candidate], allowed: Sequence[_Candidate]) -> str:
-    """What the smallest allowed candidate on each device lacks, and what would fit instead."""
+def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement]) -> str:
+    """What the smallest allowed option on each device lacks, and what would fit instead."""
     help = "a smaller model would help"
-    fitting = next((candidate for candidate in candidates if candidate.fits), None)
+    fitting = next((option for option in options if option.fits), None)
     if fitting:
-        help = f"--device {fitting.device} --live-quantize {fitting.quantize} would fit"
-    if not allowed:  # every CPU candidate exists, so a card was asked for
+        quantize = fitting.quantize or "none"
+        help = f"--device {fitting.device} --live-quantize {quantize} would fit"
+    if not allowed:  # there is always an option on the CPU, so a card was asked for
         return (
             f"no CUDA card was found, or --vram 0 rules it out; {help},"
             " --vram SIZE plans for a card that nvidia-smi does not show"
         )
     smallest = {
-        device: min(on_device, key=lambda candidate: candidate.required_bytes)
+        device: min(on_device, key=lambda option: option.required_bytes)
         for device in _DEVICES
-        if (on_device := [candidate for candidate in allowed if candidate.device == device])
+        if (on_device := [option for option in allowed if option.device == device])
     }
-    shortages = ", ".join(candidate.shortage for candidate in smallest.values())
-    options = " and ".join("--vram" if device == "cuda" else "--ram" for device in smallest)
+    memory_names = {"cuda": "VRAM", "cpu": "RAM"}
+    shortages = ", ".join(
+        f"{option} needs {format_size(option.required_bytes)} of {memory_names[device]}"
+        f" but {format_size(option.available_bytes)} is free"
+        for device, option in smallest.items()
+    )
+    free = " and ".join(f"--{memory_names[device].lower()}" for device in smallest)
     first = allowed[0]  # nothing fits, so that all have the last batch size
     if first.batch_size > 1:
         help += ", a smaller --batch-size may help"
     return (
-        f"the model does not fit: {shortages} (with a {first.kv_cache}); {help}, or free memory"
-        f" ({options} may say how much there will be)"
+        f"the model does not fit: {shortages} (with a {_describe_cache(first)}); {help}, or free"
+        f" memory ({free} may say how much there will be)"
     )

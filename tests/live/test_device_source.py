@@ -123,7 +123,7 @@ def source_of(files: MappedFiles, vram: int, *pairs: tuple[Span, Span]) -> Devic
     """A source of blended parts, whatever their steps, with so many bytes on the card."""
     parts = [Part((0, base.shape[0]), "role", base, donor) for base, donor in pairs]
     plan: Any = SimpleNamespace(parts=[(None, part) for part in parts])
-    placement = Placement("cpu", None, "BF16", 1, 0, 0, vram, 0, 0, True, ())
+    placement = Placement("cpu", None, "BF16", 1, 0, 0, 0, 0, vram_source_bytes=vram)
     return DeviceSource(plan, files, placement, "cpu")
 
 
