@@ -1,7 +1,7 @@
 """Tiny real checkpoints: what transformers itself writes, cut down to less than 2 MB.
 
-`ancestor` is a random language model; each `make_<family>` wraps a descendant of it (every weight
-plus a little noise of its own) in a real model class with a random vision tower. `respell` and
+`ancestor` is a random language model; `make` wraps a descendant of it (every weight plus a little
+noise of its own) in a family's real model class with a random vision tower. `respell` and
 `to_bin` turn the result into the other forms in which such checkpoints are published;
 `add_processor` and `add_remote_code` make it a folder that answers questions about images.
 """
@@ -13,10 +13,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -31,9 +31,6 @@ from random_pair import (
 from safetensors.torch import load_file
 
 from lowmem_adamms.live.transformers_model import quiet
-
-if TYPE_CHECKING:
-    from typing import Unpack
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -71,33 +68,18 @@ KINDS = {
     # Heads that together are wider than the hidden size, as in Qwen3-4B
     "qwen3": Kind(kv_heads=2, head_dim=32, tokens=307, ending=2.3, qk_norm=True),
 }
-LINE_OF = {
-    "Llava": "llama",
-    "LlavaNext": "llama",
-    "LlavaOnevision": "qwen2",
-    "Qwen2VL": "qwen2",
-    "Qwen2_5_VL": "qwen2",
-    "Qwen3VL": "qwen3",
-    "InternVL": "qwen2",
-    "Idefics3": "llama",
-    "SmolVLM": "llama",
-}
 
 
-class HandOptions(TypedDict, total=False):
-    """What every factory takes besides `folder` and `ancestor`."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Of `make`. seed: of the noise, the added rows and the vision tower. vocab: rows of embed."""
 
-    seed: int  # of the noise, the added rows and the vision tower; never shared by two families
-    dtype: str
-    noise: float
-    max_shard_size: str
-
-
-class Options(HandOptions, total=False):
-    """What those take that let transformers write the file."""
-
-    tied: bool
-    vocab: int  # rows of embed and head
+    seed: int = 1
+    dtype: str = "bfloat16"
+    noise: float = NOISE
+    max_shard_size: str = "200KB"
+    tied: bool = False
+    vocab: int = ROWS
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -188,137 +170,43 @@ def descend(
 # Factories
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A vision family: its classes' common name, its line, and its config beside the decoder's."""
+
+    name: str
+    line: str
+    config: Config
+    vocab: int = ROWS
+
+
+TEXT = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
 def make(family: str, folder: Path, *, ancestor: Tensors, **options: Any) -> Path:
-    """The checkpoint that `make_FAMILY` writes."""
-    made: Path = globals()[f"make_{family}"](folder, ancestor=ancestor, **options)
-    return made
+    """A checkpoint of a family, descended from `ancestor`. options: fields of `Options`.
+
+    No two families share their noise, whatever their seeds.
+    """
+    made = Options(**options)
+    if family in VISION and "vocab" not in options:
+        made = replace(made, vocab=VISION[family].vocab)
+    name = TEXT.get(family) or (VISION[family].name if family in VISION else family)
+    made = replace(made, seed=crc32(f"{name} {made.seed}".encode()))
+    if family in TEXT:
+        return _make_text(TEXT[family], folder, ancestor, made)
+    if family in VISION:
+        return _make_vision(VISION[family], folder, ancestor, made)
+    return {"cogvlm": _make_cogvlm, "mplug_owl2": _make_mplug_owl2}[family](folder, ancestor, made)
 
 
-def make_all(
-    root: Path, lines: Mapping[str, str], ancestors: Mapping[str, Tensors]
-) -> dict[str, Path]:
-    """One checkpoint for each family in a folder of its name. lines: which ancestor each has."""
-    return {
-        family: make(family, root / family, ancestor=ancestors[line])
-        for family, line in lines.items()
-    }
-
-
-def make_llama(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """LlamaForCausalLM."""
-    return _make_text("Llama", folder, ancestor, options)
-
-
-def make_mistral(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """MistralForCausalLM."""
-    return _make_text("Mistral", folder, ancestor, options)
-
-
-def make_qwen2(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """Qwen2ForCausalLM."""
-    return _make_text("Qwen2", folder, ancestor, options)
-
-
-def make_qwen3(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """Qwen3ForCausalLM."""
-    return _make_text("Qwen3", folder, ancestor, options)
-
-
-def make_llava(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """LLaVA-1.5 as llava-hf publishes it: Llama with a CLIP tower, rows padded for `<image>`."""
-    extra = {"vision_config": _clip(), "image_token_index": ROWS}
-    return _make_vision("Llava", folder, ancestor, {"vocab": 384, **options}, extra)
-
-
-def make_llava_next(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """LLaVA-NeXT as llava-hf publishes it: as LLaVA-1.5, with `image_newline`."""
-    extra = {
-        "vision_config": _clip(),
-        "image_token_index": ROWS,
-        "image_grid_pinpoints": [[SIDE, SIDE]],
-    }
-    return _make_vision("LlavaNext", folder, ancestor, {"vocab": 384, **options}, extra)
-
-
-def make_llava_onevision(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """LLaVA-OneVision as llava-hf publishes it: Qwen2 with a SigLIP tower."""
-    image = KINDS["qwen2"].tokens
-    extra = {
-        "vision_config": {
-            **_clip(),
-            "model_type": "siglip_vision_model",
-            "vision_use_head": False,
-        },
-        "image_token_index": image,
-        "video_token_index": image + 1,
-        "image_grid_pinpoints": [[SIDE, SIDE]],
-    }
-    settings: Options = {"vocab": 384, **options}
-    return _make_vision("LlavaOnevision", folder, ancestor, settings, extra)
-
-
-def make_internvl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """InternVL3 as OpenGVLab publishes it for transformers (-hf): Qwen2 with InternViT."""
-    tower = {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False}
-    extra = {
-        "vision_config": {**_siglip(), **tower, "model_type": "internvl_vision"},
-        "image_token_id": KINDS["qwen2"].tokens + INTERN_TOKENS.index("<IMG_CONTEXT>"),
-        "image_seq_length": _SHUFFLED,
-    }
-    return _make_vision("InternVL", folder, ancestor, options, extra)
-
-
-def make_idefics3(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """Idefics3: Llama with a SigLIP tower, four patches in a token."""
-    settings: Options = {"vocab": 384, **options}
-    return _make_vision("Idefics3", folder, ancestor, settings, _shuffling("idefics3_vision"))
-
-
-def make_smolvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """SmolVLM: as Idefics3, of another class."""
-    settings: Options = {"vocab": 384, **options}
-    return _make_vision("SmolVLM", folder, ancestor, settings, _shuffling("smolvlm_vision"))
-
-
-def make_qwen2_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """Qwen2-VL."""
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN}
-    return _make_vision("Qwen2VL", folder, ancestor, options, _qwen_extra(vision))
-
-
-def make_qwen2_5_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """Qwen2.5-VL."""
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "out_hidden_size": HIDDEN,
-        "fullatt_block_indexes": [1],
-    }
-    return _make_vision("Qwen2_5_VL", folder, ancestor, options, _qwen_extra(vision))
-
-
-def make_qwen3_vl(folder: Path, *, ancestor: Tensors, **options: Unpack[Options]) -> Path:
-    """Qwen3-VL: features of two layers of the tower enter two layers of the decoder (deepstack)."""
-    vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "out_hidden_size": HIDDEN,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    return _make_vision("Qwen3VL", folder, ancestor, options, _qwen_extra(vision))
-
-
-def make_cogvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOptions]) -> Path:
+def _make_cogvlm(folder: Path, ancestor: Tensors, options: Options) -> Path:
     """A checkpoint spelled as CogVLM: a second expert for image tokens, q, k and v fused."""
-    settings = _settings("cogvlm", options)
     names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     out: Tensors = {}
     # The vision expert began as a copy of the ancestor, and was trained on its own
     for offset, expert in enumerate(("language", "vision")):
-        text = descend(ancestor, settings["seed"] + offset, noise=settings["noise"])
+        text = descend(ancestor, options.seed + offset, noise=options.noise)
         for layer in _layers(text):
             qkv = [text[f"{layer}.self_attn.{role}_proj.weight"] for role in "qkv"]
             attention = f"model.{layer}.self_attn.{expert}_expert"
@@ -332,18 +220,21 @@ def make_cogvlm(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOption
                     out[f"model.{layer}.{norm}.weight"] = text[f"{layer}.{norm}.weight"]
         if expert == "language":
             out |= _ends(text)
-    out |= _draw_all(_COGVLM_VISION, settings["seed"])
-    config = {"architectures": ["CogVLMForCausalLM"], **_flat_sizes(ancestor)}
+    config = {
+        "architectures": ["CogVLMForCausalLM"],
+        **_text_config("llama", ancestor, Options()),
+        "template_version": "chat",
+        "vision_config": _COGVLM_CONFIG,
+    }
     # Its remote code gives the class no model_type, and knows no grouped queries
     del config["num_key_value_heads"]
-    extra = {"template_version": "chat", "vision_config": _COGVLM_CONFIG}
-    return _write(folder, out, {**config, **extra}, settings)
+    out |= _draw_vision("cogvlm", "CogVLM", config, options.seed)
+    return _write(folder, out, config, options)
 
 
-def make_mplug_owl2(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOptions]) -> Path:
+def _make_mplug_owl2(folder: Path, ancestor: Tensors, options: Options) -> Path:
     """A checkpoint spelled as mPLUG-Owl2: k, v and both norms twice, and float32 `inv_freq`."""
-    settings = _settings("mplug_owl2", options)
-    ways = [descend(ancestor, settings["seed"] + way, noise=settings["noise"]) for way in (0, 1)]
+    ways = [descend(ancestor, options.seed + way, noise=options.noise) for way in (0, 1)]
     doubled = ("k_proj", "v_proj", "input_layernorm", "post_attention_layernorm")
     out = _ends(ways[0])
     for layer in _layers(ancestor):
@@ -354,14 +245,15 @@ def make_mplug_owl2(folder: Path, *, ancestor: Tensors, **options: Unpack[HandOp
                     out[f"model.{stem}.multiway.{way}.weight"] = text[f"{stem}.weight"]
             else:
                 out[f"model.{stem}.weight"] = ways[0][f"{stem}.weight"]
-    out |= _draw_all(_MPLUG_VISION, settings["seed"])
     out |= inv_freq(len(_layers(ancestor)))
     config = {
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
         "model_type": "mplug_owl2",
         "visual_config": _MPLUG_CONFIG,
+        **_text_config("llama", ancestor, Options()),
     }
-    return _write(folder, out, {**config, **_flat_sizes(ancestor)}, settings)
+    out |= _draw_vision("mplug_owl2", "MPLUGOwl2", config, options.seed)
+    return _write(folder, out, config, options)
 
 
 # Other forms of the same checkpoint
@@ -568,29 +460,14 @@ def headless(name: str) -> str | None:
 # How the factories work
 
 
-def _settings(family: str, options: Options | HandOptions) -> Options:
-    settings: Options = {
-        "seed": 1,
-        "dtype": "bfloat16",
-        "tied": False,
-        "vocab": ROWS,
-        "noise": NOISE,
-        "max_shard_size": "200KB",
-    }
-    settings = {**settings, **options}
-    # Without the family in it, two families made with one seed would share their noise
-    settings["seed"] = crc32(f"{family} {settings['seed']}".encode())
-    return settings
-
-
 def _layers(text: Tensors) -> list[str]:
     count = sum(name.endswith("input_layernorm.weight") for name in text)
     return [f"layers.{layer}" for layer in range(count)]
 
 
-def _text_config(kind: str, text: Tensors, settings: Options) -> Config:
+def _text_config(kind: str, text: Tensors, options: Options) -> Config:
     return {
-        "vocab_size": settings["vocab"],
+        "vocab_size": options.vocab,
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
         "num_hidden_layers": len(_layers(text)),
@@ -601,7 +478,7 @@ def _text_config(kind: str, text: Tensors, settings: Options) -> Config:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
-        "tie_word_embeddings": settings["tied"],
+        "tie_word_embeddings": options.tied,
     }
 
 
@@ -611,42 +488,35 @@ def _class(name: str) -> Any:
 
 
 def _make_text(name: str, folder: Path, parent: Tensors, options: Options) -> Path:
-    settings = _settings(name, options)
-    config = _class(f"{name}Config")(**_text_config(name.lower(), parent, settings))
-    text = descend(parent, settings["seed"], noise=settings["noise"], vocab=settings["vocab"])
-    return _save_model(_class(f"{name}ForCausalLM"), config, text, folder, settings)
+    config = _class(f"{name}Config")(**_text_config(name.lower(), parent, options))
+    text = descend(parent, options.seed, noise=options.noise, vocab=options.vocab)
+    return _save_model(_class(f"{name}ForCausalLM"), config, text, folder, options)
 
 
-def _make_vision(name: str, folder: Path, parent: Tensors, options: Options, extra: Config) -> Path:
-    settings = _settings(name, options)
-    kind = LINE_OF[name]
-    text_config = _text_config(kind, parent, settings)
-    if not name.startswith("Qwen"):
-        text_config["model_type"] = kind
+def _make_vision(family: Family, folder: Path, parent: Tensors, options: Options) -> Path:
+    kind = KINDS[family.line]
+    text_config = _text_config(family.line, parent, options)
+    if not family.name.startswith("Qwen"):
+        text_config["model_type"] = family.line
     else:
         # The three shares of the rotary dimensions: time, height, width; together half a head
-        shares = {16: [2, 3, 3], 32: [6, 5, 5]}[KINDS[kind].head_dim]
+        shares = {16: [2, 3, 3], 32: [6, 5, 5]}[kind.head_dim]
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shares}
         text_config["rope_parameters"] = rope
-    config = _class(f"{name}Config")(
-        text_config=text_config, tie_word_embeddings=settings["tied"], **extra
+    config = _class(f"{family.name}Config")(
+        text_config=text_config, tie_word_embeddings=options.tied, **family.config
     )
-    added = KINDS[kind].tokens
-    text = descend(
-        parent,
-        settings["seed"],
-        noise=settings["noise"],
-        vocab=settings["vocab"],
-        # Each family trained its own tokens on these ids: the rows have nothing in common
-        fresh=slice(added, added + len(BASE_TOKENS)),
-    )
-    return _save_model(_class(f"{name}ForConditionalGeneration"), config, text, folder, settings)
+    # Each family trained its own tokens on these ids: the rows have nothing in common
+    fresh = slice(kind.tokens, kind.tokens + len(BASE_TOKENS))
+    text = descend(parent, options.seed, noise=options.noise, vocab=options.vocab, fresh=fresh)
+    cls = _class(f"{family.name}ForConditionalGeneration")
+    return _save_model(cls, config, text, folder, options)
 
 
-def _save_model(cls: Any, config: Any, text: Tensors, folder: Path, settings: Options) -> Path:
+def _save_model(cls: Any, config: Any, text: Tensors, folder: Path, options: Options) -> Path:
     """Build the model, give it the language weights, and let transformers write it."""
     with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(options.seed)
         model = cls(config)
         for weight in model.parameters():
             drawn = torch.randn(weight.shape)
@@ -660,42 +530,87 @@ def _save_model(cls: Any, config: Any, text: Tensors, folder: Path, settings: Op
         head = text.pop("lm_head.weight")
         names = [name for name in ("language_model", "text_model") if hasattr(model.model, name)]
         (getattr(model.model, names[0]) if names else model.model).load_state_dict(text)
-        if not settings["tied"]:
+        if not options.tied:
             model.lm_head.load_state_dict({"weight": head})
-        model.to(getattr(torch, settings["dtype"]))
-        model.save_pretrained(folder, max_shard_size=settings["max_shard_size"])
+        model.to(getattr(torch, options.dtype))
+        model.save_pretrained(folder, max_shard_size=options.max_shard_size)
     return folder
 
 
-def _clip() -> Config:
-    return {
-        "model_type": "clip_vision_model",
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "image_size": SIDE,
-        "patch_size": PATCH,
-    }
+_CLIP: Config = {
+    "model_type": "clip_vision_model",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+_SIGLIP: Config = {**_CLIP, "image_size": 2 * SIDE}
+_SHUFFLED = (2 * SIDE // PATCH) ** 2 // 4  # tokens of an image, each made of four patches
+_QWEN_IMAGE = KINDS["qwen2"].tokens
 
 
-def _siglip() -> Config:
-    return {**_clip(), "image_size": 2 * SIDE}
-
-
-def _shuffling(tower: str) -> Config:
-    return {"vision_config": {**_siglip(), "model_type": tower}, "image_token_id": ROWS}
-
-
-def _qwen_extra(vision: Config) -> Config:
-    start = KINDS["qwen2"].tokens
+def _qwen(**vision: Any) -> Config:
     names = ("vision_start_token_id", "vision_end_token_id", "", "image_token_id", "video_token_id")
-    ids = {name: start + offset for offset, name in enumerate(names) if name}
-    return {**ids, "vision_config": {**vision, "num_heads": 2, "patch_size": PATCH}}
+    ids = {name: _QWEN_IMAGE + offset for offset, name in enumerate(names) if name}
+    tower = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "hidden_size": 32, **vision}
+    return {**ids, "vision_config": tower}
 
 
-def _flat_sizes(text: Tensors) -> Config:
-    return _text_config("llama", text, _settings("", {}))
+def _idefics(tower: str) -> Config:
+    return {"vision_config": {**_SIGLIP, "model_type": tower}, "image_token_id": ROWS}
+
+
+_PINPOINTS: Config = {"image_grid_pinpoints": [[SIDE, SIDE]]}
+_WIDER = {"intermediate_size": 64, "out_hidden_size": HIDDEN}
+_LLAVA: Config = {"vision_config": _CLIP, "image_token_index": ROWS}
+VISION = {
+    # As llava-hf publishes them, rows padded for `<image>`
+    "llava": Family("Llava", "llama", _LLAVA, 384),
+    "llava_next": Family("LlavaNext", "llama", {**_LLAVA, **_PINPOINTS}, 384),
+    "llava_onevision": Family(
+        "LlavaOnevision",
+        "qwen2",
+        {
+            "vision_config": {
+                **_CLIP,
+                "model_type": "siglip_vision_model",
+                "vision_use_head": False,
+            },
+            "image_token_index": _QWEN_IMAGE,
+            "video_token_index": _QWEN_IMAGE + 1,
+            **_PINPOINTS,
+        },
+        384,
+    ),
+    # InternVL3 as OpenGVLab publishes it for transformers (-hf)
+    "internvl": Family(
+        "InternVL",
+        "qwen2",
+        {
+            "vision_config": {
+                **_SIGLIP,
+                "norm_type": "layer_norm",
+                "attention_bias": True,
+                "use_qk_norm": False,
+                "model_type": "internvl_vision",
+            },
+            "image_token_id": _QWEN_IMAGE + INTERN_TOKENS.index("<IMG_CONTEXT>"),
+            "image_seq_length": _SHUFFLED,
+        },
+    ),
+    "idefics3": Family("Idefics3", "llama", _idefics("idefics3_vision"), 384),
+    "smolvlm": Family("SmolVLM", "llama", _idefics("smolvlm_vision"), 384),
+    "qwen2_vl": Family("Qwen2VL", "qwen2", _qwen(embed_dim=32, hidden_size=HIDDEN)),
+    "qwen2_5_vl": Family("Qwen2_5_VL", "qwen2", _qwen(**_WIDER, fullatt_block_indexes=[1])),
+    # Features of two layers of the tower enter two layers of the decoder (deepstack)
+    "qwen3_vl": Family(
+        "Qwen3VL",
+        "qwen3",
+        _qwen(**_WIDER, depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
+    ),
+}
 
 
 def _ends(text: Tensors) -> Tensors:
@@ -705,26 +620,32 @@ def _ends(text: Tensors) -> Tensors:
     }
 
 
-def _draw_all(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Tensors:
+def _draw_vision(family: str, name: str, config: Config, seed: int) -> Tensors:
+    """Random weights for all that the family's remote code has outside its decoder."""
+    classes = importlib.import_module(f"remote.{family}.modeling_{family}")
+    settings = getattr(classes, f"{name}Config")(**config)
+    with torch.device("meta"):
+        model = getattr(classes, config["architectures"][0])(settings)
     random = torch.Generator().manual_seed(seed + 1000)
     out = {}
-    for name, shape in shapes.items():
-        drawn = torch.randn(shape, generator=random)
-        if len(shape) > 1:
-            out[name] = drawn / math.sqrt(math.prod(shape[1:]))
-        else:
-            out[name] = 0.1 * drawn + name.endswith(".weight")
+    for key, weight in model.state_dict().items():
+        if key.startswith(("model.vision.", "model.vision_model.", "model.visual_abstractor.")):
+            drawn = torch.randn(weight.shape, generator=random)
+            if weight.dim() > 1:
+                out[key] = drawn / math.sqrt(weight[0].numel())
+            else:
+                out[key] = 0.1 * drawn + key.endswith(".weight")
     return out
 
 
-def _write(folder: Path, tensors: Tensors, config: Config, settings: Options) -> Path:
+def _write(folder: Path, tensors: Tensors, config: Config, options: Options) -> Path:
     """Write what no class of transformers could: tensors, and a config.json."""
-    dtype = getattr(torch, settings["dtype"])
+    dtype = getattr(torch, options.dtype)
     kept = "rotary_emb.inv_freq"
     cast = {name: t if name.endswith(kept) else t.to(dtype) for name, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _save_tensors(cast, folder, settings["max_shard_size"])
-    _write_json(folder / "config.json", {**config, "torch_dtype": settings["dtype"]})
+    _save_tensors(cast, folder, options.max_shard_size)
+    _write_json(folder / "config.json", {**config, "torch_dtype": options.dtype})
     return folder
 
 
@@ -744,17 +665,10 @@ def _write_json(path: Path, value: Config) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-# Vision towers that no class of transformers draws: settings, then names and shapes
+# Vision towers of remote code
 
-_NARROW, _WIDE = 32, 64  # of every tower
+_NARROW, _WIDE = 32, 64
 _PATCHES = (SIDE // PATCH) ** 2
-_SHUFFLED = (2 * SIDE // PATCH) ** 2 // 4  # tokens of an image, each made of four patches
-
-
-def _affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
 _COGVLM_CONFIG: Config = {
     "hidden_size": _NARROW,
     "image_size": SIDE,
@@ -766,26 +680,6 @@ _COGVLM_CONFIG: Config = {
     "num_positions": _PATCHES + 1,
     "patch_size": PATCH,
 }
-_COGVLM_LAYER = "model.vision.transformer.layers.0"
-_COGVLM_VISION: dict[str, tuple[int, ...]] = {
-    "model.vision.boi": (1, 1, HIDDEN),
-    "model.vision.eoi": (1, 1, HIDDEN),
-    "model.vision.patch_embedding.cls_embedding": (1, _NARROW),
-    **_affine("model.vision.patch_embedding.proj", _NARROW, 3, PATCH, PATCH),
-    "model.vision.patch_embedding.position_embedding.weight": (_PATCHES + 1, _NARROW),
-    **_affine(f"{_COGVLM_LAYER}.attention.query_key_value", 3 * _NARROW, _NARROW),
-    **_affine(f"{_COGVLM_LAYER}.attention.dense", _NARROW, _NARROW),
-    **_affine(f"{_COGVLM_LAYER}.input_layernorm", _NARROW),
-    **_affine(f"{_COGVLM_LAYER}.post_attention_layernorm", _NARROW),
-    **_affine(f"{_COGVLM_LAYER}.mlp.fc1", _WIDE, _NARROW),
-    **_affine(f"{_COGVLM_LAYER}.mlp.fc2", _NARROW, _WIDE),
-    "model.vision.linear_proj.linear_proj.weight": (HIDDEN, _NARROW),
-    **_affine("model.vision.linear_proj.norm1", HIDDEN),
-    "model.vision.linear_proj.dense_h_to_4h.weight": (INNER, HIDDEN),
-    "model.vision.linear_proj.gate_proj.weight": (INNER, HIDDEN),
-    "model.vision.linear_proj.dense_4h_to_h.weight": (HIDDEN, INNER),
-}
-
 _QUERIES = 8
 _MPLUG_CONFIG: Config = {
     "visual_model": {
@@ -806,35 +700,6 @@ _MPLUG_CONFIG: Config = {
         "num_hidden_layers": 1,
         "num_learnable_queries": _QUERIES,
     },
-}
-_MPLUG_LAYER = "model.vision_model.encoder.layers.0"
-_MPLUG_CROSS = "model.visual_abstractor.encoder.layers.0.crossattention"
-_MPLUG_VISION: dict[str, tuple[int, ...]] = {
-    "model.vision_model.embeddings.cls_token": (1, 1, _NARROW),
-    "model.vision_model.embeddings.patch_embed.weight": (_NARROW, 3, PATCH, PATCH),
-    "model.vision_model.embeddings.position_embedding": (1, _PATCHES + 1, _NARROW),
-    **_affine("model.vision_model.embeddings.pre_layernorm", _NARROW),
-    **_affine(f"{_MPLUG_LAYER}.input_layernorm", _NARROW),
-    **_affine(f"{_MPLUG_LAYER}.self_attn.query_key_value", 3 * _NARROW, _NARROW),
-    **_affine(f"{_MPLUG_LAYER}.self_attn.dense", _NARROW, _NARROW),
-    **_affine(f"{_MPLUG_LAYER}.post_attention_layernorm", _NARROW),
-    **_affine(f"{_MPLUG_LAYER}.mlp.fc1", _WIDE, _NARROW),
-    **_affine(f"{_MPLUG_LAYER}.mlp.fc2", _NARROW, _WIDE),
-    **_affine("model.vision_model.post_layernorm", _NARROW),
-    "model.visual_abstractor.query_embeds": (1, _QUERIES, _NARROW),
-    **_affine("model.visual_abstractor.visual_fc", HIDDEN, _NARROW),
-    "model.visual_abstractor.vit_eos": (1, 1, HIDDEN),
-    **_affine(f"{_MPLUG_CROSS}.attention.query", _NARROW, _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.attention.key", _NARROW, _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.attention.value", _NARROW, _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.norm1", _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.normk", _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.output.out_proj", _NARROW, _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.output.norm2", _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.output.mlp.w1", _WIDE, _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.output.mlp.w2", _NARROW, _WIDE),
-    **_affine(f"{_MPLUG_CROSS}.output.mlp.w3", _WIDE, _NARROW),
-    **_affine(f"{_MPLUG_CROSS}.output.mlp.ffn_ln", _WIDE),
 }
 
 # Files that say how images and conversations become inputs, for `add_processor`

@@ -419,7 +419,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 def hand_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny mPLUG-Owl2, which exists as .bin only: several shards, F32 buffers among BF16."""
     folder = tmp_path_factory.mktemp("bin") / "safetensors"
-    return tiny.make_mplug_owl2(folder, ancestor=tiny.ancestor("llama"))
+    return tiny.make("mplug_owl2", folder, ancestor=tiny.ancestor("llama"))
 
 
 def test_sharded_bin_has_the_bytes_of_its_safetensors_original(

@@ -94,7 +94,7 @@ def exact(
 ) -> tuple[Path, Path]:
     """The pair with a base in float32: its answers depend on no batch size."""
     folder = tmp_path_factory.mktemp("exact") / "base"
-    tiny.make_qwen2_vl(folder, ancestor=ancestors["qwen2"], dtype="float32")
+    tiny.make("qwen2_vl", folder, ancestor=ancestors["qwen2"], dtype="float32")
     return tiny.add_processor(folder), pair[1]
 
 
@@ -320,8 +320,8 @@ def test_a_quantized_search_writes_whole_weights(
     pytest.importorskip("accelerate")
     monkeypatch.setattr(tiny, "INNER", 128)  # some CPUs multiply NF4 only in whole blocks of 64
     wide = tiny.ancestor("qwen2")
-    base = tiny.add_processor(tiny.make_qwen2(tmp_path / "base", ancestor=wide))
-    donor = tiny.make_llava_onevision(tmp_path / "donor", ancestor=wide)
+    base = tiny.add_processor(tiny.make("qwen2", tmp_path / "base", ancestor=wide))
+    donor = tiny.make("llava_onevision", tmp_path / "donor", ancestor=wide)
     words = ("--prompts", texts, *QUICK, "--live-quantize", "nf4")
     assert run(base, donor, "-o", tmp_path / "out", *words) == 0
     assert "cpu nf4 at batch 8" in capsys.readouterr().err

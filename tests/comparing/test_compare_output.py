@@ -38,7 +38,7 @@ def graded_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two models of six layers: layer 1 is equal, 2 to 4 ever further away, 5 is a stranger's."""
     root = tmp_path_factory.mktemp("graded")
     parent = tiny.ancestor("qwen2", layers=LAYERS)
-    a = tiny.make_qwen2_vl(root / "a", ancestor=parent, dtype="float32")
+    a = tiny.make("qwen2_vl", root / "a", ancestor=parent, dtype="float32")
     tensors = tiny.load(a)
     random = torch.Generator().manual_seed(1)
     scales = {0: 1e-4, 1: 0.0, 2: 0.002, 3: 0.02, 4: 0.2}
@@ -200,7 +200,7 @@ def test_the_command_prints_and_writes(
 
 
 def test_strangers_are_no_error(tiny_models: Models, tmp_path: Path, capsys: Capture) -> None:
-    other = tiny.make_llava(tmp_path / "other", ancestor=tiny.ancestor("llama", seed=7))
+    other = tiny.make("llava", tmp_path / "other", ancestor=tiny.ancestor("llama", seed=7))
     assert run("compare", tiny_models["llama"], other) == 0
     assert "unrelated: cosine is" in capsys.readouterr().out
 

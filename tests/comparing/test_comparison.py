@@ -291,8 +291,8 @@ def test_rows_are_joined_by_token(tiny_models: Models, tmp_path: Path) -> None:
 def test_a_tied_side_lends_its_embedding_as_head(
     tmp_path: Path, ancestors: dict[str, tiny.Tensors]
 ) -> None:
-    tied = tiny.make_qwen2(tmp_path / "tied", ancestor=ancestors["qwen2"], tied=True)
-    own = tiny.make_qwen2(tmp_path / "own", ancestor=ancestors["qwen2"])
+    tied = tiny.make("qwen2", tmp_path / "tied", ancestor=ancestors["qwen2"], tied=True)
+    own = tiny.make("qwen2", tmp_path / "own", ancestor=ancestors["qwen2"])
     for result in (sampled(tied, own), sampled(own, tied)):
         roles = {pair.role: pair for pair, _ in result.items}
         assert "embed" in roles
@@ -347,7 +347,7 @@ def test_the_answer_does_not_depend_on_which_comes_first(
 
 
 def test_strangers_are_a_result(tiny_models: Models, tmp_path: Path) -> None:
-    stranger = tiny.make_mplug_owl2(tmp_path / "other", ancestor=tiny.ancestor("llama", seed=7))
+    stranger = tiny.make("mplug_owl2", tmp_path / "other", ancestor=tiny.ancestor("llama", seed=7))
     for a, b in ((tiny_models["cogvlm"], stranger), (stranger, tiny_models["cogvlm"])):
         result = sampled(a, b, 4096)
         assert (result.ancestry.word, result.ancestry.is_shared) == ("unrelated", False)
@@ -383,8 +383,8 @@ def test_layers_at_other_numbers_are_found(tmp_path: Path) -> None:
         new = i if i < 2 else i + 2
         for name in [name for name in ancestor if name.startswith(f"layers.{i}.")]:
             grown[name.replace(f"layers.{i}.", f"layers.{new}.")] = ancestor[name]
-    a = tiny.make_llama(tmp_path / "a", ancestor=ancestor)
-    b = tiny.make_llava(tmp_path / "b", ancestor=grown)
+    a = tiny.make("llama", tmp_path / "a", ancestor=ancestor)
+    b = tiny.make("llava", tmp_path / "b", ancestor=grown)
     there = sampled(a, b, 4096).ancestry
     assert (there.word, there.runs) == ("same ancestor", (LayerRun(0, 0, 2), LayerRun(2, 4, 4)))
     assert "layers 2 to 5 of A are alike to layers 4 to 7 of B" in there.reason
@@ -400,8 +400,8 @@ def test_layers_at_other_numbers_are_found(tmp_path: Path) -> None:
 def test_layers_cut_off_the_end_leave_the_rest_alike(tmp_path: Path) -> None:
     deep = tiny.ancestor("llama", layers=4)
     short = {name: t for name, t in deep.items() if not name.startswith(("layers.2", "layers.3"))}
-    a = tiny.make_llama(tmp_path / "a", ancestor=deep)
-    b = tiny.make_llama(tmp_path / "b", ancestor=short, seed=9)
+    a = tiny.make("llama", tmp_path / "a", ancestor=deep)
+    b = tiny.make("llama", tmp_path / "b", ancestor=short, seed=9)
     result = sampled(a, b)
     assert (result.ancestry.word, result.ancestry.runs) == ("same ancestor", ())
     assert result.layers == [0, 1, 2, 3]

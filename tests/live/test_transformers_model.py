@@ -99,7 +99,7 @@ def test_remote_code_is_loaded_only_on_request(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
     # A name of its own: transformers keeps remote code by the name of its folder
-    made = tiny.make_cogvlm(tmp_path / "asked-for", ancestor=ancestors["llama"])
+    made = tiny.make("cogvlm", tmp_path / "asked-for", ancestor=ancestors["llama"])
     folder = tiny.add_remote_code(made)
     (folder / "modeling_cogvlm.py").write_text(
         (folder / "modeling_cogvlm.py").read_text()
@@ -252,7 +252,7 @@ def test_the_join_gives_what_was_loaded(
 def test_a_headless_file_of_the_base_model_is_joined(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
-    tied = tiny.make_qwen2(tmp_path / "tied", ancestor=ancestors["qwen2"], tied=True)
+    tied = tiny.make("qwen2", tmp_path / "tied", ancestor=ancestors["qwen2"], tied=True)
     folder = tiny.respell(tied, tiny.headless, tmp_path / "headless")
     groups, _ = assert_join_is_the_loaders(folder, load(folder))
     assert ("embed_tokens.weight",) in [group.names for group in groups]
@@ -308,7 +308,7 @@ def test_many_tensors_become_one_in_the_loaders_order(tmp_path: Path) -> None:
 def test_state_has_tied_parameters_twice_and_only_persistent_buffers(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
-    model = load(tiny.make_qwen2(tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
+    model = load(tiny.make("qwen2", tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
     state = transformers_model.get_state(model)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
     assert state.keys() == model.state_dict().keys()
@@ -320,7 +320,7 @@ def test_state_has_tied_parameters_twice_and_only_persistent_buffers(
 def test_untying_keeps_the_numbers_and_parts_the_memory(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
-    model = load(tiny.make_qwen2(tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
+    model = load(tiny.make("qwen2", tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         before = model(ids).logits

@@ -58,8 +58,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     parent = tiny.ancestor("qwen2", layers=LAYERS)
     return (
-        tiny.make_qwen2_vl(folder / "base", ancestor=parent),
-        tiny.make_llava_onevision(folder / "donor", ancestor=parent),
+        tiny.make("qwen2_vl", folder / "base", ancestor=parent),
+        tiny.make("llava_onevision", folder / "donor", ancestor=parent),
     )
 
 
@@ -69,8 +69,8 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("fused")
     parent = tiny.ancestor("llama")
     return (
-        tiny.make_cogvlm(folder / "base", ancestor=parent),
-        tiny.make_llava(folder / "donor", ancestor=parent),
+        tiny.make("cogvlm", folder / "base", ancestor=parent),
+        tiny.make("llava", folder / "donor", ancestor=parent),
     )
 
 
@@ -355,7 +355,7 @@ def test_layers_stand_in_the_order_of_their_numbers() -> None:
 def test_a_tied_head_has_the_weight_of_the_embedding(tmp_path: Path) -> None:
     parent = tiny.ancestor("qwen2", tied=True)
     two = [
-        tiny.make_qwen2(tmp_path / str(seed), ancestor=parent, seed=seed, tied=True)
+        tiny.make("qwen2", tmp_path / str(seed), ancestor=parent, seed=seed, tied=True)
         for seed in (1, 2)
     ]
     alpha = resolve(parse_alpha_layers("0.1,0.5", 2), make_plan(*two))

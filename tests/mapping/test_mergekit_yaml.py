@@ -42,8 +42,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     parent = tiny.ancestor("qwen2", layers=LAYERS)
     return (
-        tiny.make_llava_onevision(folder / "base", ancestor=parent, dtype="float32"),
-        tiny.make_qwen2(folder / "donor", ancestor=parent, dtype="float32"),
+        tiny.make("llava_onevision", folder / "base", ancestor=parent, dtype="float32"),
+        tiny.make("qwen2", folder / "donor", ancestor=parent, dtype="float32"),
     )
 
 
@@ -336,7 +336,7 @@ def test_a_filter_that_matches_nothing_is_said(
 
 def test_a_recipe_of_two_language_models_leaves_nothing_to_say(tmp_path: Path) -> None:
     parent = tiny.ancestor("qwen2")
-    two = tuple(tiny.make_qwen2(tmp_path / str(i), ancestor=parent, seed=i) for i in (1, 2))
+    two = tuple(tiny.make("qwen2", tmp_path / str(i), ancestor=parent, seed=i) for i in (1, 2))
     recipe = read_recipe(written(tmp_path, linear((two[0], two[1]), 1, 1)))
     assert recipe.alphas(make_plan(*two)) == (0.5, ())
 

@@ -101,8 +101,8 @@ def test_every_kind_of_merge_is_ok(
 
 def test_a_single_file_and_a_bin_base_are_ok(tmp_path: Path) -> None:
     parent = tiny.ancestor("llama")
-    base = tiny.make_mplug_owl2(tmp_path / "base", ancestor=parent)
-    donor = tiny.make_cogvlm(tmp_path / "donor", ancestor=parent)
+    base = tiny.make("mplug_owl2", tmp_path / "base", ancestor=parent)
+    donor = tiny.make("cogvlm", tmp_path / "donor", ancestor=parent)
     base = tiny.to_bin(base, tmp_path / "bin")
     out = merge(make_plan(base, donor), 0.3, tmp_path / "out", max_shard_size=1 << 30)
     verdict = verify(out, deep=True)
@@ -356,7 +356,7 @@ def test_nan_in_the_output_is_compared_by_its_bits(tmp_path: Path) -> None:
     parent = tiny.ancestor("qwen2")
     folders = []
     for seed, name in enumerate(("base", "donor")):
-        folder = tiny.make_qwen2(tmp_path / name, ancestor=parent, seed=seed)
+        folder = tiny.make("qwen2", tmp_path / name, ancestor=parent, seed=seed)
         tensors = tiny.load(folder)
         tensors["model.norm.weight"][seed] = torch.nan
         for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):

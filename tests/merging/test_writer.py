@@ -160,7 +160,7 @@ def test_the_model_card_has_the_hubs_front_matter(merged: Path) -> None:
 )
 def test_a_multimodal_base_is_tagged_so(rename: tiny.Rename, task: str, tmp_path: Path) -> None:
     """LLaVA-1.5 of its authors and ShareGPT4V carry a connector, but no tower."""
-    made = tiny.make_llava(tmp_path / "llava", ancestor=tiny.ancestor("llama"))
+    made = tiny.make("llava", tmp_path / "llava", ancestor=tiny.ancestor("llama"))
     base = tiny.respell(made, rename, tmp_path / "base")
     out = merge(make_plan(base, made), 0.3, tmp_path / "out")
     assert ModelCard.load(out / "README.md").data.to_dict()["pipeline_tag"] == task
@@ -169,7 +169,7 @@ def test_a_multimodal_base_is_tagged_so(rename: tiny.Rename, task: str, tmp_path
 def test_a_text_base_is_tagged_so_and_without_licence_gets_none(tmp_path: Path) -> None:
     parent = tiny.ancestor("qwen2")
     base, donor = (
-        tiny.make_qwen2(tmp_path / name, ancestor=parent, seed=seed)
+        tiny.make("qwen2", tmp_path / name, ancestor=parent, seed=seed)
         for seed, name in enumerate(("base", "donor"))
     )
     out = merge(make_plan(base, donor), 0.3, tmp_path / "out")
@@ -471,8 +471,8 @@ def test_a_resumed_merge_needs_space_for_what_is_missing_only(
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("strangers")
-    base = tiny.make_qwen2_vl(folder / "base", ancestor=tiny.ancestor("qwen2", 0))
-    donor = tiny.make_qwen2(folder / "donor", ancestor=tiny.ancestor("qwen2", 1))
+    base = tiny.make("qwen2_vl", folder / "base", ancestor=tiny.ancestor("qwen2", 0))
+    donor = tiny.make("qwen2", folder / "donor", ancestor=tiny.ancestor("qwen2", 1))
     return base, donor
 
 
@@ -600,7 +600,7 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     """Its last bytes may have been made durable on their own before it was digested and noted."""
     parent = tiny.ancestor("qwen2")
     base, donor = (
-        tiny.make_qwen2(tmp_path / name, ancestor=parent, seed=seed, max_shard_size="100KB")
+        tiny.make("qwen2", tmp_path / name, ancestor=parent, seed=seed, max_shard_size="100KB")
         for seed, name in enumerate(("base", "donor"))
     )
     plan = make_plan(base, donor)

@@ -93,7 +93,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
             root = tmp_path_factory.mktemp(family)
             donor = tiny_models[PAIRS[family]]
             if family == "mistral":
-                donor = tiny.make_mistral(root / "donor", ancestor=parent, seed=2)
+                donor = tiny.make("mistral", root / "donor", ancestor=parent, seed=2)
             plan = make_plan(tiny_models[family], donor)
             made[family] = plan, merge(plan, 0.3, root / "plain")
         return made[family]
@@ -178,7 +178,7 @@ def test_it_loads_as_the_merged_checkpoint_does_quantized(
     tmp_path: Path,
 ) -> None:
     """Other dtypes on disk than in memory, and names that transformers changes as it loads."""
-    base = change(tiny.make_qwen2_vl(tmp_path / "base", ancestor=ancestors["qwen2"]))
+    base = change(tiny.make("qwen2_vl", tmp_path / "base", ancestor=ancestors["qwen2"]))
     wanted = parse_dtype(dtype) if dtype else None
     plan = make_plan(base, tiny_models["llava_onevision"], dtype=wanted)
     unquantized = merge(plan, 0.3, tmp_path / "plain")
@@ -192,7 +192,7 @@ def test_it_loads_as_the_merged_checkpoint_does_quantized(
 def test_tied_tables_stay_whole(tmp_path: Path) -> None:
     parent = tiny.ancestor("qwen2", tied=True)
     base, donor = (
-        tiny.make_qwen2(tmp_path / name, ancestor=parent, seed=seed, tied=True)
+        tiny.make("qwen2", tmp_path / name, ancestor=parent, seed=seed, tied=True)
         for seed, name in enumerate(("base", "donor"))
     )
     plan = make_plan(base, donor)
@@ -347,8 +347,8 @@ def test_index_and_headers_fit_and_every_tensor_is_aligned(
     """An odd width makes tensors of odd sizes; older readers take none that is not aligned."""
     monkeypatch.setattr(tiny, "INNER", 97)
     parent = tiny.ancestor("qwen2")
-    base = tiny.make_qwen2(tmp_path / "base", ancestor=parent, max_shard_size="60KB")
-    plan = make_plan(base, tiny.make_qwen2(tmp_path / "donor", ancestor=parent, seed=2))
+    base = tiny.make("qwen2", tmp_path / "base", ancestor=parent, max_shard_size="60KB")
+    plan = make_plan(base, tiny.make("qwen2", tmp_path / "donor", ancestor=parent, seed=2))
     out = merge(plan, 0.3, tmp_path / "out", quantize=method)
     index = json.loads((out / INDEX).read_bytes())
     total = 0
@@ -471,7 +471,7 @@ def test_a_base_that_transformers_would_not_load_is_refused(
     tiny_models: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    base = tiny.make_qwen2(tmp_path / "base", ancestor=ancestors["qwen2"])
+    base = tiny.make("qwen2", tmp_path / "base", ancestor=ancestors["qwen2"])
     spoil(base)
     plan = make_plan(base, tiny_models["llava_onevision"])
     with pytest.raises(FormatError, match=words):
@@ -483,7 +483,7 @@ def test_names_that_transformers_ignores_are_refused(
     ancestors: dict[str, tiny.Tensors], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """LLaVA-1.5 as its authors publish it: no class of transformers reads these names."""
-    made = tiny.make_llava(tmp_path / "made", ancestor=ancestors["llama"])
+    made = tiny.make("llava", tmp_path / "made", ancestor=ancestors["llama"])
     base = tiny.respell(made, tiny.llava_original, tmp_path / "base")
     with pytest.raises(MappingError, match="transformers does not load"):
         prepare(make_plan(base, tiny_models["llama"]), "nf4")
