@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr; progress is drawn only on a ter
 
     options    a parser for each command, made from the dataclass of what it takes
     console    what the commands print with
+    pair       what the commands that take two models share
     plan, merge, search, compare, verify, push, archs, demo    a command each
 """
 
