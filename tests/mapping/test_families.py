@@ -158,253 +158,149 @@ def test_what_is_blended_copied_and_left_over(
     check_plan(plan)
 
 
-def thirds(name: str, role: str, donor: str) -> list[tuple[str, list[Described]]]:
-    """A fused q, k, v of 4096 rows each, from three of the donor's."""
-    rows = [(4096 * i, 4096 * (i + 1)) for i in range(3)]
+def fused(role: str, donor: str, *parts: tuple[str, int, int, int]) -> list[Described]:
+    """Parts of one tensor: what fills the braces, first and last row, the donor's first row."""
     return [
-        (
-            name,
-            [
-                (at, role.format(part), donor.format(part), (0, 4096))
-                for at, part in zip(rows, "qkv", strict=True)
-            ],
-        )
+        ((start, stop), role.format(part), donor.format(part), (first, first + stop - start))
+        for part, start, stop, first in parts
     ]
 
 
 GROUP = 768  # rows of wqkv for one key-value head: 4 queries, its key, its value, each 128
 IN_GROUP = (("q", 0, 512), ("k", 512, 640), ("v", 640, 768))
-QWEN_EMBED, LM = "model.embed_tokens.weight", "language_model."
-WQKV = "model.layers.2.attention.wqkv.weight"
-VISION_QKV = "self_attn.vision_expert_query_key_value.weight"
+LM, WQKV = "language_model.", "model.layers.2.attention.wqkv.weight"
+ATTN = "model.layers.2.self_attn."
+VISION_QKV = f"{ATTN}vision_expert_query_key_value.weight"
+QKV_4096 = (("q", 0, 4096, 0), ("k", 4096, 8192, 0), ("v", 8192, 12288, 0))
 
-PARTS: dict[tuple[str, str], list[tuple[str, list[Described]]]] = {
-    ("qwen2-vl-7b", "llava-onevision-qwen2-7b-ov-hf"): [
-        (
-            "model.layers.27.self_attn.q_proj.bias",
-            whole("layers.27.attn.q.bias", 3584, f"{LM}model.layers.27.self_attn.q_proj.bias"),
-        ),
+# (base, donor): tensors of the base and their parts
+PARTS: dict[tuple[str, str], dict[str, list[Described]]] = {
+    ("qwen2-vl-7b", "llava-onevision-qwen2-7b-ov-hf"): {
+        f"{ATTN}q_proj.bias": whole("layers.2.attn.q.bias", 3584, f"{LM}{ATTN}q_proj.bias"),
         # Id 151646 is <image> in one and <|object_ref_start|> in the other
-        (
-            "lm_head.weight",
-            [
-                ((0, 151646), "head", f"{LM}lm_head.weight", (0, 151646)),
-                ((151646, 152064), "head", None, None),
-            ],
-        ),
-        ("visual.merger.mlp.0.weight", [((0, 5120), None, None, None)]),
-    ],
-    ("qwen3-8b", "qwen3-8b"): [
-        (
-            "model.layers.35.self_attn.k_norm.weight",
-            whole("layers.35.attn.k_norm.weight", 128, "model.layers.35.self_attn.k_norm.weight"),
-        )
-    ],
+        "lm_head.weight": [
+            *fused("head", f"{LM}lm_head.weight", ("", 0, 151646, 0)),
+            ((151646, 152064), "head", None, None),
+        ],
+        "visual.merger.mlp.0.weight": [((0, 5120), None, None, None)],
+    },
     # Both experts take the one language model they were copied from
-    ("cogvlm-chat-7b", "llava-1.5-7b-orig"): [
-        *thirds(
-            f"model.layers.5.{VISION_QKV}",
-            "layers.5.attn.{}.weight@vision",
-            "model.layers.5.self_attn.{}_proj.weight",
-        ),
-        *thirds(
-            f"model.layers.5.{VISION_QKV.replace('vision', 'language')}",
-            "layers.5.attn.{}.weight@text",
-            "model.layers.5.self_attn.{}_proj.weight",
-        ),
-        (
-            "model.layers.5.mlp.vision_mlp.up_proj.weight",
-            whole("layers.5.mlp.up.weight@vision", 11008, "model.layers.5.mlp.up_proj.weight"),
-        ),
-        ("lm_head.weight", whole("head", 32000, "lm_head.weight")),
-    ],
+    ("cogvlm-chat-7b", "llava-1.5-7b-orig"): {
+        name: fused(f"layers.2.attn.{{}}.weight@{stream}", f"{ATTN}{{}}_proj.weight", *QKV_4096)
+        for name, stream in (
+            (VISION_QKV, "vision"),
+            (VISION_QKV.replace("vision", "language"), "text"),
+        )
+    },
     # The authors' script: cat(q, k.0, v.0) and cat(q, k.1, v.1); norms from multiway 0
-    ("cogvlm-chat-7b", "mplug-owl2-llama2-7b"): [
-        (
-            f"model.layers.31.{VISION_QKV}",
-            [
-                (rows, f"layers.31.attn.{part}.weight@vision", f"{stem}.{name}.weight", (0, 4096))
-                for stem in ("model.layers.31.self_attn",)
-                for rows, part, name in (
-                    ((0, 4096), "q", "q_proj"),
-                    ((4096, 8192), "k", "k_proj.multiway.1"),
-                    ((8192, 12288), "v", "v_proj.multiway.1"),
-                )
-            ],
-        ),
-        (
-            "model.layers.31.input_layernorm.weight",
-            whole(
-                "layers.31.attn_norm.weight",
-                4096,
-                "model.layers.31.input_layernorm.multiway.0.weight",
+    ("cogvlm-chat-7b", "mplug-owl2-llama2-7b"): {
+        VISION_QKV: [
+            *fused("layers.2.attn.q.weight@vision", f"{ATTN}q_proj.weight", QKV_4096[0]),
+            *fused(
+                "layers.2.attn.{}.weight@vision",
+                f"{ATTN}{{}}_proj.multiway.1.weight",
+                *QKV_4096[1:],
             ),
+        ],
+        "model.layers.2.input_layernorm.weight": whole(
+            "layers.2.attn_norm.weight", 4096, "model.layers.2.input_layernorm.multiway.0.weight"
         ),
-    ],
-    ("mplug-owl2-llama2-7b", "cogvlm-chat-7b"): [
-        (
-            "model.layers.0.self_attn.q_proj.weight",
-            [
-                (
-                    (0, 4096),
-                    "layers.0.attn.q.weight",
-                    f"model.layers.0.{VISION_QKV.replace('vision', 'language')}",
-                    (0, 4096),
-                )
-            ],
+    },
+    ("mplug-owl2-llama2-7b", "cogvlm-chat-7b"): {
+        f"{ATTN}q_proj.weight": fused(
+            "layers.2.attn.q.weight", VISION_QKV.replace("vision", "language"), ("", 0, 4096, 0)
         ),
-        (
-            "model.layers.0.self_attn.v_proj.multiway.1.weight",
-            [
-                (
-                    (0, 4096),
-                    "layers.0.attn.v.weight@vision",
-                    f"model.layers.0.{VISION_QKV}",
-                    (8192, 12288),
-                )
-            ],
+        f"{ATTN}v_proj.multiway.1.weight": fused(
+            "layers.2.attn.v.weight@vision", VISION_QKV, ("", 0, 4096, 8192)
         ),
-    ],
-    ("llava-1.5-7b-orig", "mplug-owl2-llama2-7b"): [
-        (
-            "model.layers.9.self_attn.k_proj.weight",
-            whole(
-                "layers.9.attn.k.weight", 4096, "model.layers.9.self_attn.k_proj.multiway.0.weight"
-            ),
+    },
+    ("llava-1.5-7b-orig", "mplug-owl2-llama2-7b"): {
+        f"{ATTN}k_proj.weight": whole(
+            "layers.2.attn.k.weight", 4096, f"{ATTN}k_proj.multiway.0.weight"
         )
-    ],
-    ("internvl2_5-8b", "internlm2_5-7b-chat"): [
-        (
-            f"{LM}{WQKV}",
-            [
-                (rows, f"layers.2.attn.{part}.weight", WQKV, rows)
+    },
+    ("internvl2_5-8b", "internlm2_5-7b-chat"): {
+        f"{LM}{WQKV}": fused(
+            "layers.2.attn.{}.weight",
+            WQKV,
+            *(
+                (part, GROUP * head + start, GROUP * head + stop, GROUP * head + start)
                 for head in range(8)
                 for part, start, stop in IN_GROUP
-                for rows in ((GROUP * head + start, GROUP * head + stop),)
-            ],
-        ),
-        (
-            f"{LM}output.weight",
-            [
-                ((0, 92544), "head", "output.weight", (0, 92544)),
-                ((92544, 92553), "head", None, None),
-            ],
-        ),
-    ],
-    ("internvl2_5-8b", "internlm2-split"): [
-        (
-            f"{LM}{WQKV}",
-            [
-                (
-                    (GROUP * head + start, GROUP * head + stop),
-                    f"layers.2.attn.{part}.weight",
-                    f"model.layers.2.self_attn.{part}_proj.weight",
-                    ((stop - start) * head, (stop - start) * (head + 1)),
-                )
+            ),
+        )
+    },
+    ("internvl2_5-8b", "internlm2-split"): {
+        f"{LM}{WQKV}": fused(
+            "layers.2.attn.{}.weight",
+            f"{ATTN}{{}}_proj.weight",
+            *(
+                (part, GROUP * head + start, GROUP * head + stop, (stop - start) * head)
                 for head in range(8)
                 for part, start, stop in IN_GROUP
-            ],
+            ),
         )
-    ],
-    ("internlm2-split", "internvl2_5-8b"): [
-        (
-            f"model.layers.2.self_attn.{part}_proj.weight",
-            [
-                (
-                    ((stop - start) * head, (stop - start) * (head + 1)),
-                    f"layers.2.attn.{part}.weight",
-                    f"{LM}{WQKV}",
-                    (GROUP * head + start, GROUP * head + stop),
-                )
+    },
+    ("internlm2-split", "internvl2_5-8b"): {
+        f"{ATTN}{part}_proj.weight": fused(
+            f"layers.2.attn.{part}.weight",
+            f"{LM}{WQKV}",
+            *(
+                ("", (stop - start) * head, (stop - start) * (head + 1), GROUP * head + start)
                 for head in range(8)
-            ],
+            ),
         )
         for part, start, stop in IN_GROUP
-    ],
-    ("phi-3.5-mini", "phi3-split"): [
-        (
-            "model.layers.0.mlp.gate_up_proj.weight",
-            [
-                (rows, f"layers.0.mlp.{part}.weight", f"model.layers.0.mlp.{part}_proj.weight", n)
-                for rows, part, n in (
-                    ((0, 8192), "gate", (0, 8192)),
-                    ((8192, 16384), "up", (0, 8192)),
-                )
-            ],
+    },
+    ("phi-3.5-mini", "phi3-split"): {
+        "model.layers.0.mlp.gate_up_proj.weight": fused(
+            "layers.0.mlp.{}.weight",
+            "model.layers.0.mlp.{}_proj.weight",
+            ("gate", 0, 8192, 0),
+            ("up", 8192, 16384, 0),
         )
-    ],
+    },
     # [up; gate], the reverse of Phi-3; q, k, v with biases
-    ("molmo-7b-d", "qwen2-vl-7b"): [
-        (
-            "model.transformer.blocks.27.ff_proj.weight",
-            [
-                (rows, f"layers.27.mlp.{part}.weight", f"model.layers.27.mlp.{part}_proj.weight", n)
-                for rows, part, n in (
-                    ((0, 18944), "up", (0, 18944)),
-                    ((18944, 37888), "gate", (0, 18944)),
-                )
-            ],
+    ("molmo-7b-d", "qwen2-vl-7b"): {
+        "model.transformer.blocks.2.ff_proj.weight": fused(
+            "layers.2.mlp.{}.weight",
+            "model.layers.2.mlp.{}_proj.weight",
+            ("up", 0, 18944, 0),
+            ("gate", 18944, 37888, 0),
         ),
-        (
-            "model.transformer.blocks.27.att_proj.bias",
-            [
-                (rows, f"layers.27.attn.{part}.bias", f"{stem}.{part}_proj.bias", (0, n))
-                for stem in ("model.layers.27.self_attn",)
-                for part, rows, n in (
-                    ("q", (0, 3584), 3584),
-                    ("k", (3584, 4096), 512),
-                    ("v", (4096, 4608), 512),
-                )
-            ],
+        "model.transformer.blocks.2.att_proj.bias": fused(
+            "layers.2.attn.{}.bias",
+            f"{ATTN}{{}}_proj.bias",
+            ("q", 0, 3584, 0),
+            ("k", 3584, 4096, 0),
+            ("v", 4096, 4608, 0),
         ),
-    ],
-    ("qwen-vl", "qwen-7b"): [
-        (
-            f"transformer.h.9.mlp.{name}.weight",
-            whole(f"layers.9.mlp.{part}.weight", rows, f"transformer.h.9.mlp.{name}.weight"),
+    },
+    ("qwen-vl", "qwen-7b"): {
+        (name := f"transformer.h.9.mlp.{part}.weight"): whole(f"layers.9.mlp.{role}", rows, name)
+        for part, role, rows in (
+            ("w1", "up.weight", 11008),
+            ("w2", "gate.weight", 11008),
+            ("c_proj", "down.weight", 4096),
         )
-        for name, part, rows in (
-            ("w1", "up", 11008),
-            ("w2", "gate", 11008),
-            ("c_proj", "down", 4096),
+    },
+    ("mllama-11b", "llama-3.1-8b"): {
+        f"{LM}model.layers.{ours}.mlp.up_proj.weight": whole(
+            f"layers.{theirs}.mlp.up.weight", 14336, f"model.layers.{theirs}.mlp.up_proj.weight"
         )
-    ],
-    ("mllama-11b", "llama-3.1-8b"): [
-        *(
-            (
-                f"{LM}model.layers.{ours}.mlp.up_proj.weight",
-                whole(
-                    f"layers.{theirs}.mlp.up.weight",
-                    14336,
-                    f"model.layers.{theirs}.mlp.up_proj.weight",
-                ),
-            )
-            for theirs, ours in enumerate(i for i in range(40) if i not in CROSS_LAYERS)
-        ),
-        (f"{LM}lm_head.weight", whole("head", 128256, "lm_head.weight")),
-        (
-            f"{LM}model.embed_tokens.weight",
-            [
-                ((0, 128256), "embed", QWEN_EMBED, (0, 128256)),
-                ((128256, 128264), "embed", None, None),
-            ],
-        ),
-    ],
-    ("llama-3.1-8b", "mllama-11b"): [
-        (
-            f"model.layers.{ours}.self_attn.k_proj.weight",
-            whole(
-                f"layers.{ours}.attn.k.weight",
-                1024,
-                f"{LM}model.layers.{theirs}.self_attn.k_proj.weight",
-            ),
+        for theirs, ours in enumerate(i for i in range(40) if i not in CROSS_LAYERS)
+    },
+    ("llama-3.1-8b", "mllama-11b"): {
+        f"model.layers.{ours}.self_attn.k_proj.weight": whole(
+            f"layers.{ours}.attn.k.weight",
+            1024,
+            f"{LM}model.layers.{theirs}.self_attn.k_proj.weight",
         )
         for ours, theirs in ((2, 2), (3, 4), (6, 7), (7, 9), (31, 39))
-    ],
-    ("gemma-3-4b", "gemma-3-4b-text"): [
-        (
-            f"{LM}model.layers.33.{name}.weight",
-            whole(f"layers.33.{role}.weight", 2560, f"model.layers.33.{name}.weight"),
+    },
+    ("gemma-3-4b", "gemma-3-4b-text"): {
+        f"{LM}model.layers.33.{name}.weight": whole(
+            f"layers.33.{role}.weight", 2560, f"model.layers.33.{name}.weight"
         )
         for name, role in (
             ("input_layernorm", "attn_norm"),
@@ -412,14 +308,14 @@ PARTS: dict[tuple[str, str], list[tuple[str, list[Described]]]] = {
             ("pre_feedforward_layernorm", "mlp_norm"),
             ("post_feedforward_layernorm", "mlp_post_norm"),
         )
-    ],
+    },
 }
 
 
 @pytest.mark.parametrize("pair", PARTS, ids=" < ".join)
 def test_parts_written_by_hand(sized: dict[str, Checkpoint], pair: tuple[str, str]) -> None:
     plan = make_plan(*(sized[name] for name in pair))
-    for name, expected in PARTS[pair]:
+    for name, expected in PARTS[pair].items():
         assert described(plan, name) == expected
 
 
