@@ -13,9 +13,9 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "reference.py")
     # In a checkout `kernels/` stands beside this package; installed, setuptools puts it inside.
     __path__.append(str(_root))
 
-from .mapping.alphas import Alphas  # noqa: E402  (the path must be complete first)
+from .api import merge  # noqa: E402  (the path must be complete first)
+from .mapping.alphas import Alphas  # noqa: E402
 from .mapping.join import make_plan  # noqa: E402
-from .merging.writer import merge  # noqa: E402
 from .searching.search import search  # noqa: E402
 from .version import __version__  # noqa: E402
 

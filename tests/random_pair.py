@@ -129,23 +129,6 @@ def make_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     return base, donor
 
 
-def generate(folder: Path, prompt: str, max_new_tokens: int = 8) -> str:
-    """Answer `prompt` about one fixed random image, greedily and in the checkpoint's own dtype.
-
-    Works for Qwen2-VL and LLaVA-OneVision. The image is a tensor, because Qwen2-VL's processor
-    demands torchvision. RuntimeError if the checkpoint does not fill the model exactly.
-    """
-    import torch
-
-    with quiet(), torch.inference_mode():
-        model = _load(folder)
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder)
-        inputs = _inputs(model, tokenizer, prompt)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answer = output[0, inputs["input_ids"].shape[1] :]
-        return str(tokenizer.decode(answer, skip_special_tokens=True))
-
-
 def _transformers() -> Any:
     """The library without its types: they are partial, and mypy reads them for most of a minute."""
     return importlib.import_module("transformers")
@@ -261,54 +244,3 @@ def _save(model: Any, ancestor: dict[str, Tensor], tokens: Any, folder: Path) ->
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _load(folder: Path) -> Any:
-    model, report = _transformers().AutoModelForImageTextToText.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
-    faults = [
-        f"{kind}: {', '.join(sorted(map(str, found)))}" for kind, found in report.items() if found
-    ]
-    if faults:
-        raise RuntimeError(f"{folder} does not fill its model: {'; '.join(faults)}")
-    return model
-
-
-def _inputs(model: Any, tokenizer: Any, prompt: str) -> dict[str, Tensor]:
-    """Token ids with as many image tokens as the image has features, and the image itself."""
-    import torch
-
-    image = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    inputs: dict[str, Tensor]
-    if model.config.model_type == "qwen2_vl":
-        side = SIDE // PATCH
-        inputs = {
-            "pixel_values": image.view(side * side, -1).to(model.dtype),
-            "image_grid_thw": torch.tensor([[1, side, side]]),
-        }
-    else:
-        inputs = {
-            "pixel_values": image[None].to(model.dtype),
-            "image_sizes": torch.tensor([[SIDE, SIDE]]),
-        }
-    features = model.get_image_features(**inputs).pooler_output
-    marker = model.config.image_token_id
-    ids = torch.tensor(tokenizer(_wrap(tokenizer, marker, prompt)).input_ids)
-    counts = torch.where(ids == marker, sum(map(len, features)), 1)
-    inputs["input_ids"] = ids.repeat_interleave(counts)[None]
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if model.config.model_type == "qwen2_vl":
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == marker).int()
-    return inputs
-
-
-def _wrap(tokenizer: Any, marker: int, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        return f"{tokenizer.convert_ids_to_tokens(marker)}\n{prompt}"
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
 
 TRAIL = 64 << 20
-"""Bytes that may be written after a page before that page must have reached the disk."""
+"""How far behind the writing, in a file that is written in order, pages must be on the disk."""
 _SCRATCH_BYTES = 1 << 20
 
 
@@ -47,8 +46,6 @@ class ShardFile:
         """Bytes written since `make_durable`."""
         self._hasher, self._evict = hasher, evict
         self._digest = blake3()
-        self._flushed: deque[tuple[int, int]] = deque()
-        self._flushed_bytes = 0
         self._end = resume_at
         fresh = resume_at <= len(layout.header)
         flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
@@ -69,7 +66,8 @@ class ShardFile:
             hashing.result()
         else:
             _write_all(self._fd, data, position)
-            self._flush_stretch(position, data.nbytes)
+            flush_range(self._fd, position, position + data.nbytes)
+            self._end += data.nbytes
         self.since_durable += data.nbytes
 
     def make_durable(self) -> int:
@@ -143,25 +141,10 @@ class ShardFile:
         self._end = end
         flush_range(self._fd, first, last)
         first, last = max(0, first - TRAIL), max(0, last - TRAIL)
-        self._finish_flush(first, last)
-
-    def _flush_stretch(self, position: int, nbytes: int) -> None:
-        """The same where tensors are not written in the order of the file."""
-        self._end += nbytes
-        flush_range(self._fd, position, position + nbytes)
-        self._flushed.append((position, nbytes))
-        self._flushed_bytes += nbytes
-        while self._flushed_bytes > TRAIL:
-            position, nbytes = self._flushed.popleft()
-            self._flushed_bytes -= nbytes
-            self._finish_flush(position, position + nbytes)
-
-    def _finish_flush(self, start: int, stop: int) -> None:
-        """Wait until a range is on the disk, and evict it from the page cache."""
-        if start < stop:
-            flush_range(self._fd, start, stop, wait=True)
+        if first < last:
+            flush_range(self._fd, first, last, wait=True)
             if self._evict:
-                evict_range(self._fd, start, stop)
+                evict_range(self._fd, first, last)
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:

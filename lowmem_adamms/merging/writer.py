@@ -289,23 +289,3 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, recipe: dict[s
 
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def merge(
-    plan: Plan,
-    alpha: Alpha,
-    out: str | Path,
-    *,
-    max_shard_size: int | None = None,
-    quantize: str | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> Path:
-    """Write the merged checkpoint of `plan` at `alpha` to `out`. options: those of `write`."""
-    quantizer = None
-    if quantize is not None:
-        from ..quantizing.quantization import prepare as prepare_quantizer
-
-        quantizer = prepare_quantizer(plan, quantize, trust_remote_code=trust_remote_code)
-    output = prepare(plan, Path(out), max_shard_size=max_shard_size, quantizer=quantizer)
-    return write(output, alpha, **options)

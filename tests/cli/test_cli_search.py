@@ -1118,7 +1118,7 @@ def test_the_public_names_work_together(
         found = search(answers, ["Is the door open?", *TEXTS, *load_prompts(prompts)], (0, 0.3, 1))
         live.apply(found.alpha)
         parameters = {name: p.clone() for name, p in live.model.named_parameters()}
-    out = merge(plan, found.alpha, tmp_path / "out", search=found.to_json())
+    out = merge(plan, found.alpha, tmp_path / "out")
     assert found.alpha == document(out / "adamms.json")["alpha"] == 0.3
     assert found.prompts == 15
     written = dict(tiny.load_model(out).named_parameters())

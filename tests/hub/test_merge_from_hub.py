@@ -260,7 +260,7 @@ def test_a_branch_that_moves_changes_nothing(
     plan = make_plan(*(open_checkpoint(ref, cache=False) for ref in IDS))
     repo = server.repos["org/base"]
     repo.revisions = {repo.sha: repo.sha}
-    out = merge(plan, 0.3, tmp_path / "out", stream=True)
+    out = merge(plan, 0.3, tmp_path / "out", no_cache=True)
     assert left(out) == local
 
 

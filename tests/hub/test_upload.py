@@ -159,7 +159,7 @@ def test_shards_are_handed_over_before_the_output_is_complete(pair: Pair, out: P
             assert path.parent == out / ".partial"
             sizes[path.name] = path.stat().st_size
 
-    writer.merge(make_plan(*pair), 0.3, out, push=Watch())
+    writer.write(writer.prepare(make_plan(*pair), out), 0.3, upload=Watch())
     assert sizes == {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
     assert (out / PENDING).is_file()
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from command import run_until_killed
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from tiny import raw, seen
@@ -33,10 +32,10 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, MappingError, MergeError, RecipeError
 from lowmem_adamms.live import transformers_model as loading
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import output_bytes, place
+from lowmem_adamms.live.placement import place
 from lowmem_adamms.mapping.plan import Part, Plan, Step
 from lowmem_adamms.merging import disk_sink as sink
-from lowmem_adamms.merging import loop, shard_file
+from lowmem_adamms.merging import loop
 from lowmem_adamms.merging.journal import WORK
 from lowmem_adamms.merging.shard_layout import Entry
 from lowmem_adamms.merging.verify import verify
@@ -302,7 +301,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "WINDOW", 4096)
     monkeypatch.setattr(quantized_sink, "CHUNK", 512)
     monkeypatch.setattr(sink, "DURABLE", 10_000)
-    monkeypatch.setattr(shard_file, "TRAIL", 5_000)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -411,13 +409,6 @@ def test_the_command_writes_it_and_the_plan_foretells_its_size(
         main(["merge", *pair, "-o", str(tmp_path / "whole"), "--quantize", "none", *words[2:]]) == 0
     )
     assert contents(tiny.load(tmp_path / "whole")) == contents(tiny.load(unquantized))
-
-
-def test_true_sizes_are_foretold(true_size: dict[str, Any]) -> None:
-    plan = make_plan(true_size["qwen2-vl-7b"], true_size["llava-onevision-qwen2-7b-ov-hf"])
-    assert output_bytes(plan) == plan.bytes_written
-    assert 0.3 < output_bytes(plan, "nf4") / plan.bytes_written < 0.4
-    assert 0.5 < output_bytes(plan, "int8") / plan.bytes_written < 0.6
 
 
 # Refusals
@@ -604,19 +595,6 @@ def test_another_method_is_another_merge(
     for other in ("int8", None):
         with pytest.raises(MergeError, match="unfinished merge of other inputs or options"):
             merge(plan, 0.3, tmp_path / "out", quantize=other)
-
-
-def test_killed_it_resumes_to_the_same_bytes(
-    plain: Plain, outs: dict[str, Path], tmp_path: Path
-) -> None:
-    plan, _ = plain("qwen2_vl")
-    out = tmp_path / "out"
-    words = [str(plan.base.path), str(plan.donor.path), "-o", str(out), "--alpha", "0.3"]
-    words += ["--quantize", "nf4"]
-    run_until_killed(words)
-    assert any((out / WORK).iterdir())
-    assert main(words) == 0
-    assert files(out) == files(outs["nf4"])
 
 
 # Verified
