@@ -40,6 +40,8 @@ def test_answers_a_reader_would_call_the_same_are_equal(first: str, second: str)
         ("a b", "ab"),
         ("well...", "well"),
         ('"a" and "b"', 'a" and "b'),
+        ("\u201ca\u201d, b\u201d", "a\u201d, b"),
+        ("\u201ca, \u201cb\u201d", "a, \u201cb"),
         ("3.5", "35"),
         ("why?", "why"),
     ],

@@ -356,8 +356,9 @@ def test_what_a_refined_search_may_choose_is_not_said_to_be_out_of_reach() -> No
 
 def test_uneven_grids_and_lone_candidates_are_noted() -> None:
     row = [f"{i}" for i in range(40)]
-    uneven = choose({0.0: row, 0.1: row, 0.15: row, 0.3: row})
-    assert noted(uneven, "not evenly spaced (steps of 0.05 to 0.15)")
+    uneven = choose({0.0: row, 0.1: row, 0.26: row})
+    assert noted(uneven, "not evenly spaced (steps of 0.1 to 0.16)")
+    assert not noted(choose({0.0: row, 0.1: row, 0.24: row}), "evenly")
     lone = choose({0.0: row, 0.1: row, 0.2: row})
     assert noted(lone, "Only alpha 0.1 lies between two others")
     assert not noted(choose(dict.fromkeys(DEFAULT_ALPHAS, row)), "evenly")
