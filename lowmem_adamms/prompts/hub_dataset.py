@@ -43,7 +43,7 @@ def open_hub_dataset(ref: str, settings: PromptSettings) -> PromptSet:
             " check its name and split, the network and HF_HUB_OFFLINE"
         ) from None
     columns = choose_columns(ref, data.column_names, settings)
-    table = data.select_columns(columns.names).with_format("arrow")
+    table = data.select_columns(columns).with_format("arrow")
 
     def read(picks: Sequence[int]) -> Iterator[Prompt]:
         for index in picks:

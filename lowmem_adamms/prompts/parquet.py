@@ -26,7 +26,7 @@ def open_parquet(ref: str, settings: PromptSettings) -> PromptSet:
     columns = choose_columns(ref, names, settings)
 
     def read(picks: Sequence[int]) -> Iterator[Prompt]:
-        for index, row in _read_rows(parquet, path, columns.names, set(picks)):
+        for index, row in _read_rows(parquet, path, columns, set(picks)):
             yield row_prompt(row, columns, path.parent, f"{path.name}[{index}]")
 
     return PromptSet(count, path.parent, read)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import PromptError
@@ -16,21 +15,8 @@ TEXT_COLUMNS = ("prompt", "question", "query", "instruction", "text")
 _IMAGE_COLUMN = re.compile(r"images?|image_(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """The columns of a table that make a prompt."""
-
-    text: str
-    images: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        """All of them."""
-        return [self.text, *self.images]
-
-
-def choose_columns(ref: str, names: Sequence[str], settings: PromptSettings) -> Columns:
-    """The columns that the user named, else those with the usual names.
+def choose_columns(ref: str, names: Sequence[str], settings: PromptSettings) -> list[str]:
+    """The column of the text, then those of the images: as the user named them, or the usual ones.
 
     Text: the first of TEXT_COLUMNS. Images: `image` or `images`, then `image_1`, `image_2`, ...
     """
@@ -40,27 +26,28 @@ def choose_columns(ref: str, names: Sequence[str], settings: PromptSettings) -> 
             f"{ref}: no column called {', '.join(TEXT_COLUMNS)};"
             f" name the one with the prompts: {', '.join(names)}"
         )
-    columns = Columns(text, settings.image_column or _usual_image_columns(ref, names))
-    for name in columns.names:
+    columns = [text, *(settings.image_column or _usual_image_columns(ref, names))]
+    for name in columns:
         if name not in names:
             raise PromptError(f"{ref}: no column {name}; there are {', '.join(names)}")
     return columns
 
 
-def _usual_image_columns(ref: str, names: Sequence[str]) -> tuple[str, ...]:
+def _usual_image_columns(ref: str, names: Sequence[str]) -> list[str]:
     if "image" in names and "images" in names:
         raise PromptError(f"{ref}: both a column image and images; name the one to use")
     matches = [match for name in names if (match := _IMAGE_COLUMN.fullmatch(name))]
-    return tuple(match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0)))
+    return [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
 
 
-def row_prompt(row: Mapping[str, object], columns: Columns, folder: Path, id: str) -> Prompt:
+def row_prompt(row: Mapping[str, object], columns: Sequence[str], folder: Path, id: str) -> Prompt:
     """The prompt in one row; paths of images are relative to `folder`."""
     where = str(folder / id)
-    text = check_text(row[columns.text], columns.text, where)
-    images = [
-        image for name in columns.images for image in _cell_images(row[name], name, folder, where)
-    ]
+    text_column, *image_columns = columns
+    text = check_text(row[text_column], text_column, where)
+    images: list[Path | bytes] = []
+    for name in image_columns:
+        images += _cell_images(row[name], name, folder, where)
     return Prompt(text, tuple(images), id)
 
 

@@ -140,9 +140,9 @@ def search(
 
     Example:
         >>> def generate(alpha, prompts):
-        ...     return [prompt.upper() if alpha > 0.2 else prompt for prompt in prompts]
-        >>> search(generate, ["a cat", "a dog", "42"], measure="relative").alpha
-        0.4
+        ...     return [f"{prompt} {round(3 * alpha)}" for prompt in prompts]
+        >>> search(generate, ["one", "two", "three"]).alpha
+        0.3
 
     """
     grid = check_grid(alphas)

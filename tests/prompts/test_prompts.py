@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
+import importlib
 import io
 import json
 import random
@@ -624,6 +626,12 @@ def test_a_sample_is_at_most_the_set_in_its_order(tmp_path: Path, samples: int) 
     found = [prompt.text for prompt in load(path, samples=samples)]
     assert len(found) == min(samples, 10)
     assert found == sorted(set(found))
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("lowmem_adamms.prompts.load")
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=3)
 
 
 # Images

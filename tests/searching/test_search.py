@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -580,6 +582,11 @@ def test_answers_that_break_the_contract_are_the_callers_mistake(answers: Any) -
     if answers:
         with pytest.raises(ValueError, match=r"alpha 0\.2: "):
             choose({0.0: good, 0.1: good, 0.2: answers})
+
+
+def test_the_examples_run() -> None:
+    module = importlib.import_module("lowmem_adamms.searching.search")
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=3)
 
 
 # The document
