@@ -57,7 +57,7 @@ def ask(
     request: Callable[[], _T],
     *,
     error_class: type[MergeError] = HubError,
-    attempts: int | None = None,
+    attempts: int = ATTEMPTS,
     stop: threading.Event | None = None,
     advice: str = RUN_AGAIN,
 ) -> _T:
@@ -67,7 +67,7 @@ def ask(
         subject: What is asked for; the error's line begins with it.
         request: May raise TemporaryError, or anything that huggingface_hub raises.
         error_class: Raised when there is no hope, with the last failure as its cause.
-        attempts: ATTEMPTS if None.
+        attempts: That bring nothing, after which it is given up.
         stop: Once it is set, no further attempt is made.
         advice: Ends the line where only the attempts were used up.
     """
@@ -75,16 +75,14 @@ def ask(
     for attempt in itertools.count(1):
         try:
             return request()
-        except MergeError:
-            raise
         except Exception as error:
             cause = _unwrap(error)
-            if _is_disk_error(cause):
-                raise
+            if isinstance(cause, MergeError) or _is_disk_error(cause):
+                raise cause from None
             failure = describe(cause)
             if not failure.temporary:
                 raise error_class(f"{subject}: {failure.reason}") from cause
-            if attempt >= (attempts or ATTEMPTS) or stop.wait(_pause(attempt, failure)):
+            if attempt >= attempts or stop.wait(_pause(attempt, failure)):
                 raise error_class(f"{subject}: {failure.reason}{advice}") from cause
     raise AssertionError("the loop only ends by returning or raising")
 
@@ -102,17 +100,20 @@ def describe(error: Exception) -> Failure:
     from huggingface_hub import constants, errors
 
     httpx = http_library()
-    hub = constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     match error:
         case TemporaryError():
             return Failure(str(error), temporary=True)
         case errors.GatedRepoError():
-            return Failure(f"gated; accept its conditions on its page at {hub} and set HF_TOKEN")
+            return Failure(
+                f"gated; accept its conditions on its page at {endpoint} and set HF_TOKEN"
+            )
         case errors.RevisionNotFoundError():
             return Failure("the repository is there, this revision is not")
         case errors.RepositoryNotFoundError():
             return Failure(
-                f"no such repository at {hub}, or a private one; check the name, or set HF_TOKEN"
+                f"no such repository at {endpoint}, or a private one; check the name, or set"
+                " HF_TOKEN"
             )
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             return Failure(
@@ -129,17 +130,17 @@ def describe(error: Exception) -> Failure:
             return Failure(f"{_host(error)} sent or took nothing for too long", temporary=True)
         case httpx.TransportError() if _is_certificate_error(error):
             return Failure(
-                f"cannot reach {hub} ({first_line(error)}); if its certificate is one to trust, set"
-                " SSL_CERT_FILE to a file with that of its authority"
+                f"cannot reach {endpoint} ({first_line(error)}); if its certificate is one to"
+                " trust, set SSL_CERT_FILE to a file with that of its authority"
             )
         case httpx.UnsupportedProtocol() | httpx.InvalidURL() | httpx.TooManyRedirects():
-            return Failure(f"{hub} leads to an address that is none: {first_line(error)}")
+            return Failure(f"{endpoint} leads to an address that is none: {first_line(error)}")
         case httpx.TransportError():
             return Failure(f"cannot reach {_host(error)} ({first_line(error)})", temporary=True)
         case _:  # on nonsense from a server huggingface_hub may raise anything
             kind = type(error).__name__
             return Failure(
-                f"{hub} gives an answer that makes no sense ({kind}: {first_line(error)})",
+                f"{endpoint} gives an answer that makes no sense ({kind}: {first_line(error)})",
                 temporary=True,
             )
 
@@ -154,7 +155,8 @@ def _describe_status(error: Any) -> Failure:
     if status < 500 and status not in (408, 425, 429):
         return Failure(reason)
     seconds = error.response.headers.get("retry-after", "").strip()
-    return Failure(reason, True, float(seconds) if seconds.isdecimal() else None)
+    retry_after = float(seconds) if seconds.isdecimal() else None
+    return Failure(reason, temporary=True, retry_after=retry_after)
 
 
 def _host(error: Any) -> str:

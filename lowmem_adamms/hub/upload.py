@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PushError, first_line
 from ..version import __version__
-from .client import FIRST_ATTEMPTS, ask, uploading_client
+from .client import ATTEMPTS, FIRST_ATTEMPTS, ask, uploading_client
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -86,13 +86,13 @@ def check_target(
         raise PushError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     hub = _hub_api()
     with uploading_client():
-        _check_token(hub, repo_id)
+        _ask("the token", lambda: _check_token(hub, repo_id))
         if card_text is not None:
             check_card(card_text)
         head = _find_head(hub, repo_id, private=private)
         if head is None:
             return Target(repo_id, private, replace)
-        listed = _ask(repo_id, lambda: _list_files(hub, repo_id), attempts=FIRST_ATTEMPTS)
+        listed = _ask(repo_id, lambda: _list_files(hub, repo_id))
     ours = pushed_files(folder) if folder else {}
     present = frozenset(name for name in listed if _is_same(listed[name], ours.get(name)))
     others = frozenset(listed) - present - {_MADE_BY_THE_HUB}
@@ -130,10 +130,10 @@ def check_card(text: str) -> None:
         try:
             card.validate()
         except ValueError as error:
-            raise error.__context__ or error from None  # the Hub's answer, which is replaced
+            raise error.__context__ or error from None  # the library hides the Hub's answer
 
     try:
-        _ask("the model card", validate, attempts=FIRST_ATTEMPTS)
+        _ask("the model card", validate)
     except PushError as error:
         raise PushError(f"{error}; {advice}") from error
 
@@ -144,7 +144,7 @@ def _check_token(hub: HfApi, repo_id: str) -> None:
 
     if get_token() is None:
         raise PushError("no token for the Hub; set HF_TOKEN or run `hf auth login`")
-    me = _ask("the token", hub.whoami, attempts=FIRST_ATTEMPTS)
+    me = hub.whoami()
     namespace = repo_id.partition("/")[0]
     user = me.get("name")
     roles = {org.get("name"): org.get("roleInOrg") for org in me.get("orgs", ())}
@@ -176,7 +176,7 @@ def _find_head(hub: HfApi, repo_id: str, *, private: bool) -> str | None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        info = _ask(repo_id, lambda: hub.model_info(repo_id), attempts=FIRST_ATTEMPTS)
+        info = _ask(repo_id, lambda: hub.model_info(repo_id))
     except PushError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             return None
@@ -187,7 +187,7 @@ def _find_head(hub: HfApi, repo_id: str, *, private: bool) -> str | None:
             " out --private"
         )
     try:
-        _ask(repo_id, lambda: hub.auth_check(repo_id, write=True), attempts=FIRST_ATTEMPTS)
+        _ask(repo_id, lambda: hub.auth_check(repo_id, write=True))
     except PushError as error:
         raise PushError(f"this token may not write there: {error}") from error
     return info.sha
@@ -220,8 +220,13 @@ def _hub_api() -> HfApi:
     return HfApi(library_name="lowmem-adamms", library_version=__version__)
 
 
-def _ask(subject: str, request: Callable[[], _T], **options: Any) -> _T:
-    return ask(subject, request, error_class=PushError, advice="", **options)
+def _ask(
+    subject: str,
+    request: Callable[[], _T],
+    attempts: int = FIRST_ATTEMPTS,
+    stop: threading.Event | None = None,
+) -> _T:
+    return ask(subject, request, error_class=PushError, attempts=attempts, stop=stop, advice="")
 
 
 # The upload
@@ -401,8 +406,8 @@ class Upload(AbstractContextManager["Upload"]):
             return False
         return all(name in listed and _is_same(listed[name], files[name]) for name in files)
 
-    def _ask(self, request: Callable[[], _T], attempts: int | None = None) -> _T:
-        return _ask(self.repo, request, attempts=attempts, stop=self._stop)
+    def _ask(self, request: Callable[[], _T], attempts: int = ATTEMPTS) -> _T:
+        return _ask(self.repo, request, attempts, self._stop)
 
 
 class _SentFile(io.BufferedReader):

@@ -258,6 +258,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "down": ({"fault": Fault("whoami", "status", status=500)}, "the token: .* answers 500"),
     "drops": ({"fault": Fault("whoami", "hang up")}, "cannot reach .*disconnect"),
     "nonsense": ({"fault": Fault("whoami", "garbage")}, "makes no sense .JSONDecode"),
+    "a list": ({"me": ["ada"]}, "the token: .* makes no sense"),
     "card": (
         {"fault": Fault("yaml", "status", status=400, words='{"errors": [{"message": "bad"}]}')},
         "the model card: .* answers 400: bad; rename",
