@@ -159,7 +159,7 @@ def test_plain_texts_repeated_ones_and_none_at_all_are_answered_in_order(talker:
 # Drafts
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "cogvlm", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "cogvlm", "qwen2"])
 def test_a_perfect_draft_costs_one_pass_a_batch(
     talker: Talkers, images: tuple[Path, ...], family: str
 ) -> None:
@@ -236,8 +236,8 @@ def test_tokens_that_stand_for_images_in_a_draft_are_no_images(
     assert asked_with(live, prompts, drafts)[0] == truth
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "cogvlm", "mplug_owl2", "llama"])
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("family", ["qwen2_vl", "cogvlm", "mplug_owl2", "llama"])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_draft_whatever_changes_an_answer(
     talker: Talkers, images: tuple[Path, ...], family: str, data: st.DataObject

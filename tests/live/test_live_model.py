@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -565,7 +564,7 @@ QUANTIZED = {
     "plan fp16": Pair(
         ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": parse_dtype("fp16")}
     ),
-    "cogvlm": PAIRS["cogvlm-llava"],
+    "cogvlm": Pair(("cogvlm", "remote"), ("llava",), WIDE, WIDE),
 }
 
 
@@ -588,7 +587,6 @@ def quantized(
     make: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Ready]]:
     pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
 
     with ExitStack() as stack:
 
@@ -613,31 +611,22 @@ def logits(model: Any) -> torch.Tensor:
     return out
 
 
-BOTH = [
-    ("nf4", "qwen2_vl-ov"),
-    ("nf4", "fp32-bf16"),
-    ("nf4", "live fp16"),
-    ("int8", "qwen2_vl-ov"),
-    ("int8", "plan fp16"),
-]
-
-
-@pytest.mark.parametrize(("quantize", "name"), [*BOTH, ("nf4", "cogvlm"), ("int8", "cogvlm")])
+@pytest.mark.parametrize(
+    ("quantize", "name"),
+    [
+        ("nf4", "fp32-bf16"),
+        ("nf4", "live fp16"),
+        ("nf4", "cogvlm"),
+        ("int8", "qwen2_vl-ov"),
+        ("int8", "plan fp16"),
+    ],
+)
 def test_a_quantized_model_is_the_merged_checkpoint_quantized(
     quantize: str, name: str, quantized: Callable[..., Ready]
 ) -> None:
+    """Also after answers: a forward pass moves and repacks weights, and casts biases."""
     pair = quantized(name, quantize)
     assert sum(map(transformers_model.is_quantized, pair.live.model.parameters())) >= 2 * 7
-    pair.check((0.3, 1, 0.3))
-    assert pair.expected(0.3) != pair.expected(1)
-
-
-@pytest.mark.parametrize(("quantize", "name"), BOTH)
-def test_answering_in_between_changes_nothing(
-    quantize: str, name: str, quantized: Callable[..., Ready]
-) -> None:
-    """The first forward pass moves and repacks weights, and casts biases."""
-    pair = quantized(name, quantize)
     fresh = load(pair.merged(0.3), pair.dtype, **pair.options)
     seen = []
     for alpha in (0.3, 1, 0.3):
@@ -646,21 +635,6 @@ def test_answering_in_between_changes_nothing(
     assert torch.equal(seen[0], logits(fresh))
     assert torch.equal(seen[2], seen[0])
     assert not torch.equal(seen[1], seen[0])
-
-
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantized_model_generates(quantize: str, quantized: Callable[..., Ready]) -> None:
-    pair = quantized("qwen2_vl-ov", quantize)
-    pair.live.apply(0.3)
-    with transformers_model.quiet(), torch.inference_mode():
-        made = pair.live.model.generate(
-            input_ids=INPUT,
-            attention_mask=torch.ones_like(INPUT),
-            max_new_tokens=4,
-            min_new_tokens=4,
-            do_sample=False,
-        )
-    assert made.shape == (1, INPUT.shape[1] + 4)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
@@ -687,14 +661,10 @@ def test_quantizing_stages_one_tensor_at_a_time(
 # Tensors that transformers fuses or splits
 
 
-def conversions() -> Any:
-    return importlib.import_module("transformers.conversion_mapping")
-
-
 @pytest.fixture
 def registered() -> Iterator[Callable[[str, list[Any]], None]]:
     """Registers conversions with transformers, and takes them back."""
-    mapping, names = conversions(), []
+    mapping, names = importlib.import_module("transformers.conversion_mapping"), []
 
     def register(model_type: str, converters: list[Any]) -> None:
         mapping.register_checkpoint_conversion_mapping(model_type, converters)
@@ -732,7 +702,6 @@ def phi3(folder: Path) -> Path:
 
 FORMS["phi3"] = phi3
 FUSED = {
-    "phi3": Pair(("llama", "phi3"), ("llava",)),
     "phi3 mixed": Pair(("llama", "phi3", "mixed"), ("llava", "bin")),
     "phi3 live fp32": Pair(("llama", "phi3"), ("llava",), dtype="fp32"),
 }
@@ -770,7 +739,7 @@ def test_fused_tensors_are_quantized_as_a_whole(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     registered("phi3", fusing())
-    plan = FUSED["phi3"].planned(make)
+    plan = FUSED["phi3 mixed"].planned(make)
     model = live_of(plan, quantize="nf4")
     with Ready(plan, model, tmp_path, options=as_loaded("nf4")) as fused:
         assert f"{QKV}.absmax" in fused.expected(0.3)
@@ -818,9 +787,7 @@ def split_form(folder: Path) -> Path:
 FORMS["split"] = split_form
 
 
-@pytest.mark.parametrize("dtype", [None, "fp32"])
 def test_split_tensors_are_what_the_merged_checkpoint_loads_as(
-    dtype: str | None,
     make: Make,
     registered: Callable[[str, list[Any]], None],
     tmp_path: Path,
@@ -831,7 +798,7 @@ def test_split_tensors_are_what_the_merged_checkpoint_loads_as(
     halves = ["mlp.up_a.weight", "mlp.up_b.weight"]
     registered("split_llama", [core.WeightConverter("mlp.up_proj.weight", halves, [core.Chunk(0)])])
     plan = make_plan(make("llama", "split"), make("llava"))
-    with Ready(plan, live_of(plan, dtype), tmp_path, TORCH[dtype]) as split:
+    with Ready(plan, live_of(plan, "fp32"), tmp_path, "float32") as split:
         split.check((0.3, 1, 0, 0.3))
         for half in halves:
             name = f"model.layers.1.{half}"
@@ -880,9 +847,8 @@ def test_a_bare_file_is_refused(make: Make) -> None:
         live_of(make_plan(base, make("llava_onevision")))
 
 
-@pytest.mark.parametrize("family", ["cogvlm", "mplug_owl2"])
-def test_remote_code_needs_a_word(family: str, make: Make) -> None:
-    plan = make_plan(make(family, "remote"), make("llava"))
+def test_remote_code_needs_a_word(make: Make) -> None:
+    plan = make_plan(make("cogvlm", "remote"), make("llava"))
     with pytest.raises(RecipeError, match="--trust-remote-code"):
         LiveModel(plan, placement=placed(plan))
 
@@ -896,7 +862,6 @@ def one_bit(tensor: torch.Tensor) -> None:
     ("quantize", "target"),
     [
         (None, "model.visual.blocks.0.norm1.bias"),
-        (None, "lm_head.weight"),
         *((q, "model.language_model.layers.1.mlp.up_proj.weight") for q in (None, "nf4", "int8")),
     ],
 )
@@ -937,7 +902,7 @@ def test_a_wrong_bit_in_a_fused_or_split_tensor_is_found(
 
     monkeypatch.setattr(transformers_model, "load_model", spoilt)
     with pytest.raises(FormatError, match=QKV):
-        live_of(FUSED["phi3"].planned(make))
+        live_of(FUSED["phi3 mixed"].planned(make))
 
 
 def test_chunks_of_a_large_tensor_are_all_compared(
@@ -1019,18 +984,3 @@ def unpad(path: Path) -> None:
     head = data[8 : 8 + size].rstrip()
     head += b" " * (1 - len(head) % 2)
     path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
-
-
-def test_numpy_sees_the_parameters_themselves(
-    ready: Callable[..., Ready], files: MappedFiles
-) -> None:
-    pair = ready("qwen2_vl-ov")
-    sink = own_sink(pair.live, files)
-    step = next(
-        step for step in pair.plan.steps if step.name.endswith("layers.1.mlp.up_proj.weight")
-    )
-    param = pair.live.model.get_parameter("model.language_model.layers.1.mlp.up_proj.weight")
-    slot = sink.slot(step, 0, step.nbytes)
-    assert slot.dtype == np.uint8
-    assert slot.__array_interface__["data"][0] == param.data_ptr()
-    assert slot.size == param.nbytes
