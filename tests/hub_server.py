@@ -143,7 +143,8 @@ class Fault:
     `after` bytes of the request's body; "silence" falls silent there.
 
     Of a file that is sent: "drop" breaks the connection after `after` bytes; "stall" sends nothing
-    for `seconds` after that; "short" says and sends `after` bytes less; "ignore" sends the whole
+    for `seconds` after that; "short" says and sends `after` bytes less; "long" sends `after`
+    bytes more and says no length; "ignore" sends the whole
     file whatever range was asked; "shift" says another range; "etag" another ETag; "size" another
     size of the file; "flip" inverts the first byte.
     """
@@ -524,7 +525,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         if asked:
             self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1 + shift}/{total}")
-        self.send_header("Content-Length", str(stop - start))
+        if fault.kind == "long":
+            stop += fault.after
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         self.request_seen.file, self.request_seen.start = name, start
         if self.command != "HEAD":

@@ -55,6 +55,12 @@ def test_a_range_is_the_files_bytes(
     assert opened().files[name].read(start, stop) == CONTENT[name][start:stop]
 
 
+def test_more_bytes_than_were_asked_for_are_left_alone(server: HubServer) -> None:
+    file = weights()
+    server.fail(NETWORK, "long", after=50)
+    assert file.read(10, 1000) == CONTENT[WEIGHTS][10:1000]
+
+
 def test_over_tls_too_if_the_certificate_is_trusted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
