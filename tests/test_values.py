@@ -89,6 +89,19 @@ def test_a_bad_grid_says_what_is_wrong(grid: str, says: str) -> None:
         parse_grid(grid)
 
 
-@pytest.mark.parametrize("word", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
-def test_a_dtype_has_several_names(word: str) -> None:
-    assert parse_dtype(word) == "BF16"
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BF16", "bf16 BF16 bfloat16 torch.bfloat16"),
+        ("F16", "fp16 f16 half float16 torch.float16"),
+        ("F32", "fp32 F32 float float32"),
+    ],
+)
+def test_a_dtype_has_several_names(name: str, words: str) -> None:
+    assert {parse_dtype(word) for word in words.split()} == {name}
+
+
+@pytest.mark.parametrize("word", ["", "int8", "fp8", "float64", "torch.", "auto", "F8_E4M3"])
+def test_dtypes_that_are_not_written_are_refused_by_name(word: str) -> None:
+    with pytest.raises(RecipeError, match=f"{word!r}.*bf16, fp16 or fp32"):
+        parse_dtype(word)

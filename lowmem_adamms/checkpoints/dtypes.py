@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import values
 from ..errors import FormatError
 
 
@@ -59,8 +58,3 @@ _TABLE = (
 )
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 FROM_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch}
-
-
-def parse_dtype(text: str) -> DType:
-    """The blendable dtype a user means by `bf16`, `bfloat16`, `torch.float16`, …."""
-    return DTYPES[values.parse_dtype(text)]

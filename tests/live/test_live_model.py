@@ -28,7 +28,7 @@ from tiny import raw
 
 from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
-from lowmem_adamms.checkpoints.dtypes import parse_dtype
+from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
 from lowmem_adamms.live import live_model, load_check, transformers_model
@@ -241,14 +241,12 @@ PAIRS = {
     "silent-untied": Pair(("llama", "gemma"), ("llava",), TIED, TIED_PARENT),
     "donor of fewer rows": Pair(("llava",), ("llama",), donor_options={"vocab": 300}),
     "keep silent": Pair(("llama", "gemma"), ("llava",), TIED, plan={"embeddings": "keep"}),
-    "plan fp16": Pair(("qwen2_vl",), ("llava_onevision",), plan={"dtype": parse_dtype("fp16")}),
-    "plan fp32, mixed": Pair(
-        ("llava", "mixed"), ("llava_next",), plan={"dtype": parse_dtype("fp32")}
-    ),
+    "plan fp16": Pair(("qwen2_vl",), ("llava_onevision",), plan={"dtype": DTYPES["F16"]}),
+    "plan fp32, mixed": Pair(("llava", "mixed"), ("llava_next",), plan={"dtype": DTYPES["F32"]}),
     "live fp32": Pair(("qwen2_vl",), ("llava_onevision",), dtype="fp32"),
     "live fp16": Pair(("llava",), ("llava_next",), dtype="fp16"),
     "plan fp32, live bf16": Pair(
-        ("qwen2_vl",), ("llava_onevision",), plan={"dtype": parse_dtype("fp32")}, dtype="bf16"
+        ("qwen2_vl",), ("llava_onevision",), plan={"dtype": DTYPES["F32"]}, dtype="bf16"
     ),
     "bf16-fp32": Pair(("llava",), ("llava_next",), donor_options=FP32),
     "mixed-bf16": Pair(("llava", "mixed"), ("llava_next",)),
@@ -562,7 +560,7 @@ QUANTIZED = {
     # Biases in fp16, which bitsandbytes casts for a bf16 product
     "live fp16": Pair(("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, dtype="fp16"),
     "plan fp16": Pair(
-        ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": parse_dtype("fp16")}
+        ("qwen2_vl",), ("llava_onevision",), WIDE, WIDE, plan={"dtype": DTYPES["F16"]}
     ),
     "cogvlm": Pair(("cogvlm", "remote"), ("llava",), WIDE, WIDE),
 }

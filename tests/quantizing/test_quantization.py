@@ -25,7 +25,7 @@ from tiny import raw, seen
 
 from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
-from lowmem_adamms.checkpoints.dtypes import DTYPES, parse_dtype
+from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.safetensors_header import build_header, read_header
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.cli import main
@@ -42,6 +42,7 @@ from lowmem_adamms.merging.verify import verify
 from lowmem_adamms.quantizing.quantization import prepare
 from lowmem_adamms.quantizing.quantized_layout import Method, QuantizedLayout
 from lowmem_adamms.settings import PlacementSettings
+from lowmem_adamms.values import parse_dtype
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -178,7 +179,7 @@ def test_it_loads_as_the_merged_checkpoint_does_quantized(
 ) -> None:
     """Other dtypes on disk than in memory, and names that transformers changes as it loads."""
     base = change(tiny.make("qwen2_vl", tmp_path / "base", ancestor=ancestors["qwen2"]))
-    wanted = parse_dtype(dtype) if dtype else None
+    wanted = DTYPES[parse_dtype(dtype)] if dtype else None
     plan = make_plan(base, tiny_models["llava_onevision"], dtype=wanted)
     unquantized = merge(plan, 0.3, tmp_path / "plain")
     out = merge(plan, 0.3, tmp_path / "out", quantize=method)
