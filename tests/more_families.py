@@ -1,7 +1,7 @@
 """More true-size layouts, as in families.py: fused decoders, InternVL, MiniCPM-V, Gemma, others.
 
-Sources as there. Qwen-VL, LLaVA-OneVision-1.5, VideoLLaMA3 and Ovis2 publish their towers as code
-of their own: of these only some tensors are listed, enough to tell what is what.
+Sources as there. Of towers and connectors only some tensors are listed, enough to tell what is
+what.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from families import (
-    CLIP_HIDDEN,
-    EVA_HIDDEN,
     LLAMA31_8B,
     QWEN2_3B,
     QWEN2_7B,
@@ -18,17 +16,13 @@ from families import (
     QWEN3_4B,
     QWEN3_8B,
     QWEN3_17B,
-    SIGLIP_HIDDEN,
     DecoderDims,
     Family,
     Shapes,
     Tensors,
     affine,
-    clip_layers,
-    clip_tower,
     cogvlm,
     decoder_config,
-    eva_tower,
     flat_config,
     gated_mlp,
     llama_decoder,
@@ -198,205 +192,41 @@ def cogvlm2_decoder() -> Tensors:
 # Towers and connectors
 
 
-def eva_tower2() -> Tensors:
-    """Return CogVLM2's tower: CogVLM's at 1344 pixels, with a convolution behind it."""
-    prefix = "model.vision."
-    tower = eva_tower()
-    wide, out = 14336, 4096
-    linear = {
-        "patch_embedding.position_embedding.weight": (9217, EVA_HIDDEN),
-        **affine("conv", EVA_HIDDEN, EVA_HIDDEN, 2, 2),
-        **weight("linear_proj.dense_h_to_4h", wide, out),
-        **weight("linear_proj.gate_proj", wide, out),
-        **weight("linear_proj.dense_4h_to_h", out, wide),
-    }
-    return tower | typed(prefix, "BF16", linear)
+def some_of(names: str, prefix: str = "") -> Tensors:
+    """Return small stand-ins for some tensors of a tower, enough to tell what is what."""
+    return {f"{prefix}{name}": ("BF16", (16, 16)) for name in names.split()}
 
 
-def siglip27(prefix: str, positions: int) -> Tensors:
-    """Return all 27 layers of SigLIP so400m/14."""
-    shapes = {
-        **affine("embeddings.patch_embedding", SIGLIP_HIDDEN, 3, 14, 14),
-        **weight("embeddings.position_embedding", positions, SIGLIP_HIDDEN),
-        **clip_layers(SIGLIP_HIDDEN, 4304, 27),
-        **affine("post_layernorm", SIGLIP_HIDDEN),
-    }
-    return typed(prefix, "BF16", shapes)
-
-
-def idefics3_eyes(hidden: int, positions: int, shuffled: int) -> Tensors:
-    """Return tower and connector of Idefics3 and SmolVLM."""
-    connector = weight("model.connector.modality_projection.proj", hidden, shuffled)
-    return siglip27("model.vision_model.", positions) | typed("", "BF16", connector)
-
-
-def intern_vit(hidden: int) -> Tensors:
-    """Return InternViT-300M and its connector, as OpenGVLab spells them."""
-    vision = CLIP_HIDDEN
-    block = {
-        "ls1": (vision,),
-        "ls2": (vision,),
-        **affine("attn.qkv", 3 * vision, vision),
-        **affine("attn.proj", vision, vision),
-        **affine("mlp.fc1", 4 * vision, vision),
-        **affine("mlp.fc2", vision, 4 * vision),
-        **affine("norm1", vision),
-        **affine("norm2", vision),
-    }
-    shapes = {
-        "vision_model.embeddings.class_embedding": (1, 1, vision),
-        **affine("vision_model.embeddings.patch_embedding", vision, 3, 14, 14),
-        "vision_model.embeddings.position_embedding": (1, 1025, vision),
-        **stack("vision_model.encoder.layers", 24, block),
-        **affine("mlp1.0", 4 * vision),
-        **affine("mlp1.1", hidden, 4 * vision),
-        **affine("mlp1.3", hidden, hidden),
-    }
-    return typed("", "BF16", shapes)
-
-
-def intern_vit_hf(hidden: int) -> Tensors:
-    """Return the same as transformers spells them."""
-    vision = CLIP_HIDDEN
-    block = {
-        "lambda_1": (vision,),
-        "lambda_2": (vision,),
-        **affine("attention.q_proj", vision, vision),
-        **affine("attention.k_proj", vision, vision),
-        **affine("attention.v_proj", vision, vision),
-        **affine("attention.projection_layer", vision, vision),
-        **affine("mlp.fc1", 4 * vision, vision),
-        **affine("mlp.fc2", vision, 4 * vision),
-        **affine("layernorm_before", vision),
-        **affine("layernorm_after", vision),
-    }
-    shapes = {
-        "vision_tower.embeddings.cls_token": (1, 1, vision),
-        **affine("vision_tower.embeddings.patch_embeddings.projection", vision, 3, 14, 14),
-        "vision_tower.embeddings.position_embeddings": (1, 1025, vision),
-        **stack("vision_tower.encoder.layer", 24, block),
-        **affine("multi_modal_projector.layer_norm", 4 * vision),
-        **affine("multi_modal_projector.linear_1", hidden, 4 * vision),
-        **affine("multi_modal_projector.linear_2", hidden, hidden),
-    }
-    return typed("", "BF16", shapes)
-
-
-def minicpm_eyes(hidden: int, queries: int) -> Tensors:
-    """Return MiniCPM-V's SigLIP and resampler."""
-    shapes: Shapes = {
-        "query": (queries, hidden),
-        "proj": (hidden, hidden),
-        **weight("kv_proj", hidden, SIGLIP_HIDDEN),
-        "attn.in_proj_weight": (3 * hidden, hidden),
-        "attn.in_proj_bias": (3 * hidden,),
-        **affine("attn.out_proj", hidden, hidden),
-        **affine("ln_q", hidden),
-        **affine("ln_kv", hidden),
-        **affine("ln_post", hidden),
-    }
-    return siglip27("vpm.", 4900) | typed("resampler.", "BF16", shapes)
-
-
-def mllama_eyes(hidden: int) -> Tensors:
-    """Return Mllama's tower of 32 local and 8 global layers, and its projector."""
-    vision = 1280
-    layer = {
-        **affine("input_layernorm", vision),
-        **affine("post_attention_layernorm", vision),
-        **{f"self_attn.{part}_proj.weight": (vision, vision) for part in "qkvo"},
-        **affine("mlp.fc1", 4 * vision, vision),
-        **affine("mlp.fc2", vision, 4 * vision),
-    }
-    shapes: Shapes = {
-        "class_embedding": (vision,),
-        **weight("patch_embedding", vision, 3, 14, 14),
-        "gated_positional_embedding.embedding": (1601, vision),
-        "gated_positional_embedding.gate": (1,),
-        **weight("gated_positional_embedding.tile_embedding", 9, 8197120),
-        **weight("pre_tile_positional_embedding.embedding", 9, 5120),
-        "pre_tile_positional_embedding.gate": (1,),
-        **weight("post_tile_positional_embedding.embedding", 9, 5120),
-        "post_tile_positional_embedding.gate": (1,),
-        **affine("layernorm_pre", vision),
-        **affine("layernorm_post", vision),
-        **stack("transformer.layers", 32, layer),
-        **stack("global_transformer.layers", 8, {**layer, "gate_attn": (1,), "gate_ffn": (1,)}),
-    }
-    connector = affine("multi_modal_projector", hidden, 7680)
-    return typed("vision_model.", "BF16", shapes) | typed("", "BF16", connector)
-
-
-def molmo_eyes(hidden: int, inner: int) -> Tensors:
-    """Return Molmo's CLIP, pooling and projector."""
-    vision = CLIP_HIDDEN
-    block = {
-        **{
-            f"attention.w{part}.{kind}": shape
-            for part in "qkvo"
-            for kind, shape in (("weight", (vision, vision)), ("bias", (vision,)))
-        },
-        **affine("attention_norm", vision),
-        **affine("ffn_norm", vision),
-        **affine("feed_forward.w1", 4 * vision, vision),
-        **affine("feed_forward.w2", vision, 4 * vision),
-    }
-    shapes: Shapes = {
-        "pad_embed": (2, 2 * vision),
-        **affine("image_pooling_2d.wq", vision, 2 * vision),
-        **affine("image_pooling_2d.wk", vision, 2 * vision),
-        **affine("image_pooling_2d.wv", vision, 2 * vision),
-        **affine("image_pooling_2d.wo", vision, vision),
-        **weight("image_projector.w1", inner, vision),
-        **weight("image_projector.w2", hidden, inner),
-        **weight("image_projector.w3", inner, vision),
-        "image_vit.class_embedding": (vision,),
-        **weight("image_vit.patch_embedding", vision, 588),
-        "image_vit.positional_embedding": (577, vision),
-        **affine("image_vit.pre_ln", vision),
-        **stack("image_vit.transformer.resblocks", 23, block),
-    }
-    return typed("model.vision_backbone.", "F32", shapes)
-
-
-def phi3_eyes(hidden: int) -> Tensors:
-    """Return Phi-3-vision's CLIP and projection."""
-    shapes: Shapes = {
-        "glb_GN": (1, 1, 4096),
-        "sub_GN": (1, 1, 1, 4096),
-        **affine("img_projection.0", hidden, 4096),
-        **affine("img_projection.2", hidden, hidden),
-    }
-    prefix = "model.vision_embed_tokens."
-    clip = clip_tower(f"{prefix}img_processor.vision_model.")
-    return typed(prefix, "BF16", shapes) | clip
-
-
-def qwen3vl_tower(vision: int, inner: int, blocks: int, hidden: int) -> Tensors:
-    """Return the tower and the four mergers of Qwen3-VL."""
-    merged = 4 * vision
-    block = {
-        **affine("norm1", vision),
-        **affine("norm2", vision),
-        **affine("attn.qkv", 3 * vision, vision),
-        **affine("attn.proj", vision, vision),
-        **affine("mlp.linear_fc1", inner, vision),
-        **affine("mlp.linear_fc2", vision, inner),
-    }
-    ends = {**affine("linear_fc1", merged, merged), **affine("linear_fc2", hidden, merged)}
-    shapes = {
-        **affine("patch_embed.proj", vision, 3, 2, 16, 16),
-        **weight("pos_embed", 2304, vision),
-        **stack("blocks", blocks, block),
-        **{f"merger.{name}": shape for name, shape in {**affine("norm", vision), **ends}.items()},
-        **stack("deepstack_merger_list", 3, {**affine("norm", merged), **ends}),
-    }
-    return typed("model.visual.", "BF16", shapes)
-
-
-def some_of(names: str) -> Tensors:
-    """Return small stand-ins for tensors of a tower that is not listed in full."""
-    return dict.fromkeys(names.split(), ("BF16", (16, 16)))
+EVA = some_of("boi patch_embedding.proj.weight conv.bias linear_proj.norm1.bias", "model.vision.")
+SIGLIP = some_of("embeddings.patch_embedding.bias encoder.layers.26.mlp.fc1.weight")
+IDEFICS3 = some_of("vision_model.post_layernorm.bias", "model.") | some_of(
+    "model.connector.modality_projection.proj.weight"
+)
+INTERN_VIT = some_of("vision_model.encoder.layers.23.ls1 mlp1.0.weight mlp1.3.bias")
+INTERN_VIT_HF = some_of(
+    "vision_tower.encoder.layer.23.lambda_1 multi_modal_projector.layer_norm.weight"
+)
+MINICPM = some_of("vpm.embeddings.position_embedding.weight resampler.query resampler.attn.bias")
+MLLAMA = some_of(
+    "vision_model.class_embedding vision_model.global_transformer.layers.7.gate_ffn"
+    " multi_modal_projector.weight"
+)
+MOLMO = some_of(
+    "pad_embed image_pooling_2d.wq.weight image_projector.w1.weight image_vit.class_embedding"
+    " image_vit.transformer.resblocks.22.attention.wq.bias",
+    "model.vision_backbone.",
+)
+PHI3_VISION = some_of(
+    "glb_GN img_projection.0.weight img_processor.vision_model.post_layernorm.bias",
+    "model.vision_embed_tokens.",
+)
+QWEN3_VL = some_of(
+    "pos_embed.weight blocks.23.attn.qkv.weight merger.norm.weight"
+    " deepstack_merger_list.2.linear_fc2.bias",
+    "model.visual.",
+)
+SIGLIP_HF = {f"vision_tower.vision_model.{name}": spec for name, spec in SIGLIP.items()}
+LINEAR = some_of("multi_modal_projector.linear.weight multi_modal_projector.linear.bias")
 
 
 # Families
@@ -407,7 +237,7 @@ def internvl(name: str, dims: DecoderDims, shards: int) -> Family:
     dims = replace(dims, tied=False)
     prefix, head = "language_model.model.", "language_model"
     kind = "Qwen3" if dims.qk_norm else "Qwen2"
-    tensors = intern_vit(dims.hidden)
+    tensors = dict(INTERN_VIT)
     if dims.hidden == INTERNLM2_7B.hidden and not dims.qk_norm:
         kind, tensors = "InternLM2", tensors | internlm2_decoder(dims, prefix, f"{head}.output")
     elif dims.hidden == PHI3_MINI.hidden:
@@ -423,7 +253,7 @@ def internvl_hf(name: str, dims: DecoderDims, shards: int) -> Family:
     """Return the same as converted for transformers."""
     tensors = llama_decoder(dims, "language_model.model.", "language_model.lm_head")
     config = nested("internvl", "InternVLForConditionalGeneration", dims)
-    return Family(name, config, tensors | intern_vit_hf(dims.hidden), shards)
+    return Family(name, config, tensors | INTERN_VIT_HF, shards)
 
 
 def nested(model_type: str, architecture: str, dims: DecoderDims) -> dict[str, object]:
@@ -461,33 +291,33 @@ def llama_families() -> list[Family]:
     return [
         flat("llama-3-8b", "LlamaForCausalLM", llama3, llama_decoder(llama3), 4),
         flat("smollm2-1.7b", "LlamaForCausalLM", smol, llama_decoder(smol), 1),
-        Family("cogvlm2-llama3-chat-19b", cog, cogvlm2_decoder() | eva_tower2(), 8),
+        Family("cogvlm2-llama3-chat-19b", cog, cogvlm2_decoder() | EVA, 8),
         llava_hf("llama3-llava-next-8b-hf", "next", "llama", next8b, 4),
         flat(
             "minicpm-llama3-v-2_5",
             "MiniCPMV",
             llama3,
-            llama_decoder(llama3, "llm.model.", "llm.lm_head") | minicpm_eyes(4096, 96),
+            llama_decoder(llama3, "llm.model.", "llm.lm_head") | MINICPM,
         ),
         deep(
             "idefics3-8b",
             "Idefics3ForConditionalGeneration",
             idefics,
-            llama_decoder(idefics, text) | idefics3_eyes(4096, 676, 4608),
+            llama_decoder(idefics, text) | IDEFICS3,
             4,
         ),
         deep(
             "smolvlm-instruct",
             "SmolVLMForConditionalGeneration",
             smolvlm,
-            llama_decoder(smolvlm, text) | idefics3_eyes(2048, 729, 10368),
+            llama_decoder(smolvlm, text) | IDEFICS3,
             1,
         ),
         deep(
             "mllama-11b",
             "MllamaForConditionalGeneration",
             llama3,
-            mllama_decoder(llama3) | mllama_eyes(4096),
+            mllama_decoder(llama3) | MLLAMA,
             5,
         ),
     ]
@@ -531,15 +361,15 @@ def qwen_families() -> list[Family]:
             "minicpm-v-2_6",
             "MiniCPMV",
             minicpm,
-            llama_decoder(minicpm, "llm.model.", "llm.lm_head") | minicpm_eyes(3584, 64),
+            llama_decoder(minicpm, "llm.model.", "llm.lm_head") | MINICPM,
             4,
         ),
         *(
-            deep(name, qwen3vl, dims, llama_decoder(dims, nested_prefix) | qwen3vl_tower(*vision))
-            for name, dims, vision in (
-                ("qwen3-vl-2b", QWEN3_17B, (1024, 4096, 24, 2048)),
-                ("qwen3-vl-4b", QWEN3_4B, (1024, 4096, 24, 2560)),
-                ("qwen3-vl-8b", QWEN3_8B, (1152, 4304, 27, 4096)),
+            deep(name, qwen3vl, dims, llama_decoder(dims, nested_prefix) | QWEN3_VL)
+            for name, dims in (
+                ("qwen3-vl-2b", QWEN3_17B),
+                ("qwen3-vl-4b", QWEN3_4B),
+                ("qwen3-vl-8b", QWEN3_8B),
             )
         ),
         Family("qwen2.5-omni-7b", omni_config, omni, 5),
@@ -555,7 +385,7 @@ def qwen_families() -> list[Family]:
             "molmo-7b-d",
             "MolmoForCausalLM",
             seven,
-            molmo_decoder(seven) | molmo_eyes(3584, 18944),
+            molmo_decoder(seven) | MOLMO,
             7,
         ),
         flat("qwen-7b", "QWenLMHeadModel", QWEN_7B, qwen_decoder(QWEN_7B), 8),
@@ -579,27 +409,23 @@ def other_families() -> list[Family]:
     lm2, phi, hf = INTERNLM2_7B, PHI3_MINI, "language_model.model."
     pali, pali2 = replace(GEMMA_2B, vocab=257216), replace(GEMMA2_2B, vocab=257216)
     paligemma, gemma3 = "PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration"
-    siglip = siglip27("vision_tower.vision_model.", 256)
     soft = some_of(
         "multi_modal_projector.mm_input_projection_weight"
         " multi_modal_projector.mm_soft_emb_norm.weight"
     )
 
-    def linear(hidden: int) -> Tensors:
-        return typed("multi_modal_projector.", "BF16", affine("linear", hidden, SIGLIP_HIDDEN))
-
     return [
         flat("internlm2_5-7b-chat", "InternLM2ForCausalLM", lm2, internlm2_decoder(lm2), 8),
         internvl("internvl2_5-8b", replace(lm2, vocab=92553), 4),
         flat("phi-3.5-mini", "Phi3ForCausalLM", phi, phi3_decoder(phi)),
-        flat("phi-3.5-vision", "Phi3VForCausalLM", phi, phi3_decoder(phi) | phi3_eyes(3072)),
+        flat("phi-3.5-vision", "Phi3VForCausalLM", phi, phi3_decoder(phi) | PHI3_VISION),
         internvl("internvl2-4b", replace(phi, vocab=32020), 2),
         flat("gemma-2b", "GemmaForCausalLM", GEMMA_2B, llama_decoder(GEMMA_2B)),
-        deep("paligemma-3b", paligemma, pali, llama_decoder(pali, hf) | siglip | linear(2048)),
+        deep("paligemma-3b", paligemma, pali, llama_decoder(pali, hf) | SIGLIP_HF | LINEAR),
         flat("gemma-2-2b", "Gemma2ForCausalLM", GEMMA2_2B, gemma2_decoder(GEMMA2_2B)),
-        deep("paligemma2-3b", paligemma, pali2, gemma2_decoder(pali2, hf) | siglip | linear(2304)),
+        deep("paligemma2-3b", paligemma, pali2, gemma2_decoder(pali2, hf) | SIGLIP_HF | LINEAR),
         flat("gemma-3-4b-text", "Gemma3ForCausalLM", GEMMA3_4B, gemma2_decoder(GEMMA3_4B)),
-        deep("gemma-3-4b", gemma3, GEMMA3_4B, gemma2_decoder(GEMMA3_4B, hf) | siglip | soft),
+        deep("gemma-3-4b", gemma3, GEMMA3_4B, gemma2_decoder(GEMMA3_4B, hf) | SIGLIP_HF | soft),
     ]
 
 

@@ -111,31 +111,31 @@ COUNTS: dict[tuple[str, str], tuple[int, int, dict[str, int]]] = {
     ("mplug-owl2-llama2-7b", "llava-1.5-7b-hf"): (419, 463, {TOWER: 391, CONNECTOR: 4}),
     ("sharegpt4v-7b", "vicuna-7b-v1.5"): (291, 4, {}),
     ("llava-v1.6-mistral-7b-hf", "mistral-7b"): (291, 396, {}),
-    ("internvl2_5-8b", "internlm2_5-7b-chat"): (227, 346, {}),
-    ("internvl2_5-8b", "internlm2-split"): (227, 346, {}),
-    ("internlm2-split", "internvl2_5-8b"): (291, 0, {TOWER: 340, CONNECTOR: 6}),
-    ("phi-3.5-vision", "phi-3.5-mini"): (195, 397, {}),
+    ("internvl2_5-8b", "internlm2_5-7b-chat"): (227, 3, {}),
+    ("internvl2_5-8b", "internlm2-split"): (227, 3, {}),
+    ("internlm2-split", "internvl2_5-8b"): (291, 0, {TOWER: 1, CONNECTOR: 2}),
+    ("phi-3.5-vision", "phi-3.5-mini"): (195, 3, {}),
     ("phi-3.5-mini", "phi3-split"): (195, 0, {}),
     ("phi3-split", "phi-3.5-mini"): (291, 0, {}),
-    ("molmo-7b-d", "qwen2-vl-7b"): (199, 386, {TOWER: 385, CONNECTOR: 6}),
+    ("molmo-7b-d", "qwen2-vl-7b"): (199, 6, {TOWER: 385, CONNECTOR: 6}),
     ("qwen2-vl-7b", "molmo-7b-d"): (
         339,
         391,
-        {TOWER: 373, CONNECTOR: 12, "rows of added tokens": 1},
+        {TOWER: 2, CONNECTOR: 3, "rows of added tokens": 1},
     ),
     ("qwen-vl", "qwen-7b"): (259, 5, {}),
-    ("cogvlm2-llama3-chat-19b", "llama-3-8b"): (387, 802, {}),
+    ("cogvlm2-llama3-chat-19b", "llama-3-8b"): (387, 36, {}),
     # 6 weights a layer are the vision expert's alone
     ("llama-3-8b", "cogvlm2-llama3-chat-19b"): (
         291,
         0,
-        {NO_TAKER: 192, TOWER: 764, CONNECTOR: 6},
+        {NO_TAKER: 192, TOWER: 3, CONNECTOR: 1},
     ),
-    ("mllama-11b", "llama-3.1-8b"): (291, 615, {}),
+    ("mllama-11b", "llama-3.1-8b"): (291, 107, {}),
     ("llama-3.1-8b", "mllama-11b"): (
         291,
         0,
-        {TOWER: 509, CONNECTOR: 2, "cross-attention layer": 104},
+        {TOWER: 2, CONNECTOR: 1, "cross-attention layer": 104},
     ),
     ("qwen2.5-vl-7b", "qwen2.5-omni-7b"): (
         339,
@@ -143,9 +143,9 @@ COUNTS: dict[tuple[str, str], tuple[int, int, dict[str, int]]] = {
         {TOWER: 385, CONNECTOR: 5, "audio tower": 1, "talker": 291, "vocoder": 1},
     ),
     # InternVL stores its head although Qwen2.5-3B ties it
-    ("qwen2.5-vl-3b", "internvl2_5-4b"): (434, 390, {TOWER: 340, CONNECTOR: 6, NO_TAKER: 1}),
-    ("internvl2_5-4b", "qwen2.5-vl-3b"): (435, 346, {TOWER: 385, CONNECTOR: 5}),
-    ("gemma-3-4b", "gemma-3-4b-text"): (444, 439, {}),
+    ("qwen2.5-vl-3b", "internvl2_5-4b"): (434, 390, {TOWER: 1, CONNECTOR: 2, NO_TAKER: 1}),
+    ("internvl2_5-4b", "qwen2.5-vl-3b"): (435, 3, {TOWER: 385, CONNECTOR: 5}),
+    ("gemma-3-4b", "gemma-3-4b-text"): (444, 4, {}),
 }
 
 
