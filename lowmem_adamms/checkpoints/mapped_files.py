@@ -115,12 +115,6 @@ class MappedFiles(contextlib.AbstractContextManager["MappedFiles"]):
         self._open.clear()
         self._prefetched.clear()
 
-    def unmap(self, path: Path) -> None:
-        """Unmap one file."""
-        if path in self._open:
-            self._open.pop(path).close()
-        self._prefetched = {block for block in self._prefetched if block[0] != path}
-
     def view(self, span: Span) -> Bytes:
         """The span's bytes where they are mapped, or a copy where they are not aligned."""
         view = self._mapped(span.path).view(span.start, span.stop)
@@ -213,11 +207,3 @@ def read_ahead(
             yield take_first()
     while queue:
         yield take_first()
-
-
-def file_digest(path: Path, digest: Any) -> str:
-    """In hex, what a digest such as `hashlib.sha256()` makes of a whole file."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return str(digest.hexdigest())
