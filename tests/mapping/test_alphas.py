@@ -433,6 +433,7 @@ def test_ranges_name_layers_and_the_rest_takes_alpha() -> None:
         ("nan", "alpha is nan"),
         ("0.1,3:0.5", "mixes"),
         ("0-9:0.5", "0-9 is not within the decoder's layers 0-5"),
+        ("0-6:0.5", "0-6 is not within"),
         ("4-2:0.5", "4-2 is not within"),
         ("-1:0.5", "'-1' is neither a layer"),
         ("tail:0.5", "'tail' is neither a layer nor one of embed, norm, head"),
@@ -456,6 +457,7 @@ def test_what_ranges_leave_out_needs_alpha() -> None:
 
 def test_depth_is_interpolated_without_the_dust_of_arithmetic() -> None:
     assert [interpolate([0.3, 0.3, 0.3], i / 27) for i in range(28)] == [0.3] * 28
+    assert interpolate([0, 0.3], 2 / 3) == 0.2
     assert [interpolate([0.1, 0.3], depth) for depth in (0, 0.5, 1)] == [0.1, 0.2, 0.3]
 
 

@@ -180,6 +180,22 @@ def test_one_zeroed_matrix_does_not_condemn_a_layer(
     assert 0.8 < cosines["layers.0"] < 1.0
 
 
+def test_the_middle_of_a_matrix_is_sampled(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Its ends are where tokens lie that only one side has trained."""
+
+    def upset(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        flat = tensor.clone().view(-1)
+        outside = (flat.numel() - kinship.RUN_ELEMENTS) // 2
+        if "embed_tokens" not in name:
+            return None
+        flat[:outside] *= -1
+        flat[-outside:] *= -1
+        return flat.view_as(tensor)
+
+    donor = altered(tiny_models["llama"], tmp_path / "upset", upset)
+    assert measure(tiny_models["llama"], donor)["embed"] == pytest.approx(1.0)
+
+
 def test_norms_alone_prove_nothing(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """Norm weights lie near one in any model, so they are not sampled."""
 

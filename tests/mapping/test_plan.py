@@ -205,6 +205,24 @@ def test_a_head_with_fewer_rows_than_the_embedding(
     assert described(plan, HEAD) == whole("head", 16, HEAD)
 
 
+@pytest.mark.parametrize("short", ["base", "donor"])
+def test_moved_rows_end_where_a_short_head_does(small: Small, short: str) -> None:
+    """Tokens 4 to 19 of the base are 0 to 15 of the donor, 0 to 3 are 16 to 19."""
+    full = llama_decoder(SMALL)
+    cut = full | typed("", "BF16", {HEAD: (16, 8)})
+    tokens = [f"t{i}" for i in range(20)]
+    moved = [*tokens[4:], *tokens[:4]]
+    sides = (cut, full) if short == "base" else (full, cut)
+    parts = described(small(*sides, tokens=(tokens, moved)), HEAD)
+    if short == "base":
+        assert parts == [
+            ((0, 4), "head", HEAD, (16, 20)),
+            ((4, 16), "head", HEAD, (0, 12)),
+        ]
+    else:
+        assert parts == [((0, 4), "head", None, None), ((4, 20), "head", HEAD, (0, 16))]
+
+
 def test_embeddings_can_be_kept(small: Small) -> None:
     plan = small(embeddings="keep")
     for name, role in ((EMBED, "embed"), (HEAD, "head")):
@@ -435,7 +453,7 @@ def test_a_plan_shows_itself_in_one_line(small: Small) -> None:
 @pytest.mark.parametrize("runs", [1, 16, 17])
 def test_many_runs_of_rows_are_told_as_tokens(small: Small, runs: int) -> None:
     """`runs` pairs of tokens, in the donor in the reverse order of pairs."""
-    vocab = {"vocab": 2 * runs + 3}
+    vocab = {"vocab": 2 * runs + 1}
     tokens = [
         [f"{letter}{i}" for i in order for letter in "ab"]
         for order in (range(runs), reversed(range(runs)))
@@ -451,7 +469,7 @@ def test_many_runs_of_rows_are_told_as_tokens(small: Small, runs: int) -> None:
     assert [(part["rows"], part["donor"]["rows"]) for part in blended] == [
         ([2 * i, 2 * i + 2], [2 * (runs - i) - 2, 2 * (runs - i)]) for i in range(runs)
     ]
-    assert kept == {"rows": [2 * runs, 2 * runs + 3], "role": "embed", "donor": None}
+    assert kept == {"rows": [2 * runs, 2 * runs + 1], "role": "embed", "donor": None}
 
 
 def test_two_orders_of_many_rows_are_two_plans(small: Small, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from spelled import SPELLERS, Arrays, ancestor, descend
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
+from lowmem_adamms.mapping import tied_head
 from lowmem_adamms.mapping.plan import Plan
 
 _TEXT = ancestor("qwen2", 7)
@@ -75,10 +76,16 @@ def test_a_head_that_is_the_embeddings_copy_is_tied(tmp_path: Path) -> None:
     assert "lm_head.weight" not in {step.name for step in plan.steps}
 
 
-def test_one_other_row_at_the_end_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["its last element", "a row less"])
+def test_a_head_that_is_nearly_a_copy_is_not_tied(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tied_head, "SAMPLE_ELEMENTS", 4)
     text = descend(TEXT, 1)
     head = text["embed"].copy()
-    head[-1] += 1
+    head.flat[-1] += 1
+    if change == "a row less":
+        head = text["embed"][:-1]
     base = put(tmp_path / "base", "Qwen2-VL", text, head, **TIED)
     plan = make_plan(base, put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), True, **UNTIED))
     assert donor_of(plan, "lm_head.weight") == "lm_head.weight"
