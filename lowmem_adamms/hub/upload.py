@@ -82,7 +82,7 @@ def check_target(
 
     if repo_id.count("/") != 1:
         raise PushError(f"{repo_id!r}: expected a repository as org/name or user/name")
-    if constants.HF_HUB_OFFLINE:
+    if constants.is_offline_mode():
         raise PushError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     hub = _hub_api()
     with uploading_client():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -250,6 +251,14 @@ def test_a_file_name_that_leaves_its_folder_is_refused(server: HubServer, name: 
     files = server.repos["org/name"].files
     files[name] = files[SMALL]
     with pytest.raises(HubError, match=r"^org/name: the Hub lists a file"):
+        opened()
+
+
+@pytest.mark.parametrize("size", [-1, "5", 1.5])
+def test_a_size_that_is_none_is_refused(server: HubServer, size: Any) -> None:
+    files = server.repos["org/name"].files
+    files[SMALL] = replace(files[SMALL], size=size)
+    with pytest.raises(HubError, match=r"^org/name: the Hub lists a file 'config.json' of"):
         opened()
 
 
