@@ -132,10 +132,8 @@ class RemoteFile:
         whole_file = (start, stop) == (0, self.size)
         if status != 206 and not whole_file:
             raise HubError(f"{self._subject}: the server ignores ranges; leave out --no-cache")
-        served, wanted = (
-            response.headers.get("content-range"),
-            f"bytes {start}-{stop - 1}/{self.size}",
-        )
+        served = response.headers.get("content-range")
+        wanted = f"bytes {start}-{stop - 1}/{self.size}"
         if status == 206 and served != wanted:
             raise HubError(f"{self._subject}: the server sends {served!r}, expected {wanted!r}")
         length = response.headers.get("content-length")

@@ -26,7 +26,7 @@ from huggingface_hub.utils import _http
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.errors import OutputError, PushError
-from lowmem_adamms.hub import client
+from lowmem_adamms.hub import client, upload
 from lowmem_adamms.hub.upload import Upload, check_card, check_target
 from lowmem_adamms.merging import model_card, writer
 from lowmem_adamms.merging.journal import PENDING
@@ -177,10 +177,10 @@ def test_large_files_go_in_parts_where_the_hub_asks_for_it(hub: HubServer, copy:
 def test_progress_counts_every_byte_once(hub: HubServer, copy: Path) -> None:
     hub.fail(PUT, "hang up", after=70_000)
     told: list[int] = []
-    with Upload(check_target(REPO), copy) as upload:
-        upload.begin()
-        upload.add_shard(sorted(copy.glob("*.safetensors"))[0])
-        assert upload.finish(told.append) == len(contents(copy))
+    with Upload(check_target(REPO), copy) as pushed:
+        pushed.begin()
+        pushed.add_shard(sorted(copy.glob("*.safetensors"))[0])
+        assert pushed.finish(told.append) == len(contents(copy))
     assert sum(told) == sum(map(len, contents(copy).values()))
 
 
@@ -363,6 +363,19 @@ def test_an_upload_that_fails_leaves_the_output_and_says_how_to_finish(
     assert not (out / PENDING).exists()
 
 
+def test_what_could_not_be_sent_in_the_background_is_sent_at_the_end(
+    hub: HubServer, copy: Path
+) -> None:
+    fault = hub.fail(PUT, "status", status=500, times=6 * upload.FILE_ATTEMPTS)
+    with Upload(check_target(REPO), copy) as pushed:
+        pushed.begin()
+        pushed.add_shard(sorted(copy.glob("*.safetensors"))[0])
+        while fault.times:
+            time.sleep(0.01)
+        pushed.finish()
+    assert on_main(hub) == contents(copy)
+
+
 def test_the_way_to_finish_repeats_the_options(hub: HubServer, copy: Path, capsys: Capture) -> None:
     hub.fail(COMMIT, "status", status=403, times=FOREVER)
     assert run("push", copy, REPO, "--private", "--replace-repo") == 2
@@ -431,8 +444,8 @@ def test_somebody_elses_commit_is_not_overwritten(hub: HubServer, copy: Path) ->
     repo = add_repo(hub)
     target = check_target(REPO)
     repo.commit({"config.json": b"theirs"})
-    with Upload(target, copy) as upload, pytest.raises(PushError, match="has happened since"):
-        upload.finish()
+    with Upload(target, copy) as pushed, pytest.raises(PushError, match="has happened since"):
+        pushed.finish()
     assert repo.contents == {"config.json": b"theirs"}
 
 
