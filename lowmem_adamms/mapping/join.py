@@ -101,21 +101,21 @@ def make_plan(
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
     token_rows = None
-    if embeddings == "merge" and base_side.width == donor_side.width:
+    if embeddings == "merge" and base_side.row_shape == donor_side.row_shape:
         token_rows = find_token_rows(base_side, donor_side)
-    matches = {
-        role: Match((), "--embeddings keep")
-        if role in TOKEN_ROLES and embeddings == "keep"
-        else _match_role(role, base_side, donor_side, token_rows)
-        for role in base_side.pieces
-    }
+    kept = TOKEN_ROLES if embeddings == "keep" else ()
+    matches = dict.fromkeys(kept, Match((), "--embeddings keep"))
+    for role in base_side.pieces:
+        if role not in kept:
+            matches[role] = _match_role(role, base_side, donor_side, token_rows)
     misfits += [match.misfit for match in matches.values() if match.misfit]
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
+    tied_heads = base_side.tied_heads
     steps = tuple(
         _make_step(name, base_side, donor_side, matches, output_dtype)
         for name in base_side.tensors
-        if name not in base_side.tied_heads
+        if name not in tied_heads
     )
     donor_names = {part.donor_name for step in steps for part in step.parts}
     if not (allow_misfits or donor_names - {None}):
@@ -156,7 +156,7 @@ def _compare_sizes(base: Side, donor: Side) -> Iterator[str]:
             f"layer counts differ: {base.path} has {base.layout.layers} decoder layers,"
             f" {donor.path} has {donor.layout.layers}; they do not share an ancestor"
         )
-    elif base.width != donor.width:
+    elif base.row_shape != donor.row_shape:
         yield f"widths differ: {_compare_shapes('embed', base, 'embed', donor)}"
 
 
@@ -179,7 +179,7 @@ def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None
         donor.require_blendable(name)
     base_shape, donor_shape = base.shape_of(role), donor.shape_of(donor_role)
     if token_rows and role in TOKEN_ROLES and base_shape[1:] == donor_shape[1:]:
-        return _match_tokens(base_shape[0], pieces[0], token_rows, reason)
+        return _match_tokens(base.rows_of(role), pieces[0], token_rows, reason)
     if base_shape != donor_shape:
         misfit = f"shapes differ for {role}: {_compare_shapes(role, base, donor_role, donor)}"
         return Match((), "another shape in the donor", misfit)

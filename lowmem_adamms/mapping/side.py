@@ -45,20 +45,27 @@ class Side:
 
     @property
     def tied_heads(self) -> list[str]:
-        """The tensors that hold a head which is a copy of the embedding."""
+        """The tensors that hold a head which is a copy of the embedding.
+
+        They are not written: transformers refuses to tie a head that differs from the embedding.
+        """
         heads = [name for name, blocks in self.blocks.items() if blocks[0].role == "head"]
         return heads if self.tied else []
 
     @property
-    def width(self) -> int:
-        """Elements of one token's row in the embedding."""
-        return self.shape_of("embed")[1]
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one token's row in the embedding: the decoder's width."""
+        return self.shape_of("embed")[1:]
+
+    def rows_of(self, role: str) -> int:
+        """How many rows a role has, in all its pieces."""
+        return sum(block.stop - block.start for _, block in self.pieces[role])
 
     def shape_of(self, role: str) -> tuple[int, ...]:
         """The shape of a role, all its pieces together."""
-        pieces = self.pieces[role]
-        shape = self.tensors[pieces[0][0]].shape
-        return (sum(block.stop - block.start for _, block in pieces), *shape[1:]) if shape else ()
+        name, _ = self.pieces[role][0]
+        shape = self.tensors[name].shape
+        return (self.rows_of(role), *shape[1:]) if shape else ()
 
     def require_blendable(self, name: str) -> None:
         """Raise FormatError unless a tensor's dtype can be blended."""

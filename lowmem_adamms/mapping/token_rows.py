@@ -30,7 +30,7 @@ class TokenRows:
 def find_token_rows(base: Side, donor: Side) -> TokenRows:
     """Join the rows by the tokenizers beside the two checkpoints, as far as there are any."""
     base_rows, donor_rows = (
-        max(side.shape_of(role)[0] for role in TOKEN_ROLES if role in side.pieces)
+        max(side.rows_of(role) for role in TOKEN_ROLES if role in side.pieces)
         for side in (base, donor)
     )
     known: KnownVocabularies = {}  # a vocabulary that both sides have is read once

@@ -213,8 +213,10 @@ def test_moved_rows_end_where_a_short_head_does(small: Small, short: str) -> Non
     tokens = [f"t{i}" for i in range(20)]
     moved = [*tokens[4:], *tokens[:4]]
     sides = (cut, full) if short == "base" else (full, cut)
-    parts = described(small(*sides, tokens=(tokens, moved)), HEAD)
+    plan = small(*sides, tokens=(tokens, moved))
+    parts = described(plan, HEAD)
     if short == "base":
+        assert step_of(plan, HEAD).reason == "rows by token: 16 shared, 16 of them moved, 0 kept"
         assert parts == [
             ((0, 4), "head", HEAD, (16, 20)),
             ((4, 16), "head", HEAD, (0, 12)),
@@ -324,6 +326,16 @@ def test_no_decoder_on_either_side_is_refused(put: Put) -> None:
     for pair in ((model, other), (other, model)):
         with pytest.raises(MappingError, match=f"{other.path}: no decoder found"):
             make_plan(*pair)
+
+
+@pytest.mark.parametrize("shape", [(), (20,), (20, 8, 1)])
+def test_an_embedding_that_is_no_matrix_is_a_misfit(small: Small, shape: tuple[int, ...]) -> None:
+    odd = llama_decoder(SMALL) | typed("", "BF16", {EMBED: shape})
+    with pytest.raises(MappingError, match=f"widths differ: {EMBED}"):
+        small(odd)
+    with pytest.raises(MappingError, match=f"widths differ: {EMBED}"):
+        small(donor=odd)
+    assert small(odd, odd).counts["copy"] == 0
 
 
 @pytest.mark.parametrize("side", ["base", "donor"])
