@@ -233,7 +233,7 @@ def _make_step(
         for part in _split_block(span, block, matches[block.role].runs, donor)
     ]
     reasons = dict.fromkeys(matches[block.role].reason for block in blocks)
-    kind = kind_of_role(blocks[0].role)
+    kind = step_kind(blocks[0].role)
     return Step(name, dtype or span.dtype, span.shape, kind, "; ".join(reasons), tuple(parts))
 
 
@@ -272,7 +272,7 @@ def _split_block(span: Span, block: Block, runs: Sequence[Run], donor: Side) -> 
         yield copy(position, block.last)
 
 
-def kind_of_role(role: str) -> str:
+def step_kind(role: str) -> str:
     """The group a role is shown under: embedding, head, attention, MLP or norm."""
     plain = role.partition("@")[0]
     first = re.sub(r"^layers\.\d+\.", "", plain).split(".")[0]

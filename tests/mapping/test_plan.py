@@ -30,7 +30,7 @@ from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import DTYPES, DType
 from lowmem_adamms.errors import FormatError, MappingError, RecipeError
 from lowmem_adamms.mapping.alphas import Alphas
-from lowmem_adamms.mapping.join import kind_of_role, make_plan
+from lowmem_adamms.mapping.join import make_plan, step_kind
 from lowmem_adamms.mapping.plan import Plan
 
 Put: TypeAlias = Callable[..., Checkpoint]
@@ -93,7 +93,7 @@ def small(put: Put) -> Callable[..., Plan]:
     ],
 )
 def test_kinds_of_roles(role: str, kind: str) -> None:
-    assert kind_of_role(role) == kind
+    assert step_kind(role) == kind
 
 
 # Tied heads; what counts as tied is in test_tied_head.py
