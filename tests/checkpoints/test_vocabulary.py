@@ -484,6 +484,12 @@ def test_random_damage_to_a_tokenizer_json_raises_nothing_else(
 # The join
 
 
+def test_the_empty_token_is_a_token(tmp_path: Path) -> None:
+    """Whose hash is 0 in Python, which stands for no token here."""
+    folder = put(tmp_path / "t", vocab={"": 0, "a": 1})
+    assert shared(folder, folder) == [(0, 0, 2)]
+
+
 def test_of_a_token_at_two_ids_each_row_stays_where_it_is(tmp_path: Path) -> None:
     """An added token may repeat a word of the vocabulary, at an id of its own."""
     twice = put(tmp_path / "t", tokenizer=fast({"a": 0, "b": 1}, {"a": 2, "<image>": 3}))

@@ -1,0 +1,167 @@
+"""The tiny CogVLM and mPLUG-Owl2 run on code of ours, which must be Llama while there is no image.
+
+What the search is tested with must itself be sound: only images use the weights for images, and a
+cache gives the logits of the whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talk
+import tiny
+import torch
+
+from lowmem_adamms.live.transformers_model import quiet
+from lowmem_adamms.prompts import Prompt
+
+REMOTE = ("cogvlm", "mplug_owl2")
+TEXT = "What color is the car?"
+
+
+def transformers() -> Any:
+    import transformers
+
+    return transformers
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model through its auto class, which must miss nothing and leave nothing over."""
+    with quiet():
+        model, report = transformers().AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=True, output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=REMOTE)
+def folder(request: pytest.FixtureRequest, talking: dict[str, Path]) -> Path:
+    return talking[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def encode(
+    folder: Path, model: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Makes the inputs of a question, with an image or without."""
+    image, *_ = talk.draw_images(tmp_path_factory.mktemp("pictures"))
+
+    def encode(*, with_image: bool) -> dict[str, Any]:
+        prompt = Prompt(TEXT, (image,) if with_image else (), "set:1")
+        return talk.inputs_of(model, talk.processor_of(folder), prompt)
+
+    return encode
+
+
+def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(**inputs).logits
+    return out
+
+
+def llama_of(folder: Path, model: Any) -> Any:
+    """Transformers' own Llama with the text weights of a CogVLM or mPLUG-Owl2."""
+    config = json.loads((folder / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    sizes = {name: config[name] for name in (*names, "num_attention_heads")}
+    llama = transformers().LlamaForCausalLM(
+        transformers().LlamaConfig(**sizes, rms_norm_eps=model.config.rms_norm_eps, pad_token_id=0)
+    )
+    spelled = {}
+    for name, tensor in tiny.load(folder).items():
+        parts = name.replace(".multiway.0", "").replace("mlp.language_mlp", "mlp")
+        if "language_expert_query_key_value" in parts:
+            for role, rows in zip("qkv", tensor.chunk(3), strict=True):
+                stem = parts.replace("language_expert_query_key_value", f"{role}_proj")
+                spelled[stem] = rows
+        else:
+            spelled[parts.replace("language_expert_dense", "o_proj")] = tensor
+    llama.load_state_dict({name: spelled[name].float() for name in llama.state_dict()})
+    return llama.eval()
+
+
+def test_without_an_image_it_is_llama(
+    folder: Path, model: Any, encode: Callable[..., dict[str, Any]]
+) -> None:
+    inputs = encode(with_image=False)
+    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = logits(llama_of(folder, model), known)
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+IMAGE_PARTS = {
+    "cogvlm": (
+        *("vision_expert_query_key_value", "vision_expert_dense", "vision_mlp"),
+        *("boi", "eoi", "linear_proj"),
+    ),
+    "mplug_owl2": (
+        *("k_proj.multiway.1", "v_proj.multiway.1", "input_layernorm.multiway.1"),
+        *("post_attention_layernorm.multiway.1", "query_embeds", "vit_eos"),
+        "crossattention.attention.key",
+    ),
+}
+
+
+def test_only_images_use_the_weights_for_images(
+    folder: Path, model: Any, encode: Callable[..., dict[str, Any]]
+) -> None:
+    with_image, without = encode(with_image=True), encode(with_image=False)
+    expected = logits(model, with_image), logits(model, without)
+    changed = load(folder)
+    for part in IMAGE_PARTS[folder.name]:
+        weights = {n: w.data.clone() for n, w in changed.named_parameters() if part in n}
+        assert weights, part
+        for name in weights:
+            changed.get_parameter(name).data.zero_()
+        assert not torch.allclose(logits(changed, with_image), expected[0], atol=1e-3), part
+        assert torch.equal(logits(changed, without), expected[1]), part
+        for name, weight in weights.items():
+            changed.get_parameter(name).data.copy_(weight)
+
+
+def test_cached_chunks_give_the_logits_of_the_whole(
+    model: Any, encode: Callable[..., dict[str, Any]]
+) -> None:
+    """A prompt, then three tokens at once after the cache, then again after cutting it back."""
+    prompt = encode(with_image=True)
+    start, more = prompt["input_ids"].shape[1], torch.tensor([[40, 41, 42]])
+    whole = {**prompt, "input_ids": torch.cat((prompt["input_ids"], more), dim=1)}
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if name in whole:
+            whole[name] = torch.cat((whole[name], torch.full_like(more, value)), dim=1)
+    expected = logits(model, model.prepare_inputs_for_generation(**whole, use_cache=False))
+    cache = transformers().DynamicCache(config=model.config)
+    first = model.prepare_inputs_for_generation(
+        **prompt, past_key_values=cache, is_first_iteration=True, use_cache=True
+    )
+    parts = [logits(model, first)]
+    for _ in range(2):
+        if (surplus := cache.get_seq_length() - start) > 0:
+            cache.crop(-surplus)
+        rest = model.prepare_inputs_for_generation(
+            **whole, past_key_values=cache, next_sequence_length=3, use_cache=True
+        )
+        assert rest["input_ids"].shape[1] == 3
+        assert rest["images"] is None
+        parts[1:] = [logits(model, rest)]
+    found = torch.cat(parts, dim=1)[:, start - 1 :]
+    torch.testing.assert_close(found, expected[:, start - 1 :], atol=1e-4, rtol=1e-4)
+
+
+def test_loaded_names_and_values_are_those_of_the_file(folder: Path) -> None:
+    """Also of mPLUG-Owl2's rotary frequencies, which stay in float32."""
+    stored, state = tiny.load(folder), load(folder, torch.bfloat16).state_dict()
+    assert stored.keys() == state.keys()
+    for name, tensor in stored.items():
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name])
