@@ -28,7 +28,7 @@ from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json
 from .mapping.plan import Plan
 from .merging import model_card, writer
-from .merging.journal import ANSWERS, NAME, PENDING, WORK, AnswerJournal, pending
+from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, find_pending
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
@@ -376,7 +376,7 @@ class Merge:
         """
         out = self.output.folder
         final, unfinished = out / ANSWERS, out / WORK / ANSWERS
-        if (out / WORK / NAME).is_file() and not (final.is_file() or unfinished.is_file()):
+        if (out / WORK / JOURNAL).is_file() and not (final.is_file() or unfinished.is_file()):
             raise OutputError(
                 f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or choose"
                 " another -o"
@@ -436,8 +436,10 @@ def prepare_merge(
     with ExitStack() as stack:
         upload = None
         if settings.push_to_hub is not None:
-            card = model_card.model_card(plan, 0.0, {})
-            upload = stack.enter_context(_upload(out, settings, card, complete=bool(pending(out))))
+            card = model_card.make_card(plan, 0.0, {})
+            upload = stack.enter_context(
+                _upload(out, settings, card, complete=bool(find_pending(out)))
+            )
         yield Merge(plan, settings, output, upload)
 
 

@@ -29,7 +29,7 @@ from ..mapping.alphas import Alpha, alpha_from_json, alpha_to_json
 
 WORK = ".partial"
 """Folder inside OUT that holds unfinished output; what is in OUT itself is complete."""
-NAME = ".journal.jsonl"
+JOURNAL = ".journal.jsonl"
 """A merge's journal in WORK. Hidden, as no sidecar of a model is."""
 ANSWERS = "answers.jsonl"
 """A search's journal; it ends beside the merged model, and scores again with `--answers`."""
@@ -118,7 +118,7 @@ class Journal(_Journal):
             f"{out} holds an unfinished merge of other inputs or options;"
             f" delete {out / WORK} or choose another -o"
         )
-        super().__init__(out / WORK / NAME, "merge", fingerprint, conflict)
+        super().__init__(out / WORK / JOURNAL, "merge", fingerprint, conflict)
 
     def note_durable(self, file: str, upto: int, quant_states: Mapping[str, bytes]) -> None:
         """Note that the first bytes of a file, and with them these quant states, are safe."""
@@ -202,8 +202,8 @@ def _read_fingerprint(path: Path, kind: str) -> str | None:
     return None if first.startswith(begun) or begun.startswith(first) else _FOREIGN
 
 
-def pending(out: Path) -> str | None:
+def find_pending(out: Path) -> str | None:
     """Fingerprint of the complete merge in `out` whose upload is not finished, if there is one."""
-    if (out / WORK / NAME).is_file() or not (out / PENDING).is_file():
+    if (out / WORK / JOURNAL).is_file() or not (out / PENDING).is_file():
         return None
     return _read_fingerprint(out / PENDING, "merge")

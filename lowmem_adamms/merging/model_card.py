@@ -30,7 +30,7 @@ _QUANTIZED_TO = {
 """By method: the Hub's tag, and how the card puts it."""
 
 
-def model_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
+def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
     """README.md of the merged model, with Hub front matter. recipe: what adamms.json will say."""
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
@@ -138,7 +138,7 @@ def _licence(base: Checkpoint) -> list[str]:
     return [line for line in lines if re.match(r"license(_name|_link)?: *\S", line)]
 
 
-def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def set_config_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A copy of a config.json that announces another dtype, at each level that announced one."""
     dtype_name = DTYPES[dtype].torch
 
@@ -152,7 +152,7 @@ def config_in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {"torch_dtype": dtype_name} | {key: change(key, config[key]) for key in config}
 
 
-def recipe(
+def make_recipe(
     plan: Plan, alpha: Alpha, kinship: Kinship, kernel: str, search: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it.
@@ -177,13 +177,13 @@ def recipe(
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
         "made_with": {"python": platform.python_version(), "kernel": kernel},
         "inputs": {
-            side: [input_digest(checkpoint, shard) for shard in checkpoint.shards]
+            side: [digest_input(checkpoint, shard) for shard in checkpoint.shards]
             for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
         },
     }
 
 
-def input_digest(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+def digest_input(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     """Size and a sampled digest of an input file, and its full sha256 where the Hub noted it.
 
     Of a repository's file only the sha256 that the Hub gives: it need not be here.

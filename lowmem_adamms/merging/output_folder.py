@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import OutputError
 from ..mapping.plan import Plan
 from ..values import format_size
-from .journal import ANSWERS, NAME, WORK, Journal, pending
+from .journal import ANSWERS, JOURNAL, WORK, Journal, find_pending
 from .shard_layout import ShardLayout
 
 INDEX = "model.safetensors.index.json"
@@ -28,9 +28,9 @@ def check_place(plan: Plan, out: Path) -> None:
     for side in (plan.base, plan.donor):
         if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
-    if nearest != out or (out / WORK / NAME).is_file():
+    if nearest != out or (out / WORK / JOURNAL).is_file():
         return
-    if pending(out):
+    if find_pending(out):
         raise OutputError(
             f"{out} is complete and waits for its upload; finish that with `push` or the command"
             " that began it, or choose another -o"
@@ -95,7 +95,7 @@ def publish(out: Path) -> None:
     """Move everything to its final name, the index last, then remove the work folder."""
     work = out / WORK
     everything = sorted(work.rglob("*"))
-    files = [path for path in everything if path.is_file() and path.name != NAME]
+    files = [path for path in everything if path.is_file() and path.name != JOURNAL]
     if (work / ANSWERS).is_file():  # a search does not fsync it as it grows
         _sync(work / ANSWERS)
     for path in sorted(files, key=lambda path: path.name == INDEX):
@@ -106,7 +106,7 @@ def publish(out: Path) -> None:
         _sync(folder)
     for folder in [path for path in reversed(everything) if path.is_dir()]:
         folder.rmdir()
-    (work / NAME).unlink()
+    (work / JOURNAL).unlink()
     work.rmdir()
     _sync(out)
 

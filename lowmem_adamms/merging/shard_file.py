@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from ..checkpoints.mapped_files import BLOCK, evict_range, flush_range
 from ..checkpoints.safetensors_header import parse_header
-from .shard_layout import ShardLayout, emit_header, positions
+from .shard_layout import ShardLayout, emit_header, place_entries
 
 if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
@@ -112,7 +112,7 @@ class ShardFile:
             for entry in self.layout.entries
         ]
         head = emit_header(entries, min_bytes=len(self.layout.header))
-        offsets, size = positions(entries, len(head))
+        offsets, size = place_entries(entries, len(head))
         parse_header(head[8:], size)
         _write_all(self._fd, memoryview(head), 0)
         for name, content in self.quant_states.items():

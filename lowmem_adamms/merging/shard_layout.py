@@ -99,7 +99,7 @@ def _shard_names(base_names: Sequence[str], *, keep: bool) -> Sequence[str]:
 def _lay_out_in_order(name: str, entries: Sequence[Entry]) -> ShardLayout:
     """Tensors one after the other, as they are written."""
     head = emit_header(entries)
-    offsets, size = positions(entries, len(head))
+    offsets, size = place_entries(entries, len(head))
     parse_header(head[8:], size)
     return ShardLayout(name, head, offsets, size, offsets, size, True, tuple(entries))
 
@@ -108,9 +108,9 @@ def _lay_out_aligned(name: str, entries: Sequence[Entry]) -> ShardLayout:
     """The widest dtypes first, so that every tensor is aligned, and quant states at the end."""
     by_width = sorted(entries, key=lambda entry: (entry.quant_state, -entry.dtype.bits))
     head = emit_header(by_width)
-    offsets, size = positions(by_width, len(head))
+    offsets, size = place_entries(by_width, len(head))
     streamed = [entry for entry in entries if not entry.quant_state]
-    starts, written = positions(streamed, len(head))
+    starts, written = place_entries(streamed, len(head))
     return ShardLayout(name, head, offsets, size, starts, written, False, tuple(by_width))
 
 
@@ -120,7 +120,7 @@ def emit_header(entries: Sequence[Entry], min_bytes: int = 0) -> bytes:
     return build_header(tensors, METADATA, min_bytes=min_bytes)
 
 
-def positions(entries: Sequence[Entry], position: int) -> tuple[dict[str, int], int]:
+def place_entries(entries: Sequence[Entry], position: int) -> tuple[dict[str, int], int]:
     """Where each tensor starts if the first does at `position`, and where the last ends."""
     offsets: dict[str, int] = {}
     for entry in entries:

@@ -25,8 +25,8 @@ from ..errors import FormatError, RecipeError
 from ..mapping.alphas import Alpha, alpha_from_json, alpha_of
 from ..mapping.join import make_plan
 from ..mapping.plan import Part, Plan, Step
-from .journal import NAME, WORK
-from .model_card import input_digest
+from .journal import JOURNAL, WORK
+from .model_card import digest_input
 from .output_folder import INDEX
 from .sources import remote_shards
 
@@ -67,7 +67,7 @@ def verify(out: str | Path, *, deep: bool = False, progress: Say | None = None) 
             or a row.
     """
     out = Path(out)
-    if (out / WORK / NAME).exists():
+    if (out / WORK / JOURNAL).exists():
         raise FormatError(f"{out}: an unfinished merge; run its command again to resume")
     checkpoint = open_checkpoint(out, allow_quantized=True)
     recipe = _read_recipe(out)
@@ -196,7 +196,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         if len(checkpoint.shards) != len(noted):
             raise FormatError(f"{checkpoint.path}: not the {side} that was merged (other shards)")
         for shard, before in zip(checkpoint.shards, noted, strict=True):
-            now = input_digest(checkpoint, shard)
+            now = digest_input(checkpoint, shard)
             common = [name for name in _DIGESTS if name in before and name in now]
             if not common or any(now[name] != before[name] for name in common):
                 raise FormatError(f"{shard}: not the file that was merged (its digest differs)")

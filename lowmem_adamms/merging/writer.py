@@ -22,7 +22,7 @@ from ..mapping.alphas import Alpha, Alphas, alpha_to_json, resolve
 from ..mapping.plan import Plan, Step
 from . import model_card, output_folder
 from .disk_sink import DiskSink
-from .journal import NAME, PENDING, WORK, Journal, pending
+from .journal import JOURNAL, PENDING, WORK, Journal, find_pending
 from .loop import Sink, run, spans_in_order
 from .output_folder import INDEX, write_file, write_json
 from .range_source import REMOTE_WINDOW, RangeSource
@@ -83,7 +83,7 @@ class Output:
 
         push: the folder may also hold a complete merge whose upload is not finished.
         """
-        if push and pending(self.folder):
+        if push and find_pending(self.folder):
             return
         output_folder.check_place(self.plan, self.folder)
         output_folder.check_space(self.shards, self.folder)
@@ -175,7 +175,7 @@ def write(
         unchecked = _write_shards(output, alpha, journal, kernel, upload, progress)
         for name, content in (extra_files or {}).items():
             write_file(output.work / name, content)
-        recipe = model_card.recipe(plan, alpha, kin, kernel_name, search or {})
+        recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {})
         if output.quantizer:
             recipe["quantized"] = output.quantizer.describe()
         if from_hub:
@@ -187,7 +187,7 @@ def write(
 
 def _only_upload_is_missing(out: Path, fingerprint: str) -> bool:
     """Whether `out` is this merge, complete; OutputError if another one waits for its upload."""
-    found = pending(out)
+    found = find_pending(out)
     if found not in (None, fingerprint):
         raise OutputError(
             f"{out} holds a merge of other inputs or options that waits for its upload; finish that"
@@ -231,7 +231,7 @@ def _write_shards(
                 return source.finish() if isinstance(source, RangeSource) else []
         except DigestError:  # what was made of bad bytes must not be resumed
             for path in output.work.iterdir():
-                if path.name == NAME or path.suffix == ".safetensors":
+                if path.name == JOURNAL or path.suffix == ".safetensors":
                     path.unlink()
             raise
 
@@ -273,12 +273,12 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, recipe: dict[s
         output_folder.copy_file(plan.base.path / relative, work / relative)
     config = plan.base.config
     if config and plan.options["dtype"]:
-        config = model_card.config_in_dtype(config, plan.options["dtype"])
+        config = model_card.set_config_dtype(config, plan.options["dtype"])
     if output.quantizer:
         config = output.quantizer.config(config)
     if config != plan.base.config:
         write_json(work / "config.json", config)
-    card = model_card.model_card(plan, alpha, recipe)
+    card = model_card.make_card(plan, alpha, recipe)
     write_file(work / "README.md", card.encode(errors="replace"))
     outputs = [
         {key: journal.done[shard.name][key] for key in ("file", "size", "blake3")}

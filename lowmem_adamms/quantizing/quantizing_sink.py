@@ -66,7 +66,6 @@ class QuantizingSink(AbstractContextManager["QuantizingSink"]):
             self._staged.append((step, offset, content))
             self.commit()
             return None
-        self._disk_used = 0
         return self._disk.copy(step, offset, content)
 
     def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:

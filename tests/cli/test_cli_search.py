@@ -29,7 +29,7 @@ from tiny import seen
 from lowmem_adamms import LiveModel, __version__, make_plan, merge, search
 from lowmem_adamms.live import transformers_model as loading
 from lowmem_adamms.live.processor import load_processor
-from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK, AnswerJournal
+from lowmem_adamms.merging.journal import ANSWERS, JOURNAL, WORK, AnswerJournal
 from lowmem_adamms.prompts import Prompt, load_prompts
 from lowmem_adamms.settings import (
     AnswerSettings,
@@ -401,7 +401,7 @@ def test_killed_three_times_it_asks_nothing_twice_and_writes_the_same(
     second = (out / WORK / ANSWERS).read_bytes()
     assert second.startswith(first)
     assert not list(out.glob("*"))[1:]  # nothing has its final name
-    assert (out / WORK / NAME).is_file()
+    assert (out / WORK / JOURNAL).is_file()
 
     forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")  # every answer is there
     kill_before("publish", 4, (*words, "-o", out))

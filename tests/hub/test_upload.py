@@ -542,7 +542,7 @@ def test_a_folder_that_no_model_could_be_named_after_is_no_base_model(
     name: str, hub: HubServer, pair: Pair, tmp_path: Path
 ) -> None:
     base = shutil.copytree(pair[0], tmp_path / name)
-    text = model_card.model_card(make_plan(base, pair[1]), 0.3, {})
+    text = model_card.make_card(make_plan(base, pair[1]), 0.3, {})
     assert vars(ModelCard(text).data)["base_model"] == ["donor"]
     check_card(text)
 

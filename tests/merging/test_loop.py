@@ -12,8 +12,11 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +33,7 @@ from tiny import Tensors, raw
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.transformers_model import quiet
@@ -240,8 +244,9 @@ class Memory:
             return True
         return False
 
-    def copy(self, step: Step, offset: int, content: Any) -> None:
+    def copy(self, step: Step, offset: int, content: Any) -> Future[None] | None:
         self.out[step.name][offset : offset + len(content)] = bytes(content)
+        return None
 
     def slot(self, step: Step, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
         self.open_slots += nbytes
@@ -375,6 +380,31 @@ def test_eviction_changes_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -
     base, donor = PAIRS["qwen2_vl-llava_ov"].made(make)
     found = in_memory(make_plan(base, donor), 0.3, evict=True)
     assert_same(found, oracle(base, donor, qwen_from_llava, 0.3))
+
+
+def test_what_a_sink_still_reads_is_not_released(make: Make) -> None:
+    events: list[str] = []
+
+    class SlowSink(Memory):
+        def copy(self, step: Step, offset: int, content: Any) -> Future[None]:
+            return writer.submit(self.write, step, offset, content)
+
+        def write(self, step: Step, offset: int, content: Any) -> None:
+            time.sleep(0.001)
+            super().copy(step, offset, content)
+            events.append("written")
+
+    class WatchedFiles(MappedFiles):
+        def release(self, span: Span, *, evict: bool) -> Callable[[], None]:
+            return partial(events.append, "released" if span.dtype.name == "U8" else "blended")
+
+    plan = make_plan(*PAIRS["qwen2_vl-llava_ov"].made(make))
+    with ThreadPoolExecutor(1) as writer, WatchedFiles() as source:
+        loop.run(plan, 0.3, SlowSink(), source=source)
+    copies = [event for event in events if event != "blended"]
+    assert copies.count("written") == copies.count("released") > 10
+    for end in range(len(copies)):
+        assert copies[:end].count("released") <= copies[:end].count("written")
 
 
 def test_inputs_are_not_touched(make: Make, tmp_path: Path) -> None:
@@ -517,7 +547,8 @@ base, donor, out = sys.argv[1:]
 assert main(["plan", base, donor]) == 0
 assert main([base, donor, "-o", out, "--alpha", "0.3"]) == 0
 assert main(["verify", out, "--deep"]) == 0
-print(sorted({"torch", "transformers", "safetensors"} & set(sys.modules)))
+unwanted = {"torch", "transformers", "safetensors", "pydantic", "jinja2"}
+print(sorted(unwanted & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", script, base, donor, tmp_path / "out"],

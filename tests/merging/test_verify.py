@@ -13,12 +13,13 @@ import random_pair
 import tiny
 import torch
 from blake3 import blake3
+from safetensors.torch import save_file
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.safetensors_header import build_header, read_header
 from lowmem_adamms.errors import FormatError
-from lowmem_adamms.merging.journal import NAME, WORK
+from lowmem_adamms.merging.journal import JOURNAL, WORK
 from lowmem_adamms.merging.verify import verify
 
 FIRST = "model-00001-of-00003.safetensors"
@@ -62,7 +63,8 @@ def fix_digests(out: Path) -> None:
 
     def change(recipe: Any) -> None:
         for item in recipe["outputs"]:
-            item["blake3"] = blake3((out / item["file"]).read_bytes()).hexdigest()
+            content = (out / item["file"]).read_bytes()
+            item.update(size=len(content), blake3=blake3(content).hexdigest())
 
     edit(out / "adamms.json", change)
 
@@ -149,7 +151,7 @@ def index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
 
 def unfinish(out: Path) -> None:
     (out / WORK).mkdir()
-    (out / WORK / NAME).write_text("{}\n")
+    (out / WORK / JOURNAL).write_text("{}\n")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,16 @@ def test_two_tensors_in_each_others_place_are_found(out: Path) -> None:
         path.write_bytes(whole)
     fix_digests(out)
     with pytest.raises(FormatError, match="differs from its recipe"):
+        verify(out, deep=True)
+
+
+def test_a_tensor_that_the_plan_does_not_have_is_found(made: Models, tmp_path: Path) -> None:
+    out = merge(make_plan(*made[:2]), 0.3, tmp_path / "out", max_shard_size=1 << 40)
+    tensors = tiny.load(out) | {"ghost": torch.zeros(1)}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    fix_digests(out)
+    verify(out)
+    with pytest.raises(FormatError, match="ghost is in only one of the output and its plan"):
         verify(out, deep=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -35,8 +36,9 @@ from lowmem_adamms.mapping.kinship import Kinship
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging import disk_sink as sink
 from lowmem_adamms.merging import loop, writer
-from lowmem_adamms.merging.journal import ANSWERS, NAME, WORK
+from lowmem_adamms.merging.journal import ANSWERS, JOURNAL, WORK
 from lowmem_adamms.merging.shard_file import ShardFile
+from lowmem_adamms.merging.shard_layout import lay_out_shards
 from lowmem_adamms.merging.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +184,11 @@ def test_adamms_json_holds_recipe_versions_and_digests(pair: Pair, merged: Path)
         assert {item["file"]: item["size"] for item in recipe["inputs"][side]} == {
             path.name: path.stat().st_size for path in folder.glob("*.safetensors")
         }
-        assert len({item["sample_sha256"] for item in recipe["inputs"][side]}) > 1
+        for item in recipe["inputs"][side]:
+            content = (folder / item["file"]).read_bytes()
+            starts = [(len(content) - 4096) * i // 63 for i in range(64)]
+            sample = str(len(content)).encode() + b"".join(content[i : i + 4096] for i in starts)
+            assert item["sample_sha256"] == hashlib.sha256(sample).hexdigest()
     assert {item["file"]: (item["size"], item["blake3"]) for item in recipe["outputs"]} == {
         path.name: (path.stat().st_size, blake3(path.read_bytes()).hexdigest())
         for path in merged.glob("*.safetensors")
@@ -223,6 +229,12 @@ def test_max_shard_size_regroups(pair: Pair, merged: Path, size: int, tmp_path: 
         assert set(index["weight_map"].values()) == set(expected)
     assert tensor_bytes(out) == tensor_bytes(merged)
     tiny.load_model(out)
+
+
+def test_a_shard_may_be_filled_to_its_last_byte(pair: Pair) -> None:
+    plan = make_plan(*pair)
+    first, *_ = lay_out_shards(plan, plan.steps[0].nbytes + plan.steps[1].nbytes)
+    assert list(first.offsets) == [step.name for step in plan.steps[:2]]
 
 
 def plain(folder: Path, out: Path) -> Path:
@@ -450,7 +462,7 @@ def test_a_resumed_merge_needs_space_for_what_is_missing_only(
     """Shards in the work folder hold their space already, as do those with a final name."""
     output = writer.prepare(make_plan(*pair), tmp_path / "out")
     output.work.mkdir(parents=True)
-    (output.work / NAME).touch()
+    (output.work / JOURNAL).touch()
     published, begun, missing = sorted(merged.glob("*.safetensors"))
     shutil.copy(published, output.folder)
     shutil.copy(begun, output.work)
@@ -518,7 +530,7 @@ def test_a_running_merge_is_left_alone(
 ) -> None:
     out = tmp_path / "out"
     break_off(pair, out, 50, monkeypatch)
-    with (out / WORK / NAME).open("rb") as running:
+    with (out / WORK / JOURNAL).open("rb") as running:
         fcntl.flock(running, fcntl.LOCK_EX)
         assert_refused(pair, out, "another run is writing there now")
     assert seen(merge(make_plan(*pair), 0.3, out)) == whole
@@ -567,7 +579,7 @@ def test_what_was_lost_meanwhile_is_made_again(
 ) -> None:
     out = tmp_path / "out"
     break_off(pair, out, 100, monkeypatch)
-    journal = out / WORK / NAME
+    journal = out / WORK / JOURNAL
     if victim == "journal's tail":
         journal.write_bytes(journal.read_bytes()[:-7])
     else:
@@ -584,7 +596,7 @@ def test_a_merge_killed_before_its_first_line_is_begun_again(
     """The kill may fall between the making of the work folder and its journal's first line."""
     (tmp_path / "out" / WORK).mkdir(parents=True)
     if content is not None:
-        (tmp_path / "out" / WORK / NAME).write_bytes(content)
+        (tmp_path / "out" / WORK / JOURNAL).write_bytes(content)
     assert seen(merge(make_plan(*pair), 0.3, tmp_path / "out")) == whole
 
 
