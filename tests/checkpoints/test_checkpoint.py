@@ -205,7 +205,7 @@ def test_a_dangling_link_in_the_hub_cache_is_a_missing_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("spoken", "name"),
+    ("loaded_from", "name"),
     [
         ("Qwen/folder", "Qwen/folder"),
         ("Qwen/Qwen2.5-7B-Instruct", "folder"),  # of a fine-tune: what it was made from
@@ -217,9 +217,9 @@ def test_a_dangling_link_in_the_hub_cache_is_a_missing_file(tmp_path: Path) -> N
         ("", "folder"),
     ],
 )
-def test_name_from_the_config(tmp_path: Path, spoken: object, name: str) -> None:
+def test_name_from_the_config(tmp_path: Path, loaded_from: object, name: str) -> None:
     put(tmp_path / "folder", {"model.safetensors": {"a": A}})
-    write_json(tmp_path / "folder" / "config.json", {"_name_or_path": spoken})
+    write_json(tmp_path / "folder" / "config.json", {"_name_or_path": loaded_from})
     assert open_checkpoint(tmp_path / "folder").name == name
 
 

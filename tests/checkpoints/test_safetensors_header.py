@@ -228,6 +228,7 @@ def test_headers_that_safetensors_refuses_are_refused(raw: bytes) -> None:
         ("[0, 3]", "[-0, 0]", False),
         ("[0, 9223372036854775808, 4]", "[0, 0]", True),
         ("[9223372036854775808, 4, 0]", "[0, 0]", False),
+        ("[4294967296, 4294967296, 0]", "[0, 0]", False),
         ("[18446744073709551615, 0]", "[0, 0]", True),
         ("[18446744073709551616, 0]", "[0, 0]", False),
         ("[0, 18446744073709551616]", "[0, 0]", False),
@@ -270,9 +271,10 @@ def test_shorter_than_its_length_field(tmp_path: Path, size: int) -> None:
     assert re.search(f"{size} bytes is too short", refused(tmp_path, bytes(size)))
 
 
-def test_header_longer_than_the_file(tmp_path: Path) -> None:
-    message = refused(tmp_path, (1000).to_bytes(8, "little") + b"{}")
-    assert "1000 bytes long, the file has 10" in message
+@pytest.mark.parametrize("length", [3, 1000])
+def test_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
+    message = refused(tmp_path, length.to_bytes(8, "little") + b"{}")
+    assert f"{length} bytes long, the file has 10" in message
 
 
 @pytest.mark.parametrize("length", [100_000_001, 2**64 - 1])

@@ -1,10 +1,13 @@
-"""The declarations: every architecture we know, as data. A new family is one more entry.
+"""Every architecture we know, as data. A new family is one more entry.
 
 Each entry tells how its checkpoints are spelled on the Hub and by transformers' save_pretrained
-(`arch.Arch` explains the fields), with the source of its names beside it. They stand under the
-language model they descend from: `llama.py` (with Mistral and SmolLM2), `qwen.py`, `others.py`
-(InternLM2, Phi-3, Gemma, OLMo 2); `spelling.py` has what they share. `shared_ids` come from the
-tokenizers of the ancestors: how many leading ids no descendant has reassigned.
+(`layout.Arch` explains the fields), with the source of its names beside it. `shared_ids` come from
+the tokenizers of the ancestors: how many leading ids no descendant has reassigned.
+
+    spelling  what several declarations share
+    llama     Llama, Mistral and SmolLM2, and what descends from them
+    qwen      Qwen, Qwen2, Qwen2.5 and Qwen3, likewise
+    others    InternLM2, Phi-3, Gemma and OLMo 2, likewise
 """
 
 from __future__ import annotations
