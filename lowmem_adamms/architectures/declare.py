@@ -191,4 +191,4 @@ def _format_value(value: Any) -> str:
 
 def _quote(text: str) -> str:
     """A TOML string: as in JSON, whose escapes TOML has as well."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(text, ensure_ascii=False)
