@@ -38,21 +38,13 @@ class LayerRun:
 
 @dataclass(frozen=True, slots=True)
 class Ancestry:
-    """Whether the two decoders descend from one, and why that is said.
-
-    Attributes:
-        word: The verdict.
-        is_shared: None where only some layers do, or nothing can be told.
-        reason: What the verdict rests on.
-        lowest: The least alike layer of A (or `embed`, `head`), and its cosine.
-        runs: The layers that are alike, if some have another number than their counterpart.
-    """
+    """Whether the two decoders descend from one, and why that is said."""
 
     word: Word
-    is_shared: bool | None
+    is_shared: bool | None  # None if only some layers are alike, or nothing can be told
     reason: str
-    lowest: tuple[str, float] | None = None
-    runs: tuple[LayerRun, ...] = ()
+    lowest: tuple[str, float] | None = None  # the least alike group, and its cosine
+    runs: tuple[LayerRun, ...] = ()  # of layers, if some have another number on the other side
 
     def to_json(self) -> dict[str, Any]:
         """The key `verdict` of `compare --json`."""
@@ -69,28 +61,21 @@ class Ancestry:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two checkpoints and how they relate.
-
-    Attributes:
-        pairing: What was compared.
-        sample: How many elements of each pair were read at most.
-        similarities: One for each pair.
-        ancestry: The verdict.
-    """
+    """Two checkpoints and how they relate. Distances are relative to A."""
 
     pairing: Pairing
-    sample: int
-    similarities: tuple[Similarity, ...]
+    sample: int  # elements read of each pair, at most
+    similarities: tuple[Similarity, ...]  # one for each pair
     ancestry: Ancestry
 
     @property
     def a(self) -> CheckpointSummary:
-        """The side that distances are relative to."""
+        """The first side."""
         return self.pairing.a
 
     @property
     def b(self) -> CheckpointSummary:
-        """The other side."""
+        """The second side."""
         return self.pairing.b
 
     @property

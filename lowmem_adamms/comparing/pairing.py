@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,21 +47,13 @@ class SpanPair:
 
 @dataclass(frozen=True, slots=True)
 class RolePair:
-    """One role that both sides have.
+    """One role that both sides have, or one tensor outside the decoder."""
 
-    Attributes:
-        role: Or the name of a tensor outside the decoder.
-        group: Its layer (`layers.3`), or `embed`, `norm`, `head`; outside the decoder what it is.
-        kind: One of LAYER_KINDS, or the group again.
-        pieces: Its spans.
-        by_name: Whether it is outside the decoder.
-    """
-
-    role: str
-    group: str
-    kind: str
+    role: str  # or the tensor's name
+    group: str  # its layer (`layers.3`), or `embed`, `norm`, `head`, or such as `vision tower`
+    kind: str  # one of LAYER_KINDS, or the group again
     pieces: tuple[SpanPair, ...]
-    by_name: bool = False
+    by_name: bool = False  # outside the decoder
 
     @property
     def elements(self) -> int:
@@ -99,50 +91,29 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """One side of a comparison.
-
-    Attributes:
-        name: Of the checkpoint.
-        path: Where it lies, or its name on the Hub.
-        arch: Name of its declaration.
-        whole: All of it.
-        mapped: What was paired by role.
-        by_name: What was paired by name.
-        unpaired: The rest.
-        traits: Dimensions of its decoder, in words.
-        layers: The spans of each layer's matrices, by role without the layer's number.
-    """
+    """One side of a comparison."""
 
     name: str
-    path: str
+    path: str  # or its name on the Hub
     arch: str
     whole: TensorTotals
-    mapped: TensorTotals
-    by_name: TensorTotals
+    mapped: TensorTotals  # paired by role
+    by_name: TensorTotals  # paired by name
     unpaired: tuple[Unpaired, ...]
-    traits: Mapping[str, str]
-    layers: Mapping[int, Mapping[str, tuple[Span, ...]]]
+    traits: Mapping[str, str]  # dimensions of its decoder, in words
+    layers: Mapping[int, Mapping[str, tuple[Span, ...]]]  # matrices by role in the layer
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two checkpoints with their tensors paired.
-
-    Attributes:
-        a: The side that distances are relative to.
-        b: The other side.
-        pairs: What both have.
-        obstacles: What a merge of the two would be refused for.
-        notes: Those of the plan from A to B.
-        remote: The files that are on the Hub only.
-    """
+    """Two checkpoints with their tensors paired."""
 
     a: CheckpointSummary
     b: CheckpointSummary
     pairs: tuple[RolePair, ...]
-    obstacles: tuple[str, ...]
+    obstacles: tuple[str, ...]  # what a merge of the two would be refused for
     notes: tuple[str, ...]
-    remote: Mapping[Path, RemoteFile] = field(default_factory=dict)
+    remote: Mapping[Path, RemoteFile]  # files that are on the Hub only
 
 
 def pair_checkpoints(

@@ -24,31 +24,18 @@ SAMPLE_ELEMENTS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """Sums over elements of A and B that stand at the same place.
-
-    Attributes:
-        elements: How many there are.
-        read: How many of these were read.
-        finite: How many are finite on both sides.
-        equal: How many have equal bits, or equal values where the dtypes differ.
-        nonfinite_a: How many of A are NaN or infinite.
-        nonfinite_b: The same of B.
-        ab: Sum of A * B over the finite ones; likewise `aa` and `bb`.
-        aa: Sum of A * A.
-        bb: Sum of B * B.
-        dd: Sum of (A - B) squared.
-    """
+    """Counts and sums over elements of A and B that stand at the same place."""
 
     elements: int = 0
-    read: int = 0
-    finite: int = 0
-    equal: int = 0
-    nonfinite_a: int = 0
+    read: int = 0  # of the elements; the counts below are of those that were read
+    finite: int = 0  # on both sides; the sums below are over these
+    equal: int = 0  # in bits, or in value where the dtypes differ
+    nonfinite_a: int = 0  # NaN or infinite
     nonfinite_b: int = 0
-    ab: float = 0.0
-    aa: float = 0.0
-    bb: float = 0.0
-    dd: float = 0.0
+    ab: float = 0.0  # A * B
+    aa: float = 0.0  # A * A
+    bb: float = 0.0  # B * B
+    dd: float = 0.0  # (A - B) squared
 
     def __add__(self, other: Similarity) -> Similarity:
         names = (field.name for field in fields(self))

@@ -61,10 +61,12 @@ class PromptAnswers:
     @property
     def answers(self) -> list[tuple[AnswerRun, Excerpt]]:
         """Each run with its answer, cut so that it shows where it departs from its neighbour's."""
-        neighbours = (*self.runs[1:2], *self.runs) if self.changes else self.runs
+        if not self.changes:
+            return [(run, make_excerpt(run.answer, ANSWER_LIMIT)) for run in self.runs]
+        neighbours = (self.runs[1], *self.runs[:-1])
         return [
             (run, make_excerpt(run.answer, ANSWER_LIMIT, _common_length(run.answer, other.answer)))
-            for run, other in zip(self.runs, neighbours, strict=False)
+            for run, other in zip(self.runs, neighbours, strict=True)
         ]
 
     @property

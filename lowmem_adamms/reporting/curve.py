@@ -20,19 +20,14 @@ TIGHT_GAP = 60  # with less room than this, narrow screens leave the number out
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """The difference between the answers at two alphas.
-
-    Attributes:
-        refines: It lies inside the bar of two alphas further apart.
-        is_refined: The bar of two closer alphas lies inside it.
-    """
+    """The difference between the answers at two alphas."""
 
     left: float
     right: float
     top: float
     number: str
-    refines: bool
-    is_refined: bool
+    refines: bool  # it lies inside the bar of two alphas further apart
+    is_refined: bool  # the bar of two closer alphas lies inside it
 
     @property
     def inset(self) -> float:

@@ -33,21 +33,17 @@ def _is_hidden(character: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """A text cut for a table.
-
-    Attributes:
-        short: What is shown at once.
-        full: What one click more shows; empty if `short` is all.
-        omitted: Characters that `full` leaves out.
-    """
+    """A text cut for a table: what is shown at once, and what one click more shows."""
 
     short: str
-    full: str = ""
-    omitted: int = 0
+    full: str = ""  # empty if `short` is all
+    omitted: int = 0  # characters that `full` leaves out
 
 
 def make_excerpt(text: str, limit: int, focus: int = 0) -> Excerpt:
     """Cut a text to about `limit` characters; `focus` is a position that must be among them."""
+    if not text.strip():
+        return Excerpt(text[:1])
     if len(text) <= limit and text.count("\n") < SHORT_LINES:
         return Excerpt(text)
     return Excerpt(

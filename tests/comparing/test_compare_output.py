@@ -199,12 +199,6 @@ def test_the_command_prints_and_writes(
     assert document["groups"]["layers.1"]["kinds"]["q"]["identical"] is True
 
 
-def test_strangers_are_no_error(tiny_models: Models, tmp_path: Path, capsys: Capture) -> None:
-    other = tiny.make("llava", tmp_path / "other", ancestor=tiny.ancestor("llama", seed=7))
-    assert run("compare", tiny_models["llama"], other) == 0
-    assert "unrelated: cosine is" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -216,23 +216,6 @@ def test_zeros_have_no_direction_but_zeros_are_equal(tiny_models: Models, tmp_pa
 # Spellings
 
 
-def test_fused_rows_are_told_apart(tiny_models: Models, tmp_path: Path) -> None:
-    """CogVLM's q, k and v lie in one tensor; only the middle third is changed."""
-    tensors = tiny.load(tiny_models["cogvlm"])
-    name = "model.layers.1.self_attn.language_expert_query_key_value.weight"
-    other = tensors[name].clone()
-    rows = other.shape[0] // 3
-    other[rows : 2 * rows] *= -1
-    b = rewritten(tiny_models["cogvlm"], tmp_path / "b", tensors | {name: other})
-    cells = sampled(tiny_models["cogvlm"], b).cells
-    assert [cell for cell, s in cells.items() if not s.is_identical] == [("layers.1", "k")]
-    assert found(cells["layers.1", "k"]) == about((-1.0, 2.0))
-    llava = tiny_models["llava"]
-    split = next(n for n in tiny.load(llava) if "language_model" in n and "1.self_attn.k_p" in n)
-    expected = plain([other[rows : 2 * rows]], [tiny.load(llava)[split]])
-    assert found(sampled(b, llava).cells["layers.1", "k"]) == about(expected)
-
-
 @pytest.mark.parametrize("line", SPELLERS)
 def test_no_spelling_hides_what_differs(line: str, tmp_path: Path) -> None:
     """The line's first family against each other one, both ways: only k of layer 0 is changed."""
@@ -314,11 +297,6 @@ def test_what_is_outside_the_decoder_is_paired_by_name(tiny_models: Models, tmp_
     assert whole.tensors == mapped.tensors + named.tensors
 
 
-def test_pickled_checkpoints_are_compared_too(tiny_models: Models, tmp_path: Path) -> None:
-    pickled = tiny.to_bin(tiny_models["mplug_owl2"], tmp_path / "bin")
-    assert sampled(tiny_models["mplug_owl2"], pickled).ancestry.word == "identical"
-
-
 # Verdicts
 
 
@@ -358,20 +336,6 @@ def test_strangers_are_a_result(tiny_models: Models, tmp_path: Path) -> None:
         )
         assert result.cells["layers.0", "q"].distance == pytest.approx(math.sqrt(2), abs=0.1)
         assert any("not alike" in obstacle for obstacle in result.obstacles)
-
-
-def test_one_foreign_layer_is_named(tiny_models: Models, tmp_path: Path) -> None:
-    stranger = tiny.ancestor("llama", seed=7)
-
-    def swap(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        short = name.removeprefix("model.")
-        return stranger[short].to(tensor.dtype) if short.startswith("layers.1.") else None
-
-    b = altered(tiny_models["llama"], tmp_path / "half", swap)
-    ancestry = sampled(tiny_models["llama"], b).ancestry
-    assert (ancestry.word, ancestry.is_shared) == ("related in part", None)
-    assert "layers.1" in ancestry.reason
-    assert ancestry.lowest is not None and ancestry.lowest[0] == "layers.1"
 
 
 def test_layers_at_other_numbers_are_found(tmp_path: Path) -> None:

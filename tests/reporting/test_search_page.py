@@ -344,6 +344,13 @@ def test_long_answers_are_shortened_around_the_difference_and_kept_whole() -> No
     assert len(short) == 2
     assert "word150" in short[0] and "changed" in short[1]
     assert all(len(text) < 200 for text in short)
+    steady = page_of(result_of([long] * 4), ["p"])
+    assert [text[:11] for text in steady.texts if text.endswith("…")] == ["word0 word1"]
+
+
+def test_blank_answers_are_told_from_no_answers() -> None:
+    page = page_of(result_of(["", "x", "x", "x"], [" " * 1000, "x", "x", "x"]), ["p", "q"])
+    assert page.texts.count("(empty)") == page.texts.count("(white space)") == 1
 
 
 def test_prompts_may_be_missing_and_a_name_that_is_the_text_is_shown_once() -> None:
