@@ -131,13 +131,9 @@ class Chart:
         ]
 
     def _list_differences(self) -> dict[tuple[float, float], float]:
-        alphas = [None, *self.view.alphas, None]
         differences: dict[tuple[float, float], float] = {}
         for candidate in self.view.result.rounds:
             previous, following = candidate.neighbours
-            if previous is None and following is None:  # of a grid that was not refined
-                position = alphas.index(candidate.alpha)
-                previous, following = alphas[position - 1], alphas[position + 1]
             if previous is not None and candidate.diff_previous is not None:
                 differences[previous, candidate.alpha] = candidate.diff_previous
             if following is not None and candidate.diff_next is not None:

@@ -167,6 +167,11 @@ def test_a_lower_score_of_degenerate_answers_is_explained() -> None:
     assert "\N{MULTIPLICATION SIGN} 20" in page.text
 
 
+def test_where_most_answers_are_degenerate_every_point_is_marked() -> None:
+    answers = [["", "", "", ""]] * 6 + [["a", "b", "c", "d"]] * 4
+    assert len(page_of(result_of(*answers)).of_class("circle", "degenerate")) == 2
+
+
 def test_an_alpha_without_a_score_is_said_to_have_none() -> None:
     result = result_of(*[["a", "", "", ""] for _ in range(12)])
     assert result.alpha == 0.0
@@ -272,6 +277,7 @@ def test_what_a_refinement_scored_anew_is_drawn_as_it_was_and_as_it_is() -> None
     assert len({a["cx"] for a in points}) == 5
     assert len(page.of_class("tr", "chosen")) == 1
     assert "before a refinement scored it anew" in page.text
+    assert "the lowest of 3 in refinement 1" in page.text
 
 
 def test_a_fine_grid_names_only_alphas_that_do_not_collide() -> None:
@@ -282,6 +288,10 @@ def test_a_fine_grid_names_only_alphas_that_do_not_collide() -> None:
     ticks = sorted(float(a["x"]) for a in page.of_class("text", "tick"))
     assert len(ticks) > 4
     assert all(b - a >= 50 for a, b in pairwise(ticks))
+    (band,) = page.of_class("rect", "band")
+    points = page.of_class("circle", "point")
+    left, right = float(band["x"]), float(band["x"]) + float(band["width"])
+    assert sum(left <= float(point["cx"]) <= right for point in points) == 1
 
 
 # Answers
@@ -328,6 +338,15 @@ def test_equal_answers_share_a_cell_and_the_chosen_alphas_is_marked() -> None:
     assert page.text.index("How many?") < page.text.index("What is it?") < page.text.index("Open?")
 
 
+def test_prompts_that_change_most_come_first() -> None:
+    """By runs of equal answers, then by different answers, then in their order."""
+    rows = [["a", "a", "b", "b"], ["a", "b", "a", "b"], ["a", "b", "c", "d"], ["a", "b", "b", "b"]]
+    text = page_of(result_of(*rows), ["two", "back and forth", "most", "two again"]).text
+    asked = ["most", "back and forth", "two p.jsonl", "two again"]
+    places = [text.rindex(prompt) for prompt in asked]
+    assert places == sorted(places)
+
+
 def test_without_changes_the_page_says_so() -> None:
     page = page_of(result_of(["a"] * 4, ["b"] * 4), ["p", "q"])
     assert "No answer changes over the grid." in page.text
@@ -344,6 +363,8 @@ def test_long_answers_are_shortened_around_the_difference_and_kept_whole() -> No
     assert len(short) == 2
     assert "word150" in short[0] and "changed" in short[1]
     assert all(len(text) < 200 for text in short)
+    early = page_of(result_of([long, long, *[long.replace("word5 ", "x ")] * 2]), ["p"])
+    assert all(text.startswith("word0 ") for text in early.texts if text.endswith("…"))
     steady = page_of(result_of([long] * 4), ["p"])
     assert [text[:11] for text in steady.texts if text.endswith("…")] == ["word0 word1"]
 

@@ -99,21 +99,19 @@ def test_progress_is_always_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = SearchProgress(alphas=3, prompts=4)
     assert drawn(progress)[-1].split() == ["loading", "the", "model:", "0/4", "prompts"]
     progress.asked(0.0)
-    for _ in range(4):
+    progress.answered(0.0, 0)  # known from an earlier run: tells nothing of the time to come
+    for _ in range(3):
         progress.answered(0.0, 6)
     progress.candidates(0.0, [Candidate(0.0, None, None, None, 0)])
     progress.asked(0.1)
-    progress.answered(0.1, 6)
+    progress.answered(0.1, 12)
     now = 110.0
     lines = drawn(progress)
     assert cells(lines)[1][0] == "0"
-    # Five answers of six tokens in ten seconds, seven more to come
-    assert lines[-1].rstrip() == "alpha 0.1: 1/4 prompts  3.0 tokens/s  14 s left"
-
-
-def test_progress_grows_with_a_refined_grid() -> None:
-    progress = SearchProgress(alphas=3, prompts=1)
-    for alpha in (0.0, 0.2, 0.4, 0.1, 0.3):
+    # Four answers of thirty tokens in ten seconds, seven more to come
+    assert lines[-1].rstrip() == "alpha 0.1: 1/4 prompts  3.0 tokens/s  18 s left"
+    for alpha in (0.2, 0.3):  # one more than was expected
         progress.asked(alpha)
-        progress.answered(alpha, 2)
-    assert drawn(progress)[-1].rstrip().endswith("0 s left")
+        for _ in range(4):
+            progress.answered(alpha, 6)
+    assert drawn(progress)[-1].rstrip().endswith("  2 s left")
