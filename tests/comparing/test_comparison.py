@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,12 @@ def test_equal_means_the_same_bits_or_of_two_dtypes_the_same_value(
     bits = [np.array(s, reference.STORAGE[d]) for s, d in zip((a, b), dtypes, strict=True)]
     similarity = compare_bits(bits[0], bits[1], dtypes)
     assert (similarity.equal, similarity.finite, similarity.read) == (equal, finite, len(a))
+
+
+def test_a_cosine_stays_within_its_bounds() -> None:
+    """Whatever the rounding of sums."""
+    assert Similarity(finite=1, ab=1 + 1e-15, aa=1.0, bb=1.0, dd=1e-30).cosine == 1
+    assert Similarity(finite=1, ab=-1 - 1e-15, aa=1.0, bb=1.0, dd=4.0).cosine == -1
 
 
 def test_equal_tensors_are_called_identical(tiny_models: Models, tmp_path: Path) -> None:
@@ -361,6 +368,19 @@ def test_layers_at_other_numbers_are_found(tmp_path: Path) -> None:
     assert any("layer counts differ" in obstacle for obstacle in back.obstacles)
 
 
+def test_rotated_layers_are_two_runs_and_no_reason_to_merge(tmp_path: Path) -> None:
+    ancestor = tiny.ancestor("llama", layers=4)
+    rotated = {
+        re.sub(r"(?<=layers\.)\d", lambda old: str((int(old[0]) + 1) % 4), name): tensor
+        for name, tensor in ancestor.items()
+    }
+    a = tiny.make("llama", tmp_path / "a", ancestor=ancestor)
+    result = sampled(a, tiny.make("llama", tmp_path / "b", ancestor=rotated), 4096)
+    assert result.ancestry.runs == (LayerRun(0, 1, 3), LayerRun(3, 0, 1))
+    assert result.ancestry.word == "same ancestor"
+    assert result.obstacles == ("the language weights are not alike layer by layer",)
+
+
 def test_layers_cut_off_the_end_leave_the_rest_alike(tmp_path: Path) -> None:
     deep = tiny.ancestor("llama", layers=4)
     short = {name: t for name, t in deep.items() if not name.startswith(("layers.2", "layers.3"))}
@@ -370,6 +390,11 @@ def test_layers_cut_off_the_end_leave_the_rest_alike(tmp_path: Path) -> None:
     assert (result.ancestry.word, result.ancestry.runs) == ("same ancestor", ())
     assert result.layers == [0, 1, 2, 3]
     assert ("layers.3", "q") not in result.cells
+    layers = {name: t for name, t in tiny.load(a).items() if not re.search(r"layers\.[23]", name)}
+    config = json.loads((a / "config.json").read_text()) | {"num_hidden_layers": 2}
+    b = rewritten(a, tmp_path / "first", layers)
+    (b / "config.json").write_text(json.dumps(config))
+    assert sampled(a, b).ancestry.word == "same ancestor"  # equal, but A has more
 
 
 def test_other_widths_say_what_differs(true_size: dict[str, Checkpoint]) -> None:

@@ -363,7 +363,7 @@ def test_long_answers_are_shortened_around_the_difference_and_kept_whole() -> No
     assert len(short) == 2
     assert "word150" in short[0] and "changed" in short[1]
     assert all(len(text) < 200 for text in short)
-    early = page_of(result_of([long, long, *[long.replace("word5 ", "x ")] * 2]), ["p"])
+    early = page_of(result_of([long, long, *[long.replace("word15 ", "x ")] * 2]), ["p"])
     assert all(text.startswith("word0 ") for text in early.texts if text.endswith("…"))
     steady = page_of(result_of([long] * 4), ["p"])
     assert [text[:11] for text in steady.texts if text.endswith("…")] == ["word0 word1"]
