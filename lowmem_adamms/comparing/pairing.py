@@ -331,14 +331,11 @@ def _describe_traits(plan: Plan) -> dict[str, str]:
 
 
 def _list_layers(plan: Plan) -> dict[int, dict[str, tuple[Span, ...]]]:
-    """The spans of each layer's matrices by role, to look for a layer at any number.
-
-    Streams other than the text's are left out.
-    """
+    """The spans of each layer's matrices by role, to look for a layer at any number."""
     layers: dict[int, dict[str, tuple[Span, ...]]] = {}
     for _, part in plan.parts:
         layer = _LAYER.fullmatch((part.role or "").removesuffix("@text"))
-        if layer and "@" not in layer[2] and len(part.base.shape) > 1:
+        if layer and len(part.base.shape) > 1:
             roles = layers.setdefault(int(layer[1]), {})
             roles[layer[2]] = (*roles.get(layer[2], ()), part.base)
     return layers

@@ -109,6 +109,8 @@ def test_colour_changes_no_sign_and_plain_terminals_get_digits(graded: Compariso
 def test_where_room_is_short_a_sign_stands_for_the_furthest(graded: Comparison) -> None:
     many = [Similarity(1, 1, 1, 0, 0, 0, 1.0, 1.0, 1.0, d * d) for d in (0.0005, 0.2, 0.002, 0.0)]
     assert _strip([*many, None], 2, "1234567").plain == "62 "
+    equal = Similarity(1, 1, 1, 1, 0, 0, 1.0, 1.0, 1.0, 0.0)
+    assert _strip([many[0], equal, equal], 2, "1234567").plain == "1="
     narrow = printed(graded, width=72)
     assert max(map(len, narrow[narrow.index("┏") :].split("\n= equal")[0].splitlines())) <= 72
 
@@ -159,6 +161,7 @@ def test_every_cell_of_the_heat_says_what_it_is(graded: Comparison) -> None:
     assert re.search(r"layer 4, gate: distance (19|20|21) %, cosine 0\.98", text)
     for name, count in (("hx", 7), ("h5", 7), ("h0", 7)):
         assert len(page.of_class("rect", name)) == len(page.of_class("td", name)) == count
+    assert {cell for a, cell in page.cells if a.get("class") == "eq"} == {"="}
 
 
 def test_the_page_lists_pairs_and_what_either_has_alone(tiny_models: Models) -> None:

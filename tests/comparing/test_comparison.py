@@ -302,6 +302,8 @@ def test_what_is_outside_the_decoder_is_paired_by_name(tiny_models: Models, tmp_
     whole, mapped, named = result.a.whole, result.a.mapped, result.a.by_name
     assert whole.elements == mapped.elements + named.elements
     assert whole.tensors == mapped.tensors + named.tensors
+    with_buffers = sampled(tiny_models["mplug_owl2"], tiny_models["mplug_owl2"])
+    assert "rotary buffer" not in with_buffers.by_name
 
 
 # Verdicts
