@@ -66,6 +66,7 @@ def printed(
         file=io.StringIO(),
         width=width,
         highlight=False,
+        markup=False,
         force_terminal=colour,
         color_system="256" if colour else None,
     )

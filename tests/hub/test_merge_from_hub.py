@@ -146,6 +146,9 @@ def test_two_models_on_the_hub_are_compared_without_being_stored(
     sample = kinship.RUN_ELEMENTS
     remote, local = (compare(p, sample=sample) for p in (there, pair_checkpoints(*pair)))
     assert (remote.similarities, remote.ancestry) == (local.similarities, local.ancestry)
+    server.seen.clear()
+    compare(there, sample=4 * sample)  # one request for each stretch, not four
+    assert 0 < len(server.seen) <= 2 * sum(len(pair.pieces) for pair in there.pairs)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
