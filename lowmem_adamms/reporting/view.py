@@ -223,12 +223,8 @@ class TimingRow:
 def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[TimingRow]:
     """A row for each alpha, and the total."""
     rows = [
-        TimingRow(
-            view.format_alpha(timing.alpha),
-            [timing],
-            "chosen" if timing.alpha == view.result.alpha else "",
-        )
-        for timing in timings
+        TimingRow(view.format_alpha(t.alpha), [t], "chosen" if t.alpha == view.result.alpha else "")
+        for t in timings
     ]
     return [*rows, TimingRow("total", timings, "total")]
 
