@@ -14,7 +14,6 @@ from ..values import format_size
 
 if TYPE_CHECKING:
     from ..architectures.layout import Arch
-    from ..mapping.alphas import Alpha
     from ..mapping.plan import Plan, Step
     from ..searching.search import Candidate, Result
 
@@ -123,18 +122,18 @@ class SearchProgress:
         """Expect so many alphas (more are counted as they come) and prompts at each."""
         self._alphas, self._prompts = alphas, prompts
         self._candidates: Sequence[Candidate] = ()
-        self._alpha: Alpha | None = None
+        self._alpha: float | None = None
         self._alphas_asked = 0
         self._answers_here = self._answers = self._answers_generated = self._tokens = 0
         self._start = time.perf_counter()
 
-    def asked(self, alpha: Alpha) -> None:
+    def asked(self, alpha: float) -> None:
         """Tell that the search has turned to an alpha."""
         self._alpha, self._answers_here = alpha, 0
         self._alphas_asked += 1
         self._alphas = max(self._alphas, self._alphas_asked)
 
-    def answered(self, alpha: Alpha, tokens: int) -> None:
+    def answered(self, alpha: float, tokens: int) -> None:
         """Tell of an answer of so many tokens; 0: it was known from an earlier run."""
         self._answers_here += 1
         self._answers += 1
