@@ -106,10 +106,10 @@ def _opened(checkpoint: str | Path | Checkpoint, *, cache: bool, bins: bool) -> 
 class SearchProgress(Protocol):
     """Who wants to follow a search."""
 
-    def asked(self, alpha: Alpha) -> None:
+    def asked(self, alpha: float) -> None:
         """The search has turned to an alpha."""
 
-    def answered(self, alpha: Alpha, tokens: int) -> None:
+    def answered(self, alpha: float, tokens: int) -> None:
         """One more answer, of so many tokens; 0 if it was known from an earlier run."""
 
     def candidates(self, alpha: float, candidates: tuple[Candidate, ...]) -> None:
