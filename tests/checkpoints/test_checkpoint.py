@@ -238,6 +238,7 @@ def test_rows_of_a_span() -> None:
     part = span.rows(1, 3)
     assert (part.start, part.stop, part.shape) == (130, 190, (2, 3, 5))
     assert span.rows(0, 4) == span
+    assert (span.rows(0, 1).stop, span.rows(0, 1).shape) == (130, (1, 3, 5))
     empty = span.rows(2, 2)
     assert (empty.nbytes, empty.shape) == (0, (0, 3, 5))
 
