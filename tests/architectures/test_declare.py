@@ -117,6 +117,18 @@ def test_the_shortest_file_inherits_all_but_classes_and_source(tmp_path: Path) -
     assert arch == replace(cog, name="Mine", classes=(), source="declared by the user")
 
 
+@pytest.mark.parametrize("like", ["InternLM2", "Mllama"])
+def test_names_are_renamed_wherever_a_declaration_has_them(tmp_path: Path, like: str) -> None:
+    text = f'name = "Mine"\nlike = "{like}"\nrename = {{ "layers." = "blocks." }}\n'
+    arch, known = declare.read_declaration(put(tmp_path, text)), declare.find_arch(like, ARCHS)
+    for names, before in (
+        (arch.decoder, known.decoder),
+        (arch.interleaved, known.interleaved),
+        (arch.foreign_layers, known.foreign_layers),
+    ):
+        assert [*names] == [name.replace("layers.", "blocks.") for name in before]
+
+
 def test_a_name_displaces_the_inherited_ones_of_its_roles(tmp_path: Path) -> None:
     fused = " ".join(f"layers.#.attn.{part}.weight" for part in "qkv")
     text = f"""
