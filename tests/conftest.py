@@ -37,24 +37,6 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
-TINY_LINES = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "llava": "llama",
-    "llava_next": "llama",
-    "llava_onevision": "qwen2",
-    "qwen2_vl": "qwen2",
-    "qwen2_5_vl": "qwen2",
-    "qwen3_vl": "qwen3",
-    "internvl": "qwen2",
-    "idefics3": "llama",
-    "smolvlm": "llama",
-    "cogvlm": "llama",
-    "mplug_owl2": "llama",
-}
-
 
 class MadeOnce(dict[str, V]):
     """Values that are made when they are first asked for."""
@@ -104,7 +86,7 @@ def tiny_models(
 
     root = tmp_path_factory.mktemp("tiny")
     return MadeOnce(
-        lambda family: tiny.make(family, root / family, ancestor=ancestors[TINY_LINES[family]])
+        lambda family: tiny.make(family, root / family, ancestor=ancestors[tiny.line_of(family)])
     )
 
 
@@ -149,7 +131,7 @@ def talker(
             donor = tiny_models[talk.DONORS[family]]
         else:
             folder = tmp_path_factory.mktemp("sibling")
-            donor = tiny.make(family, folder, ancestor=ancestors[TINY_LINES[family]], seed=2)
+            donor = tiny.make(family, folder, ancestor=ancestors[tiny.line_of(family)], seed=2)
         loaded.append(talk.load(talking[family], donor))
         return loaded[-1]
 

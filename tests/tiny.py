@@ -256,6 +256,13 @@ def _make_mplug_owl2(folder: Path, ancestor: Tensors, options: Options) -> Path:
     return _write(folder, out, config, options)
 
 
+def line_of(family: str) -> str:
+    """The kind of ancestor that a family descends from."""
+    if family in TEXT:
+        return family
+    return VISION[family].line if family in VISION else "llama"
+
+
 # Other forms of the same checkpoint
 
 

@@ -61,8 +61,10 @@ class LiveSink:
             # Embedding and head that are equal on disk but written separately may come to differ
             untie_parameter(model, group.target)
             param = model.get_parameter(group.target)
-        target: _Target = _DirectTarget(param, torch_dtype(members[0].dtype))
-        if group.converter is not None or is_quantized(param) or not param.is_contiguous():
+        target: _Target
+        if group.converter is None and not is_quantized(param) and param.is_contiguous():
+            target = _DirectTarget(param, torch_dtype(members[0].dtype))
+        else:
             target = _StagedTarget(model, group, members, param)
         self._targets |= dict.fromkeys(group.names, target)
 

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import TINY_LINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem_adamms.kernels import gpu
@@ -187,7 +186,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         tied = tied_parent or options.get("tied", False)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(tiny, "INNER", inner)
-            line = TINY_LINES[family]
+            line = tiny.line_of(family)
             tensors = ancestor(line, seed=parent, tied=tied, inner=inner)
             tiny.make(family, folder, ancestor=tensors, **options)
         for form in forms:
@@ -959,7 +958,20 @@ def test_a_config_that_ties_what_differs_on_disk_is_searched_as_it_is_merged(
         pair.check((0.3, 0))
 
 
-# MappedFiles as they come
+def test_a_head_that_differs_where_the_plan_took_no_sample_is_refused(
+    make: Make, tmp_path: Path
+) -> None:
+    base = copied(make("llama", tied=True), tmp_path / "base")
+    head = tiny.load(base)["model.embed_tokens.weight"].clone()
+    head.view(-1)[2300] += 1  # samples end at 2048 and begin again at 2633
+    rewrite(base, lambda _, tensor: tensor, **{"lm_head.weight": head})
+    plan = make_plan(base, make("llava", tied_parent=True))
+    assert "lm_head.weight" not in {step.name for step in plan.steps}
+    with pytest.raises(FormatError, match=r"ties .* to the embedding.*differ on disk"):
+        live_of(plan)
+
+
+# Files as they come
 
 
 def test_tensors_at_odd_offsets_are_read_right(make: Make, tmp_path: Path) -> None:
