@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_adamms import make_plan, merge
+from lowmem_adamms import Alphas, make_plan, merge
 from lowmem_adamms.cli import main
 from lowmem_adamms.errors import ConfigError, RecipeError
 from lowmem_adamms.mapping.mergekit_yaml import read_recipe
@@ -337,7 +337,8 @@ def test_a_filter_that_matches_nothing_is_said(
 def test_a_recipe_of_two_language_models_leaves_nothing_to_say(tmp_path: Path) -> None:
     parent = tiny.ancestor("qwen2")
     two = tuple(tiny.make("qwen2", tmp_path / str(i), ancestor=parent, seed=i) for i in (1, 2))
-    recipe = read_recipe(written(tmp_path, linear((two[0], two[1]), 1, 1)))
+    weights = ([{"filter": "*", "value": 1}], 1)
+    recipe = read_recipe(written(tmp_path, linear((two[0], two[1]), *weights)))
     assert recipe.alphas(make_plan(*two)) == (0.5, ())
 
 
@@ -345,7 +346,7 @@ def test_a_recipe_of_two_language_models_leaves_nothing_to_say(tmp_path: Path) -
     ("weights", "parameters", "says"),
     [
         ((0.7, 0.7), {"normalize": False}, "0.7 and 0.7, add up to 1.4 with normalize: false"),
-        (([0, 1], [1, 0.5]), {"normalize": False}, "add up to 1.125"),
+        ((0.7, 0.30001), {"normalize": False}, "add up to 1.00001 with normalize: false"),
         ((1, -1), {}, "add up to 0"),
         ((-0.5, 1.5), {}, "share 1.5; expected 0 to 1"),
         ((1.5, -0.5), {"normalize": False}, "share -0.5; expected 0 to 1"),
@@ -362,6 +363,18 @@ def test_weights_that_are_no_average_are_refused(
     with pytest.raises(RecipeError) as error:
         read_recipe(written(tmp_path, document)).alphas(make_plan(*pair))
     assert says in str(error.value) and str(tmp_path / "recipe.yml") in str(error.value)
+
+
+def test_a_filter_finds_a_tied_head_by_the_name_it_would_have(tmp_path: Path) -> None:
+    parent = tiny.ancestor("qwen2")
+    two = [
+        tiny.make("qwen2", tmp_path / str(tied), ancestor=parent, tied=tied)
+        for tied in (False, True)
+    ]
+    document = linear((two[0], two[1]), 0.5, [{"filter": "lm_head", "value": 1.5}, {"value": 0.5}])
+    alpha, notes = read_recipe(written(tmp_path, document)).alphas(make_plan(*two))
+    assert alpha == Alphas(0.5, {"head": 0.75})
+    assert notes == ()
 
 
 def test_slices_that_do_not_reach_the_last_layer_are_refused(pair: Pair, tmp_path: Path) -> None:
