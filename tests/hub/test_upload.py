@@ -326,7 +326,7 @@ FAULTS = [
     Fault("preupload", "garbage"),
     Fault("objects/batch", "status", status=429),
     Fault("objects/batch", "garbage"),
-    Fault(PUT, "status", 3, status=500),
+    Fault(PUT, "status", 6, status=500),  # one whole attempt of huggingface_hub
     Fault(PUT, "hang up", 2, after=70_000),
     Fault(PUT, "lost"),
     Fault("/verify$", "hang up"),
