@@ -167,6 +167,7 @@ def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
         ({"language_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True),
+        ({"thinker_config": {"text_config": {"tie_word_embeddings": True}}}, True),
         ({"tie_word_embeddings": "yes"}, None),
         ({"text_config": None}, None),
         ({"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}}, True),
