@@ -382,7 +382,7 @@ def interrupt_apply(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "WINDOW", 1000)
+        patched.setattr(live_model, "WINDOW_BYTES", 1000)
         model.apply(0.9, progress=stop)
 
 
