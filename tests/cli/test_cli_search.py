@@ -7,6 +7,7 @@ that the commands put it together.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -602,12 +604,10 @@ def searched(
     pair: tuple[Path, Path], prompts: Path, journal: Path, *more: object
 ) -> dict[str, Any]:
     """What `search --json` prints, in a process that sees nothing else of it."""
-    lines: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.print", lambda *words, file=None: lines.extend(words))
-        words = ("--prompts", prompts, *QUICK, "--json", "--journal", journal, *more)
+    words = ("--prompts", prompts, *QUICK, "--json", "--journal", journal, *more)
+    with redirect_stdout(io.StringIO()) as stdout:
         assert run("search", *pair, *words) == 0
-    found: dict[str, Any] = json.loads(lines[-1])
+    found: dict[str, Any] = json.loads(stdout.getvalue())
     return found
 
 
