@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from world import Question, questions, scenes, text_question
 
-from lowmem_adamms import demo
+from lowmem_adamms.demo.pair import HERE, QUESTIONS
 
 PROMPTS, EXAM = 100, 400
 MOST = 12_000_000  # bytes in the package
@@ -36,14 +36,14 @@ def main() -> None:
     options.add_argument("--donor", default="llava-onevision")
     given = options.parse_args()
     for side, name in (("base", given.base), ("donor", given.donor)):
-        shutil.rmtree(demo.HERE / side, ignore_errors=True)
-        shutil.copytree(given.zoo / name / "model", demo.HERE / side)
-    with zipfile.ZipFile(demo.HERE / demo.QUESTIONS, "w", zipfile.ZIP_STORED) as box:
+        shutil.rmtree(HERE / side, ignore_errors=True)
+        shutil.copytree(given.zoo / name / "model", HERE / side)
+    with zipfile.ZipFile(HERE / QUESTIONS, "w", zipfile.ZIP_STORED) as box:
         pack(box, "prompts.jsonl", draw(PROMPTS, 21), labelled=False)
         pack(box, "eval.jsonl", draw(EXAM, 22), labelled=True)
-    total = sum(path.stat().st_size for path in demo.HERE.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file())
     if total > MOST:
-        raise SystemExit(f"{total} bytes in {demo.HERE}, more than {MOST}")
+        raise SystemExit(f"{total} bytes in {HERE}, more than {MOST}")
     print(json.dumps({"bytes": total}))
 
 

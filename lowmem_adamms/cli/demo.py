@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import demo
+from ..demo.exam import LONGEST, judge, load_exam
+from ..demo.pair import Pair, export_demo
 from ..errors import RecipeError
 from ..settings import setting
 from ..values import parse_alpha
@@ -44,31 +45,31 @@ def run(options: DemoOptions) -> int:
     if options.export:
         if options.out or options.alpha is not None:
             raise RecipeError("demo --export only writes the pair and its questions; give no more")
-        pair = demo.export(options.export)
+        pair = export_demo(options.export)
         for path in (pair.base, pair.donor, pair.prompts, pair.exam):
             print_line(str(path))
         return 0
     folder = options.out or Path(tempfile.mkdtemp(prefix="lowmem-adamms-"))
-    pair = demo.export(folder)
+    pair = export_demo(folder)
     out = folder / "merged"
     show_plan(make_plan(pair.base, pair.donor), screen())
     how: dict[str, Any] = {"alpha": options.alpha}
     if options.alpha is None:
-        how = {"prompts": str(pair.prompts), "max_new_tokens": demo.LONGEST}
+        how = {"prompts": str(pair.prompts), "max_new_tokens": LONGEST}
     merge.run(merge.MergeOptions(base=str(pair.base), donor=str(pair.donor), out=out, **how))
     _show(pair, out)
     return 0
 
 
-def _show(pair: demo.Pair, out: Path) -> None:
+def _show(pair: Pair, out: Path) -> None:
     """How many of the exam's questions base, donor and merged model answer right."""
     from ..reporting import terminal
 
-    exam = demo.load_exam(pair.exam)
+    exam = load_exam(pair.exam)
     scores = _scores(out)
-    curve = demo.judge(pair.base, pair.donor, list(scores) or [0.0], exam)
-    (donor,) = demo.judge(pair.donor, pair.donor, [0.0], exam)
-    (merged,) = demo.judge(out, out, [0.0], exam)
+    curve = judge(pair.base, pair.donor, list(scores) or [0.0], exam)
+    (donor,) = judge(pair.donor, pair.donor, [0.0], exam)
+    (merged,) = judge(out, out, [0.0], exam)
     console = screen()
     console.print(terminal.marks_table({"base": curve[0], "donor": donor, "merged": merged}))
     if scores:

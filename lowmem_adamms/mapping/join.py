@@ -88,8 +88,9 @@ def make_plan(
 
     Example:
         >>> from pathlib import Path
-        >>> from lowmem_adamms import demo, make_plan
-        >>> pair = demo.export(Path("demo"))
+        >>> from lowmem_adamms import make_plan
+        >>> from lowmem_adamms.demo.pair import export_demo
+        >>> pair = export_demo(Path("demo"))
         >>> plan = make_plan(pair.base, pair.donor)
         >>> plan.counts
         {'interpolate': 75, 'copy': 55}

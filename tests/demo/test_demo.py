@@ -8,24 +8,26 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lowmem_adamms import demo, make_plan
+from lowmem_adamms import make_plan
 from lowmem_adamms.cli import main
+from lowmem_adamms.demo.exam import Question, accuracy, judge, load_exam
+from lowmem_adamms.demo.pair import HERE, Pair, export_demo
 from lowmem_adamms.prompts import Prompt, load_prompts
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> demo.Pair:
-    return demo.export(tmp_path_factory.mktemp("demo") / "pair")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return export_demo(tmp_path_factory.mktemp("demo") / "pair")
 
 
 def test_the_package_stays_small() -> None:
-    files = [path for path in demo.HERE.rglob("*") if path.is_file()]
+    files = [path for path in HERE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
 
 
-def test_the_pair_is_two_architectures_of_one_ancestor(pair: demo.Pair) -> None:
+def test_the_pair_is_two_architectures_of_one_ancestor(pair: Pair) -> None:
     plan = make_plan(pair.base, pair.donor)
     assert plan.base_layout.arch != plan.donor_layout.arch
     assert plan.base_layout.assumed is None and plan.donor_layout.assumed is None
@@ -34,7 +36,7 @@ def test_the_pair_is_two_architectures_of_one_ancestor(pair: demo.Pair) -> None:
 
 
 def test_search_prompts_have_no_answers_and_share_no_picture_with_the_exam(
-    pair: demo.Pair,
+    pair: Pair,
 ) -> None:
     prompts = [json.loads(line) for line in pair.prompts.read_text().splitlines()]
     exam = [json.loads(line) for line in pair.exam.read_text().splitlines()]
@@ -56,10 +58,10 @@ def test_the_merged_model_beats_both_parents_at_the_alpha_that_was_found(
     assert main(["demo", "-o", str(out)]) == 0
     said = capsys.readouterr().out
     found = json.loads((out / "merged" / "adamms.json").read_text())
-    exam = demo.load_exam(out / "eval.jsonl")
-    (merged,) = demo.judge(out / "merged", out / "merged", [0.0], exam)
-    (donor,) = demo.judge(out / "donor", out / "donor", [0.0], exam)
-    base, same = demo.judge(out / "base", out / "donor", [0.0, found["alpha"]], exam)
+    exam = load_exam(out / "eval.jsonl")
+    (merged,) = judge(out / "merged", out / "merged", [0.0], exam)
+    (donor,) = judge(out / "donor", out / "donor", [0.0], exam)
+    base, same = judge(out / "base", out / "donor", [0.0, found["alpha"]], exam)
     assert same == merged
     assert merged["mean"] >= base["mean"] + 3
     assert merged["mean"] > donor["mean"]
@@ -108,8 +110,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
 
 def test_accuracy_is_by_task_and_the_mean_weighs_tasks_alike() -> None:
     asked = [("a", "Red"), ("a", "two"), ("b", "ship"), ("b", "ship"), ("b", "ship")]
-    exam = [demo.Question(Prompt("?"), task, answer) for task, answer in asked]
-    marks = demo.accuracy(exam, ["red.", "three", "ship", " Ship", "boat"])
+    exam = [Question(Prompt("?"), task, answer) for task, answer in asked]
+    marks = accuracy(exam, ["red.", "three", "ship", " Ship", "boat"])
     assert marks["a"] == 50
     assert marks["b"] == pytest.approx(200 / 3)
     assert marks["mean"] == pytest.approx((50 + 200 / 3) / 2)
