@@ -1,7 +1,7 @@
 """The Hugging Face Hub: reading repositories, and uploading a merge.
 
-client.py       how the Hub is asked: one retry, one table of errors, huggingface_hub's settings
-remote_file.py  ranges of one file
-repository.py   a repository at one commit: what it holds, small files, downloads
-upload.py       a merged folder becomes one commit
+client       how the Hub is asked: one retry, one table of errors, huggingface_hub's settings
+remote_file  ranges of one file
+repository   a repository at one commit: what it holds, small files, downloads
+upload       a merged folder becomes one commit
 """

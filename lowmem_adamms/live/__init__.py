@@ -1,15 +1,15 @@
 """One loaded model at any alpha: where it goes, its parameters, prompts in, answers out.
 
-- free_memory: how much RAM and card memory is free
-- placement: where the model and the weights it is blended from go
-- transformers_model: loading through transformers, and how tensors on disk become parameters
-- load_check: that the loaded parameters are those of the files
-- device_source: base and donor bytes on a card
-- live_sink: where the loop's output enters the parameters
-- processor: a checkpoint's processor or tokenizer
-- prompt_encoder: prompts to model inputs
-- vision_cache: vision features, computed once
-- draft_decoding: greedy decoding of one batch that verifies drafts first
-- answerer: answers to a prompt set
-- live_model: all of it as one object, `LiveModel`
+free_memory         how much RAM and card memory is free
+placement           where the model and the weights it is blended from go
+transformers_model  loading through transformers, and how tensors on disk become parameters
+load_check          that the loaded parameters are those of the files
+device_source       base and donor bytes on a card
+live_sink           where the loop's output enters the parameters
+processor           a checkpoint's processor or tokenizer
+prompt_encoder      prompts to model inputs
+vision_cache        vision features, computed once
+draft_decoding      greedy decoding of one batch that verifies drafts first
+answerer            answers to a prompt set
+live_model          all of it as one object, `LiveModel`
 """

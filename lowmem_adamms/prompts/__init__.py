@@ -1,11 +1,13 @@
 """Prompt sets: the unlabelled questions that a search asks.
 
-Files, in reading order:
-- entry.py: one prompt, and the checks of its parts
-- images.py: image files decoded to RGB
-- image_folder.py, json_lines.py, parquet.py, hub_dataset.py: one reader for each format
-- table_rows.py: what the readers of tables share
-- load.py: `load_prompts`, which picks the reader and the sample, and the digest of a set
+entry         one prompt, and the checks of its parts
+images        image files decoded to RGB
+image_folder  a folder of images and one question
+json_lines    a file with a prompt a line
+table_rows    what the readers of tables share
+parquet       a Parquet file
+hub_dataset   a dataset of the Hub
+load          `load_prompts`, which picks the reader and the sample; the digest of a set
 """
 
 from __future__ import annotations
