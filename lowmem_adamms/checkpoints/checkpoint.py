@@ -12,12 +12,14 @@ from typing import Any
 from ..errors import FormatError, HubError
 from ..hub import repository as hub
 from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
+from ..values import format_size
 from . import torch_bin
 from .safetensors_header import MAX_HEADER_BYTES, Header, parse_header, read_header
 from .span import Span
 from .weight_files import (
     ADAPTER,
     WeightFiles,
+    check_own_file,
     choose_weight_files,
     explain_missing_weights,
     find_weight_files,
@@ -25,6 +27,7 @@ from .weight_files import (
     read_json_object,
 )
 
+MAX_SIDECAR_BYTES = 10**9
 _FIRST_READ = 1 << 17  # bytes of a remote file that hold nearly every header
 _LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """What the part of a config about the language model may be called; language_config is Janus's."""
@@ -112,14 +115,30 @@ class Checkpoint:
         """The shards that are not on this disk now."""
         return self.repo.missing(self.shards) if self.repo else {}
 
-    def sidecars(self) -> Iterator[Path]:
-        """Relative paths of the files that belong to the model but hold no weights."""
+    def sidecars(self) -> dict[Path, int]:
+        """Relative path and size in bytes of the files of the model that hold no weights.
+
+        FormatError for one that is larger than MAX_SIDECAR_BYTES, a link out of the folder, or no
+        regular file.
+        """
+        sizes: dict[Path, int] = {}
         if self.repo and self.repo.files:
-            yield from filter(is_sidecar, map(Path, sorted(self.repo.files)))
-            return
-        for path in sorted(self.folder.rglob("*")) if self.folder else ():
-            if path.is_file() and is_sidecar(path.relative_to(self.path)):
-                yield path.relative_to(self.path)
+            sizes = {Path(name): file.size for name, file in sorted(self.repo.files.items())}
+        elif self.folder:
+            for path in sorted(self.folder.rglob("*")):
+                relative = path.relative_to(self.folder)
+                if path.exists() and not path.is_dir() and is_sidecar(relative):
+                    check_own_file(path, self.folder)
+                    sizes[relative] = path.stat().st_size
+        sizes = {path: size for path, size in sizes.items() if is_sidecar(path)}
+        for path, size in sizes.items():
+            if size > MAX_SIDECAR_BYTES:
+                raise FormatError(
+                    f"{self.path / path}: {format_size(size)}, expected at most"
+                    f" {format_size(MAX_SIDECAR_BYTES)} of a file without weights; merge a copy of"
+                    " the folder without it"
+                )
+        return sizes
 
     def fetch_sidecars(self) -> None:
         """Download those sidecars that do not lie in its folder."""
@@ -177,6 +196,8 @@ def open_checkpoint(
         shards, weight_map = _repo_weight_files(repo, download_bins)
     else:
         shards, weight_map = find_weight_files(path)
+        for shard in shards if path.is_dir() else ():
+            check_own_file(shard, path)
     headers = _read_remote_headers(repo.missing(shards)) if repo else {}
     tensors: dict[str, Span] = {}
     for shard in shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,34 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return document
 
 
+def check_own_file(path: Path, folder: Path) -> None:
+    """Raise FormatError for a device, FIFO or socket, or a link that leads out of the folder.
+
+    A cloned repository keeps its links, and what they lead to would be copied into the output. Out
+    of the folder may lead only those that the Hub's cache consists of.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FormatError(f"{path}: not a regular file; remove it")
+    if not path.is_symlink():
+        return
+    target, home = path.resolve(), folder.resolve()
+    is_blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    is_inside = target.is_relative_to(home) and is_visible(target.relative_to(home))
+    if not (is_blob or is_inside):
+        raise FormatError(
+            f"{path}: links to {target}, expected a file in {folder} or in the Hub's cache; replace"
+            " the link by the file if it belongs to the model, else remove it"
+        )
+
+
+def is_visible(relative: Path) -> bool:
+    """Whether a file of a folder lies under no hidden name, such as .git."""
+    return not any(part.startswith((".", "__pycache__")) for part in relative.parts)
+
+
 def is_sidecar(relative: Path) -> bool:
     """Whether a file of a checkpoint's folder is copied along with the merged weights."""
-    if any(part.startswith((".", "__pycache__")) for part in relative.parts):
+    if not is_visible(relative):
         return False
     # ONNX weights may also lie in model.onnx_data_1 and so on
     is_weights = relative.suffix in _WEIGHT_SUFFIXES or relative.suffix.startswith(".onnx")

@@ -17,7 +17,7 @@ from .shard_layout import ShardLayout
 
 INDEX = "model.safetensors.index.json"
 _SPARE_BYTES = 64 << 20
-"""Disk space beside the shards, for index, sidecars and file system."""
+"""Disk space beside shards and sidecars, for the other files and the file system."""
 
 
 def check_place(plan: Plan, out: Path) -> None:
@@ -40,13 +40,14 @@ def check_place(plan: Plan, out: Path) -> None:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
 
 
-def check_space(shards: Sequence[ShardLayout], out: Path) -> None:
+def check_space(plan: Plan, shards: Sequence[ShardLayout], out: Path) -> None:
     """Raise OutputError unless what is not yet written of the output fits on the disk."""
-    total = sum(shard.size for shard in shards)
-    partial = [out / WORK / shard.name for shard in shards]
-    allocated = sum(path.stat().st_blocks * 512 for path in partial if path.exists())
-    published = sum(shard.size for shard in shards if (out / shard.name).exists())
-    required_bytes = total - allocated - published + _SPARE_BYTES
+    files = {Path(shard.name): shard.size for shard in shards} | plan.base.sidecars()
+    required_bytes = _SPARE_BYTES
+    for path, size in files.items():
+        if not (out / path).exists():
+            begun = out / WORK / path
+            required_bytes += size - (begun.stat().st_blocks * 512 if begun.exists() else 0)
     nearest = _nearest(out)
     free_bytes = shutil.disk_usage(nearest).free
     if required_bytes > free_bytes:

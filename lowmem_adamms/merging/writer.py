@@ -86,7 +86,7 @@ class Output:
         if push and find_pending(self.folder):
             return
         output_folder.check_place(self.plan, self.folder)
-        output_folder.check_space(self.shards, self.folder)
+        output_folder.check_space(self.plan, self.shards, self.folder)
 
     def fingerprint(self, alpha: Alpha) -> str:
         """A digest of everything that decides the output's bytes."""

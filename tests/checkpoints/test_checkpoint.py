@@ -745,9 +745,53 @@ def test_sidecars_under_a_hidden_folder_are_still_the_models(tmp_path: Path) -> 
     assert [str(path) for path in open_checkpoint(folder).sidecars()] == ["tokenizer.json"]
 
 
-def test_linked_sidecars_are_carried(tmp_path: Path) -> None:
+def test_links_within_the_folder_and_into_the_hubs_cache_are_carried(tmp_path: Path) -> None:
     folder = put(tmp_path / "m", {"model.safetensors": {"a": A}})
-    touch(tmp_path, "blob")
-    (folder / "tokenizer.json").symlink_to("../blob")
+    touch(tmp_path / "models--org--m" / "blobs", "0123")
+    (folder / "vocab.json").symlink_to("../models--org--m/blobs/0123")
+    (folder / "tokenizer.json").symlink_to("vocab.json")
     (folder / "gone.json").symlink_to("../gone")
-    assert [str(path) for path in open_checkpoint(folder).sidecars()] == ["tokenizer.json"]
+    assert [str(name) for name in open_checkpoint(folder).sidecars()] == [
+        "tokenizer.json",
+        "vocab.json",
+    ]
+
+
+@pytest.mark.parametrize("target", ["../token", "/proc/self/environ", ".git/config", "../by/token"])
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, target: str) -> None:
+    """A cloned repository may bring any link, and its target would be copied and published."""
+    folder = put(tmp_path / "m", {"model.safetensors": {"a": A}})
+    touch(tmp_path, "token", "m/.git/config")
+    (tmp_path / "by").symlink_to(tmp_path)
+    checkpoint = open_checkpoint(folder)
+    (folder / "NOTICE").symlink_to(target)
+    with pytest.raises(FormatError, match=r"m/NOTICE: links to .*, expected a file in .*; replace"):
+        checkpoint.sidecars()
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "other", {"model.safetensors": {"a": A}})
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").symlink_to("../other/model.safetensors")
+    assert "model.safetensors: links to" in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path, kind: str) -> None:
+    checkpoint = open_checkpoint(put(tmp_path, {"model.safetensors": {"a": A}}))
+    if kind == "FIFO":
+        os.mkfifo(tmp_path / "NOTICE")
+    else:
+        (tmp_path / "NOTICE").symlink_to("/dev/zero")
+    with pytest.raises(FormatError, match="NOTICE: not a regular file"):
+        checkpoint.sidecars()
+
+
+def test_a_sidecar_beyond_all_measure_is_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(put(tmp_path, {"model.safetensors": {"a": A}}))
+    touch(tmp_path, "big.tar")
+    os.truncate(tmp_path / "big.tar", 10**9)
+    assert checkpoint.sidecars() == {Path("big.tar"): 10**9}
+    os.truncate(tmp_path / "big.tar", 10**9 + 1)
+    with pytest.raises(FormatError, match=r"big.tar: 1.00 GB, expected at most 1.00 GB"):
+        checkpoint.sidecars()

@@ -468,6 +468,7 @@ def test_a_resumed_merge_needs_space_for_what_is_missing_only(
     shutil.copy(begun, output.work)
     begun_bytes = (output.work / begun.name).stat().st_blocks * 512
     needed = begun.stat().st_size - begun_bytes + missing.stat().st_size + (64 << 20)
+    needed += sum(make_plan(*pair).base.sidecars().values())
     for free, fits in ((needed, True), (needed - 1, False)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
