@@ -14,7 +14,7 @@ tokens use).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -25,10 +25,10 @@ from ..errors import MappingError
 BUFFER = "rotary buffer"
 UNKNOWN = "no known role"
 
-ESSENTIAL = frozenset(
-    [f"attn.{part}.weight" for part in "qkvo"]
-    + [f"mlp.{part}.weight" for part in ("gate", "up", "down")]
-    + ["attn_norm.weight", "mlp_norm.weight"]
+ESSENTIAL = (
+    *("attn_norm.weight", "mlp_norm.weight"),
+    *(f"attn.{part}.weight" for part in "qkvo"),
+    *(f"mlp.{part}.weight" for part in ("gate", "up", "down")),
 )
 """What every layer of a decoder has."""
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})(\..+)")
@@ -154,31 +154,68 @@ def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> L
     """
     if prefix + arch.embed_name not in checkpoint.tensors:
         return None
+    roles_of, kinds = _read_roles(checkpoint, arch, prefix, head)
+    if _first_missing({role for roles in roles_of.values() for role in roles}):
+        return None
+    query_rows = 0
+    for name, roles in roles_of.items():
+        span = checkpoint.tensors[name]
+        if ".attn.o.weight" in roles[0] and len(span.shape) == 2:
+            query_rows = span.shape[1]  # the output projection has a column per query row
+    blocks: dict[str, tuple[Block, ...]] = {}
+    for name, roles in roles_of.items():
+        key, _ = _declared_name(arch, prefix, name)
+        head_dim = _head_dim(checkpoint, arch, query_rows) if key in arch.interleaved else None
+        blocks[name] = _split(checkpoint, name, roles, query_rows, head_dim)
+    return Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
+
+
+def find_missing(checkpoint: Checkpoint, arch: Arch, prefix: str) -> tuple[int, str]:
+    """How many roles an incomplete decoder has, and the first tensor that it lacks."""
+    roles_of, _ = _read_roles(checkpoint, arch, prefix, head="")
+    found = {role for roles in roles_of.values() for role in roles}
+    missing = _first_missing(found)
+    assert missing is not None
+    layer = missing.split(".")[1] if "." in missing else ""
+    for name, roles in arch.decoder.items():
+        if missing in [role.partition("@")[0] for role in roles.replace("#", layer).split()]:
+            return len(found), prefix + name.replace("#", layer)
+    raise AssertionError(f"no name for {missing}")
+
+
+def _read_roles(
+    checkpoint: Checkpoint, arch: Arch, prefix: str, head: str
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The roles in each tensor of the decoder, and what each other tensor is."""
     foreign = _find_foreign_layers(checkpoint, arch, prefix)
     roles_of: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
-    query_rows = 0
-    for name, span in checkpoint.tensors.items():
+    for name in checkpoint.tensors:
         key, layer = _declared_name(arch, prefix, name)
         roles = "head" if name == head else arch.decoder.get(key)
         if layer in foreign:
             kinds[name] = foreign[layer]
         elif roles is None:
             kinds[name] = _kind(arch, name)
-        elif not roles:
+        elif not roles.strip():
             kinds[name] = BUFFER
         else:
             roles_of[name] = roles.replace("#", _ancestors_number(layer, foreign)).split()
-            if ".attn.o.weight" in roles and len(span.shape) == 2:
-                query_rows = span.shape[1]  # the output projection has a column per query row
-    if not _is_complete(role for held in roles_of.values() for role in held):
-        return None
-    blocks: dict[str, tuple[Block, ...]] = {}
-    for name, held in roles_of.items():
-        key, _ = _declared_name(arch, prefix, name)
-        head_dim = _head_dim(checkpoint, arch, query_rows) if key in arch.interleaved else None
-        blocks[name] = _split(checkpoint, name, held, query_rows, head_dim)
-    return Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
+    return roles_of, kinds
+
+
+def _first_missing(roles: Collection[str]) -> str | None:
+    """The first essential role of a decoder of layers 0 to n-1 that is not among these."""
+    plain = {role.partition("@")[0] for role in roles}
+    layers = {role.split(".")[1] for role in plain if role.startswith("layers.")}
+    for role in ("embed", "norm"):
+        if role not in plain:
+            return role
+    for layer in range(max(len(layers), 1)):
+        for part in ESSENTIAL:
+            if f"layers.{layer}.{part}" not in plain:
+                return f"layers.{layer}.{part}"
+    return None
 
 
 def _declared_name(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None]:
@@ -218,22 +255,6 @@ def _kind(arch: Arch, name: str) -> str:
         return BUFFER
     prefixes = [prefix for prefix in arch.others if name.startswith(prefix)]
     return arch.others[max(prefixes, key=len)] if prefixes else UNKNOWN
-
-
-def _is_complete(roles: Iterable[str]) -> bool:
-    """Whether embed, norm and layers 0..n-1 with all essential weights are among the roles."""
-    plain = {role.partition("@")[0] for role in roles}
-    layers: dict[int, set[str]] = {}
-    for role in plain:
-        if role.startswith("layers."):
-            _, number, rest = role.split(".", 2)
-            layers.setdefault(int(number), set()).add(rest)
-    return (
-        {"embed", "norm"} <= plain
-        and bool(layers)
-        and set(layers) == set(range(len(layers)))
-        and all(found >= ESSENTIAL for found in layers.values())
-    )
 
 
 def _split(

@@ -6,21 +6,17 @@ granted then stands in the layout's `assumed`; where that would be a guess, it i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import count
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from math import prod
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MappingError
-from .layout import ESSENTIAL, Arch, Layout, read_layout
+from .layout import Arch, Layout, find_missing, read_layout
 
 ANOTHER = "another decoder"
 """The kind of what belongs to a decoder that was not taken for the language model."""
-
-_LAYER_NUMBER = re.compile(r"\.(?:0|[1-9][0-9]{0,5})\.")
-_NOT_STRUCTURE = frozenset(("name", "source", "classes", "spellings", "others", "shared_ids"))
 
 
 def recognise(
@@ -49,7 +45,7 @@ def recognise(
         layout = by_names[0]
         by = ", declared by --arch," if layout.declared else ""
         return replace(layout, assumed=f"{config}; taken for {layout.arch}{by} by its tensor names")
-    layout = _by_structure(checkpoint, _structures((*declared, *archs)))
+    layout = _by_structure(checkpoint, (*declared, *archs))
     return replace(layout, assumed=f"{config}; {layout.assumed}")
 
 
@@ -93,18 +89,10 @@ def _check_declared_class(
 
 
 @dataclass(frozen=True, slots=True)
-class _Structure:
-    """A decoder that some declaration spells. heads: how names of its head may end."""
-
-    arch: Arch
-    heads: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
 class _Candidate:
     """A decoder found in a checkpoint. elements: without its head; head: its name or ``."""
 
-    structure: _Structure
+    arch: Arch
     layout: Layout
     elements: int
     head: str = ""
@@ -117,51 +105,29 @@ class _Candidate:
         )
 
 
-def _structures(archs: Iterable[Arch]) -> list[_Structure]:
-    """Every distinct decoder among the declarations, named after the first that has it."""
-    keys = [field.name for field in fields(Arch) if field.name not in _NOT_STRUCTURE]
-    found: list[tuple[Arch, set[str]]] = []
-    for arch in archs:
-        heads = {_last_parts(head) for _, head in arch.spellings if head}
-        for other, other_heads in found:
-            if all(getattr(other, key) == getattr(arch, key) for key in keys):
-                other_heads |= heads
-                break
-        else:
-            bare = replace(
-                arch,
-                name=f"{arch.name}-style",
-                classes=(),
-                spellings=(),
-                others={},
-                shared_ids=None,
-            )
-            found.append((bare, {"lm_head.weight"} | heads))
-    return [_Structure(arch, frozenset(heads)) for arch, heads in found]
-
-
 def _last_parts(name: str) -> str:
     """The last two dotted parts of a name, such as `lm_head.weight`."""
     return ".".join(name.split(".")[-2:])
 
 
-def _by_structure(checkpoint: Checkpoint, structures: Sequence[_Structure]) -> Layout:
+def _by_structure(checkpoint: Checkpoint, archs: Sequence[Arch]) -> Layout:
     """The layout of the decoder that stands out; `assumed` says which it was, and what else is."""
+    heads = {_last_parts(head) for arch in archs for _, head in arch.spellings if head}
+    bare = [replace(arch, name=f"{arch.name}-style", others={}, shared_ids=None) for arch in archs]
     places = [
-        (structure, name.removesuffix(structure.arch.embed_name))
-        for structure in structures
+        (arch, name.removesuffix(arch.embed_name))
+        for arch in bare
         for name in checkpoint.tensors
-        if name.endswith(structure.arch.embed_name)
+        if name.endswith(arch.embed_name)
     ]
     candidates: list[_Candidate] = []
     for prefix in sorted({prefix for _, prefix in places}, key=len):
-        here = [structure for structure, place in places if place == prefix]
-        if found := _find_under(checkpoint, prefix, here):
+        if found := _find_under(checkpoint, prefix, [arch for arch, at in places if at == prefix]):
             candidates.append(found)
     if not candidates:
-        raise _no_decoder(checkpoint, [(each.arch, prefix) for each, prefix in places])
-    chosen, others = _choose(checkpoint, _assign_heads(checkpoint, candidates))
-    layout = read_layout(checkpoint, chosen.structure.arch, chosen.layout.prefix, chosen.head)
+        raise _no_decoder(checkpoint, places)
+    chosen, others = _choose(checkpoint, _assign_heads(checkpoint, candidates, heads))
+    layout = read_layout(checkpoint, chosen.arch, chosen.layout.prefix, chosen.head)
     assert layout is not None  # it was read before, without its head
     assumed = f"a {layout.arch} decoder under {layout.prefix!r} by its tensor names"
     kinds = dict(layout.kinds)
@@ -173,24 +139,22 @@ def _by_structure(checkpoint: Checkpoint, structures: Sequence[_Structure]) -> L
     return replace(layout, kinds=kinds, assumed=assumed)
 
 
-def _find_under(
-    checkpoint: Checkpoint, prefix: str, structures: Iterable[_Structure]
-) -> _Candidate | None:
+def _find_under(checkpoint: Checkpoint, prefix: str, archs: Iterable[Arch]) -> _Candidate | None:
     """The decoder under a prefix: of those that are all there, the one that explains most.
 
     MappingError if two explain as much, but not the same; or if the only one's sizes do not fit.
     """
     found: list[_Candidate] = []
     misfit: MappingError | None = None
-    for structure in structures:
+    for arch in archs:
         try:
-            layout = read_layout(checkpoint, structure.arch, prefix, "")
+            layout = read_layout(checkpoint, arch, prefix, "")
         except MappingError as error:
             misfit = misfit or error
             continue
         if layout:
             elements = sum(prod(checkpoint.tensors[name].shape) for name in layout.blocks)
-            found.append(_Candidate(structure, layout, elements))
+            found.append(_Candidate(arch, layout, elements))
     if not found:
         if misfit:
             raise misfit
@@ -211,17 +175,19 @@ def _check_same(checkpoint: Checkpoint, first: Layout, second: Layout) -> None:
             )
 
 
-def _assign_heads(checkpoint: Checkpoint, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+def _assign_heads(
+    checkpoint: Checkpoint, candidates: Sequence[_Candidate], heads: Collection[str]
+) -> list[_Candidate]:
     """Each decoder with its head: of those that lie nearest to it, the nearest.
 
     A head lies near a decoder by the dotted parts that its name shares with the prefix; a head that
-    is equally near to several decoders belongs to the largest.
+    is equally near to several decoders belongs to the largest. heads: how its name may end.
     """
 
     def nearness(name: str, candidate: _Candidate) -> tuple[int, int]:
         return _shared_parts(name, candidate.layout.prefix), candidate.elements
 
-    possible = [_possible_heads(checkpoint, candidate) for candidate in candidates]
+    possible = [_possible_heads(checkpoint, candidate, heads) for candidate in candidates]
     nearest: dict[str, tuple[int, int]] = {}
     for candidate, names in zip(candidates, possible, strict=True):
         for name in names:
@@ -234,15 +200,17 @@ def _assign_heads(checkpoint: Checkpoint, candidates: Sequence[_Candidate]) -> l
     return headed
 
 
-def _possible_heads(checkpoint: Checkpoint, candidate: _Candidate) -> list[str]:
+def _possible_heads(
+    checkpoint: Checkpoint, candidate: _Candidate, heads: Collection[str]
+) -> list[str]:
     """What is named like a head and as wide as the embedding, with most of its rows."""
-    layout, structure = candidate.layout, candidate.structure
-    rows, *width = checkpoint.tensors[layout.prefix + structure.arch.embed_name].shape
+    layout = candidate.layout
+    rows, *width = checkpoint.tensors[layout.prefix + candidate.arch.embed_name].shape
     return [
         name
         for name, span in checkpoint.tensors.items()
         if name not in layout.blocks
-        and _last_parts(name) in structure.heads
+        and _last_parts(name) in heads
         and len(span.shape) == 2
         and [*span.shape[1:]] == width
         and 2 * span.shape[0] > rows
@@ -251,12 +219,8 @@ def _possible_heads(checkpoint: Checkpoint, candidate: _Candidate) -> list[str]:
 
 def _shared_parts(name: str, prefix: str) -> int:
     """How many leading dotted parts a name shares with a prefix."""
-    shared = 0
-    for part, other in zip(name.split("."), prefix.split("."), strict=False):
-        if part != other:
-            break
-        shared += 1
-    return shared
+    pairs = zip(name.split("."), prefix.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _choose(
@@ -306,32 +270,6 @@ def _no_decoder(checkpoint: Checkpoint, places: Sequence[tuple[Arch, str]]) -> M
 
 def _nearest_miss(checkpoint: Checkpoint, places: Sequence[tuple[Arch, str]]) -> tuple[str, str]:
     """Of (declaration, prefix), the prefix that has most of a decoder, and what it lacks first."""
-    misses = [(*_find_missing(checkpoint, arch, prefix), prefix) for arch, prefix in places]
+    misses = [(*find_missing(checkpoint, arch, prefix), prefix) for arch, prefix in places]
     _, missing, prefix = max(misses, key=lambda miss: miss[0])
     return prefix, missing
-
-
-def _find_missing(checkpoint: Checkpoint, arch: Arch, prefix: str) -> tuple[int, str]:
-    """How many of a declaration's essential names there are, and the first tensor that is not."""
-    essential = [
-        name
-        for name, roles in arch.decoder.items()
-        if any(_is_essential(role) for role in roles.split())
-    ]
-    names = {name[len(prefix) :] for name in checkpoint.tensors if name.startswith(prefix)}
-    spelled = {_LAYER_NUMBER.sub(".#.", name, count=1) for name in names}
-    present = [name for name in essential if name in spelled]
-    for name in essential:
-        if name not in spelled:
-            return len(present), prefix + name.replace("#", "0")
-    for layer in count():  # ends, as the names do
-        for name in essential:
-            numbered = name.replace("#", str(layer))
-            if "#" in name and numbered not in names:
-                return len(present), prefix + numbered
-    raise AssertionError("some layer is the first that is not all there")
-
-
-def _is_essential(role: str) -> bool:
-    plain = role.partition("@")[0]
-    return plain in ("embed", "norm") or plain.removeprefix("layers.#.") in ESSENTIAL
