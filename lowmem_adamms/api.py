@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 def make_plan(
     base: str | Path | Checkpoint,
     donor: str | Path | Checkpoint,
-    settings: PlanSettings | None = None,
     *,
+    settings: PlanSettings | None = None,
     declared: Sequence[Arch] = (),
     stream: bool = False,
     bins: bool = True,

@@ -76,7 +76,7 @@ def make_plan(base: str, donor: str, settings: PlanSettings, *, bins: bool = Tru
     bins: download a repository that has only .bin files, whose tensors cannot be located otherwise.
     """
     stream = isinstance(settings, StreamSettings) and settings.no_cache
-    plan = api.make_plan(base, donor, settings, stream=stream, bins=bins)
+    plan = api.make_plan(base, donor, settings=settings, stream=stream, bins=bins)
     if stream and not (plan.base.repo or plan.donor.repo):
         print_note("--no-cache is for Hub ids; both checkpoints lie here and are read in place")
     return plan
