@@ -5,24 +5,24 @@ docs/merge_methods.md "Linear", config.py and plan.py for what these leave open)
 - A list is interpolated over a slice's layers; embedding, final norm and head take its first value.
 - Of a list of filters the first whose text occurs in the tensor's name counts, in the spelling of
   the model that the weight is for.
-- A model's own parameters go before the slice's, these before the file's.
 - Weights are divided by their sum unless normalize is false.
+Rarer keys are refused by name.
 """
 
 from __future__ import annotations
 
 import importlib
+import os.path
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
-from pydantic import Field, Tag
 
 from ..architectures.layout import BUFFER
-from ..errors import ConfigError, RecipeError, first_line
+from ..errors import ConfigError, RecipeError
 from ..values import parse_dtype
 from .alphas import COMPUTED_DECIMALS, Alpha, blended_roles, from_roles, interpolate, relative_depth
 from .plan import Plan
@@ -30,198 +30,161 @@ from .plan import Plan
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-METHOD = "linear"
 SUM_TOLERANCE = 1e-6  # weights given with six decimals need not add up any better
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a YAML file; ConfigError names everything in it that is not taken, a line each."""
-    loaded = _load_yaml(path)
-    if not isinstance(loaded, dict):
-        raise RecipeError(f"{path}: found {_short(loaded)}, expected mergekit's YAML")
-    method = loaded.get("merge_method")
-    if method != METHOD:
-        raise RecipeError(
-            f"{path}: merge_method is {_short(method)}; only {METHOD} is taken: another method"
-            " needs mergekit"
-        )
-    try:
-        document = Document.model_validate(loaded)
-    except pydantic.ValidationError as error:
-        problems = [_describe(details) for details in error.errors()]
-    else:
-        recipe = _make_recipe(path, document)
-        problems = list(_find_problems(recipe, document))
-    if problems:
-        raise ConfigError([f"{path}: {problem}" for problem in problems])
-    return recipe
-
-
-def _load_yaml(path: Path) -> Any:
-    yaml: Any = importlib.import_module("yaml")  # it brings no types
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file; --config takes mergekit's YAML")
-    try:
-        return yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        why = getattr(error, "problem", None) or first_line(error)
-        raise RecipeError(f"{path}{line}: not YAML ({why})") from None
-    except (ValueError, RecursionError) as error:  # what YAML allows and Python does not
-        raise RecipeError(f"{path}: YAML that cannot be read ({first_line(error)})") from None
 
 
 # What the document may say
 
 
-def _check_model(ref: str) -> str:
-    if ref.startswith("~"):
-        ref = str(Path(ref).expanduser())
-    if not ref.strip():
-        raise ValueError("expected a folder or a Hub id")
-    if "+" in ref and not Path(ref).exists():
-        raise ValueError("a LoRA is not taken; merge it into its model before")
-    return ref
+def _to_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
-def _check_dtype(dtype: str) -> str:
-    try:
-        return parse_dtype(dtype)
-    except RecipeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _form_of(value: Any) -> str:
-    """Tell the forms of a setting apart; pydantic puts this into the location of an error."""
-    if not isinstance(value, list):
-        return "<number>"
-    return "<cases>" if any(isinstance(item, dict) for item in value) else "<list>"
-
-
-ModelRef = Annotated[pydantic.StrictStr, pydantic.AfterValidator(_check_model)]
-DTypeName = Annotated[str, pydantic.AfterValidator(_check_dtype)]
-Number = Annotated[pydantic.FiniteFloat, Tag("<number>")]
-OverDepth = Annotated[list[pydantic.FiniteFloat], Tag("<list>"), Field(min_length=1)]
+def _to_cases(value: Any) -> Any:
+    """Read a number or a list of numbers as the one case of every tensor."""
+    cases = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    return value if cases else [{"value": value}]
 
 
 class _Mapping(pydantic.BaseModel):
-    """Keys and values; a key whose value is null is as good as left out."""
-
     model_config = pydantic.ConfigDict(extra="forbid")
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: item for key, item in value.items() if item is not None}
 
 
 class Case(_Mapping):
-    """A value for the tensors whose names contain `filter`."""
+    """Weights over depth for the tensors whose names contain `filter`."""
 
-    filter: pydantic.StrictStr = "*"
-    value: Annotated[Number | OverDepth, pydantic.Discriminator(_form_of)]
+    filter: str = "*"
+    value: Annotated[
+        list[pydantic.FiniteFloat],
+        pydantic.BeforeValidator(_to_list),
+        pydantic.Field(min_length=1),
+    ]
+
+    def fits(self, name: str) -> bool:
+        """Whether the case is for a tensor of this name."""
+        return self.filter == "*" or self.filter in name
 
 
-Cases = Annotated[list[Case], Tag("<cases>")]
-Setting = Annotated[Number | OverDepth | Cases, pydantic.Discriminator(_form_of)]
+ModelRef = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+DTypeName = Annotated[str, pydantic.AfterValidator(parse_dtype)]
+TWO = pydantic.Field(min_length=2, max_length=2)
 
 
 class ModelParameters(_Mapping):
     """Parameters of one model."""
 
-    weight: Setting | None = None
-
-
-class Parameters(ModelParameters):
-    """Parameters of a slice or the whole file."""
-
-    normalize: pydantic.FiniteFloat | None = None
+    weight: Annotated[list[Case], pydantic.BeforeValidator(_to_cases)]
 
 
 class Model(_Mapping):
     """One of the two models."""
 
     model: ModelRef
-    parameters: ModelParameters = ModelParameters()
+    parameters: ModelParameters
 
 
 class Source(Model):
     """Layers of a model, from the first number to before the second."""
 
-    layer_range: tuple[pydantic.StrictInt, pydantic.StrictInt]
+    layer_range: tuple[int, int]
 
 
 class Slice(_Mapping):
     """The same layers of both models."""
 
-    sources: Annotated[list[Source], Field(min_length=2, max_length=2)]
-    parameters: Parameters = Parameters()
+    sources: Annotated[list[Source], TWO]
 
 
-class Tokenizer(_Mapping):
-    """Whose tokens the output has."""
+class Parameters(_Mapping):
+    """Parameters of the whole file."""
 
-    source: ModelRef = "union"
+    normalize: bool = True
 
 
 class Document(_Mapping):
     """The whole file."""
 
     merge_method: str
-    models: Annotated[list[Model], Field(min_length=1)] = []
-    slices: Annotated[list[Slice], Field(min_length=1)] = []
+    models: Annotated[list[Model], TWO] = []
+    slices: list[Slice] = []
     base_model: ModelRef | None = None
     parameters: Parameters = Parameters()
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
     tokenizer_source: ModelRef | None = None
-    tokenizer: Tokenizer | None = None
 
 
-_INSTEAD = {
-    "modules": "give the models under models: only the decoder is blended",
-    "chat_template": "the base's is kept: leave it out",
-    "residual_weight": "leave it out",
-}
+# Reading it
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a YAML file; ConfigError names every key in it that is not taken, a line each."""
+    yaml: Any = importlib.import_module("yaml")  # it brings no types
+    try:
+        loaded = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise RecipeError(f"{path}: cannot be read as YAML: {why}") from None
+    method = loaded.get("merge_method") if isinstance(loaded, dict) else None
+    if method != "linear":
+        raise RecipeError(
+            f"{path}: merge_method is {_shorten(method)}; only linear is taken: another method"
+            " needs mergekit"
+        )
+    try:
+        document = Document.model_validate(loaded)
+    except pydantic.ValidationError as error:
+        raise ConfigError([f"{path}: {_describe(details)}" for details in error.errors()]) from None
+    try:
+        return _make_recipe(path, document)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
 def _describe(error: ErrorDetails) -> str:
-    """Say in one line which key is wrong, what is found there and what is expected."""
-    location = [key for key in error["loc"] if not str(key).startswith("<")]
-    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location)
-    where = where.removeprefix(".")
-    if error["type"] == "extra_forbidden":
-        taken = ", ".join(_keys_beside(location))
-        return f"{where}: not taken; {_INSTEAD.get(str(location[-1]), f'expected {taken}')}"
-    if error["type"] == "missing":
-        return f"{where}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: found {_short(error['input'])}; {message[0].lower()}{message[1:]}"
+    key = ".".join(map(str, error["loc"]))
+    return f"{key}: {error['msg']}; found {_shorten(error['input'])}"
 
 
-def _keys_beside(location: Sequence[int | str]) -> list[str]:
-    """The keys that are taken where an unknown one stands."""
-    model: type[pydantic.BaseModel] = Document
-    for key in location[:-1]:
-        if isinstance(key, str):
-            model = _model_in(model.model_fields[key].annotation) or model
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
-
-
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     """Show a value in bounded length, whatever aliases in the file make of it."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxlist, short.maxdict = 2, 4, 4
-    return short.repr(value)
+    return reprlib.repr(value)[:80]
+
+
+def _make_recipe(path: Path, document: Document) -> Recipe:
+    """Bring models and slices into one form; RecipeError for what cannot be done."""
+    if bool(document.models) == bool(document.slices):
+        raise RecipeError("expected the two models under models, or else under slices")
+    sections = [Section(0, None, _weights(document.models))] if document.models else []
+    for part in document.slices:
+        start = sections[-1].stop if sections else 0
+        (first, stop), other = (source.layer_range for source in part.sources)
+        if other != (first, stop) or first != start or first >= stop:
+            raise RecipeError(
+                f"slices: found layer_range {[first, stop]} and {list(other)}, expected"
+                f" [{start}, N] for both: layers are not moved"
+            )
+        sections.append(Section(first, stop, _weights(part.sources)))
+    names = list(sections[0].weights)
+    base = document.base_model or names[0]
+    for section in sections:
+        if len(section.weights) != 2 or section.weights.keys() != {base, *names}:
+            raise RecipeError(
+                f"found models {', '.join(section.weights)}; expected two, one of them the base,"
+                f" {base}"
+            )
+    if document.tokenizer_source not in (None, "base", base):
+        raise RecipeError(
+            f"tokenizer_source: found {document.tokenizer_source}; the output has the base's: say"
+            " base"
+        )
+    (donor,) = (name for name in names if name != base)
+    dtype = document.out_dtype or document.dtype
+    return Recipe(path, base, donor, dtype, sections, document.parameters.normalize)
+
+
+def _weights(models: Sequence[Model]) -> dict[str, list[Case]]:
+    return {model.model: model.parameters.weight for model in models}
 
 
 # What it means
@@ -229,61 +192,11 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Layers `first` to `stop` - 1 (None: to the last), and the parameters for them."""
+    """Layers `first` to `stop` - 1 (None: to the last), and each model's weights for them."""
 
     first: int
     stop: int | None
-    weights: Mapping[str, Setting | None]
-    shared: Parameters
-
-
-def _make_recipe(path: Path, document: Document) -> Recipe:
-    """Bring models and slices into one form: sections of layers."""
-    models = document.models
-    if document.base_model and len(models) == 1:  # mergekit adds it
-        models = [*models, Model(model=document.base_model)]
-    sections = [
-        Section(
-            *part.sources[0].layer_range,
-            {source.model: source.parameters.weight for source in part.sources},
-            part.parameters,
-        )
-        for part in document.slices
-    ]
-    if models:
-        weights = {model.model: model.parameters.weight for model in models}
-        sections.append(Section(0, None, weights, Parameters()))
-    names = dict.fromkeys(name for section in sections for name in section.weights)
-    base = document.base_model or next(iter(names), "")
-    donor = next((name for name in names if name != base), "")
-    dtype = document.out_dtype or document.dtype
-    return Recipe(path, base, donor, dtype, tuple(sections), document.parameters)
-
-
-def _find_problems(recipe: Recipe, document: Document) -> Iterator[str]:
-    """Name what is well-formed but cannot be done."""
-    if bool(document.models) == bool(document.slices):
-        yield "models: expected the two models under models, or else under slices"
-        return
-    for section in recipe.sections:
-        if section.weights.keys() != {recipe.base, recipe.donor}:
-            yield (
-                f"models: found {', '.join(section.weights)}; expected two, one of them the base,"
-                f" {recipe.base}"
-            )
-    start = 0
-    for i, part in enumerate(document.slices):
-        ranges = [list(source.layer_range) for source in part.sources]
-        if ranges[0] != ranges[1] or not start == ranges[0][0] < ranges[0][1]:
-            yield (
-                f"slices[{i}].sources: found layer_range {ranges[0]} and {ranges[1]}, expected"
-                f" [{start}, N] for both: layers are not moved"
-            )
-            return
-        start = ranges[0][1]
-    tokenizer = document.tokenizer.source if document.tokenizer else document.tokenizer_source
-    if tokenizer not in (None, "base", recipe.base):
-        yield f"tokenizer_source: found {tokenizer}; the output has the base's: say base"
+    weights: Mapping[str, Sequence[Case]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,21 +207,18 @@ class Recipe:
     base: str
     donor: str
     dtype: str | None
-    sections: tuple[Section, ...]
-    parameters: Parameters
+    sections: Sequence[Section]
+    normalize: bool
 
     def alphas(self, plan: Plan) -> tuple[Alpha, tuple[str, ...]]:
         """The donor's weight for all that `plan` blends, and notes for the user.
 
-        RecipeError where slices do not fit the layers, or weights are missing or not an average.
+        RecipeError where slices do not fit the layers, or weights are missing or no average.
         """
         layers = plan.base_layout.layers
         stop = self.sections[-1].stop
         if stop not in (None, layers):
-            raise RecipeError(
-                f"{self.path}: its slices end at layer {stop}, the models have {layers};"
-                " expected them to cover all, each layer at its own place"
-            )
+            raise RecipeError(f"{self.path}: slices end at layer {stop}, the models have {layers}")
         names = blended_roles(plan)
         if "head" in names and names["head"][1] == names.get("embed", ("", ""))[1]:
             # mergekit calls a tied head what it would be called if it were there
@@ -321,23 +231,14 @@ class Recipe:
         section, depth = self._locate(role, layers)
         base = self._weight(section, self.base, base_name, depth)
         donor = self._weight(section, self.donor, donor_name, depth)
-        total, alpha = base + donor, donor
-        told = f"{self.path}: the weights for {base_name}, {base:g} and {donor:g},"
-        normalize = section.shared.normalize
-        if normalize is None:
-            normalize = self.parameters.normalize
-        if normalize is None or normalize:
-            if not total:
-                raise RecipeError(f"{told} add up to 0")
-            alpha = donor / total
-        elif abs(total - 1) > SUM_TOLERANCE:
+        total = base + donor
+        adds_up = total > 0 if self.normalize else abs(total - 1) <= SUM_TOLERANCE
+        if min(base, donor) < 0 or not adds_up:
             raise RecipeError(
-                f"{told} add up to {total:g} with normalize: false; expected 1: only averages can"
-                " be written"
+                f"{self.path}: the weights for {base_name}, {base:g} and {donor:g}, make no"
+                " average; expected 0 or more, not both 0, and 1 in all with normalize: false"
             )
-        if not 0 <= alpha <= 1:
-            raise RecipeError(f"{told} make the donor's share {alpha:g}; expected 0 to 1")
-        return round(alpha, COMPUTED_DECIMALS)
+        return round(donor / total if self.normalize else donor, COMPUTED_DECIMALS)
 
     def _locate(self, role: str, layers: int) -> tuple[Section, float]:
         """The section a role belongs to, and its relative depth in it."""
@@ -350,49 +251,22 @@ class Recipe:
         return section, relative_depth(layer - section.first, stop - section.first)
 
     def _weight(self, section: Section, model: str, name: str, depth: float) -> float:
-        for setting in (section.weights[model], section.shared.weight, self.parameters.weight):
-            weight = _evaluate(setting, name, depth)
-            if weight is not None:
-                return weight
+        for case in section.weights[model]:
+            if case.fits(name):
+                return interpolate(case.value, depth)
         raise RecipeError(
-            f"{self.path}: no weight of {model} for {name}; give the model one under its"
-            " parameters, or a last value without a filter"
+            f"{self.path}: no weight of {model} for {name}; add a last value without a filter"
         )
 
     def _notes(self, plan: Plan, names: Collection[tuple[str, str]]) -> Iterator[str]:
-        base_names, donor_names = [base for base, _ in names], [donor for _, donor in names]
-        everything = [*base_names, *donor_names]
         for section in self.sections:
-            yield from _unused_filters(section.weights[self.base], base_names, self.base)
-            yield from _unused_filters(section.weights[self.donor], donor_names, self.donor)
-            yield from _unused_filters(section.shared.weight, everything, "either model")
-        yield from _unused_filters(self.parameters.weight, everything, "either model")
+            for side, model in enumerate((self.base, self.donor)):
+                for case in section.weights[model]:
+                    if not any(case.fits(pair[side]) for pair in names):
+                        yield f"filter {case.filter!r} matches no blended tensor of {model}"
         kept = sorted(set(plan.base_layout.kinds.values()) - {BUFFER})
         if kept:
             yield (
                 f"only language weights are blended: {', '.join(kept)} stay the base's, also where"
                 " mergekit would blend them"
             )
-
-
-def _evaluate(setting: Setting | None, name: str, depth: float) -> float | None:
-    """What a setting says about one tensor; None if it says nothing."""
-    if setting is None or isinstance(setting, float):
-        return setting
-    numbers = [item for item in setting if isinstance(item, float)]
-    if numbers:
-        return interpolate(numbers, depth)
-    fitting = (case for case in _cases(setting) if case.filter == "*" or case.filter in name)
-    first = next(fitting, None)
-    return _evaluate(first.value, name, depth) if first else None
-
-
-def _cases(setting: Setting | None) -> list[Case]:
-    items = setting if isinstance(setting, list) else []
-    return [item for item in items if isinstance(item, Case)]
-
-
-def _unused_filters(setting: Setting | None, names: Sequence[str], whose: str) -> Iterator[str]:
-    for case in _cases(setting):
-        if case.filter != "*" and not any(case.filter in name for name in names):
-            yield f"filter {case.filter!r} matches no blended tensor of {whose}"
