@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from families import FAMILIES, write_headers
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from more_families import MORE
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -34,7 +34,10 @@ V = TypeVar("V")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
-settings.register_profile("shared-machine", deadline=None)
+# On a busy machine making examples may take longer than Hypothesis finds healthy
+settings.register_profile(
+    "shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shared-machine")
 
 

@@ -13,7 +13,6 @@ merge is allowed.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 from array import array
@@ -31,8 +30,6 @@ FORMS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
 MAX_FILE_BYTES = 1 << 27
 """Of a tokenizer's file; the largest known, of 262 000 tokens, has 33 MB."""
 MAX_IDS = 1 << 22
-KnownVocabularies = dict[bytes, "array[int]"]
-"""Hashes by id of a `model.vocab`, under the digest of its JSON."""
 _ABSENT = 0
 
 _PROTOBUF_PIECE = 0x0A  # field 1, a run of bytes; ModelProto.pieces and SentencePiece.piece
@@ -57,13 +54,10 @@ class RowRun:
     length: int
 
 
-def read_vocabulary(
-    folder: Path | None, known: KnownVocabularies | None = None
-) -> array[int] | None:
+def read_vocabulary(folder: Path | None) -> array[int] | None:
     """For each token id a 64-bit hash of its string (0: no such id), or None without a tokenizer.
 
-    Hashes are Python's own, so they compare within one process only. known: vocabularies read
-    before, to which this one is added; descendants of one model share most of their tokenizer.json.
+    Hashes are Python's own, so they compare within one process only.
     """
     if folder is None:
         return None
@@ -73,7 +67,7 @@ def read_vocabulary(
     hashes = array("q")
     with _errors_name(path):
         if path.name == "tokenizer.json":
-            _add_tokenizer_json(hashes, path.read_bytes(), {} if known is None else known)
+            _add_tokenizer_json(hashes, path.read_bytes())
         elif path.name == "vocab.json":
             _add_tokens(hashes, json.loads(path.read_bytes()))
         else:
@@ -97,16 +91,12 @@ def join_rows(base: array[int], donor: array[int], base_rows: int, donor_rows: i
     that the donor has at several ids, as some added ones are, the base's id is taken.
     """
     runs: list[RowRun] = []
-    start = shift = length = 0
     for base_row, donor_row in _shared_rows(base[:base_rows], donor[:donor_rows]):
-        if length and base_row == start + length and donor_row == base_row + shift:
-            length += 1
-            continue
-        if length:
-            runs.append(RowRun(start, start + shift, length))
-        start, shift, length = base_row, donor_row - base_row, 1
-    if length:
-        runs.append(RowRun(start, start + shift, length))
+        last = runs[-1] if runs else None
+        if last and (base_row, donor_row) == (last.base + last.length, last.donor + last.length):
+            runs[-1] = RowRun(last.base, last.donor, last.length + 1)
+        else:
+            runs.append(RowRun(base_row, donor_row, 1))
     return runs
 
 
@@ -134,15 +124,9 @@ def _errors_name(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: {size} bytes; a tokenizer's file has at most {MAX_FILE_BYTES}")
     try:
         yield
-    except UnicodeDecodeError as error:  # whose own words quote the whole file
-        reason = f"not UTF-8: {error.reason}"
-    except KeyError as error:
-        reason = f"no {error} in it"
-    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = first_line(error)
-    else:
-        return
-    raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error):.200}"
+        raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again") from None
 
 
 def _add_tokens(hashes: array[int], tokens: Mapping[str, int]) -> None:
@@ -226,19 +210,14 @@ _SCALAR = re.compile(_STRING + rb'|[^"\[\]{},:\s]++', re.DOTALL)
 _TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb")*+", re.DOTALL)
 
 
-def _add_tokenizer_json(hashes: array[int], data: bytes, known: KnownVocabularies) -> None:
+def _add_tokenizer_json(hashes: array[int], data: bytes) -> None:
     """Enter `model.vocab` (a map, of Unigram a list) and `added_tokens` of a tokenizer.json."""
     top = _find_members(data, 0, {"added_tokens", "model"})
     start, stop = _find_members(data, top["model"][0], {"vocab"})["vocab"]
-    digest = hashlib.blake2b(data[start:stop]).digest()
-    if digest not in known:
-        vocab = json.loads(data[start:stop].decode())
-        if isinstance(vocab, list):
-            vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-        _add_tokens(hashes, vocab)
-        known[digest] = hashes[:]
-    else:
-        hashes.extend(known[digest])
+    vocab = json.loads(data[start:stop].decode())
+    if isinstance(vocab, list):
+        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+    _add_tokens(hashes, vocab)
     if "added_tokens" in top:
         start, stop = top["added_tokens"]
         added = json.loads(data[start:stop].decode())

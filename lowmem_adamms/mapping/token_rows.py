@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.vocabulary import FORMS, KnownVocabularies, RowRun, join_rows, read_vocabulary
+from ..checkpoints.vocabulary import FORMS, RowRun, join_rows, read_vocabulary
 from .side import Side
 
 TOKEN_ROLES = ("embed", "head")
@@ -33,10 +33,9 @@ def find_token_rows(base: Side, donor: Side) -> TokenRows:
         max(side.rows_of(role) for role in TOKEN_ROLES if role in side.pieces)
         for side in (base, donor)
     )
-    known: KnownVocabularies = {}  # a vocabulary that both sides have is read once
-    base_tokens = read_vocabulary(base.checkpoint.folder, known)
+    base_tokens = read_vocabulary(base.checkpoint.folder)
     if base_tokens is not None:
-        donor_tokens = read_vocabulary(donor.checkpoint.folder, known)
+        donor_tokens = read_vocabulary(donor.checkpoint.folder)
         if donor_tokens is not None:
             return TokenRows(join_rows(base_tokens, donor_tokens, base_rows, donor_rows), "token")
     declared = [base.layout.shared_ids, donor.layout.shared_ids]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_torch_file
 
 from lowmem_adamms.checkpoints.dtypes import DTYPES, DType
 from lowmem_adamms.checkpoints.safetensors_header import (
@@ -127,14 +124,6 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     }
 
 
-def test_bfloat16_from_torch_is_read(tmp_path: Path) -> None:
-    tensor = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
-    save_torch_file({"a": tensor}, tmp_path / "a.safetensors")
-    (info,) = read_header(tmp_path / "a.safetensors").tensors
-    assert (info.dtype.name, info.shape) == ("BF16", (1, 2))
-    assert (tmp_path / "a.safetensors").read_bytes()[info.start : info.stop] == b"\x80\x3f\x00\xc0"
-
-
 def test_tensors_come_in_the_order_of_their_bytes() -> None:
     document = {
         "last": entry("U8", [3], [5, 8]),
@@ -221,25 +210,21 @@ def test_headers_that_safetensors_refuses_are_refused(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "offsets", "accepted"),
+    ("shape", "accepted"),
     [
-        ("[0, 3]", "[0, 0]", True),
-        ("[-0, 3]", "[0, 0]", False),
-        ("[0, 3]", "[-0, 0]", False),
-        ("[0, 9223372036854775808, 4]", "[0, 0]", True),
-        ("[9223372036854775808, 4, 0]", "[0, 0]", False),
-        ("[4294967296, 4294967296, 0]", "[0, 0]", False),
-        ("[18446744073709551615, 0]", "[0, 0]", True),
-        ("[18446744073709551616, 0]", "[0, 0]", False),
-        ("[0, 18446744073709551616]", "[0, 0]", False),
-        ("[0.0, 3]", "[0, 0]", False),
-        ("[]", "[0, 0]", False),
+        ("[0, 3]", True),
+        ("[-0, 3]", False),
+        ("[0.0, 3]", False),
+        ("[]", False),
+        ("[0, 9223372036854775808, 4]", True),
+        ("[9223372036854775808, 4, 0]", False),
+        ("[18446744073709551615, 0]", True),
+        ("[18446744073709551616, 0]", False),
+        ("[0, 18446744073709551616]", False),
     ],
 )
-def test_sizes_are_counted_as_safetensors_counts_them(
-    shape: str, offsets: str, accepted: bool
-) -> None:
-    raw = f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": {offsets}}}}}'
+def test_sizes_are_counted_as_safetensors_counts_them(shape: str, accepted: bool) -> None:
+    raw = f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}}}'
     assert is_accepted(raw.encode(), 0) is accepted
 
 
@@ -266,15 +251,19 @@ def test_damaged_headers_are_taken_or_refused_as_by_safetensors(
 # Lies about the file
 
 
-@pytest.mark.parametrize("size", [0, 7])
-def test_shorter_than_its_length_field(tmp_path: Path, size: int) -> None:
-    assert re.search(f"{size} bytes is too short", refused(tmp_path, bytes(size)))
-
-
-@pytest.mark.parametrize("length", [3, 1000])
-def test_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
-    message = refused(tmp_path, length.to_bytes(8, "little") + b"{}")
-    assert f"{length} bytes long, the file has 10" in message
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes is too short"),
+        (bytes(7), "7 bytes is too short"),
+        ((3).to_bytes(8, "little") + b"{}", "3 bytes long, the file has 10; truncated"),
+        (file_of({"a": entry()}, 23), "truncated"),
+        (file_of({"a": entry()}, 25), "trailing bytes"),
+        (file_of({}, 4), "trailing bytes"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_file(tmp_path: Path, content: bytes, words: str) -> None:
+    assert words in refused(tmp_path, content)
 
 
 @pytest.mark.parametrize("length", [100_000_001, 2**64 - 1])
@@ -288,16 +277,6 @@ def test_a_header_longer_than_allowed_is_not_read(tmp_path: Path, length: int) -
         read_header(path)
 
 
-@pytest.mark.parametrize("missing", [1, 24])
-def test_truncated_data(tmp_path: Path, missing: int) -> None:
-    assert "truncated" in refused(tmp_path, file_of({"a": entry()}, 24)[:-missing])
-
-
-@pytest.mark.parametrize("document", [{"a": entry("U8", [3], [0, 3])}, {}])
-def test_trailing_bytes(tmp_path: Path, document: dict[str, Any]) -> None:
-    assert "trailing bytes" in refused(tmp_path, file_of(document, 4))
-
-
 # Lies about the JSON
 
 
@@ -306,13 +285,9 @@ def test_trailing_bytes(tmp_path: Path, document: dict[str, Any]) -> None:
     [
         b"",
         b"{}}",
-        b"not json",
-        b"\xff\xfe{}",
         b'{"\xc3": {}}',
         b'{"a\xed\xa0\x80": {}}',
         b"\xef\xbb\xbf{}",
-        b"\x00" * 16,
-        b"[" * 200_000,
         b'{"a":' * 100_000,
         b'{"a": ' + b"9" * 5000 + b"}",
     ],
@@ -321,9 +296,8 @@ def test_not_json(tmp_path: Path, raw: bytes) -> None:
     assert "not JSON" in refused(tmp_path, file_of(raw))
 
 
-@pytest.mark.parametrize("document", [None, 3, [{"a": entry()}]])
-def test_json_but_not_an_object(tmp_path: Path, document: object) -> None:
-    assert "not a JSON object" in refused(tmp_path, file_of(document))
+def test_json_but_not_an_object(tmp_path: Path) -> None:
+    assert "not a JSON object" in refused(tmp_path, file_of([{"a": entry()}]))
 
 
 @pytest.mark.parametrize("first", [b"x.weight", b"\\u0078.weight"])
@@ -335,48 +309,25 @@ def test_a_name_twice(tmp_path: Path, first: bytes) -> None:
 # Lies about a tensor: each message names it
 
 
-@pytest.mark.parametrize("lacking", [None, "dtype", "shape", "data_offsets"])
-def test_entries_without_their_three_fields(tmp_path: Path, lacking: str | None) -> None:
-    value = {key: item for key, item in entry().items() if key != lacking} if lacking else [entry()]
-    assert "tensor w.x: expected dtype, shape" in refused(tmp_path, file_of({"w.x": value}, 24))
-
-
-@pytest.mark.parametrize("dtype", ["F33", "", "f32", None, 4, {}])
-def test_unknown_dtypes(tmp_path: Path, dtype: object) -> None:
-    message = refused(tmp_path, file_of({"w.x": entry(dtype=dtype)}, 24))
-    assert f"tensor w.x: unknown dtype {dtype!r}" in message
-
-
-@pytest.mark.parametrize("shape", [None, 6, [2, -3], [-2, -3], [2.0, 3], [True, 6], ["2", 3], {}])
-def test_shapes_that_are_no_sizes(tmp_path: Path, shape: object) -> None:
-    message = refused(tmp_path, file_of({"w.x": entry(shape=shape)}, 24))
-    assert "tensor w.x: shape" in message
+LACKING = [{k: v for k, v in entry().items() if k != key} for key in entry()]
+NO_SIZES = (None, 6, [2, -3], [2.0, 3], [True, 6], ["2", 3], {})
+NO_POSITIONS = (None, 24, [0], [0, 24, 24], [-24, 0], [0.0, 24], [False, 24])
+WRONG_SIZES = [([2, 3], [0, 20]), ([2, 3], [24, 0]), ([], [0, 0]), ([0, 5], [0, 4])]
 
 
 @pytest.mark.parametrize(
-    "offsets", [None, 24, [0], [0, 24, 24], [-24, 0], [0.0, 24], [False, 24], ["0", "24"]]
-)
-def test_offsets_that_are_no_positions(tmp_path: Path, offsets: object) -> None:
-    message = refused(tmp_path, file_of({"w.x": entry(offsets=offsets)}, 24))
-    assert "tensor w.x: data_offsets" in message
-
-
-@pytest.mark.parametrize(
-    ("shape", "offsets", "size"),
+    ("value", "words"),
     [
-        ([2, 3], [0, 20], 20),
-        ([2, 3], [0, 28], 28),
-        ([2, 3], [24, 0], 24),
-        ([], [0, 0], 0),
-        ([0, 5], [0, 4], 4),
-        ([2**61], [0, 0], 0),
+        *((value, "expected dtype, shape") for value in (*LACKING, [entry()])),
+        *((entry(dtype=name), f"unknown dtype {name!r}") for name in ("F33", "f32", None, 4, {})),
+        *((entry(shape=shape), "shape") for shape in NO_SIZES),
+        *((entry(offsets=offsets), "data_offsets") for offsets in NO_POSITIONS),
+        *((entry("F32", *sizes), "data_offsets hold") for sizes in WRONG_SIZES),
+        (entry("F4", [3], [0, 2]), "3 elements of F4"),
     ],
 )
-def test_shapes_that_do_not_fit_the_offsets(
-    tmp_path: Path, shape: list[int], offsets: list[int], size: int
-) -> None:
-    message = refused(tmp_path, file_of({"w.x": entry("F32", shape, offsets)}, size))
-    assert "tensor w.x: data_offsets hold" in message
+def test_entries_that_are_none(tmp_path: Path, value: object, words: str) -> None:
+    assert f"tensor w.x: {words}" in refused(tmp_path, file_of({"w.x": value}, 24))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F4"])
@@ -384,11 +335,6 @@ def test_sizes_too_large_to_print(tmp_path: Path, dtype: str) -> None:
     """Python refuses to write numbers of more than 4300 digits: a lie must not end in that."""
     odd = 10**4000 + 1
     assert "tensor w.x" in refused(tmp_path, file_of({"w.x": entry(dtype, [odd, odd])}, 24))
-
-
-def test_sub_byte_elements_that_do_not_fill_a_byte(tmp_path: Path) -> None:
-    message = refused(tmp_path, file_of({"w.x": entry("F4", [3], [0, 2])}, 2))
-    assert "tensor w.x: 3 elements of F4" in message
 
 
 @pytest.mark.parametrize(
@@ -448,12 +394,7 @@ def test_damaged_files_never_raise_anything_else(
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(sorted(DTYPES)),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
     ),

@@ -7,7 +7,7 @@ import json
 import struct
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from lowmem_adamms.checkpoints.vocabulary import (
     MAX_FILE_BYTES,
-    KnownVocabularies,
-    RowRun,
     join_rows,
     read_vocabulary,
 )
@@ -62,18 +60,8 @@ def read(folder: Path) -> array[int]:
     return hashes
 
 
-def oracle(base: Mapping[int, str], donor: Mapping[int, str], rows: int, other: int) -> set[Any]:
-    """Pairs of base and donor row of the same token, the plain way."""
-    where = {token: i for i, token in donor.items() if i < other}
-    return {(i, where[token]) for i, token in base.items() if i < rows and token in where}
-
-
-def pairs(runs: list[RowRun]) -> list[tuple[int, int]]:
-    return [(run.base + k, run.donor + k) for run in runs for k in range(run.length)]
-
-
-def shared(base: Path, donor: Path, rows: int = 1000, other: int = 1000) -> list[tuple[int, ...]]:
-    runs = join_rows(read(base), read(donor), rows, other)
+def shared(base: Path, donor: Path) -> list[tuple[int, ...]]:
+    runs = join_rows(read(base), read(donor), 1000, 1000)
     return [(run.base, run.donor, run.length) for run in runs]
 
 
@@ -90,25 +78,17 @@ def assert_same_tokens(folder: Path, tokens: Mapping[str, int], tmp_path: Path) 
 # Forms
 
 
-ORDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "as written by tokenizers": lambda d: d,
-    "model first": lambda d: {"model": d["model"], **d},
-    "added tokens last": lambda d: {**{k: d[k] for k in d if k != "added_tokens"}, **d},
-    "reversed": lambda d: dict(reversed(d.items())),
-}
-
-
-@pytest.mark.parametrize("order", sorted(ORDERS))
-@pytest.mark.parametrize("merges", [["a b", '" \\'], [["a", "b"], ['"', "\\"]], []])
+@pytest.mark.parametrize("order", [["added_tokens", "model"], ["model", "added_tokens"]])
+@pytest.mark.parametrize("merges", [["a b", '" \\'], [["a", "b"], ['"', "\\"]]])
 @pytest.mark.parametrize("merges_first", [True, False])
 def test_tokenizer_json_in_any_key_order(
-    tmp_path: Path, order: str, merges: list[Any], merges_first: bool
+    tmp_path: Path, order: list[str], merges: list[Any], merges_first: bool
 ) -> None:
     document = fast(VOCAB, ADDED, merges=merges)
     if merges_first:
         document["model"] = {"merges": merges, **document["model"]}
-    folder = put(tmp_path / "t", tokenizer=ORDERS[order](document))
-    assert_same_tokens(folder, VOCAB | ADDED, tmp_path)
+    document = {"version": "1.0", **{key: document.pop(key) for key in order}, **document}
+    assert_same_tokens(put(tmp_path / "t", tokenizer=document), VOCAB | ADDED, tmp_path)
 
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
@@ -116,17 +96,8 @@ def test_tokenizer_json_in_any_key_order(
 def test_layout_and_escapes_do_not_matter(
     tmp_path: Path, indent: int | str | None, ascii_only: bool
 ) -> None:
-    vocab = {
-        "Ġgröße": 0,
-        "数": 1,
-        "😀": 2,
-        '\\"': 3,
-        "\n\t": 4,
-        "[}": 5,
-        "\u2028": 6,
-        "": 7,
-        "}": 8,
-    }
+    words = ["Ġgröße", "数", "😀", '\\"', "\n\t", "[}", "\u2028", "", "}"]
+    vocab = {word: i for i, word in enumerate(words)}
     merges = ['\\" [', "} {", "数 😀", "\\ \\"]
     document = {"junk": {"[": '"]\\', "x": [[1.5e3, "{", None, True]]}, **fast(vocab, ADDED)}
     document["model"] = {"junk": merges, "merges": merges, **document["model"]}
@@ -171,32 +142,6 @@ def test_tokenizer_json_wins(tmp_path: Path, rival: str) -> None:
     assert_same_tokens(folder, {"new": 0}, tmp_path)
 
 
-def test_a_vocabulary_that_two_tokenizers_share_is_parsed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = {"a": 0, "b": 1, "c": 2}
-    folders = [
-        put(tmp_path / name, tokenizer=fast(vocab, added))
-        for name, vocab, added in [
-            ("one", words, {"<x>": 3}),
-            ("two", words, {"<y>": 4}),
-            ("more", words | {"d": 5}, {}),
-        ]
-    ]
-    alone = [read(folder) for folder in folders]
-    parsed: list[str] = []
-
-    def note(text: str) -> Any:
-        parsed.append(text)
-        return json.JSONDecoder().decode(text)
-
-    monkeypatch.setattr(json, "loads", note)
-    known: KnownVocabularies = {}
-    assert [read_vocabulary(folder, known) for folder in folders] == alone
-    assert parsed.count(json.dumps(words)) == 1
-    assert parsed.count(json.dumps(words | {"d": 5})) == 1
-
-
 UNFINISHED = {
     "a string of quotes": '{"model": {"merges": ["' + '\\"' * 40_000,
     "many strings": '{"model": {"merges": [' + '"' * 79_999,
@@ -215,12 +160,10 @@ def test_an_unfinished_tokenizer_json_is_refused_in_linear_time(tmp_path: Path, 
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json"])
-def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path: Path, name: str) -> None:
-    put(tmp_path, vocab={"a": 0})
-    with (tmp_path / name).open("wb") as file:
+def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "vocab.json").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(FormatError, match=f"{name}: 134217729 bytes; a tokenizer's file has"):
+    with pytest.raises(FormatError, match=r"vocab\.json: 134217729 bytes; a tokenizer's file has"):
         read_vocabulary(tmp_path)
 
 
@@ -304,9 +247,8 @@ def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
     assert_same_tokens(tmp_path / "t", {"a": 0, "b": 1, "Ġc": 2}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
+BROKEN = {
+    "tokenizer.model": [
         b"{}",
         b"\x0a",
         b"\x0a\xff",
@@ -319,36 +261,64 @@ def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
         b"Y!== 0",
         b"YQ== x",
     ],
-)
-def test_a_broken_tokenizer_model_names_the_file(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    with pytest.raises(FormatError, match=f"^{tmp_path / 'tokenizer.model'}: "):
-        read_vocabulary(tmp_path)
+    "tokenizer.json": [
+        b"",
+        b"null",
+        b"{}",
+        b'{"model"',
+        b'{"model" {}}',
+        b'{1: {"vocab": {}}}',
+        b'{"model": null}',
+        b'{"model": {}}',
+        b'{"model": {"vocab": 3}}',
+        b'{"model": {"vocab": {"a": 0}',
+        b'{"model": {"vocab": {"M\xfcller": 0}}}',
+        b'{"model": {"vocab": {"a": 0}}, "added_tokens": [',
+        b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 3}]}',
+        b'{"model": {"vocab": {"a": 0}}, "added_tokens": 3}',
+        b'{"model": {"vocab": ["a", "b"]}}',
+        b'{"model": {"merges": ["a b", "vocab": {"a": 0}}',
+        b'{"model": {"merges": "unfinished, "vocab": {"a": 0}}}',
+        b'{"model": {"vocab": ' + b'{"a":' * 100_000,
+    ],
+    "vocab.json": [b"", b"[]", b"[" * 100_000],
+    "added_tokens.json": [b"\xff\xfe", b"[]"],
+    "tokenizer_config.json": [b"[]", b'{"added_tokens_decoder": {"3": {}}}'],
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("tokenizer.json", b'{"model": {"vocab": {"M\xfcller": 0}}}', "not UTF-8: invalid start"),
-        ("tokenizer.json", b'{"model": {}}', "no 'vocab' in it"),
-        ("tokenizer.json", b'{"model": ', "not a tokenizer's file"),
-        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("vocab.json", b"[]", "not a tokenizer's file"),
-        ("added_tokens.json", b"\xff", "not a tokenizer's file"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": {"3": {}}}', "no 'content' in it"),
-    ],
+    ("name", "content"), [(name, content) for name, all_ in BROKEN.items() for content in all_]
 )
-def test_which_file_of_a_tokenizer_is_broken_and_how_is_one_short_line(
-    tmp_path: Path, name: str, content: bytes, reason: str
+def test_which_file_of_a_tokenizer_is_broken_is_one_short_line(
+    tmp_path: Path, name: str, content: bytes
 ) -> None:
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    if name != "tokenizer.model":
+        put(tmp_path, vocab={"a": 0})
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(FormatError, match=reason) as caught:
+    with pytest.raises(FormatError) as caught:
         read_vocabulary(tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / name}: ")
+    assert message.startswith(f"{tmp_path / name}: not a tokenizer's file (")
     assert "\n" not in message
-    assert len(message) < len(str(tmp_path)) + 150
+    assert len(message) < len(str(tmp_path)) + 300
+
+
+def test_a_tokenizer_that_git_lfs_left_out_is_told(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(FormatError, match="Git LFS pointer"):
+        read_vocabulary(tmp_path)
+
+
+def read_or_refuse(folder: Path, name: str, content: bytes) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    try:
+        hashes = read(folder)
+    except FormatError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(hashes) <= 1 << 22
 
 
 @given(st.binary(max_size=60))
@@ -356,49 +326,36 @@ def test_random_bytes_raise_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "random-tokenizer"
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(b"\x0a" + data)
-    try:
-        hashes = read(folder)
-    except FormatError as error:
-        assert str(folder) in str(error)
-    else:
-        assert len(hashes) <= len(data)
+    read_or_refuse(folder, "tokenizer.model", b"\x0a" + data)
 
 
-@pytest.mark.parametrize("files", [[], ["tekken.json"], ["tokenizer_config.json"]])
-def test_no_vocabulary_in_the_folder(tmp_path: Path, files: list[str]) -> None:
-    for file in files:
-        (tmp_path / file).write_text("{}")
+@given(st.data())
+def test_random_damage_to_a_tokenizer_json_raises_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    text = json.dumps(fast(VOCAB, ADDED, merges=["a b"]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text = text[:at] + data.draw(st.sampled_from('"\\{}[],:0-e x')) + text[at + 1 :]
+    folder = tmp_path_factory.getbasetemp() / "damaged-tokenizer"
+    read_or_refuse(folder, "tokenizer.json", text.encode())
+
+
+def test_no_vocabulary_in_the_folder(tmp_path: Path) -> None:
+    put(tmp_path, tekken={}, tokenizer_config={})
     assert read_vocabulary(tmp_path) is None
-
-
-def test_a_bare_file_has_no_vocabulary() -> None:
     assert read_vocabulary(None) is None
-
-
-def trained(special: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = [
-        "größe und grüße, 数字与数据",
-        'a "quoted\\" [list] {of: things}',
-        "the cat sat on the mat",
-    ]
-    tokenizer.train_from_iterator(text * 20, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return tokenizer
 
 
 @pytest.mark.parametrize("pretty", [True, False])
 def test_agrees_with_the_tokenizers_library(tmp_path: Path, pretty: bool) -> None:
-    tokenizer = trained(["<|im_start|>", '<"odd\\>', "<图像>"])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    text = ["größe und grüße, 数字与数据", 'a "quoted\\" [list] {of: things}', "the cat on the mat"]
+    tokenizer.train_from_iterator(text * 20, trainer)
+    tokenizer.add_special_tokens([AddedToken('<"odd\\>', special=True), AddedToken("<图像>")])
     (tmp_path / "t").mkdir()
     tokenizer.save(str(tmp_path / "t" / "tokenizer.json"), pretty=pretty)
     tokens = tokenizer.get_vocab(with_added_tokens=True)
@@ -421,64 +378,6 @@ def test_absurd_ids_are_refused_not_allocated(tmp_path: Path, form: str, i: Any)
     }
     with pytest.raises(FormatError, match=str(tmp_path)):
         read_vocabulary(put(tmp_path, **content[form]))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "null",
-        "{}",
-        '{"model"',
-        '{"model" {}}',
-        '{1: {"vocab": {}}}',
-        '{"model": null}',
-        '{"model": {"vocab": null}}',
-        '{"model": {"vocab": 3}}',
-        '{"model": {"vocab": {"a": 0}',
-        '{"model": {"vocab": {"a": 0}}, "added_tokens": [',
-        '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 3}]}',
-        '{"model": {"vocab": {"a": 0}}, "added_tokens": 3}',
-        '{"model": {"vocab": {"a": 0}}, "added_tokens": ["<image>"]}',
-        '{"model": {"vocab": ["a", "b"]}}',
-        '{"model": {"merges": ["a b", "vocab": {"a": 0}}',
-        '{"model": {"merges": "unfinished, "vocab": {"a": 0}}}',
-        '{"model": {"vocab": ' + "[" * 100_000 + "]" * 100_000 + "}}",
-        '{"model": {"vocab": ' + '{"a":' * 100_000,
-    ],
-)
-def test_a_broken_tokenizer_json_names_the_folder(tmp_path: Path, text: str) -> None:
-    (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(FormatError, match=str(tmp_path)):
-        read_vocabulary(tmp_path)
-
-
-@pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("raw", [b"", b"[]", b"\xff\xfe", b"[" * 100_000])
-def test_broken_slow_files_name_the_folder(tmp_path: Path, file: str, raw: bytes) -> None:
-    put(tmp_path, vocab=VOCAB)
-    (tmp_path / file).write_bytes(raw)
-    with pytest.raises(FormatError, match=str(tmp_path)):
-        read_vocabulary(tmp_path)
-
-
-@given(st.data())
-def test_random_damage_to_a_tokenizer_json_raises_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    text = json.dumps(fast(VOCAB, ADDED, merges=["a b"]))
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(text) - 1))
-        text = text[:at] + data.draw(st.sampled_from('"\\{}[],:0-e x')) + text[at + 1 :]
-    folder = tmp_path_factory.getbasetemp() / "damaged-tokenizer"
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(text)
-    try:
-        hashes = read(folder)
-    except FormatError as error:
-        assert str(folder) in str(error)
-    else:
-        assert len(hashes) <= 1 << 22
 
 
 # The join
@@ -511,10 +410,11 @@ def test_joined_rows_are_those_of_a_plain_dictionary(
         )
 
     runs = join_rows(hashes(base), hashes(donor), rows, other)
-    found = pairs(runs)
-    assert len(found) == len(set(found))
-    assert set(found) == oracle(base, donor, rows, other)
-    assert [pair[0] for pair in found] == sorted(pair[0] for pair in found)
+    found = [(run.base + k, run.donor + k) for run in runs for k in range(run.length)]
+    where = {token: i for i, token in donor.items() if i < other}
+    assert found == [
+        (i, where[token]) for i, token in sorted(base.items()) if i < rows and token in where
+    ]
     for before, after in pairwise(runs):
         touching = (before.base + before.length, before.donor + before.length)
         assert touching != (after.base, after.donor), "two runs that are one"
