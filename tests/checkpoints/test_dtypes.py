@@ -14,7 +14,8 @@ from lowmem_adamms.errors import FormatError
 
 
 def test_only_the_three_common_float_types_can_be_blended() -> None:
-    assert {name for name, dtype in DTYPES.items() if dtype.blendable} == {"BF16", "F16", "F32"}
+    sizes = {name: dtype.itemsize for name, dtype in DTYPES.items() if dtype.blendable}
+    assert sizes == {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def test_names_are_keys() -> None:
@@ -40,16 +41,7 @@ def test_safetensors_knows_every_name_and_its_size(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("name", "elements", "expected"),
-    [
-        ("BF16", 3, 6),
-        ("F32", 5, 20),
-        ("BOOL", 7, 7),
-        ("C64", 2, 16),
-        ("F4", 6, 3),
-        ("F6_E2M3", 4, 3),
-        ("F32", 0, 0),
-        ("BF16", 152064 * 3584, 1089994752),
-    ],
+    [("BF16", 3, 6), ("F4", 6, 3), ("F6_E2M3", 4, 3), ("F32", 0, 0)],
 )
 def test_bytes_of_elements(name: str, elements: int, expected: int) -> None:
     assert DTYPES[name].nbytes(elements) == expected
@@ -59,8 +51,3 @@ def test_bytes_of_elements(name: str, elements: int, expected: int) -> None:
 def test_elements_that_do_not_fill_a_byte_are_refused(name: str, elements: int) -> None:
     with pytest.raises(FormatError, match=name):
         DTYPES[name].nbytes(elements)
-
-
-def test_itemsize_of_blendable_types() -> None:
-    sizes = {name: DTYPES[name].itemsize for name in ("BF16", "F16", "F32")}
-    assert sizes == {"BF16": 2, "F16": 2, "F32": 4}

@@ -310,7 +310,8 @@ def test_a_name_twice(tmp_path: Path, first: bytes) -> None:
 
 
 LACKING = [{k: v for k, v in entry().items() if k != key} for key in entry()]
-NO_SIZES = (None, 6, [2, -3], [2.0, 3], [True, 6], ["2", 3], {})
+NO_SIZES: tuple[object, ...] = (None, 6, [2, -3], [2.0, 3], [True, 6], ["2", 3], {})
+NO_DTYPES: tuple[object, ...] = ("F33", "f32", None, 4, {})
 NO_POSITIONS = (None, 24, [0], [0, 24, 24], [-24, 0], [0.0, 24], [False, 24])
 WRONG_SIZES = [([2, 3], [0, 20]), ([2, 3], [24, 0]), ([], [0, 0]), ([0, 5], [0, 4])]
 
@@ -319,7 +320,7 @@ WRONG_SIZES = [([2, 3], [0, 20]), ([2, 3], [24, 0]), ([], [0, 0]), ([0, 5], [0, 
     ("value", "words"),
     [
         *((value, "expected dtype, shape") for value in (*LACKING, [entry()])),
-        *((entry(dtype=name), f"unknown dtype {name!r}") for name in ("F33", "f32", None, 4, {})),
+        *((entry(dtype=name), f"unknown dtype {name!r}") for name in NO_DTYPES),
         *((entry(shape=shape), "shape") for shape in NO_SIZES),
         *((entry(offsets=offsets), "data_offsets") for offsets in NO_POSITIONS),
         *((entry("F32", *sizes), "data_offsets hold") for sizes in WRONG_SIZES),
