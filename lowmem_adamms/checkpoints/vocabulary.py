@@ -91,12 +91,16 @@ def join_rows(base: array[int], donor: array[int], base_rows: int, donor_rows: i
     that the donor has at several ids, as some added ones are, the base's id is taken.
     """
     runs: list[RowRun] = []
+    start = shift = length = 0
     for base_row, donor_row in _shared_rows(base[:base_rows], donor[:donor_rows]):
-        last = runs[-1] if runs else None
-        if last and (base_row, donor_row) == (last.base + last.length, last.donor + last.length):
-            runs[-1] = RowRun(last.base, last.donor, last.length + 1)
-        else:
-            runs.append(RowRun(base_row, donor_row, 1))
+        if length and base_row == start + length and donor_row == base_row + shift:
+            length += 1
+            continue
+        if length:
+            runs.append(RowRun(start, start + shift, length))
+        start, shift, length = base_row, donor_row - base_row, 1
+    if length:
+        runs.append(RowRun(start, start + shift, length))
     return runs
 
 

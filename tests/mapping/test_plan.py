@@ -236,28 +236,6 @@ def test_embeddings_can_be_kept(small: Small) -> None:
     assert plan.notes == ()  # nothing was assumed of tokens
 
 
-def test_a_vocabulary_that_both_sides_have_is_parsed_once(
-    put: Put, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Parsing 150 000 tokens is most of the time and memory that a plan takes."""
-    loads, parsed = json.loads, []
-
-    def counting(*args: Any) -> Any:
-        parsed.append(loads(*args))
-        return parsed[-1]
-
-    base, donor = put("base", llama_decoder(SMALL)), put("donor", llama_decoder(SMALL))
-    vocabulary = {f"t{i}": i for i in range(17)}
-    for side in (base, donor):
-        added = [{"id": 17, "content": f"<{side.path.name}>"}]
-        document = {"model": {"vocab": vocabulary, "merges": []}, "added_tokens": added}
-        (side.path / "tokenizer.json").write_text(json.dumps(document))
-    monkeypatch.setattr(json, "loads", counting)
-    plan = make_plan(base, donor)
-    assert described(plan, EMBED)[0][0] == (0, 17)
-    assert parsed.count(vocabulary) == 1
-
-
 # What does not belong together
 
 
