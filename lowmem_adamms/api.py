@@ -27,8 +27,8 @@ from .live.placement import Placement, place
 from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json
 from .mapping.plan import Plan
-from .merging import model_card, writer
-from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, find_pending
+from .merging import writer
+from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
@@ -436,10 +436,7 @@ def prepare_merge(
     with ExitStack() as stack:
         upload = None
         if settings.push_to_hub is not None:
-            card = model_card.make_card(plan, 0.0, {})
-            upload = stack.enter_context(
-                _upload(out, settings, card, complete=bool(find_pending(out)))
-            )
+            upload = stack.enter_context(_checked_upload(out, settings))
         yield Merge(plan, settings, output, upload)
 
 
@@ -507,25 +504,14 @@ def push(out: str | Path, settings: UploadSettings) -> Iterator[Upload]:
     """
     out = Path(out)
     verify(out)
-    readme = out / "README.md"
-    card = readme.read_text("utf-8", errors="replace") if readme.is_file() else None
-    with _upload(out, settings, card, complete=True) as upload:
+    with _checked_upload(out, settings) as upload:
         yield upload
 
 
 @contextmanager
-def _upload(
-    out: Path, settings: UploadSettings, card: str | None, *, complete: bool
-) -> Iterator[Upload]:
-    from .hub.upload import Upload, check_target
+def _checked_upload(out: Path, settings: UploadSettings) -> Iterator[Upload]:
+    from .hub.upload import Upload
 
-    assert settings.push_to_hub is not None
-    target = check_target(
-        settings.push_to_hub,
-        private=settings.private,
-        replace=settings.replace_repo,
-        card_text=card,
-        folder=out if complete else None,
-    )
-    with Upload(target, out, pending_note=out / PENDING) as upload:
+    with Upload(out, settings, pending_note=out / PENDING) as upload:
+        upload.check()
         yield upload

@@ -1,9 +1,9 @@
 """A small Hub on this machine, for reading and uploading, and what can go wrong with both.
 
 Speaks the part of the Hub's API that huggingface_hub uses for models: info, tree, `resolve`, who a
-token belongs to, creating a repository, Git LFS with single and multipart uploads, commits, and the
-check of a card's metadata. Large files are served from a second port, a stand-in for the content
-network, by addresses that can be made to expire. Every request is noted; faults are put in by hand.
+token belongs to, creating a repository, Git LFS, commits, and the check of a card. Large files are
+served from a second port, a stand-in for the content network, by addresses that can be made to
+expire. Every request is noted; faults are put in by hand.
 
     python tests/hub_server.py org/name=FOLDER … [--tls FOLDER]
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
-import os
 import re
 import shutil
 import socket
@@ -50,18 +50,15 @@ class File:
     source: Path | bytes
     size: int
     oid: str
-    sha256: str | None
+    sha256: str | None = None
 
     @classmethod
     def of(cls, name: str, source: Path | bytes) -> File:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if name.endswith(LARGE) or size > 1 << 20:
-            return cls(source, size, "0" * 40, _digest("sha256", b"", source))
-        return cls(source, size, _digest("sha1", b"blob %d\0" % size, source), None)
-
-    @property
-    def content(self) -> bytes:
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        with _open(source) as file:
+            if name.endswith(LARGE) or size > 1 << 20:
+                return cls(source, size, "0" * 40, hashlib.file_digest(file, "sha256").hexdigest())
+            return cls(source, size, hashlib.sha1(b"blob %d\0" % size + file.read()).hexdigest())
 
     def entry(self, name: str) -> dict[str, Any]:
         """As a tree lists it."""
@@ -78,15 +75,8 @@ class File:
         return entry
 
 
-def _digest(algorithm: str, prefix: bytes, source: Path | bytes) -> str:
-    digest = hashlib.new(algorithm, prefix)
-    if isinstance(source, bytes):
-        digest.update(source)
-    else:
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def _open(source: Path | bytes) -> io.BytesIO | io.BufferedReader:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
 @dataclass
@@ -111,7 +101,8 @@ class Repo:
     @property
     def contents(self) -> dict[str, bytes]:
         """The same as bytes, but for what the Hub itself put there."""
-        return {k: file.content for k, file in self.files.items() if k != ".gitattributes"}
+        sources = {k: file.source for k, file in self.files.items() if k != ".gitattributes"}
+        return {k: _open(source).read() for k, source in sources.items()}
 
     def commit(self, files: Mapping[str, Path | bytes], *revisions: str) -> str:
         """Put all these files on the main branch, and on others."""
@@ -143,10 +134,9 @@ class Fault:
     `after` bytes of the request's body; "silence" falls silent there.
 
     Of a file that is sent: "drop" breaks the connection after `after` bytes; "stall" sends nothing
-    for `seconds` after that; "short" says and sends `after` bytes less; "long" sends `after`
-    bytes more and says no length; "ignore" sends the whole
-    file whatever range was asked; "shift" says another range; "etag" another ETag; "size" another
-    size of the file; "flip" inverts the first byte.
+    for `seconds` after that; "long" sends `after` bytes more and says no length; "ignore" sends the
+    whole file whatever range was asked; "etag" says another ETag; "size" another size of the file;
+    "flip" inverts the first byte.
     """
 
     pattern: str
@@ -160,12 +150,12 @@ class Fault:
     words: str = ""
 
 
-def person(name: str, *, orgs: dict[str, str] | None = None, **token: Any) -> dict[str, Any]:
+def person(name: str, orgs: dict[str, str], **token: Any) -> dict[str, Any]:
     """What whoami-v2 says of a token: its owner, their roles in organisations, its own role."""
     return {
         "type": "user",
         "name": name,
-        "orgs": [{"name": org, "roleInOrg": role} for org, role in (orgs or {}).items()],
+        "orgs": [{"name": org, "roleInOrg": role} for org, role in orgs.items()],
         "auth": {"accessToken": {"displayName": "t", "role": "write", **token}},
     }
 
@@ -175,11 +165,9 @@ class HubServer:
 
     def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
         """certificate: its file and that of its key, to speak HTTP over TLS."""
-        self.tokens = {TOKEN: person("ada", orgs={"lab": "write"})}
+        self.tokens = {TOKEN: person("ada", {"lab": "write"})}
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
-        self.parts: dict[str, dict[int, bytes]] = {}
-        self.part_size: int | None = None
         self.received = 0
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
@@ -250,7 +238,7 @@ class HubServer:
         return sum(seen.sent for seen in self.seen if seen.file.endswith(suffix))
 
     def hold(self, passing: int = 0) -> None:
-        """After `passing` more bodies of large files the next one sets `reached`, and waits."""
+        """After `passing` more large files the next one sets `reached`, and waits."""
         self._passing = passing
         self.reached.clear()
         self._gate.clear()
@@ -516,15 +504,12 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Answer(416, "", Content_Range=f"bytes */{file.size}")
         if fault.kind == "etag":
             headers = headers | {"ETag": '"another"', "X-Linked-Etag": '"another"'}
-        if fault.kind == "short":
-            stop -= fault.after
-        shift = 1 if fault.kind == "shift" else 0
         total = file.size + (1 if fault.kind == "size" else 0)
         self.send_response(206 if asked else 200)
         for key, value in headers.items():
             self.send_header(key, value)
         if asked:
-            self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1 + shift}/{total}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
         if fault.kind == "long":
             stop += fault.after
             self.close_connection = True
@@ -535,29 +520,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self._send_bytes(file, start, stop, fault)
 
-    def _send_bytes(self, file: File, at: int, stop: int, fault: Fault) -> None:
+    def _send_bytes(self, file: File, start: int, stop: int, fault: Fault) -> None:
         breaks = fault.kind in ("drop", "stall")
-        stop = min(stop, at + fault.after) if breaks else stop
+        stop = min(stop, start + fault.after) if breaks else stop
         self.wfile.flush()
-        if isinstance(file.source, bytes):
-            self.wfile.write(file.source[at:stop])
-            self.request_seen.sent = stop - at
-            return
-        with file.source.open("rb") as source, contextlib.suppress(ConnectionError):
-            if fault.kind == "flip" and at < stop:
-                source.seek(at)
-                self.connection.sendall(bytes([source.read(1)[0] ^ 0xFF]))
-                at += 1
-                self.request_seen.sent += 1
-            while at < stop:
-                if self.server.tls:
-                    source.seek(at)
-                    self.connection.sendall(block := source.read(min(1 << 20, stop - at)))
-                    count = len(block)
-                else:
-                    count = os.sendfile(self.connection.fileno(), source.fileno(), at, stop - at)
-                at += count
-                self.request_seen.sent += count
+        with _open(file.source) as source, contextlib.suppress(ConnectionError):
+            source.seek(start)
+            try:
+                if fault.kind == "flip":
+                    self.connection.sendall(bytes([source.read(1)[0] ^ 0xFF]))
+                if (at := source.tell()) < stop:
+                    self.connection.sendfile(source, at, stop - at)
+            finally:
+                self.request_seen.sent = source.tell() - start
             time.sleep(fault.seconds)
         if breaks:
             self.close_connection = True
@@ -603,38 +578,15 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for item in json.loads(body)["objects"]:
             answer = {"oid": item["oid"], "size": item["size"]}
+            url = f"{self.hub.endpoint}/lfs/{item['oid']}"
             if item["oid"] not in self.hub.objects:
-                answer["actions"] = self._actions(item["oid"], item["size"])
+                answer["actions"] = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
             answers.append(answer)
         return {"transfer": "basic", "objects": answers}
-
-    def _actions(self, oid: str, size: int) -> Any:
-        base = f"{self.hub.endpoint}/lfs/{oid}"
-        verify = {"href": f"{base}/verify"}
-        if self.hub.part_size is None or size <= self.hub.part_size:
-            return {"upload": {"href": base}, "verify": verify}
-        count = -(-size // self.hub.part_size)
-        urls = {f"{i:05}": f"{base}/{i}" for i in range(1, count + 1)}
-        header = {"chunk_size": str(self.hub.part_size), **urls}
-        return {"upload": {"href": f"{base}/complete", "header": header}, "verify": verify}
 
     def put(self, body: bytes, oid: str) -> Any:
         if not self.hub.take(body):
             raise _Drop
-        return self._store(oid, body)
-
-    def put_part(self, body: bytes, oid: str, part: str) -> None:
-        if not self.hub.take(body):
-            raise _Drop
-        self.hub.parts.setdefault(oid, {})[int(part)] = body
-        self._reply(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
-
-    def complete(self, body: bytes, oid: str) -> Any:
-        parts = self.hub.parts.pop(oid)
-        numbers = [part["partNumber"] for part in json.loads(body)["parts"]]
-        return self._store(oid, b"".join(parts[number] for number in numbers))
-
-    def _store(self, oid: str, body: bytes) -> Any:
         if hashlib.sha256(body).hexdigest() != oid:
             raise _Answer(400, "BadDigest")
         self.hub.objects[oid] = body
@@ -678,8 +630,6 @@ _ROUTES: list[tuple[str, Callable[..., Any]]] = [
     (rf"POST /api/models/{_REPO}/commit/main", _Handler.commit),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     (rf"PUT /lfs/{_OID}", _Handler.put),
-    (rf"PUT /lfs/{_OID}/(?P<part>\d+)", _Handler.put_part),
-    (rf"POST /lfs/{_OID}/complete", _Handler.complete),
     (rf"POST /lfs/{_OID}/verify", _Handler.verify),
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import api
 from ..hub.upload import Upload, pushed_files
 from ..settings import UploadSettings, setting
-from .console import print_line, print_notes, progress_bar
+from .console import print_line, progress_bar
 from .options import Command
 from .pair import parse_path
 
@@ -38,7 +38,6 @@ def show_upload(
     total = sum(path.stat().st_size for path in pushed_files(out).values())
     with progress_bar("uploading", total) as progress:
         files = finish(progress)
-    print_notes(upload.notes)
     print_line(f"{upload.url}: {files} files")
 
 

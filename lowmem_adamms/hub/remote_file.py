@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..errors import DigestError, HubError
-from .client import TemporaryError, ask, http_library
+from .client import ATTEMPTS, TemporaryError, ask, http_library
 
 PARALLEL_REQUESTS = 8
 """Requests under way at once, for whoever reads many ranges."""
@@ -58,7 +58,7 @@ class RemoteFile:
         done = 0
         while done < len(view):
             receive = functools.partial(self._receive, start + done, view[done:], stop)
-            done += ask(self._subject, receive, stop=stop)
+            done += ask(self._subject, receive, attempts=ATTEMPTS, stop=stop)
 
     def check_sha256(self, found: str) -> None:
         """DigestError unless the file's bytes, whose sha256 is `found`, are those of the Hub."""

@@ -21,8 +21,8 @@ from typing import Any
 
 from ..errors import HubError
 from ..values import format_size
-from .client import FIRST_ATTEMPTS, ask, hidden_progress_bars
-from .remote_file import PARALLEL_REQUESTS, RemoteFile
+from .client import ask, hidden_progress_bars
+from .remote_file import RemoteFile
 
 _REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -38,6 +38,7 @@ PLANNING_FILES = (
     "tokenizer_config.json",
 )
 """The files that a plan and a model card need, of either side."""
+PARALLEL_DOWNLOADS = 4
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _list_files(repo_id: str, revision: str | None) -> tuple[str, dict[str, Remo
 
     ref = f"{repo_id}@{revision}" if revision else repo_id
     subject = f"{ref} (no folder or file of that name here)"
-    sha, rows = ask(subject, request, attempts=FIRST_ATTEMPTS)
+    sha, rows = ask(subject, request)
     # Both become paths on this machine
     if not isinstance(sha, str) or not _COMMIT.fullmatch(sha):
         raise HubError(f"{ref}: the Hub calls its commit {sha!r}, expected 40 hexadecimal digits")
@@ -147,17 +148,8 @@ def _is_inside(name: object) -> bool:
     return {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))
 
 
-def fetch_files(
-    repo: Repository,
-    names: Iterable[str],
-    *,
-    progress_bars: bool = False,
-    parallel: int = PARALLEL_REQUESTS,
-) -> None:
-    """Download those of these files that are not in the repository's folder yet.
-
-    progress_bars: show those of huggingface_hub. parallel: files at once.
-    """
+def fetch_files(repo: Repository, names: Iterable[str], *, progress_bars: bool = False) -> None:
+    """Download those of these files that are not in the repository's folder yet."""
     missing = [name for name in names if not (repo.folder / name).is_file()]
     if not missing:
         return
@@ -169,7 +161,7 @@ def fetch_files(
             revision,
             cache_dir=repo.folder.parents[2],
             allow_patterns=[glob.escape(name) for name in missing],
-            max_workers=parallel,
+            max_workers=PARALLEL_DOWNLOADS,
         )
     if folder.resolve() != repo.folder.resolve():
         raise HubError(f"{repo.id}: {repo.asked or 'main'} has just changed; run the command again")
@@ -203,7 +195,7 @@ def download(repo: Repository, paths: Iterable[Path], *, progress_bars: bool = F
             f" {format_size(needed_bytes)}; free some, or --no-cache"
         )
     names = [file.name for file in missing.values()]
-    fetch_files(repo, names, progress_bars=progress_bars, parallel=2)
+    fetch_files(repo, names, progress_bars=progress_bars)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(_check_download, missing, missing.values()))
 

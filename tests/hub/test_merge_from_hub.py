@@ -290,7 +290,7 @@ def test_bad_bytes_are_found_and_the_merge_starts_over(
     ("ref", "message"),
     [
         ("org/none", "(no folder or file of that name here): no such repository at"),
-        ("org/base@v9", "this revision is not"),
+        ("org/base@v9", "answers 404: Invalid rev id: v9"),
         ("org/private", "no such repository at"),
         ("org/gated", "gated; accept its conditions"),
         ("org/empty", "no model.safetensors, no model.safetensors.index.json"),

@@ -132,14 +132,6 @@ def test_only_attempts_in_a_row_that_bring_nothing_are_counted(server: HubServer
     assert not server.faults[-1].times
 
 
-def test_pauses_grow_and_a_retry_after_is_obeyed() -> None:
-    pauses = [client._pause(attempt, client.Failure("x", True)) for attempt in range(1, 12)]
-    for pause, expected in zip(pauses, [0.5, 1, 2, 4, 8, 16, 20, 20, 20, 20, 20], strict=True):
-        assert 0.75 * expected <= pause <= 1.25 * expected
-    asked = [client._pause(1, client.Failure("x", True, after)) for after in (7.0, 10.0**6)]
-    assert asked == [7.0, client.LONGEST_RETRY_AFTER]
-
-
 def test_an_address_that_expires_is_asked_for_anew(server: HubServer) -> None:
     file = weights()
     assert file.read(0, 10) == CONTENT[WEIGHTS][:10]
@@ -159,9 +151,7 @@ def test_the_first_question_is_repeated(server: HubServer) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("short", {"after": 1}, "the server sends|are sent"),
         ("size", {}, "the server sends"),
-        ("shift", {}, "the server sends"),
         ("ignore", {}, "ignores ranges"),
         ("etag", {"skip": 1}, "changed while it was read"),
         ("status", {"times": 99}, "answers 503; run the same command again"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -21,23 +20,24 @@ from typing import Any
 import pytest
 from command import run
 from hub_server import TOKEN, Fault, HubServer, Repo, person, use
-from huggingface_hub import ModelCard, constants
-from huggingface_hub.utils import _http
+from huggingface_hub import constants
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.errors import OutputError, PushError
-from lowmem_adamms.hub import client, upload
-from lowmem_adamms.hub.upload import Upload, check_card, check_target
+from lowmem_adamms.hub import client
+from lowmem_adamms.hub.upload import Upload
 from lowmem_adamms.merging import model_card, writer
 from lowmem_adamms.merging.journal import PENDING
 from lowmem_adamms.merging.verify import verify
+from lowmem_adamms.settings import UploadSettings
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 REPO = "lab/merged"
-PUT = r"PUT /lfs/[0-9a-f]{64}(/1)?$"  # the first or only request for a file
+PUT = "PUT /lfs/"
 COMMIT = r"POST .*/commit/main"
 FOREVER = 10**6
+TO_REPO = UploadSettings(push_to_hub=REPO)
 # huggingface_hub's own use of httpx2
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 Pair = tuple[Path, Path]
@@ -164,23 +164,12 @@ def test_shards_are_handed_over_before_the_output_is_complete(pair: Pair, out: P
     assert (out / PENDING).is_file()
 
 
-def test_large_files_go_in_parts_where_the_hub_asks_for_it(hub: HubServer, copy: Path) -> None:
-    hub.part_size = 50_000
-    hub.fail(r"PUT /lfs/\w+/2", "status")
-    hub.fail(r"PUT /lfs/\w+/3", "hang up")
-    assert run("push", copy, REPO) == 0
-    assert on_main(hub) == contents(copy)
-    assert len(hub.asked(r"/complete$")) == len(list(copy.glob("*.safetensors")))
-    assert shard_bytes(copy) <= hub.received < shard_bytes(copy) + 2 * hub.part_size
-
-
 def test_progress_counts_every_byte_once(hub: HubServer, copy: Path) -> None:
-    hub.fail(PUT, "hang up", after=70_000)
     told: list[int] = []
-    with Upload(check_target(REPO), copy) as pushed:
-        pushed.begin()
-        pushed.add_shard(sorted(copy.glob("*.safetensors"))[0])
-        assert pushed.finish(told.append) == len(contents(copy))
+    with Upload(copy, TO_REPO) as upload:
+        upload.begin()
+        upload.add_shard(sorted(copy.glob("*.safetensors"))[0])
+        assert upload.finish(told.append) == len(contents(copy))
     assert sum(told) == sum(map(len, contents(copy).values()))
 
 
@@ -235,34 +224,24 @@ def test_replacing_deletes_what_was_there_in_the_same_commit(
 
 # What is refused before anything is written
 
-ADA = {"lab": "write"}
-NARROW = {"entity": {"type": "user", "name": "ada"}, "permissions": ["repo.write"]}
-FINE = {"role": "fineGrained", "fineGrained": {"scoped": [NARROW]}}
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "bad name": ({"repo": "lab/a..b"}, "not the name of a repository"),
-    "no owner": ({"repo": "merged"}, "expected a repository as org/name"),
+    "no owner": ({"repo": "merged"}, "ada's and can write to ada, lab, not merged"),
     "offline": ({"offline": True}, "HF_HUB_OFFLINE is set"),
     "no token": ({"token": None}, "no token .*HF_TOKEN.*hf auth login"),
     "unknown token": ({"token": "stale"}, "the token: .* answers 401.*hf auth login"),
-    "other org": ({"repo": "else/m"}, "ada's and can write to ada, lab, not else"),
-    "reader": ({"me": person("ada", orgs={"lab": "read"})}, "may only read in lab"),
-    "read token": ({"me": person("ada", orgs=ADA, role="read")}, "may not write"),
-    "narrow": ({"me": person("ada", orgs=ADA, **FINE)}, "may not write there"),
-    "refused": ({"me": person("ada", orgs=ADA, denied=True)}, "answers 403: You don't have the"),
+    "reader": ({"me": person("ada", {"lab": "read"})}, "may only read in lab"),
+    "read token": ({"me": person("ada", {"lab": "write"}, role="read")}, "may only read in lab"),
+    "refused": ({"me": person("ada", {"lab": "write"}, denied=True)}, "answers 403: You don't"),
     "closed": (
-        {"me": person("ada", orgs=ADA, denied=True), "there": {}},
-        "this token may not write there: .*rights",
+        {"me": person("ada", {"lab": "write"}, denied=True), "there": {}},
+        "answers 403: You don't",
     ),
     "not empty": ({"there": {"config.json": b"{}"}}, "holds other files .config.json"),
     "public": ({"there": {}, "more": ["--private"]}, "is public"),
-    "down": ({"fault": Fault("whoami", "status", status=500)}, "the token: .* answers 500"),
-    "drops": ({"fault": Fault("whoami", "hang up")}, "cannot reach .*disconnect"),
+    "drops": ({"fault": Fault("whoami", "hang up")}, "the token: cannot reach .*disconnect"),
     "nonsense": ({"fault": Fault("whoami", "garbage")}, "makes no sense .JSONDecode"),
     "a list": ({"me": ["ada"]}, "the token: .* makes no sense"),
-    "card": (
-        {"fault": Fault("yaml", "status", status=400, words='{"errors": [{"message": "bad"}]}')},
-        "the model card: .* answers 400: bad; rename",
-    ),
 }
 
 
@@ -293,13 +272,6 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_written(
     assert not hub.asked("PUT|commit")
 
 
-def test_a_token_for_this_namespace_alone_will_do(hub: HubServer, copy: Path) -> None:
-    scope = {"entity": {"type": "org", "name": "lab"}, "permissions": ["repo.write"]}
-    fine = {"role": "fineGrained", "fineGrained": {"scoped": [scope]}}
-    hub.tokens[TOKEN] = person("ada", orgs={"lab": "contributor"}, **fine)
-    assert run("push", copy, REPO) == 0
-
-
 @pytest.mark.parametrize("option", ["--private", "--replace-repo"])
 def test_options_of_a_push_need_one(option: str, pair: Pair, out: Path, capsys: Capture) -> None:
     assert run(*pair, "-o", out, "--alpha", "0.3", option) == 2
@@ -319,21 +291,13 @@ def test_only_a_complete_merge_is_pushed(hub: HubServer, copy: Path, capsys: Cap
 
 FAULTS = [
     Fault("whoami", "status"),
-    Fault("POST /api/repos/create", "status", status=500),
     Fault("POST /api/repos/create", "lost"),
-    Fault("GET /api/models/lab/merged$", "status", status=502),
-    Fault("preupload", "status", 3),
     Fault("preupload", "garbage"),
     Fault("objects/batch", "status", status=429),
-    Fault("objects/batch", "garbage"),
     Fault(PUT, "status", 6, status=500),  # one whole attempt of huggingface_hub
     Fault(PUT, "hang up", 2, after=70_000),
-    Fault(PUT, "lost"),
-    Fault("/verify$", "hang up"),
     Fault(COMMIT, "status"),
-    Fault(COMMIT, "hang up"),
     Fault(COMMIT, "lost"),
-    Fault(COMMIT, "garbage"),
 ]
 
 
@@ -366,13 +330,13 @@ def test_an_upload_that_fails_leaves_the_output_and_says_how_to_finish(
 def test_what_could_not_be_sent_in_the_background_is_sent_at_the_end(
     hub: HubServer, copy: Path
 ) -> None:
-    fault = hub.fail(PUT, "status", status=500, times=6 * upload.FILE_ATTEMPTS)
-    with Upload(check_target(REPO), copy) as pushed:
-        pushed.begin()
-        pushed.add_shard(sorted(copy.glob("*.safetensors"))[0])
+    fault = hub.fail(PUT, "status", status=500, times=6 * client.FEW_ATTEMPTS)
+    with Upload(copy, TO_REPO) as upload:
+        upload.begin()
+        upload.add_shard(sorted(copy.glob("*.safetensors"))[0])
         while fault.times:
             time.sleep(0.01)
-        pushed.finish()
+        upload.finish()
     assert on_main(hub) == contents(copy)
 
 
@@ -388,7 +352,6 @@ def test_an_upload_that_stalls_ends(
 ) -> None:
     """huggingface_hub alone waits for ever."""
     monkeypatch.setattr(client, "STALL_SECONDS", 0.1)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     hub.fail(pattern, "silence", times=FOREVER, after=100)
     assert run("push", copy, REPO) == 2
     line = assert_one_error(capsys, "sent or took nothing for too long")
@@ -397,23 +360,6 @@ def test_an_upload_that_stalls_ends(
     hub.faults = [Fault(pattern, "silence")]
     assert run("push", copy, REPO) == 0
     assert on_main(hub) == contents(copy)
-
-
-def test_a_client_of_the_users_own_keeps_its_times() -> None:
-    from huggingface_hub import get_session, set_client_factory
-
-    before = _http._GLOBAL_CLIENT_FACTORY
-    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    try:
-        with client.uploading_client():
-            longest = max(client.STALL_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            assert get_session().timeout.write == longest
-        assert get_session().timeout.write is None
-        set_client_factory(lambda: library.Client(timeout=7))
-        with client.uploading_client():
-            assert get_session().timeout.write == 7
-    finally:
-        set_client_factory(before)
 
 
 def test_the_same_command_finishes_an_upload_and_no_other_does(
@@ -442,10 +388,11 @@ def test_a_no_of_the_hub_is_not_asked_for_twice(hub: HubServer, copy: Path) -> N
 
 def test_somebody_elses_commit_is_not_overwritten(hub: HubServer, copy: Path) -> None:
     repo = add_repo(hub)
-    target = check_target(REPO)
-    repo.commit({"config.json": b"theirs"})
-    with Upload(target, copy) as pushed, pytest.raises(PushError, match="has happened since"):
-        pushed.finish()
+    with Upload(copy, TO_REPO) as upload:
+        upload.check()
+        repo.commit({"config.json": b"theirs"})
+        with pytest.raises(PushError, match="has happened since"):
+            upload.finish()
     assert repo.contents == {"config.json": b"theirs"}
 
 
@@ -528,32 +475,20 @@ def test_a_killed_upload_resumes_where_it_was(
 # The card
 
 
-def test_the_card_is_one_that_the_hub_takes(hub: HubServer, merged: Path) -> None:
-    data = vars(ModelCard.load(merged / "README.md").data)
-    assert data["library_name"] == "transformers"
-    assert data["pipeline_tag"] == "image-text-to-text"
-    assert data["base_model_relation"] == "merge"
-    assert set(data["base_model"]) == {"base", "donor"}
-    check_card((merged / "README.md").read_text())
+def test_the_card_is_one_that_the_hub_takes(hub: HubServer, copy: Path, capsys: Capture) -> None:
+    card = copy / "README.md"
+    good = card.read_text()
+    card.write_text(good.replace("base_model:", "base_model:\n- my model (1)"))
+    assert run("push", copy, REPO) == 2
+    assert_one_error(capsys, 'Invalid metadata in README.md. - "base_model" with value "my model')
+    card.write_text(good)
+    assert run("push", copy, REPO) == 0
 
 
 @pytest.mark.parametrize("name", ["my model (1)", "a--b", "x.git", "-dash", "a..b"])
 def test_a_folder_that_no_model_could_be_named_after_is_no_base_model(
-    name: str, hub: HubServer, pair: Pair, tmp_path: Path
+    name: str, pair: Pair, tmp_path: Path
 ) -> None:
-    base = shutil.copytree(pair[0], tmp_path / name)
-    text = model_card.make_card(make_plan(base, pair[1]), 0.3, {})
-    assert vars(ModelCard(text).data)["base_model"] == ["donor"]
-    check_card(text)
-
-
-def test_a_card_that_is_no_yaml_is_refused(hub: HubServer) -> None:
-    with pytest.raises(PushError, match="metadata are not valid"):
-        check_card("---\nlicense: [\n---\n# x\n")
-
-
-def test_what_the_hub_says_of_a_card_is_a_note(hub: HubServer, copy: Path, capsys: Capture) -> None:
-    (copy / "README.md").write_text("no metadata")
-    assert run("push", copy, REPO) == 0
-    said = capsys.readouterr()
-    assert "empty or missing yaml metadata" in said.out + said.err
+    (tmp_path / name).symlink_to(pair[0])
+    card = model_card.make_card(make_plan(tmp_path / name, pair[1]), 0.3, {})
+    assert 'base_model:\n- "donor"\nbase_model_relation' in card
