@@ -150,7 +150,10 @@ def test_prediction_tables_are_read(tmp_path: Path, suffix: str) -> None:
 
 
 def test_predictions_may_be_json_records(tmp_path: Path) -> None:
-    records = [{"index": 1.0, "prediction": "B"}, {"index": 0, "prediction": float("nan")}]
+    records: list[dict[str, Any]] = [
+        {"index": 1.0, "prediction": "B"},
+        {"index": 0, "prediction": float("nan")},
+    ]
     (tmp_path / "model_MMBench.json").write_text(json.dumps(records, indent=4))
     lines = jsonl(tmp_path / "model_MMBench.jsonl", records)
     answers, ids = read_answers([(0.1, tmp_path / "model_MMBench.json"), (0.2, lines)])
