@@ -128,7 +128,11 @@ def find_alpha(
     for line in placement.lines:
         print_info(line)
     download(plan, show_bars=shows_progress())
-    progress = terminal.SearchProgress(len(settings.alphas), len(prompts))
+    counts = len(settings.alphas), len(prompts)
+    if shows_progress():
+        progress = terminal.SearchProgress(*counts)
+    else:
+        progress = terminal.SearchLog(*counts, print_info)
     with live_table(progress):
         return api.find_alpha(
             plan,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 
-from ..values import format_size
+from ..values import format_duration, format_size
 
 if TYPE_CHECKING:
     from ..architectures.layout import Arch
     from ..mapping.plan import Plan, Step
     from ..searching.search import Candidate, Result
+
+LOG_SECONDS = 300.0
+"""At most so long is a log of a search without a new line."""
 
 
 def plan_table(plan: Plan) -> Table:
@@ -144,16 +147,45 @@ class SearchProgress:
         """Tell that an alpha is done, and what is known by now."""
         self._candidates = candidates
 
-    def __rich__(self) -> Any:
+    def describe(self) -> str:
+        """What is being done, how fast, and about how long all of it still takes."""
         seconds = time.perf_counter() - self._start
-        answers_left = self._alphas * self._prompts - self._answers
-        rate = f"{self._tokens / seconds:.1f} tokens/s" if seconds > 1 else ""
-        time_left = ""
+        doing = "loading the model" if self._alpha is None else f"alpha {self._alpha:g}"
+        words = [f"{doing}: {self._answers_here}/{self._prompts} prompts"]
+        if seconds > 1:
+            words.append(f"{self._tokens / seconds:.1f} tokens/s")
         if self._answers_generated:
-            time_left = f"{seconds / self._answers_generated * answers_left:.0f} s left"
-        doing = "loading the model" if self._alpha is None else f"alpha {self._alpha}"
-        line = f"{doing}: {self._answers_here}/{self._prompts} prompts  {rate}  {time_left}"
-        return Group(search_table(self._candidates), line)
+            answers_left = self._alphas * self._prompts - self._answers
+            left = format_duration(seconds / self._answers_generated * answers_left)
+            words.append(f"about {left} left")
+        return ", ".join(words)
+
+    def __rich__(self) -> Any:
+        return Group(search_table(self._candidates), self.describe())
+
+
+class SearchLog(SearchProgress):
+    """The same for a log: a line at the end of each alpha, and every LOG_SECONDS in between."""
+
+    def __init__(self, alphas: int, prompts: int, write: Callable[[str], object]) -> None:
+        super().__init__(alphas, prompts)
+        self._write = write
+        self._written = time.perf_counter()
+
+    def answered(self, alpha: float, tokens: int) -> None:
+        """Count an answer, and write a line if none was written for long."""
+        super().answered(alpha, tokens)
+        if time.perf_counter() - self._written > LOG_SECONDS:
+            self._write_line()
+
+    def candidates(self, alpha: float, candidates: Sequence[Candidate]) -> None:
+        """Write a line: an alpha is done."""
+        super().candidates(alpha, candidates)
+        self._write_line()
+
+    def _write_line(self) -> None:
+        self._write(self.describe())
+        self._written = time.perf_counter()
 
 
 # The demo

@@ -55,7 +55,7 @@ TEXTS = (
 )
 STDERR = re.compile(
     r"(memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): "
-    r"|alpha .* <- |load it:$|check it:$|  |$"
+    r"|alpha [\d.]+: \d+/|alpha .* <- |load it:$|check it:$|  |$"
 )
 CONTRACT = {"alpha", "measure", "prompts", "candidates", "base", "donor", "version"}
 CANDIDATE = {"alpha", "diff_previous", "diff_next", "score", "degenerate"}

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowmem_adamms.reporting.terminal import SearchProgress, describe_result, search_table
+from lowmem_adamms.reporting.terminal import (
+    SearchLog,
+    SearchProgress,
+    describe_result,
+    search_table,
+)
 from lowmem_adamms.searching.search import Candidate, choose, search
 
 # By alpha, the answers to three prompts
@@ -109,9 +114,28 @@ def test_progress_is_always_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = drawn(progress)
     assert cells(lines)[1][0] == "0"
     # Four answers of thirty tokens in ten seconds, seven more to come
-    assert lines[-1].rstrip() == "alpha 0.1: 1/4 prompts  3.0 tokens/s  18 s left"
+    assert lines[-1].rstrip() == "alpha 0.1: 1/4 prompts, 3.0 tokens/s, about 18 s left"
     for alpha in (0.2, 0.3):  # one more than was expected
         progress.asked(alpha)
         for _ in range(4):
             progress.answered(alpha, 6)
-    assert drawn(progress)[-1].rstrip().endswith("  2 s left")
+    assert drawn(progress)[-1].rstrip().endswith(", about 2.5 s left")
+
+
+def test_a_log_gets_a_line_an_alpha_and_one_where_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[-1])
+    lines: list[str] = []
+    log = SearchLog(2, 2, lines.append)
+    log.asked(0.0)
+    for seconds in (400.0, 500.0):
+        clock.append(seconds)
+        log.answered(0.0, 10)
+    log.candidates(0.0, ())
+    assert [line.partition(",")[0] for line in lines] == [
+        "alpha 0: 1/2 prompts",
+        "alpha 0: 2/2 prompts",
+    ]
+    assert lines[-1].endswith("about 8 min left")
