@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from described import NO_TAKER, Described, described, leftover, step_of, whole
@@ -421,9 +420,7 @@ def check_plan(plan: Plan) -> None:
     assert all(re.search("^no tokenizer|is left out|in the donor's", note) for note in plan.notes)
 
 
-def test_tokens_are_counted_in_the_plan(
-    sized: dict[str, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_counted_in_the_plan(tmp_path: Path) -> None:
     """Qwen2-VL's 152064 rows and LLaVA-OneVision's 152128; id 151646 is another token in each."""
     shared = [f"t{i}" for i in range(151643)] + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     qwen = ["<|object_ref_start|>", "<|object_ref_end|>", "<|vision_start|>", "<video>"]
@@ -438,17 +435,7 @@ def test_tokens_are_counted_in_the_plan(
         }
         (folder / "tokenizer.json").write_text(json.dumps(document))
         plans.append(folder)
-    parsed: list[int] = []
-    loads = json.loads
-
-    def note(text: str | bytes, **options: Any) -> Any:
-        parsed.append(len(text))
-        return loads(text, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(json, "loads", note)
-        plan = make_plan(*plans)
-    assert sum(size > 1_000_000 for size in parsed) == 1, "an equal vocabulary is parsed once"
+    plan = make_plan(*plans)
     donor = "language_model.model.embed_tokens.weight"
     assert described(plan, "model.embed_tokens.weight") == [
         ((0, 151646), "embed", donor, (0, 151646)),
