@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ COMPUTED_DECIMALS = 12
 """Computed alphas are rounded to so many, or 0.1 + 0.2 would not be 0.3."""
 MAX_LINES = 40
 """What is shown to people is cut after so many lines; adamms.json holds all."""
+NO_LAYER = -2  # no neighbour of layer 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,12 @@ class Alphas:
     values: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        ordered = sorted(self.values, key=_by_layer_number)
-        checked = {name: _check_value(name, self.values[name]) for name in ordered}
+        checked = {}
+        for name in sorted(self.values, key=_by_layer_number):
+            try:
+                checked[name] = parse_alpha(self.values[name])
+            except RecipeError as error:
+                raise RecipeError(f"{name}: {error}") from None
         object.__setattr__(self, "default", parse_alpha(self.default))
         object.__setattr__(self, "values", MappingProxyType(checked))
 
@@ -72,13 +77,6 @@ Alpha = float | Alphas
 def alpha_of(alpha: Alpha, role: str | None) -> float:
     """The weight of one role."""
     return alpha.of(role) if isinstance(alpha, Alphas) else alpha
-
-
-def _check_value(name: str, value: float) -> float:
-    try:
-        return parse_alpha(value)
-    except RecipeError as error:
-        raise RecipeError(f"{name}: {error}") from None
 
 
 def _by_layer_number(name: str) -> list[tuple[int, str]]:
@@ -169,7 +167,7 @@ def relative_depth(layer: int, layers: int) -> float:
 def interpolate(values: Sequence[float], depth: float) -> float:
     """The weight at a relative depth, of weights that are spread evenly over all depths."""
     position = depth * (len(values) - 1)
-    before = min(int(position), len(values) - 1)
+    before = int(position)
     after = min(before + 1, len(values) - 1)
     weight = values[before] + (position - before) * (values[after] - values[before])
     return round(weight, COMPUTED_DECIMALS)
@@ -183,43 +181,31 @@ def parse_alpha_layers(text: str, layers: int, alpha: float | None = None) -> Al
     included, and what is outside of them; the rest has `alpha`.
     """
     words = [word.strip() for word in text.split(",")]
-    named = [":" in word for word in words]
     try:
-        if all(named):
+        if ":" in text:
             return _parse_ranges(words, layers, alpha)
-        if any(named):
-            raise RecipeError(f"it mixes a list over depth with ranges of layers; {_EXPECTED}")
-        return _parse_list(words, layers, alpha)
+        weights = [parse_alpha(word) for word in words]
     except RecipeError as error:
         raise RecipeError(f"--alpha-layers {text!r}: {error}") from None
-
-
-_EXPECTED = "expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
-
-
-def _parse_list(words: Sequence[str], layers: int, alpha: float | None) -> Alphas:
-    weights = [parse_alpha(word) for word in words]
-    values = {f"layers.{i}": interpolate(weights, relative_depth(i, layers)) for i in range(layers)}
     first, last = (weights[0], weights[-1]) if alpha is None else (alpha, alpha)
+    values = {f"layers.{i}": interpolate(weights, relative_depth(i, layers)) for i in range(layers)}
     return Alphas(first, values | {"embed": first, "norm": last, "head": last})
 
 
 def _parse_ranges(words: Sequence[str], layers: int, alpha: float | None) -> Alphas:
     values: dict[str, float] = {}
     for word in words:
-        where, _, weight = word.rpartition(":")
+        where, _, weight = word.partition(":")
         for name in _names_in(where.strip(), layers):
             if name in values:
-                raise RecipeError(f"{_for_people(name)} is named twice")
+                raise RecipeError(f"{name} is named twice")
             values[name] = parse_alpha(weight)
-    everything = [*(f"layers.{i}" for i in range(layers)), *UNLAYERED]
-    missing = [_for_people(name) for name in everything if name not in values]
-    if missing and alpha is None:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise RecipeError(
-            f"says nothing of {', '.join(missing[:3])}{more}; give --alpha for the rest"
-        )
-    return Alphas(0.0 if alpha is None else alpha, values)
+    if alpha is None:
+        for name in (*(f"layers.{i}" for i in range(layers)), *UNLAYERED):
+            if name not in values:
+                raise RecipeError(f"says nothing of {name}; give --alpha for the rest")
+        alpha = 0.0
+    return Alphas(alpha, values)
 
 
 def _names_in(where: str, layers: int) -> list[str]:
@@ -227,18 +213,13 @@ def _names_in(where: str, layers: int) -> list[str]:
     if where in UNLAYERED:
         return [where]
     bounds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", where)
-    if bounds is None:
-        raise RecipeError(
-            f"{where!r} is neither a layer nor one of {', '.join(UNLAYERED)}; {_EXPECTED}"
-        )
-    first, last = int(bounds[1]), int(bounds[2] or bounds[1])
+    first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (0, -1)
     if not first <= last < layers:
-        raise RecipeError(f"{where} is not within the decoder's layers 0-{layers - 1}")
+        raise RecipeError(
+            f"{where!r} is none of {', '.join(UNLAYERED)} and of layers 0-{layers - 1}; expected"
+            " 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
+        )
     return [f"layers.{i}" for i in range(first, last + 1)]
-
-
-def _for_people(name: str) -> str:
-    return name.replace("layers.", "layer ")
 
 
 # Files and people
@@ -259,53 +240,23 @@ def alpha_from_json(document: Mapping[str, Any]) -> Alpha:
 
 def format_lines(alpha: Alphas) -> list[str]:
     """Say for people what differs from the default, consecutive layers in one line."""
-    weights = [_read_name(name, value) for name, value in alpha.values.items()]
-    lines = [_format_run(run) for run in consecutive(weights)]
+    weights = {_split_name(name): value for name, value in alpha.values.items()}
+    lines: list[str] = []
+    for (role, layer), value in sorted(weights.items()):
+        if layer == NO_LAYER:
+            lines.append(f"{role}: {value:g}")
+        elif weights.get((role, layer - 1)) != value:  # else the line of the layer before says it
+            last = layer
+            while weights.get((role, last + 1)) == value:
+                last += 1
+            layers = f"layer {layer}" if layer == last else f"layers {layer}-{last}"
+            lines.append(f"{layers} {role}".strip() + f": {value:g}")
     if len(lines) > MAX_LINES:
-        return [*lines[:MAX_LINES], f"and {len(lines) - MAX_LINES} more"]
+        lines[MAX_LINES:] = [f"and {len(lines) - MAX_LINES} more"]
     return lines
 
 
-def format_layers(first: int, last: int) -> str:
-    """`layer 3`, `layers 3-5`."""
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeight:
-    """A weight of a role within a layer ("" is all of it), or outside of layers (None)."""
-
-    layer: int | None
-    role: str
-    value: float
-
-
-def _read_name(name: str, value: float) -> LayerWeight:
+def _split_name(name: str) -> tuple[str, int]:
+    """The role within a layer ("" is all of it), and the layer or NO_LAYER."""
     in_layer = re.fullmatch(r"layers\.(\d+)(?:\.(.+))?", name)
-    if in_layer is None:
-        return LayerWeight(None, name, value)
-    return LayerWeight(int(in_layer[1]), in_layer[2] or "", value)
-
-
-def consecutive(weights: Iterable[LayerWeight]) -> Iterator[list[LayerWeight]]:
-    """Yield runs of adjacent layers with equal role and value, sorted by role."""
-    run: list[LayerWeight] = []
-    for weight in sorted(weights, key=lambda weight: (weight.role, weight.layer or 0)):
-        if run and weight.layer is not None:
-            following = LayerWeight(weight.layer - 1, weight.role, weight.value)
-            if run[-1] == following:
-                run.append(weight)
-                continue
-        if run:
-            yield run
-        run = [weight]
-    if run:
-        yield run
-
-
-def _format_run(run: Sequence[LayerWeight]) -> str:
-    first, last = run[0], run[-1]
-    where = first.role
-    if first.layer is not None and last.layer is not None:
-        where = f"{format_layers(first.layer, last.layer)} {first.role}".strip()
-    return f"{where}: {first.value:g}"
+    return (in_layer[2] or "", int(in_layer[1])) if in_layer else (name, NO_LAYER)

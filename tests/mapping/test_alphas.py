@@ -5,30 +5,27 @@ The oracle for bytes takes each tensor's layer from its name and blends with the
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lowmem_adamms.kernels import cpu, reference
+from lowmem_adamms.kernels import reference
 from tiny import raw, seen
 
 from lowmem_adamms import Alphas, LiveModel, make_plan, merge
 from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, OutputError, RecipeError
 from lowmem_adamms.mapping.alphas import (
-    Alpha,
     alpha_from_json,
+    alpha_of,
     alpha_to_json,
-    blended_roles,
     format_lines,
     from_roles,
     interpolate,
@@ -36,52 +33,37 @@ from lowmem_adamms.mapping.alphas import (
     resolve,
 )
 from lowmem_adamms.mapping.plan import Plan
+from lowmem_adamms.merging import disk_sink, loop
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.merging.verify import verify
 from lowmem_adamms.searching.recorded_answers import read_answers
-from lowmem_adamms.values import parse_alpha
-
-loop = importlib.import_module(
-    "lowmem_adamms.merging.loop"
-)  # the package's `merge` is the function
-disk = importlib.import_module("lowmem_adamms.merging.disk_sink")
 
 Pair = tuple[Path, Path]
 LAYERS = 5
-WORDS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def make_pair(folder: Path, base: str, donor: str, ancestor: Any) -> Pair:
+    return (
+        tiny.make(base, folder / "base", ancestor=ancestor),
+        tiny.make(donor, folder / "donor", ancestor=ancestor),
+    )
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A Qwen2-VL and a LLaVA-OneVision of five layers."""
-    folder = tmp_path_factory.mktemp("pair")
     parent = tiny.ancestor("qwen2", layers=LAYERS)
-    return (
-        tiny.make("qwen2_vl", folder / "base", ancestor=parent),
-        tiny.make("llava_onevision", folder / "donor", ancestor=parent),
-    )
+    return make_pair(tmp_path_factory.mktemp("pair"), "qwen2_vl", "llava_onevision", parent)
 
 
 @pytest.fixture(scope="module")
-def fused(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A CogVLM, whose q, k and v are one tensor of two streams, and a LLaVA."""
-    folder = tmp_path_factory.mktemp("fused")
-    parent = tiny.ancestor("llama")
-    return (
-        tiny.make("cogvlm", folder / "base", ancestor=parent),
-        tiny.make("llava", folder / "donor", ancestor=parent),
-    )
-
-
-def storage(tensor: torch.Tensor) -> Any:
-    words = tensor.contiguous().view(WORDS[tensor.dtype]).numpy()
-    return words.view(reference.STORAGE[NAMES[tensor.dtype]])
+def plan(pair: Pair) -> Plan:
+    return make_plan(*pair)
 
 
 def blended(base: torch.Tensor, donor: torch.Tensor, alpha: float) -> bytes:
-    kinds = NAMES[base.dtype], NAMES[donor.dtype], NAMES[base.dtype]
-    return bytes(reference.blend(storage(base), storage(donor), kinds, alpha).tobytes())
+    bits = (tensor.contiguous().view(torch.int16).numpy().view("u2") for tensor in (base, donor))
+    return bytes(reference.blend(*bits, ("BF16", "BF16", "BF16"), alpha).tobytes())
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -113,55 +95,51 @@ def by_layer(weights: list[float], outside: float) -> Callable[[str], float]:
 
 @pytest.mark.parametrize("window", [None, 4096, 1000])
 def test_each_layer_is_blended_at_its_own_alpha(
-    pair: Pair, window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, plan: Plan, window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ends of the range as well: there tensors are copied, in the middle of windows."""
     if window:
         monkeypatch.setattr(loop, "WINDOW", window)
-        monkeypatch.setattr(disk, "WINDOW", window)
+        monkeypatch.setattr(disk_sink, "WINDOW", window)
     weights = [0.1, 0.0, 0.35, 1.0, 0.6]
     alpha = Alphas(0.25, {f"layers.{i}": weight for i, weight in enumerate(weights)})
-    out = merge(make_plan(*pair), alpha, tmp_path / "out")
+    out = merge(plan, alpha, tmp_path / "out")
     assert tensors(out) == expected(pair, by_layer(weights, 0.25))
     verify(out, deep=True)
 
 
-def test_parts_of_a_fused_tensor_may_have_their_own(fused: Pair, tmp_path: Path) -> None:
-    alpha = Alphas(
-        0.3, {"layers.0.attn.k": 0.5, "layers.1.attn.v.weight@vision": 0.0, "layers.1.mlp": 1.0}
-    )
+def test_parts_of_a_fused_tensor_may_have_their_own(tmp_path: Path) -> None:
+    """CogVLM's q, k and v are one tensor of two streams."""
+    fused = make_pair(tmp_path, "cogvlm", "llava", tiny.ancestor("llama"))
+    alpha = Alphas(0.3, {"layers.0.attn.k": 0.5, "layers.0.attn.v.weight@vision": 0.0})
     out = merge(make_plan(*fused), alpha, tmp_path / "out")
     base, donor, found = tiny.load(fused[0]), tiny.load(fused[1]), tensors(out)
-    fused_name = "model.layers.{}.self_attn.{}_expert_query_key_value.weight"
-    weights: dict[tuple[int, str], tuple[float, float, float]] = {
-        (0, "language"): (0.3, 0.5, 0.3),
-        (0, "vision"): (0.3, 0.5, 0.3),
-        (1, "language"): (0.3, 0.3, 0.3),
-        (1, "vision"): (0.3, 0.3, 0.0),
-    }
-    for (layer, expert), three in weights.items():
-        name = fused_name.format(layer, expert)
-        stem = f"language_model.model.layers.{layer}.self_attn"
+    for expert, three in {"language": (0.3, 0.5, 0.3), "vision": (0.3, 0.5, 0.0)}.items():
+        name = f"model.layers.0.self_attn.{expert}_expert_query_key_value.weight"
         parts = [
-            blended(rows, donor[f"{stem}.{role}_proj.weight"], weight)
-            for rows, role, weight in zip(base[name].chunk(3), "qkv", three, strict=True)
+            blended(rows, donor[f"language_model.model.layers.0.self_attn.{role}"], weight)
+            for rows, role, weight in zip(
+                base[name].chunk(3),
+                ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+                three,
+                strict=True,
+            )
         ]
         assert found[name] == b"".join(parts), name
-    for layer, weight in ((0, 0.3), (1, 1.0)):
-        name = f"model.layers.{layer}.mlp.vision_mlp.up_proj.weight"
-        theirs = donor[f"language_model.model.layers.{layer}.mlp.up_proj.weight"]
-        assert found[name] == blended(base[name], theirs, weight)
     verify(out, deep=True)
 
 
-def test_equal_weights_are_one_form_and_the_same_files(pair: Pair, tmp_path: Path) -> None:
-    plan = make_plan(*pair)
+def test_equal_weights_are_one_form_and_the_same_files(
+    pair: Pair, plan: Plan, tmp_path: Path
+) -> None:
     for equal in (
         Alphas(0.3),
         Alphas(0.9, {"layers": 0.3, "embed": 0.3, "norm": 0.3, "head": 0.3}),
         Alphas(0.3, {f"layers.{i}": 0.3 for i in range(LAYERS)}),
     ):
         assert resolve(equal, plan) == 0.3
+    keeping = make_plan(*pair, embeddings="keep")
+    assert resolve(Alphas(0.3, {"embed": 0.5, "head": 0.5}), keeping) == 0.3
     names = [f"layers.2.{role}" for role in ("mlp", "attn_norm", "attn", "mlp_norm")]
     long = Alphas(0.3, dict.fromkeys([*names, "layers.0.attn.q"], 0.5) | {"layers.1": 0.3})
     short = Alphas(0.3, {"layers.0.attn.q": 0.5, "layers.2": 0.5})
@@ -169,52 +147,7 @@ def test_equal_weights_are_one_form_and_the_same_files(pair: Pair, tmp_path: Pat
     assert seen(merge(plan, long, tmp_path / "long")) == seen(merge(plan, short, tmp_path / "s"))
 
 
-def test_windows_stay_fused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call more a layer at most: where a window holds the end of one and the next one's start.
-
-    Copies end windows, so the base's own tensors are left out of the count by asking both ways.
-    """
-    monkeypatch.setattr(loop, "WINDOW", 1 << 16)
-
-    def calls(alpha: Alpha) -> tuple[int, set[float]]:
-        found: list[float] = []
-
-        def kernel(parts: Any, dtypes: Any, weight: float) -> None:
-            found.append(weight)
-            cpu.blend(parts, dtypes, weight)
-
-        loop.run(make_plan(*pair), alpha, Memory(), kernel=kernel)
-        return len(found), set(found)
-
-    weights = {f"layers.{i}": 0.1 + 0.1 * i for i in range(LAYERS)}
-    plain, _ = calls(0.3)
-    layered, met = calls(Alphas(0.05, weights))
-    assert met == {0.05, *weights.values()}
-    assert plain <= layered <= plain + LAYERS + 1
-
-
-class Memory:
-    """A sink of arrays."""
-
-    def __init__(self) -> None:
-        self.out: dict[str, Any] = {}
-
-    def wants(self, step: Any) -> bool:
-        self.out[step.name] = np.zeros(step.nbytes, np.uint8)
-        return True
-
-    def copy(self, step: Any, offset: int, content: Any) -> None:
-        pass
-
-    def slot(self, step: Any, offset: int, nbytes: int) -> Any:
-        return self.out[step.name][offset : offset + nbytes]
-
-    def commit(self) -> None:
-        pass
-
-
-def test_a_live_model_holds_what_a_merge_writes(pair: Pair, tmp_path: Path) -> None:
-    plan = make_plan(*pair)
+def test_a_live_model_holds_what_a_merge_writes(plan: Plan, tmp_path: Path) -> None:
     alpha = Alphas(0.2, {"layers.1": 0.6, "layers.3.mlp": 0.0, "head": 1.0})
     merged = tiny.load_model(merge(plan, alpha, tmp_path / "out"))
     with LiveModel(plan, device="cpu", dtype="bf16") as live:
@@ -228,9 +161,9 @@ def test_a_live_model_holds_what_a_merge_writes(pair: Pair, tmp_path: Path) -> N
 # Papers, journals, resumption
 
 
-def test_the_recipe_and_the_card_say_each_alpha(pair: Pair, tmp_path: Path) -> None:
+def test_the_recipe_and_the_card_say_each_alpha(plan: Plan, tmp_path: Path) -> None:
     alpha = Alphas(0.3, {"layers.1": 0.5, "layers.2": 0.5, "layers.4.mlp": 0.1, "head": 0.0})
-    out = merge(make_plan(*pair), alpha, tmp_path / "out")
+    out = merge(plan, alpha, tmp_path / "out")
     document = json.loads((out / "adamms.json").read_bytes())
     assert document["alpha"] == 0.3
     assert document["alphas"] == {"layers.1": 0.5, "layers.2": 0.5, "layers.4.mlp": 0.1, "head": 0}
@@ -240,8 +173,8 @@ def test_the_recipe_and_the_card_say_each_alpha(pair: Pair, tmp_path: Path) -> N
         assert line in card
 
 
-def test_an_edited_recipe_is_found(pair: Pair, tmp_path: Path) -> None:
-    out = merge(make_plan(*pair), Alphas(0.3, {"layers.1": 0.5}), tmp_path / "out")
+def test_an_edited_recipe_is_found(plan: Plan, tmp_path: Path) -> None:
+    out = merge(plan, Alphas(0.3, {"layers.1": 0.5}), tmp_path / "out")
     path = out / "adamms.json"
     document = json.loads(path.read_bytes())
     for alphas in ({"layers.1": 0.4}, {}, {"layers.1": 2}, {"layers.1": "x"}, ["layers.1"], 3):
@@ -250,9 +183,8 @@ def test_an_edited_recipe_is_found(pair: Pair, tmp_path: Path) -> None:
             verify(out, deep=True)
 
 
-def test_a_killed_merge_resumes_at_the_same_alphas_only(pair: Pair, tmp_path: Path) -> None:
-    plan, out = make_plan(*pair), tmp_path / "out"
-    alpha = Alphas(0.3, {"layers.1": 0.5})
+def test_a_killed_merge_resumes_at_the_same_alphas_only(plan: Plan, tmp_path: Path) -> None:
+    out, alpha = tmp_path / "out", Alphas(0.3, {"layers.1": 0.5})
     whole = seen(merge(plan, alpha, tmp_path / "whole"))
 
     def stop(done: int) -> None:
@@ -286,50 +218,29 @@ def test_answers_at_alphas_are_kept_apart_and_not_scored_as_an_alpha(tmp_path: P
 
 
 def test_the_longest_name_that_fits_counts() -> None:
-    alpha = Alphas(
-        0.1,
-        {
-            "layers": 0.2,
-            "layers.1": 0.3,
-            "layers.1.attn": 0.4,
-            "layers.1.attn.q.weight": 0.5,
-            "layers.1.attn.k.weight@vision": 0.6,
-        },
-    )
-    assert [
-        alpha.of(role)
-        for role in (
-            None,
-            "embed",
-            "layers.10.mlp.up.weight",
-            "layers.1.mlp.up.weight",
-            "layers.1.attn.v.weight@text",
-            "layers.1.attn.q.bias",
-            "layers.1.attn.q.weight",
-            "layers.1.attn.q.weight@vision",
-            "layers.1.attn.k.weight@text",
-            "layers.1.attn.k.weight@vision",
-        )
-    ] == [0.1, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.4, 0.6]
+    values = {
+        "layers": 0.2,
+        "layers.1": 0.3,
+        "layers.1.attn": 0.4,
+        "layers.1.attn.q.weight": 0.5,
+        "layers.1.attn.k.weight@vision": 0.6,
+    }
+    weights = {
+        None: 0.1,
+        "embed": 0.1,
+        "layers.10.mlp.up.weight": 0.2,
+        "layers.1.mlp.up.weight": 0.3,
+        "layers.1.attn.v.weight@text": 0.4,
+        "layers.1.attn.q.bias": 0.4,
+        "layers.1.attn.q.weight@vision": 0.5,
+        "layers.1.attn.k.weight@text": 0.4,
+        "layers.1.attn.k.weight@vision": 0.6,
+    }
+    assert {role: Alphas(0.1, values).of(role) for role in weights} == weights
 
 
-ROLES = [
-    "embed",
-    "norm",
-    "head",
-    *(
-        f"layers.{i}.{rest}"
-        for i in (0, 1, 10)
-        for rest in (
-            "attn.q.weight",
-            "attn.q.weight@text",
-            "attn.q.weight@vision",
-            "attn.q.bias",
-            "attn_norm.weight",
-            "mlp.up.weight",
-        )
-    ),
-]
+IN_LAYER = ("attn.q.weight", "attn.q.weight@text", "attn.q.weight@vision", "attn_norm.weight")
+ROLES = ["embed", "norm", "head", *(f"layers.{i}.{rest}" for i in (0, 1, 10) for rest in IN_LAYER)]
 CHOICES = st.sampled_from([0.0, 0.1, 0.25, 1.0])
 
 
@@ -341,8 +252,7 @@ def test_a_weight_for_each_role_survives_being_shortened_and_written(
     again = alpha_from_json(json.loads(json.dumps(alpha_to_json(short))))
     assert again == short and hash(again) == hash(short)
     for alpha in (short, again):
-        found = {role: alpha.of(role) if isinstance(alpha, Alphas) else alpha for role in ROLES}
-        assert found == by_role
+        assert {role: alpha_of(alpha, role) for role in ROLES} == by_role
     assert isinstance(short, float) == (len(set(by_role.values())) == 1)
 
 
@@ -350,6 +260,8 @@ def test_layers_stand_in_the_order_of_their_numbers() -> None:
     alpha = Alphas(0, {"layers.10": 0.5, "layers.2": 0.5, "head": 1, "layers.11": 0.5})
     assert list(alpha.values) == ["head", "layers.2", "layers.10", "layers.11"]
     assert str(alpha) == "0; layer 2: 0.5; layers 10-11: 0.5; head: 1"
+    mixed = Alphas(0, {"layers.0": 0.5, "layers.0.mlp": 0.5, "layers.1": 0.4, "layers.2": 0.5})
+    assert str(mixed) == "0; layer 0: 0.5; layer 1: 0.4; layer 2: 0.5; layer 0 mlp: 0.5"
 
 
 def test_a_tied_head_has_the_weight_of_the_embedding(tmp_path: Path) -> None:
@@ -381,22 +293,19 @@ def test_alphas_cannot_be_changed() -> None:
         alpha.values["embed"] = 0.9  # type: ignore[index]
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan"), float("inf")])
-def test_weights_outside_the_range_are_refused_with_their_name(bad: float) -> None:
-    with pytest.raises(RecipeError, match=r"layers\.3: alpha is .*expected"):
-        Alphas(0.5, {"layers.3": bad})
-    with pytest.raises(RecipeError, match="alpha is"):
-        Alphas(bad)
-    with pytest.raises(RecipeError, match="alpha is"):
-        parse_alpha(bad)
+def test_weights_outside_the_range_are_refused_with_their_name() -> None:
+    with pytest.raises(RecipeError, match=r"layers\.3: alpha is nan, expected"):
+        Alphas(0.5, {"layers.3": float("nan")})
+    with pytest.raises(RecipeError, match=r"alpha is 1\.1"):
+        Alphas(1.1)
 
 
 @pytest.mark.parametrize("name", ["layers.5", "layer.1", "layers.01", "visual", "", "layers.1.att"])
 def test_a_name_of_nothing_is_refused_before_anything_is_written(
-    name: str, pair: Pair, tmp_path: Path
+    name: str, plan: Plan, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=r"no such role; expected layers\.0 to layers\.4, embed"):
-        merge(make_plan(*pair), Alphas(0.1, {name: 0.5}), tmp_path / "out")
+        merge(plan, Alphas(0.1, {name: 0.5}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -427,20 +336,13 @@ def test_ranges_name_layers_and_the_rest_takes_alpha() -> None:
     ("text", "says"),
     [
         ("", "'': expected a number"),
-        ("0.1,", "'': expected a number"),
         ("a", "'a': expected a number"),
         ("0.1,2", "alpha is 2.0, expected"),
-        ("nan", "alpha is nan"),
-        ("0.1,3:0.5", "mixes"),
-        ("0-9:0.5", "0-9 is not within the decoder's layers 0-5"),
-        ("0-6:0.5", "0-6 is not within"),
-        ("4-2:0.5", "4-2 is not within"),
-        ("-1:0.5", "'-1' is neither a layer"),
-        ("tail:0.5", "'tail' is neither a layer nor one of embed, norm, head"),
+        ("0.1,3:0.5", "'0.1' is none of embed, norm, head and of layers 0-5"),
+        ("0-6:0.5", "'0-6' is none of"),
+        ("4-2:0.5", "'4-2' is none of"),
         ("1:", "'': expected a number"),
-        ("1-3:0.5,2:0.1", "layer 2 is named twice"),
-        ("embed:0,embed:0", "embed is named twice"),
-        ("1:1.5", "alpha is 1.5, expected"),
+        ("1-3:0.5,2:0.1", "layers.2 is named twice"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: str, says: str) -> None:
@@ -451,7 +353,7 @@ def test_what_cannot_be_is_refused_in_one_line(text: str, says: str) -> None:
 
 
 def test_what_ranges_leave_out_needs_alpha() -> None:
-    with pytest.raises(RecipeError, match="nothing of layer 0, layer 3, layer 4 and 4 more"):
+    with pytest.raises(RecipeError, match=r"says nothing of layers\.0; give"):
         parse_alpha_layers("1-2:0.2", 6)
 
 
@@ -470,28 +372,3 @@ def test_merge_takes_alphas_by_layer(pair: Pair, tmp_path: Path) -> None:
     assert main([*words, "--alpha", "0.4"]) == 0
     assert tensors(out) == expected(pair, by_layer([0.2, 0.2, 0.4, 0.0, 0.4], 0.4))
     assert main(["verify", str(out), "--deep"]) == 0
-
-
-def test_options_that_contradict_are_one_line(
-    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["merge", *map(str, pair), "-o", str(tmp_path / "out")]
-    for more, says in (
-        (["--alpha-layers", "0.1", "--prompts", "x.jsonl"], "give either --alpha"),
-        (["--alpha-layers", "1-2:0.2"], "give --alpha for the rest"),
-        (["--alpha-layers", "0.1,0.2", "--alpha", "7"], "alpha is 7.0"),
-    ):
-        assert main([*words, *more]) == 2
-        printed = capsys.readouterr().err
-        assert printed.startswith("error: ") and printed.count("\n") == 1 and says in printed
-    assert not (tmp_path / "out").exists()
-
-
-def test_roles_are_told_with_the_tensors_of_both_sides(pair: Pair) -> None:
-    plan: Plan = make_plan(*pair)
-    names = blended_roles(plan)
-    assert names["layers.3.attn.q.weight"] == (
-        "model.layers.3.self_attn.q_proj.weight",
-        "language_model.model.layers.3.self_attn.q_proj.weight",
-    )
-    assert not any(base.startswith("visual.") for base, _ in names.values())
