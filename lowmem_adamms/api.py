@@ -21,7 +21,7 @@ from . import prompts as prompt_sets
 from .architectures.declare import read_declarations
 from .architectures.layout import BUFFER, Arch
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
-from .errors import OutputError, PromptError, RecipeError
+from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
 from .live.placement import Placement, place
 from .mapping import join
@@ -32,6 +32,7 @@ from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
+from .searching.answer_text import collapsed_share
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
     OutputSettings,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from .live.live_model import LiveModel
     from .searching.session import Session, Timing
 
+
+_COLLAPSED, _FEWEST_TO_COLLAPSE = 0.9, 10
+"""The share of answers that means nothing any more, and the prompts it takes to say so."""
 
 # Map
 
@@ -238,6 +242,7 @@ def find_alpha(
             seed=settings.seed,
             progress=progress.candidates if progress else None,
         )
+        _check_collapse(result)
         for line in session.notes if note else ():
             note(line)  # type: ignore[misc]
         return FoundAlpha(
@@ -261,7 +266,20 @@ def choose_alpha(
 
     answers, ids = recorded_answers.read_answers(files)
     result = choose(answers, measure=measure, seed=seed)  # type: ignore[arg-type]
+    _check_collapse(result)
     return FoundAlpha(result, [Prompt(name, id=name) for name in ids], "Recorded answers", {})
+
+
+def _check_collapse(result: Result) -> None:
+    """SearchError if nearly all answers are the same or none, whatever the alpha."""
+    shares = {alpha: collapsed_share(answers) for alpha, answers in result.answers.items()}
+    if result.prompts >= _FEWEST_TO_COLLAPSE and min(shares.values()) >= _COLLAPSED:
+        alpha, share = next(iter(shares.items()))
+        raise SearchError(
+            f"at every alpha {_COLLAPSED:.0%} or more of the answers are empty, repeating or the"
+            f" same ({share:.0%} at alpha {alpha:g}), so none can be chosen. The base may lack its"
+            " chat template, or the questions may leave no choice; try its answers by hand"
+        )
 
 
 def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:

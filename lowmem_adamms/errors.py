@@ -62,6 +62,10 @@ class PromptError(MergeError):
     """A prompt set, or a set of recorded answers, cannot be read or used."""
 
 
+class SearchError(MergeError):
+    """A search found nothing to go by."""
+
+
 class PushError(MergeError):
     """The Hub cannot take the output, or did not; what lies on disk is unharmed."""
 

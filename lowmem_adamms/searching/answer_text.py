@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 
 _QUOTES = dict(
     zip("\"'`\u201c\u201e\u2018\u00ab\u300c", "\"'`\u201d\u201c\u2019\u00bb\u300d", strict=True)
@@ -25,6 +27,13 @@ def normalise(answer: str) -> str:
         if shorter == text:
             return text
         text = shorter
+
+
+def collapsed_share(answers: Sequence[str]) -> float:
+    """The share of answers that are degenerate, or all the same, whichever is more."""
+    degenerate = sum(map(is_degenerate, answers))
+    _, same = Counter(map(normalise, answers)).most_common(1)[0]
+    return max(degenerate, same) / len(answers)
 
 
 def is_degenerate(answer: str) -> bool:
