@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import doctest
-import hashlib
 import importlib
 import io
 import json
 import random
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,19 +56,6 @@ def noise(form: str) -> bytes:
     return file.getvalue()
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be that large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
-
-
 def put(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -86,7 +71,7 @@ def lines(path: Path, entries: Iterable[object]) -> Path:
 # JSON Lines
 
 
-@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.ndjson", "PROMPTS.JSONL"])
+@pytest.mark.parametrize("name", ["prompts.ndjson", "PROMPTS.JSONL"])
 def test_json_lines_in_every_allowed_form(tmp_path: Path, name: str) -> None:
     red = put(tmp_path / "pics" / "red.png", encode())
     away = put(tmp_path / "blue.jpg", encode(BLUE, "JPEG"))
@@ -126,13 +111,9 @@ def test_an_image_may_lie_in_the_home_folder(
     assert load(path)[0].images == (home, odd, home)
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_byte_order_mark_and_line_ends_do_not_matter(
-    tmp_path: Path, mark: bytes, end: bytes
-) -> None:
-    text = [json.dumps({"prompt": word}, ensure_ascii=False).encode() for word in ("ä\u2028b", "c")]
-    path = put(tmp_path / "p.jsonl", mark + end.join(text) + end)
+def test_byte_order_mark_and_line_ends_do_not_matter(tmp_path: Path) -> None:
+    text = '{"prompt": "ä\u2028b"}\r\n{"prompt": "c"}\r\n'
+    path = put(tmp_path / "p.jsonl", text.encode("utf-8-sig"))
     assert [prompt.text for prompt in load(path)] == ["ä\u2028b", "c"]
 
 
@@ -140,26 +121,20 @@ def test_byte_order_mark_and_line_ends_do_not_matter(
     ("line", "words"),
     [
         ('{"prompt": "x",}', ["not JSON", "column 16"]),
-        ('{"prompt": "x"} {"prompt": "y"}', ["not JSON", "Extra data", "column 17"]),
         ('{"prompt": ' + "[" * 100_000, ["not JSON"]),
         ('{"prompt": ' + "9" * 5000 + "}", ["not JSON"]),
         ('[{"prompt": "x"}]', ["a list", "object"]),
-        ('"x"', ["a text", "object"]),
         ("{}", ['no "prompt"']),
         ('{"question": "x", "answer": "y"}', ['no "prompt"', "found question, answer"]),
-        ('{"prompt": null}', ['no "prompt"']),
         ('{"prompt": " \\n"}', ['"prompt" is empty']),
         ('{"prompt": 3}', ["the number 3", "a text"]),
-        ('{"prompt": ["x"]}', ["a list", "a text"]),
         ('{"prompt": "\\ud83d"}', ["surrogate"]),
         ('{"prompt": "x", "image": "a.png", "images": ["a.png"]}', ["both", "keep one"]),
         ('{"prompt": "x", "image": ["a.png"]}', ["a list", "path"]),
-        ('{"prompt": "x", "image": true}', ["true", "path"]),
         ('{"prompt": "x", "image": ""}', ["empty", "path"]),
         ('{"prompt": "x", "images": "a.png"}', ["a text", "list of paths"]),
         ('{"prompt": "x", "images": ["a.png", null]}', ["null", "path"]),
         ('{"prompt": "x", "image": "HTTPS://host/a.png"}', ["HTTPS://host/a.png", "download"]),
-        ('{"prompt": "x", "image": "s3://host/a.png"}', ["s3://host/a.png", "download"]),
         ('{"prompt": "x", "image": "data:image/png;base64,' + "A" * 9999 + '"}', ["download"]),
     ],
 )
@@ -182,15 +157,11 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
 
 BROKEN = {
     "missing": (None, "no such file"),
-    "empty": (b"", "not an image"),
     "text": (b"GIF, honestly", "not an image"),
     "PostScript, which Pillow would hand to Ghostscript": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         "not an image",
     ),
-    "bomb of which Pillow warns": (png_of(10_000, 10_000), "pixels; scale it down"),
-    "bomb that Pillow refuses": (png_of(50_000, 50_000), "pixels; scale it down"),
-    "huge file of no pixels": (png_of(4000, 4000), "cannot be read"),
     **{
         f"{form} cut off": ((data := noise(form))[: len(data) * 9 // 10], "cannot be read")
         for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -212,22 +183,21 @@ def test_unusable_image_is_named_with_file_and_line(
     assert words in message
 
 
+@pytest.mark.parametrize("most_pixels", [5, 11])
+def test_a_decompression_bomb_is_refused_where_pillow_raises_and_where_it_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_pixels: int
+) -> None:
+    put(tmp_path / "a.png", encode())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most_pixels)
+    message = refused(lines(tmp_path / "p.jsonl", [{"prompt": "x", "image": "a.png"}]))
+    assert f"more than {most_pixels} pixels; scale it down" in message
+
+
 def test_image_of_strange_name_still_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     for name in ("two\nlines.png", "nul\0.png", "half \udc80.png", "x" * 5000, "folder.png"):
         path = lines(tmp_path / "p.jsonl", [{"prompt": "x", "image": name}])
         assert refused(path).startswith(f"{path}:1: image ")
-
-
-def test_images_outside_the_sample_are_not_opened(tmp_path: Path) -> None:
-    put(tmp_path / "good.png", encode())
-    sampled = sorted(random.Random(3).sample(range(20), 4))
-    images = ["good.png" if number in sampled else "missing.png" for number in range(20)]
-    entries = [{"prompt": str(number), "image": image} for number, image in enumerate(images)]
-    path = lines(tmp_path / "p.jsonl", entries)
-    found = load(path, samples=4, seed=3)
-    assert [prompt.text for prompt in found] == [str(number) for number in sampled]
-    assert "missing.png" in refused(path)
 
 
 # Folders
@@ -246,22 +216,20 @@ def test_folder_asks_about_each_image_by_name(tmp_path: Path) -> None:
 
 
 def test_broken_image_in_a_folder_is_named_once(tmp_path: Path) -> None:
-    put(tmp_path / "a.png", encode())
     bad = put(tmp_path / "sub" / "b.png", noise("PNG")[:-100])
     message = refused(tmp_path, question="What?")
     assert message.startswith(f"{bad}: cannot be read")
     assert message.count("b.png") == 1
 
 
-@pytest.mark.parametrize("question", [None, "", " \n"])
-def test_folder_without_question_is_refused(tmp_path: Path, question: str | None) -> None:
-    put(tmp_path / "a.png", encode())
-    assert "--question" in refused(tmp_path, question=question)
-
-
-def test_folder_without_images_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("question", "words"), [(None, "--question"), (" \n", "--question"), ("What?", "no images")]
+)
+def test_folder_without_question_or_images_is_refused(
+    tmp_path: Path, question: str | None, words: str
+) -> None:
     put(tmp_path / "a.txt", encode())
-    assert "no images" in refused(tmp_path, question="What?")
+    assert words in refused(tmp_path, question=question)
 
 
 # Parquet
@@ -331,29 +299,20 @@ def test_parquet_columns_can_be_named(tmp_path: Path) -> None:
     assert "no column pic; there are text, prompt" in message
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 90])
-def test_sampled_rows_come_from_whatever_row_group_they_are_in(tmp_path: Path, rows: int) -> None:
-    texts = [f"{number}?" for number in range(90)]
-    path = parquet(
-        tmp_path / "set.parquet", {"prompt": texts, "image": ENCODED}, row_group_size=rows
-    )
+@pytest.mark.parametrize("rows", [1, 7, 90])
+def test_only_sampled_rows_are_checked_in_whatever_row_group_they_are(
+    tmp_path: Path, rows: int
+) -> None:
     picks = sorted(random.Random(5).sample(range(90), 20))
-    assert load(path, samples=20, seed=5) == tuple(
-        Prompt(texts[pick], (ENCODED[pick],), f"set.parquet[{pick}]") for pick in picks
-    )
-    assert [prompt.text for prompt in load(path)] == texts
-
-
-def test_rows_outside_the_sample_are_not_checked(tmp_path: Path) -> None:
-    picks = random.Random(0).sample(range(90), 10)
     columns = {
-        "prompt": [str(row) if row in picks else None for row in range(90)],
+        "prompt": [f"{row}?" if row in picks else None for row in range(90)],
         "image": [ENCODED[row] if row in picks else b"broken" for row in range(90)],
     }
-    path = parquet(tmp_path / "set.parquet", columns)
-    found = load(path, samples=10)
-    assert [prompt.text for prompt in found] == [str(pick) for pick in sorted(picks)]
-    refused(path, samples=11)
+    path = parquet(tmp_path / "set.parquet", columns, row_group_size=rows)
+    assert load(path, samples=20, seed=5) == tuple(
+        Prompt(f"{pick}?", (ENCODED[pick],), f"set.parquet[{pick}]") for pick in picks
+    )
+    refused(path, samples=21, seed=5)
 
 
 @pytest.mark.parametrize(
@@ -362,11 +321,7 @@ def test_rows_outside_the_sample_are_not_checked(tmp_path: Path) -> None:
         ({"caption": ["a"], "label": ["b"]}, ["prompt, question", "caption, label"]),
         ({"prompt": ["a"], "image": [b"x"], "images": [[b"x"]]}, ["both", "name the one"]),
         ({"prompt": []}, ["no prompts"]),
-        ({"prompt": [None]}, ["[0]", 'no "prompt"']),
-        ({"prompt": [""]}, ["[0]", "empty"]),
         ({"prompt": [7]}, ["[0]", "the number 7"]),
-        ({"prompt": [[{"role": "user", "content": "x"}]]}, ["[0]", "a list"]),
-        ({"prompt": ["a"], "image": [3]}, ["[0]", '"image"', "the number 3"]),
         ({"prompt": ["a"], "image": [{"width": 3}]}, ["[0]", '"image"', "an object"]),
         ({"prompt": ["a"], "image": ["https://host/a.png"]}, ["[0]", "download"]),
         ({"prompt": ["a"], "image": ["a.png"]}, ["[0]", "a.png", "no such file"]),
@@ -408,154 +363,123 @@ def test_missing_library_says_what_to_install(
 # Hub datasets
 
 HUB_SCRIPT = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 import datasets
 from datasets.arrow_writer import ArrowWriter
 from lowmem_adamms.errors import PromptError
-from lowmem_adamms.prompts import digest, load_prompts
+from lowmem_adamms.prompts import load_prompts
 from lowmem_adamms.settings import PromptSettings
 
-cache, red = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+cache, red = Path("cache"), Path("red.png").read_bytes()
+image = {"bytes": red, "path": None}
 features = datasets.Features({
     "question": datasets.Value("string"),
     "image": datasets.Image(),
     "extra": datasets.List(datasets.Image()),
 })
 
-def write(name, config, splits, commit="0123", words=""):
+def write(name, config, **splits):
     '''What the library leaves behind of a dataset that it once fetched.'''
-    folder = cache / f"acme___{name}" / config / "0.0.0" / commit
+    folder = cache / f"acme___{name}" / config / "0.0.0" / "0123"
     folder.mkdir(parents=True)
     found = datasets.SplitDict()
     for split, count in splits.items():
         writer = ArrowWriter(path=str(folder / f"{name}-{split}.arrow"), features=features)
         for row in range(count):
-            image = {"bytes": red, "path": None}
-            text = f"{config} {split} {row}{words}"
-            writer.write({"question": text, "image": image, "extra": [image, image]})
+            question = f"{config} {split} {row}"
+            writer.write({"question": question, "image": image, "extra": [image, image]})
         rows, size = writer.finalize()
         found[split] = datasets.SplitInfo(split, size, rows, dataset_name=name)
     datasets.DatasetInfo(features=features, splits=found, dataset_name=name, config_name=config,
         builder_name="parquet", version="0.0.0").write_to_directory(str(folder))
 
-write("pics", "art", {"train": 3, "validation": 2, "dev": 1})
-write("pics", "bio", {"dev": 30})
-write("odd", "default", {"dev": 1, "devtest": 1})
-
-def load(ref, **settings):
+def load(ref, settings):
     try:
         found = load_prompts(ref, PromptSettings(**settings))
     except PromptError as error:
         return str(error)
-    return [[p.text, p.id, [image == red for image in p.images]] for p in found]
+    return [found.ref, *([p.text, p.id, [image == red for image in p.images]] for p in found)]
 
-def identity():
-    found = load_prompts("acme/moved", PromptSettings(samples=2))
-    return [found.ref, digest(found)]
-
-write("moved", "default", {"test": 3}, "aaaa")
-before = identity()
-time.sleep(0.01)
-write("moved", "default", {"test": 3}, "bbbb", "?")
-after = identity()
-
-print(json.dumps({
-    "before": before, "after": after,
-    "default": load("acme/pics:art"),
-    "split": load("acme/pics:art", split="train", image_column=("image", "extra")),
-    "sample": load("acme/pics:bio", samples=5, seed=2),
-    "no default": load("acme/odd"),
-    "no config": load("acme/pics"),
-    "no such config": load("acme/pics:geo"),
-    "no such split": load("acme/pics:art", split="test"),
-    "no such set": load("acme/none"),
-}))
+write("pics", "art", train=3, validation=2, dev=1)
+write("pics", "bio", dev=30)
+write("odd", "default", dev=1, devtest=1)
+print(json.dumps([load(ref, settings) for ref, settings in json.load(sys.stdin)]))
 """
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Answers of the real library, offline, from a cache: it reads its environment at import."""
+def hub_rows(config: str, split: str, rows: Iterable[int], images: int = 1) -> list[Any]:
+    """The reference with its commit, then text, id and images of each row."""
+    ref = f"acme/pics:{config}"
+    found = ([f"{config} {split} {i}", f"{ref} {split}[{i}]", [True] * images] for i in rows)
+    return [f"{ref}@0123 {split}", *found]
+
+
+HUB_CASES: list[tuple[str, dict[str, Any], list[Any] | str]] = [
+    # What is asked for; what comes, or words of the error
+    ("acme/pics:art", {}, hub_rows("art", "validation", range(2))),
+    (
+        "acme/pics:art",
+        {"split": "train", "image_column": ["image", "extra"]},
+        hub_rows("art", "train", range(3), 3),
+    ),
+    ("acme/pics:bio", {"samples": 3, "seed": 2}, hub_rows("bio", "dev", (1, 2, 27))),
+    ("acme/odd", {}, "one of its splits: dev, devtest"),
+    ("acme/pics", {}, "art"),
+    ("acme/pics:geo", {}, "'art', 'bio'"),
+    ("acme/pics:art", {"split": "test"}, "validation"),
+    ("acme/none", {}, "HF_HUB_OFFLINE"),
+]
+
+
+def test_hub_datasets_as_the_library_finds_them_in_its_cache(tmp_path: Path) -> None:
+    """By the real library, offline, in a process of its own: it reads its environment at import."""
     pytest.importorskip("datasets")
-    folder = tmp_path_factory.mktemp("hub")
+    put(tmp_path / "red.png", encode())
     done = subprocess.run(
-        [sys.executable, "-c", HUB_SCRIPT, folder / "cache", put(folder / "red.png", encode())],
+        [sys.executable, "-c", HUB_SCRIPT],
+        input=json.dumps([case[:2] for case in HUB_CASES]),
         env={
             "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(folder),
-            "HF_DATASETS_CACHE": str(folder / "cache"),
+            "HF_HOME": str(tmp_path),
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
             "PYTHONPATH": str(Path(__file__).parents[2]),
         },
-        cwd=folder,
+        cwd=tmp_path,
         capture_output=True,
+        text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr.decode()
-    answers: dict[str, Any] = json.loads(done.stdout)
-    return answers
-
-
-def test_hub_dataset_takes_a_split_and_a_sample_and_keeps_images_encoded(
-    hub: dict[str, Any],
-) -> None:
-    assert hub["default"] == [
-        [f"art validation {row}", f"acme/pics:art validation[{row}]", [True]] for row in range(2)
-    ]
-    assert hub["split"] == [
-        [f"art train {row}", f"acme/pics:art train[{row}]", [True] * 3] for row in range(3)
-    ]
-    picks = sorted(random.Random(2).sample(range(30), 5))
-    assert [text for text, _, _ in hub["sample"]] == [f"bio dev {pick}" for pick in picks]
-
-
-def test_hub_dataset_is_known_by_its_commit(hub: dict[str, Any]) -> None:
-    """A search goes on only with the same prompts, by their digest (`session.fingerprint`)."""
-    assert hub["before"][0] == "acme/moved@aaaa test"
-    assert hub["after"][0] == "acme/moved@bbbb test"
-    assert hub["before"][1] != hub["after"][1]
+    assert done.returncode == 0, done.stderr
+    for (ref, _, expected), found in zip(HUB_CASES, json.loads(done.stdout), strict=True):
+        if isinstance(expected, list):
+            assert found == expected
+        else:
+            assert found.startswith(f"{ref}: ") and expected in found and found.isprintable()
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["acme/set", "acme/set:art", "acme/set@main", "acme/set:art@refs/pr/1", "acme/set@0a1b2c"],
+    ("name", "expected"),
+    [
+        ("acme/set", ["acme/set", None, None]),
+        ("acme/set:art", ["acme/set", "art", None]),
+        ("acme/set@0a1b2c", ["acme/set", None, "0a1b2c"]),
+        ("acme/set:art@refs/pr/1", ["acme/set", "art", "refs/pr/1"]),
+    ],
 )
 def test_hub_dataset_is_asked_for_by_name_config_and_revision(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str | None]
 ) -> None:
     asked: list[object] = []
 
-    class Library:
-        @staticmethod
-        def load_dataset_builder(*words: object, **options: object) -> None:
-            asked.extend([*words, options["revision"]])
-            raise ValueError("enough")
+    def load_dataset_builder(*words: object, revision: object) -> None:
+        asked.extend([*words, revision])
+        raise ValueError("enough")
 
-    monkeypatch.setitem(sys.modules, "datasets", Library)
-    with pytest.raises(PromptError, match=f"^{re.escape(name)}: .*enough"):
-        load(name)
-    rest, _, revision = name.partition("@")
-    dataset, _, config = rest.partition(":")
-    assert asked == [dataset, config or None, revision or None]
-
-
-@pytest.mark.parametrize(
-    ("case", "start", "words"),
-    [
-        ("no default", "acme/odd", "one of its splits: dev, devtest"),
-        ("no config", "acme/pics", "art"),
-        ("no such config", "acme/pics:geo", "'art', 'bio'"),
-        ("no such split", "acme/pics:art", "validation"),
-        ("no such set", "acme/none", "HF_HUB_OFFLINE"),
-    ],
-)
-def test_hub_dataset_that_cannot_be_had_says_why(
-    hub: dict[str, Any], case: str, start: str, words: str
-) -> None:
-    message = hub[case]
-    assert message.startswith(f"{start}: ")
-    assert words in message
-    assert message.isprintable()
+    library = SimpleNamespace(load_dataset_builder=load_dataset_builder)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert "enough" in refused(name)
+    assert asked == expected
 
 
 # Settings
@@ -564,13 +488,9 @@ def test_hub_dataset_that_cannot_be_had_says_why(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("missing.jsonl", None, "no such file"),
         ("a/missing.parquet", None, "no such file"),
         ("missing", None, "no such file"),
-        ("a/b/c", None, "no such file"),
         ("p.json", b'{"prompt": "x"}', "expected .jsonl"),
-        ("p", b'{"prompt": "x"}', "expected .jsonl"),
-        ("p.jsonl", b"", "no prompts"),
         ("p.jsonl", b"\n \n\n", "no prompts"),
     ],
 )
@@ -587,11 +507,8 @@ def test_what_is_no_prompt_set_is_refused(
     ("source", "settings"),
     [
         ("p.jsonl", {"question": "What?"}),
-        ("p.jsonl", {"split": "test"}),
         ("p.jsonl", {"text_column": "text"}),
-        ("set.parquet", {"question": "What?"}),
         ("set.parquet", {"split": "test"}),
-        ("pics", {"split": "test"}),
         ("pics", {"image_column": ("image",)}),
         ("acme/set", {"question": "What?"}),
     ],
@@ -618,14 +535,8 @@ def test_sample_of_a_seed_is_the_same_on_every_machine(tmp_path: Path) -> None:
     assert picks == [64, 120, 137, 261, 582, 782, 821, 867]
     assert len(load_prompts(path)) == 100
     assert load_prompts(path) == load(path, seed=0) != load(path, seed=1)
-
-
-@pytest.mark.parametrize("samples", [9, 10, 11])
-def test_a_sample_is_at_most_the_set_in_its_order(tmp_path: Path, samples: int) -> None:
-    path = lines(tmp_path / "p.jsonl", [{"prompt": str(number)} for number in range(10)])
-    found = [prompt.text for prompt in load(path, samples=samples)]
-    assert len(found) == min(samples, 10)
-    assert found == sorted(set(found))
+    assert load(path, samples=1000) == load(path, samples=2000)
+    assert [prompt.text for prompt in load(path, samples=1000)] == [str(i) for i in range(1000)]
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +562,6 @@ def test_image_comes_as_rgb_from_path_or_bytes(tmp_path: Path, form: str) -> Non
     [
         ("L", 90, (90, 90, 90)),
         ("1", 1, (255, 255, 255)),
-        ("P", 0, (0, 0, 0)),
         ("I;16", 100 * 257, (100, 100, 100)),
         ("I;16", 65535, (255, 255, 255)),
         ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
@@ -663,9 +573,8 @@ def test_colour_modes(mode: str, colour: object, expected: tuple[int, ...]) -> N
     assert open_image(encode(colour, mode=mode)).getpixel((0, 0)) == expected
 
 
-@pytest.mark.parametrize("transparency", [0, bytes([0])])
-def test_transparent_palette_turns_white_without_a_warning(transparency: int | bytes) -> None:
-    data = encode(0, mode="P", transparency=transparency)
+def test_transparent_palette_turns_white_without_a_warning() -> None:
+    data = encode(0, mode="P", transparency=bytes([0]))
     assert open_image(data).getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -711,21 +620,17 @@ def test_digest_tells_contents_and_not_places(tmp_path: Path) -> None:
 def test_digest_sees_every_difference() -> None:
     sets = [
         [],
-        [Prompt("")],
         [Prompt("ab")],
         [Prompt("a"), Prompt("b")],
         [Prompt("b"), Prompt("a")],
-        [Prompt("ab"), Prompt("")],
         [Prompt("a", (b"1",)), Prompt("b")],
         [Prompt("a"), Prompt("b", (b"1",))],
         [Prompt("a", (b"1", b"2"))],
         [Prompt("a", (b"2", b"1"))],
         [Prompt("a", (b"12",))],
-        [Prompt("a", (b"1",)), Prompt("a", (b"2",))],
         [Prompt("1 0\na")],
     ]
     assert len({digest(prompts) for prompts in sets}) == len(sets)
-    assert digest([]) == hashlib.sha256().hexdigest()
 
 
 def test_digest_of_a_missing_image_names_it(tmp_path: Path) -> None:
