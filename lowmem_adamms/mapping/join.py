@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..architectures.layout import BUFFER, Arch, Block
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -25,9 +24,6 @@ from .plan import Part, Plan, Step
 from .side import Piece, Side, read_side
 from .tied_head import describe_ties
 from .token_rows import TOKEN_ROLES, TokenRows, find_token_rows
-
-if TYPE_CHECKING:
-    import torch
 
 SAME_ROLE = "same role"
 
@@ -60,79 +56,52 @@ def make_plan(
     donor: str | Path | Checkpoint,
     *,
     embeddings: Embeddings = "merge",
-    dtype: str | DType | torch.dtype | None = None,
+    dtype: str | None = None,
     declared: Sequence[Arch] = (),
     allow_misfits: bool = False,
 ) -> Plan:
-    """Plan the merge of two checkpoints.
+    """Plan the merge of two checkpoints; see `api.make_plan`.
 
-    Reads headers, configs and tokenizers: a second or less, whatever the size.
-
-    Args:
-        base: Checkpoint whose architecture, vision encoder and tokenizer the output keeps: a
-            folder, a safetensors file, a Hub id `org/name[@revision]`, or one that is open.
-        donor: Checkpoint whose language weights are blended in, given likewise.
-        embeddings: "merge" joins the rows of embedding and head by token, "keep" leaves the
-            base's.
-        dtype: Of the output's floating-point tensors, such as "bf16", "fp16" or "fp32"; None
-            keeps the dtype of each base tensor.
-        declared: Declarations of families that are not built in; they go before those that are.
-        allow_misfits: Leave tensors that do not fit as the base's, and list them in
-            `plan.misfits`, where a merge must be refused. For comparing two checkpoints.
-
-    Raises:
-        FormatError: A checkpoint is damaged, incomplete or quantized.
-        HubError: A repository cannot be read.
-        MappingError: A checkpoint has no decoder that is known, or the two do not fit.
-        RecipeError: `dtype` is none that can be written.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from lowmem_adamms import make_plan
-        >>> from lowmem_adamms.demo.pair import export_demo
-        >>> pair = export_demo(Path("demo"))
-        >>> plan = make_plan(pair.base, pair.donor)
-        >>> plan.counts
-        {'interpolate': 75, 'copy': 55}
+    allow_misfits: leave tensors that do not fit as the base's, and list them in `plan.misfits`,
+    where a merge must be refused. For comparing two checkpoints.
     """
-    output_dtype = None if dtype is None else _find_dtype(dtype)
-    base_opened, donor_opened = _open(base), _open(donor)
-    base_side, donor_side = read_side(base_opened, declared), read_side(donor_opened, declared)
-    misfits = list(_compare_sizes(base_side, donor_side))
-    if misfits and not allow_misfits:
-        raise MappingError(misfits[0])
+    output_dtype = DTYPES[parse_dtype(dtype)] if dtype else None
+    ours, theirs = (read_side(_open(checkpoint), declared) for checkpoint in (base, donor))
     token_rows = None
-    if embeddings == "merge" and base_side.row_shape == donor_side.row_shape:
-        token_rows = find_token_rows(base_side, donor_side)
+    if embeddings == "merge" and ours.row_shape == theirs.row_shape:
+        token_rows = find_token_rows(ours, theirs)
     kept = TOKEN_ROLES if embeddings == "keep" else ()
-    matches = dict.fromkeys(kept, Match((), "--embeddings keep"))
-    for role in base_side.pieces:
-        if role not in kept:
-            matches[role] = _match_role(role, base_side, donor_side, token_rows)
+    matches = {
+        role: Match((), "--embeddings keep")
+        if role in kept
+        else _match_role(role, ours, theirs, token_rows)
+        for role in ours.pieces
+    }
+    misfits = list(_compare_sizes(ours, theirs))
     misfits += [match.misfit for match in matches.values() if match.misfit]
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
-    tied_heads = base_side.tied_heads
+    tied_heads = ours.tied_heads
     steps = tuple(
-        _make_step(name, base_side, donor_side, matches, output_dtype)
-        for name in base_side.tensors
+        _make_step(name, ours, theirs, matches, output_dtype)
+        for name in ours.tensors
         if name not in tied_heads
     )
     donor_names = {part.donor_name for step in steps for part in step.parts}
     if not (allow_misfits or donor_names - {None}):
-        raise MappingError(f"{base_side.path} and {donor_side.path} have no parameter in common")
+        raise MappingError(f"{ours.path} and {theirs.path} have no parameter in common")
     return Plan(
-        base_opened,
-        donor_opened,
-        base_side.layout,
-        donor_side.layout,
+        ours.checkpoint,
+        theirs.checkpoint,
+        ours.layout,
+        theirs.layout,
         steps,
         leftover={
-            name: donor_side.layout.kinds.get(name, "no counterpart in the base")
-            for name in donor_side.tensors
+            name: theirs.layout.kinds.get(name, "no counterpart in the base")
+            for name in theirs.tensors
             if name not in donor_names
         },
-        notes=tuple(_notes(base_side, donor_side, token_rows, declared)),
+        notes=tuple(_notes(ours, theirs, token_rows, declared)),
         options={"embeddings": embeddings, "dtype": output_dtype.name if output_dtype else None},
         declared=tuple(declared),
         misfits=tuple(misfits),
@@ -141,10 +110,6 @@ def make_plan(
 
 def _open(checkpoint: str | Path | Checkpoint) -> Checkpoint:
     return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-
-
-def _find_dtype(dtype: str | DType | torch.dtype) -> DType:
-    return DTYPES[parse_dtype(dtype.name if isinstance(dtype, DType) else dtype)]
 
 
 # Roles
@@ -210,10 +175,8 @@ def _match_tokens(base_rows: int, piece: Piece, token_rows: TokenRows, reason: s
             runs.append(Run(run.base, run.base + length, donor_name, run.donor))
             moved += length if run.base != run.donor else 0
     shared = sum(run.stop - run.start for run in runs)
-    how = (
-        f"rows by {token_rows.joined_by}: {shared} shared, {moved} of them moved,"
-        f" {base_rows - shared} kept"
-    )
+    joined_by = "position" if token_rows.assumption else "token"
+    how = f"rows by {joined_by}: {shared} shared, {moved} of them moved, {base_rows - shared} kept"
     return Match(runs, how if reason == SAME_ROLE else f"{reason}; {how}")
 
 

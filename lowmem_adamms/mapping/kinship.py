@@ -63,8 +63,7 @@ def measure(plan: Plan) -> Kinship:
             for i, product in enumerate(products):
                 total[i] += product
             blank += [(path, role) for path in paths]
-    cosines = {group: cosine_of(*total) for group, total in sums.items()}
-    return Kinship(cosines, tuple(blank))
+    return Kinship({group: cosine_of(*total) for group, total in sums.items()}, tuple(blank))
 
 
 def check(plan: Plan) -> Kinship:

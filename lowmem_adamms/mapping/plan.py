@@ -137,10 +137,6 @@ class Plan:
         """Bytes of tensors that a merge writes."""
         return sum(step.nbytes for step in self.steps)
 
-    def token_rows(self) -> dict[str, dict[str, int]]:
-        """Rows of embedding and head, by tensor name; `count_rows` says what is counted."""
-        return {step.name: count_rows(step.parts) for step in self.steps if _has_token_rows(step)}
-
     def identity(self) -> list[Any]:
         """Plain data that differs between any two plans, or after either checkpoint changed."""
         spans = hashlib.sha256()  # the document of a step may sum up its parts
@@ -164,14 +160,16 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "counts": self.counts,
-            "tokens": self.token_rows(),
+            "tokens": {
+                step.name: _count_rows(step.parts) for step in self.steps if _has_token_rows(step)
+            },
             "steps": [_step_to_json(step) for step in self.steps],
             "leftover": dict(self.leftover),
             "notes": list(self.notes),
         }
 
 
-def count_rows(parts: Iterable[Part]) -> dict[str, int]:
+def _count_rows(parts: Iterable[Part]) -> dict[str, int]:
     """Count rows of an embedding or head.
 
     `shared`: blended with a row of the donor; `moved`: those of them that the donor has at another
@@ -195,7 +193,7 @@ def _step_to_json(step: Step) -> dict[str, Any]:
     blended = [part for part in step.parts if part.donor]
     if _has_token_rows(step) and len(blended) > MAX_LISTED_PARTS:
         donor = {"name": blended[0].donor_name, "rows": "tokens"}
-        shared = count_rows(step.parts)["shared"]
+        shared = _count_rows(step.parts)["shared"]
         parts = [{"rows": "tokens", "count": shared, "role": blended[0].role, "donor": donor}]
     return {
         "name": step.name,

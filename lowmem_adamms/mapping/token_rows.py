@@ -19,11 +19,10 @@ TOKEN_ROLES = ("embed", "head")
 class TokenRows:
     """Runs of base rows that belong to rows of the donor, ascending.
 
-    joined_by: "token" or "position". assumption: what the user must know about the latter.
+    assumption: what the user must know where they are joined by position, not by token.
     """
 
     runs: Sequence[RowRun]
-    joined_by: str
     assumption: str | None = None
 
 
@@ -33,16 +32,13 @@ def find_token_rows(base: Side, donor: Side) -> TokenRows:
         max(side.rows_of(role) for role in TOKEN_ROLES if role in side.pieces)
         for side in (base, donor)
     )
-    base_tokens = read_vocabulary(base.checkpoint.folder)
-    if base_tokens is not None:
-        donor_tokens = read_vocabulary(donor.checkpoint.folder)
-        if donor_tokens is not None:
-            return TokenRows(join_rows(base_tokens, donor_tokens, base_rows, donor_rows), "token")
+    base_tokens, donor_tokens = (read_vocabulary(side.checkpoint.folder) for side in (base, donor))
+    if base_tokens is not None and donor_tokens is not None:
+        return TokenRows(join_rows(base_tokens, donor_tokens, base_rows, donor_rows))
     declared = [base.layout.shared_ids, donor.layout.shared_ids]
     shared = min([base_rows, donor_rows, *(ids for ids in declared if ids)])
     return TokenRows(
         [RowRun(0, 0, shared)],
-        "position",
         f"no tokenizer that can be read on both sides ({', '.join(FORMS)}): the first {shared} rows"
         f" of embedding and head are assumed to be the same tokens, {base_rows - shared} are kept",
     )

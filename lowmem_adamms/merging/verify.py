@@ -188,7 +188,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         recipe["base"],
         recipe["donor"],
         embeddings=options["embeddings"],
-        dtype=DTYPES[options["dtype"]] if options["dtype"] else None,
+        dtype=options["dtype"],
         declared=declared,
     )
     for side, checkpoint in (("base", plan.base), ("donor", plan.donor)):

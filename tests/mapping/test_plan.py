@@ -27,9 +27,8 @@ from families import (
 from safetensors.numpy import save_file
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from lowmem_adamms.checkpoints.dtypes import DTYPES, DType
-from lowmem_adamms.errors import FormatError, MappingError, RecipeError
-from lowmem_adamms.mapping.alphas import Alphas
+from lowmem_adamms.errors import FormatError, MappingError
+from lowmem_adamms.mapping import alphas
 from lowmem_adamms.mapping.join import make_plan, step_kind
 from lowmem_adamms.mapping.plan import Plan
 
@@ -81,19 +80,16 @@ def small(put: Put) -> Callable[..., Plan]:
     return make
 
 
-@pytest.mark.parametrize(
-    ("role", "kind"),
-    [
-        ("embed", "embedding"),
-        ("head", "head"),
-        ("norm", "norm"),
-        ("layers.10.attn.k_norm.weight", "attention"),
-        ("layers.3.mlp.gate.weight@vision", "MLP"),
-        ("layers.3.attn_norm.weight@text", "norm"),
-    ],
-)
-def test_kinds_of_roles(role: str, kind: str) -> None:
-    assert step_kind(role) == kind
+def test_kinds_of_roles() -> None:
+    kinds = {
+        "embed": "embedding",
+        "head": "head",
+        "norm": "norm",
+        "layers.10.attn.k_norm.weight": "attention",
+        "layers.3.mlp.gate.weight@vision": "MLP",
+        "layers.3.attn_norm.weight@text": "norm",
+    }
+    assert {role: step_kind(role) for role in kinds} == kinds
 
 
 # Tied heads; what counts as tied is in test_tied_head.py
@@ -151,7 +147,8 @@ def test_rows_follow_their_tokens(small: Small) -> None:
             ((5, 20), role, None, None),
         ]
         assert step_of(plan, name).reason == "rows by token: 4 shared, 2 of them moved, 16 kept"
-    assert plan.token_rows()[HEAD] == {"shared": 4, "moved": 2, "kept": 16}
+    count = {"shared": 4, "moved": 2, "kept": 16}
+    assert plan.to_json()["tokens"] == {EMBED: count, HEAD: count}
     assert plan.notes == ()
 
 
@@ -263,14 +260,6 @@ def test_sizes_that_differ_are_refused_with_names(
         small(donor=change)
 
 
-def test_transposed_weights_are_not_taken_for_equal(small: Small) -> None:
-    tensors = llama_decoder(SMALL)
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = ("BF16", tensors[name][1][::-1])
-    with pytest.raises(MappingError, match=r"layers\.1\.mlp\.up\.weight.*\[12, 8\].*\[8, 12\]"):
-        small(donor=tensors)
-
-
 def test_biases_and_norms_on_one_side_only_stay_the_bases(small: Small) -> None:
     plan = small({"bias": True}, {"qk_norm": True})
     name = "model.layers.0.self_attn.q_proj.bias"
@@ -369,7 +358,7 @@ def test_dtype_changes_floating_tensors_only(tmp_path: Path) -> None:
         name: {"float16": "F16", "float32": "F32", "int64": "I64", "float64": "F64"}[str(a.dtype)]
         for name, a in arrays.items()
     }
-    plan = make_plan(tmp_path / "base", tmp_path / "donor", dtype=DTYPES["BF16"])
+    plan = make_plan(tmp_path / "base", tmp_path / "donor", dtype="bf16")
     dtypes = {step.name: step.dtype.name for step in plan.steps}
     assert {dtypes.pop(name) for name in rotary_buffers(SMALL)} == {"F32"}
     assert (dtypes.pop("visual.position_ids"), dtypes.pop("visual.table")) == ("I64", "F64")
@@ -378,17 +367,6 @@ def test_dtype_changes_floating_tensors_only(tmp_path: Path) -> None:
     assert plan.bytes_written == kept.bytes_written - 8
     assert plan.bytes_read == kept.bytes_read
     assert plan.options["dtype"] == "BF16"
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "BF16", "torch.bfloat16", DTYPES["BF16"]])
-def test_a_dtype_has_several_names(small: Small, dtype: str | DType) -> None:
-    assert small(dtype=dtype).options["dtype"] == "BF16"
-
-
-@pytest.mark.parametrize("dtype", ["int8", DTYPES["I8"]])
-def test_a_dtype_that_cannot_be_written_is_refused(small: Small, dtype: str | DType) -> None:
-    with pytest.raises(RecipeError, match="expected bf16, fp16 or fp32"):
-        small(dtype=dtype)
 
 
 # plan --json
@@ -480,12 +458,8 @@ def test_two_orders_of_many_rows_are_two_plans(small: Small, tmp_path: Path) -> 
 # Use from Python
 
 
-@pytest.mark.parametrize("documented", [make_plan, Alphas])
-def test_examples_run(documented: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (example,) = doctest.DocTestFinder(recurse=False).find(documented, "example")
-    assert example.examples
-    assert doctest.DocTestRunner().run(example).failed == 0
+def test_the_example_of_alphas_runs() -> None:
+    assert doctest.testmod(alphas) == doctest.TestResults(failed=0, attempted=4)
 
 
 def test_planning_imports_neither_torch_nor_numpy_nor_transformers(put: Put) -> None:
