@@ -24,7 +24,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +39,6 @@ LARGE = (".safetensors", ".bin", ".pt")
 """What is kept in LFS whatever its size: named by its sha256, and served by the content network."""
 TOKEN = "tok"
 """The token of ada, who may write to her own namespace and to that of lab."""
-_CARD_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,12 @@ class File:
             return cls(source, size, hashlib.sha1(b"blob %d\0" % size + file.read()).hexdigest())
 
     def entry(self, name: str) -> dict[str, Any]:
-        """As a tree lists it."""
-        entry: dict[str, Any] = {"type": "file", "path": name, "size": self.size, "oid": self.oid}
+        """As model info and a tree list it, each by names of its own."""
+        entry = {"type": "file", "path": name, "rfilename": name, "size": self.size}
+        entry |= {"oid": self.oid, "blobId": self.oid}
         if self.sha256:
-            entry["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
-        return entry
-
-    def sibling(self, name: str) -> dict[str, Any]:
-        """As model info lists it."""
-        entry: dict[str, Any] = {"rfilename": name, "size": self.size, "blobId": self.oid}
-        if self.sha256:
-            entry["lfs"] = {"sha256": self.sha256, "size": self.size, "pointerSize": 134}
+            lfs = {"oid": self.sha256, "sha256": self.sha256, "size": self.size}
+            entry["lfs"] = lfs | {"pointerSize": 134}
         return entry
 
 
@@ -129,14 +122,13 @@ class Seen:
 class Fault:
     """What goes wrong with the next `times` requests that match `pattern`, after `skip` others.
 
-    Of any request: "status" answers `status` with `headers` and `words`; "garbage" answers with
-    nonsense; "lost" does what was asked and closes without an answer; "hang up" closes after
-    `after` bytes of the request's body; "silence" falls silent there.
+    Of any request: "status" answers `status` with `headers` and `words`; "lost" does what was asked
+    and closes without an answer; "hang up" closes after `after` bytes of the request's body;
+    "silence" sets the server's `reached` there, and closes when its `released` is set.
 
-    Of a file that is sent: "drop" breaks the connection after `after` bytes; "stall" sends nothing
-    for `seconds` after that; "long" sends `after` bytes more and says no length; "ignore" sends the
-    whole file whatever range was asked; "etag" says another ETag; "size" another size of the file;
-    "flip" inverts the first byte.
+    Of a file that is sent: "drop" breaks the connection after `after` bytes; "long" sends `after`
+    bytes more and says no length; "ignore" sends the whole file whatever range was asked; "etag"
+    says another ETag; "size" another size of the file; "flip" inverts the first byte.
     """
 
     pattern: str
@@ -144,7 +136,6 @@ class Fault:
     times: int = 1
     skip: int = 0
     after: int = 0
-    seconds: float = 0.0
     status: int = 503
     headers: Mapping[str, str] = field(default_factory=dict)
     words: str = ""
@@ -161,7 +152,11 @@ def person(name: str, orgs: dict[str, str], **token: Any) -> dict[str, Any]:
 
 
 class HubServer:
-    """Repositories served and taken for as long as the `with` block lasts."""
+    """Repositories served and taken for as long as the `with` block lasts.
+
+    endpoint: what HF_ENDPOINT should be. network: the content network, which must never see a
+    token. objects: the large files that arrived, by sha256. received: the bytes of those requests.
+    """
 
     def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
         """certificate: its file and that of its key, to speak HTTP over TLS."""
@@ -171,13 +166,11 @@ class HubServer:
         self.received = 0
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
-        self.signature = 0
+        self.signature = 0  # of the content network's addresses; any other has expired
         self.lock = threading.RLock()
-        self.reached, self.ended = threading.Event(), threading.Event()
-        self._gate = threading.Event()
-        self._gate.set()
-        self._passing = 0
+        self.reached, self.released = threading.Event(), threading.Event()
         self._servers = [_Server(self, certificate) for _ in range(2)]
+        self.endpoint, self.network = (server.url for server in self._servers)
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
@@ -185,21 +178,10 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
-        self.ended.set()
+        self.released.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
-
-    @property
-    def endpoint(self) -> str:
-        """What HF_ENDPOINT should be."""
-        return self._servers[0].url
-
-    @property
-    def network(self) -> str:
-        """The content network, which must never see a token."""
-        return self._servers[1].url
 
     def add(
         self,
@@ -221,10 +203,6 @@ class HubServer:
         self.faults.append(Fault(pattern, kind, **options))
         return self.faults[-1]
 
-    def expire(self) -> None:
-        """Addresses handed out so far are refused from now on."""
-        self.signature += 1
-
     def asked(self, pattern: str) -> list[str]:
         """The requests so far, `METHOD /path?query`, that match."""
         return [seen.line for seen in self.seen if re.search(pattern, seen.line)]
@@ -236,27 +214,6 @@ class HubServer:
     def sent(self, suffix: str = "") -> int:
         """Bytes sent of files whose names end so."""
         return sum(seen.sent for seen in self.seen if seen.file.endswith(suffix))
-
-    def hold(self, passing: int = 0) -> None:
-        """After `passing` more large files the next one sets `reached`, and waits."""
-        self._passing = passing
-        self.reached.clear()
-        self._gate.clear()
-
-    def release(self) -> None:
-        """Whoever was held is dropped; everybody else passes."""
-        self._gate.set()
-
-    def take(self, body: bytes) -> bool:
-        """Count a body that arrived; False if it was held, and is to be dropped."""
-        with self.lock:
-            self.received += len(body)
-            self._passing -= 1
-            if self._passing >= 0 or self._gate.is_set():
-                return True
-        self.reached.set()
-        self._gate.wait(60)
-        return False
 
 
 def use(server: HubServer, patch: MonkeyPatch, home: Path, token: str | None = None) -> None:
@@ -298,20 +255,15 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, hub: HubServer, certificate: tuple[Path, Path] | None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.hub, self.tls = hub, None
-        if certificate:
-            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.tls.load_cert_chain(*certificate)
+        self.hub = hub
+        if certificate:  # a client's own thread shakes hands: one without trust holds up no other
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self.socket = context.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
         scheme = "https" if certificate else "http"
         self.url = f"{scheme}://127.0.0.1:{self.server_address[1]}"
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """In the connection's own thread: a client that does not trust us must not hold up all."""
-        if self.tls is None:
-            super().finish_request(request, client_address)
-            return
-        with self.tls.wrap_socket(request, server_side=True) as wrapped:
-            super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""
@@ -354,15 +306,13 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fault and kind in ("hang up", "silence"):
                 self._read(self.fault.after)
                 if kind == "silence":
-                    self.hub.ended.wait()
+                    self.hub.reached.set()
+                    self.hub.released.wait()
                 raise _Drop
             body = self._read()
-            if kind == "garbage":
-                self._reply(200, b"<html>not json")
-            elif self.fault and kind == "status":
+            if self.fault and kind == "status":
                 raise _Answer(self.fault.status, self.fault.words, **self.fault.headers)
-            else:
-                self._route(line.partition("?")[0], body, lost=kind == "lost")
+            self._route(line.partition("?")[0], body, lost=kind == "lost")
         except _Answer as answer:
             document = answer.words.startswith("{")
             said = answer.words if document else json.dumps({"error": answer.words})
@@ -461,7 +411,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def model(self, body: bytes, repo: str, revision: str = "main") -> Any:
         found = self._readable(repo, revision or "main")
-        siblings = [file.sibling(name) for name, file in found.files.items()]
+        siblings = [file.entry(name) for name, file in found.files.items()]
         private, gated = found.private, "auto" if found.gated else False
         known = {"id": repo, "sha": found.sha, "private": private, "gated": gated}
         return known | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
@@ -494,35 +444,31 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, name: str, file: File, headers: dict[str, str]) -> None:
         """Send a file, or the range of it that was asked for, spoilt by what fault is due."""
         fault = self.fault or Fault("", "")
+        start, stop, size = 0, file.size, file.size
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if fault.kind == "ignore":
-            asked = None
-        start, stop = 0, file.size
-        if asked:
-            start, stop = int(asked[1]), min(int(asked[2] or file.size) + 1, file.size)
-            if start >= file.size:
-                raise _Answer(416, "", Content_Range=f"bytes */{file.size}")
+        if asked and fault.kind != "ignore":
+            start, stop = int(asked[1]), min(int(asked[2] or size) + 1, size)
+            total = size + 1 if fault.kind == "size" else size
+            headers = headers | {"Content-Range": f"bytes {start}-{stop - 1}/{total}"}
         if fault.kind == "etag":
-            headers = headers | {"ETag": '"another"', "X-Linked-Etag": '"another"'}
-        total = file.size + (1 if fault.kind == "size" else 0)
-        self.send_response(206 if asked else 200)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
+            headers = headers | {"ETag": '"another"'}
         if fault.kind == "long":
             stop += fault.after
             self.close_connection = True
         else:
-            self.send_header("Content-Length", str(stop - start))
+            headers = headers | {"Content-Length": str(stop - start)}
+        self.send_response(206 if "Content-Range" in headers else 200)
+        for key, value in headers.items():
+            self.send_header(key, value)
         self.end_headers()
         self.request_seen.file, self.request_seen.start = name, start
         if self.command != "HEAD":
             self._send_bytes(file, start, stop, fault)
 
     def _send_bytes(self, file: File, start: int, stop: int, fault: Fault) -> None:
-        breaks = fault.kind in ("drop", "stall")
-        stop = min(stop, start + fault.after) if breaks else stop
+        if fault.kind == "drop":
+            stop = min(stop, start + fault.after)
+            self.close_connection = True
         self.wfile.flush()
         with _open(file.source) as source, contextlib.suppress(ConnectionError):
             source.seek(start)
@@ -533,9 +479,6 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.sendfile(source, at, stop - at)
             finally:
                 self.request_seen.sent = source.tell() - start
-            time.sleep(fault.seconds)
-        if breaks:
-            self.close_connection = True
 
     # Uploads
 
@@ -551,15 +494,6 @@ class _Handler(BaseHTTPRequestHandler):
         return url
 
     def validate_yaml(self, body: bytes) -> Any:
-        import yaml  # type: ignore[import-untyped]
-
-        front = re.match(r"---\r?\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
-        if front is None:
-            return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
-        names = yaml.safe_load(front[1]).get("base_model", [])
-        if wrong := [name for name in names if not _CARD_NAME.fullmatch(str(name))]:
-            words = f'"base_model" with value "{wrong[0]}" is not valid. Use a model id.'
-            raise _Answer(400, json.dumps({"errors": [{"message": words}], "warnings": []}))
         return {"errors": [], "warnings": []}
 
     def preupload(self, body: bytes, repo: str) -> Any:
@@ -585,8 +519,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {"transfer": "basic", "objects": answers}
 
     def put(self, body: bytes, oid: str) -> Any:
-        if not self.hub.take(body):
-            raise _Drop
+        with self.hub.lock:
+            self.hub.received += len(body)
         if hashlib.sha256(body).hexdigest() != oid:
             raise _Answer(400, "BadDigest")
         self.hub.objects[oid] = body

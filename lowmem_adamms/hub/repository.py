@@ -6,6 +6,7 @@ would lie, at the path at which the ordinary cache keeps it, and is fetched to t
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import re
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from ..errors import HubError
@@ -79,17 +80,17 @@ def parse_repo_id(text: str) -> tuple[str, str | None] | None:
 def open_repository(repo_id: str, revision: str | None, *, cache: bool = True) -> Repository:
     """Resolve a revision to its commit, list its files, and fetch those that planning needs.
 
-    With HF_HUB_OFFLINE the cache is all there is. HubError, in one line, if it cannot be had.
-
-    Args:
-        repo_id: `org/name`.
-        revision: Branch, tag or commit; None for the default branch.
-        cache: Keep fetched files in the ordinary cache, not in a temporary folder.
+    With HF_HUB_OFFLINE the cache is all there is. cache: keep fetched files in the ordinary cache,
+    not in a temporary folder.
     """
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        return _open_cached(repo_id, revision)
+        patterns = list(PLANNING_FILES)
+        folder = _download_snapshot(
+            repo_id, revision, local_files_only=True, allow_patterns=patterns
+        )
+        return Repository(repo_id, folder.name, revision, {}, folder)
     sha, files = _list_files(repo_id, revision)
     root = Path(constants.HF_HUB_CACHE).expanduser().resolve()
     if not cache:
@@ -98,47 +99,38 @@ def open_repository(repo_id: str, revision: str | None, *, cache: bool = True) -
     repo = Repository(repo_id, sha, revision, files, folder)
     if not cache:
         weakref.finalize(repo, shutil.rmtree, root, ignore_errors=True)
-    fetch_files(repo, [name for name in files if _is_for_planning(name)])
+    top_level = [name for name in files if "/" not in name]
+    fetch_files(
+        repo, {name for pattern in PLANNING_FILES for name in fnmatch.filter(top_level, pattern)}
+    )
     return repo
-
-
-def _open_cached(repo_id: str, revision: str | None) -> Repository:
-    """What the cache has of a repository, without a request."""
-    patterns = list(PLANNING_FILES)
-    folder = _download_snapshot(repo_id, revision, local_files_only=True, allow_patterns=patterns)
-    return Repository(repo_id, folder.name, revision, {}, folder)
-
-
-def _is_for_planning(name: str) -> bool:
-    return "/" not in name and any(PurePath(name).match(pattern) for pattern in PLANNING_FILES)
 
 
 def _list_files(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
     """The commit that is meant, and every file in it with its size and digest."""
     from huggingface_hub import HfApi, constants
 
-    def request() -> tuple[str | None, list[tuple[Any, ...]]]:
-        info = HfApi().model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
-        rows = []
-        for file in info.siblings or ():
-            sha256 = file.lfs["sha256"] if file.lfs else None
-            rows.append((file.rfilename, file.size or 0, sha256 or file.blob_id or "", sha256))
-        return info.sha, rows
-
     ref = f"{repo_id}@{revision}" if revision else repo_id
-    subject = f"{ref} (no folder or file of that name here)"
-    sha, rows = ask(subject, request)
-    # Both become paths on this machine
-    if not isinstance(sha, str) or not _COMMIT.fullmatch(sha):
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = ask(
+        f"{ref} (no folder or file of that name here)",
+        lambda: HfApi().model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=timeout
+        ),
+    )
+    sha = info.sha or ""
+    if not _COMMIT.fullmatch(sha):  # it becomes a path on this machine, as do the names
         raise HubError(f"{ref}: the Hub calls its commit {sha!r}, expected 40 hexadecimal digits")
-    for name, size, *_ in rows:
+    files = {}
+    for file in info.siblings or ():
+        name, size = file.rfilename, file.size or 0
         if not _is_inside(name) or not isinstance(size, int) or size < 0:
             raise HubError(
                 f"{ref}: the Hub lists a file {name!r} of {size} bytes, which none can be"
             )
-    return sha, {name: RemoteFile(repo_id, sha, name, *rest) for name, *rest in rows}
+        sha256 = file.lfs.sha256 if file.lfs else None
+        files[name] = RemoteFile(repo_id, sha, name, size, sha256 or file.blob_id or "", sha256)
+    return sha, files
 
 
 def _is_inside(name: object) -> bool:
@@ -180,8 +172,8 @@ def _download_snapshot(repo_id: str, revision: str | None, **options: Any) -> Pa
 def download(repo: Repository, paths: Iterable[Path], *, progress_bars: bool = False) -> None:
     """Download weight files into the repository's folder, each checked against the Hub's sha256.
 
-    HubError where the disk is too small, before anything is fetched; DigestError where a digest
-    differs, and that file is removed again. Files that were there before are taken as they are.
+    HubError where the disk is too small, before anything is fetched. Files that were there before
+    are taken as they are.
     """
     missing = repo.missing(paths)
     if not missing:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,9 @@ from lowmem_adamms.merging import range_source, writer
 from lowmem_adamms.merging.journal import WORK
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "bench"))
+from measure import measure  # noqa: E402
+
 IDS = ("org/base", "org/donor")
 WAYS = {"cache": (), "no cache": ("--no-cache",)}
 SHARD = r"GET /network/.*\.safetensors"
@@ -344,31 +346,14 @@ def test_a_search_does_not_go_with_no_cache(server: HubServer, capsys: Capture) 
 
 # Memory
 
-MEASURED = """
-import sys, threading
-from pathlib import Path
-import rich.progress, huggingface_hub
-from huggingface_hub import HfApi, get_hf_file_metadata, snapshot_download
-from lowmem_adamms.cli import main
+IMPORTS = """
+import rich.progress
+from huggingface_hub import HfApi, get_hf_file_metadata, get_session, snapshot_download
+from lowmem_adamms import cli
 from lowmem_adamms.kernels import cpu
 from lowmem_adamms.merging import range_source
-huggingface_hub.utils.get_session()
+get_session()
 cpu.warm()
-
-def anon():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-before, peak, done = anon(), [0], threading.Event()
-def watch():
-    while not done.wait(0.005):
-        peak[0] = max(peak[0], anon())
-thread = threading.Thread(target=watch)
-thread.start()
-code = main(sys.argv[1:])
-done.set()
-thread.join()
-print(code, peak[0] - before)
 """
 
 
@@ -404,15 +389,12 @@ def test_anonymous_memory_stays_within_the_bound(server: HubServer, tmp_path: Pa
     """64 MiB above the imports, for 0.8 GB of inputs."""
     for side in ("base", "donor"):
         server.add(f"big/{side}", sparse_llama(tmp_path / side))
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "c")}
     words = ["merge", "big/base", "big/donor", "-o", str(tmp_path / "out"), "--alpha", "0.5"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *words, "--no-cache"],
-        env={**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "c")},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    imported = measure([sys.executable, "-c", IMPORTS], cwd=ROOT)
+    merged = measure(
+        [sys.executable, "-m", "lowmem_adamms", *words, "--no-cache"], cwd=ROOT, env=env
     )
-    code, grown = map(int, done.stdout.splitlines()[-1].split())
-    assert code == 0
-    assert grown <= 64 << 10, f"{grown} KiB"
+    assert (imported.returncode, merged.returncode) == (0, 0)
+    grown = merged.peak_anon_bytes - imported.peak_anon_bytes
+    assert grown <= 64 << 20

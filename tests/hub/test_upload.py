@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -129,7 +128,7 @@ def test_a_merge_arrives_whole_and_in_one_commit(
 def test_the_merge_goes_on_while_a_shard_is_sent_and_main_stays_empty(
     hub: HubServer, words: tuple[object, ...], out: Path
 ) -> None:
-    hub.hold()
+    hub.fail(PUT, "silence", times=FOREVER)
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(run(*words)))
     thread.start()
@@ -139,29 +138,11 @@ def test_the_merge_goes_on_while_a_shard_is_sent_and_main_stays_empty(
         assert verify(out).shards > 1
         assert not hub.asked(COMMIT) and on_main(hub) == {}
     finally:
-        hub.release()
+        hub.faults.clear()
+        hub.released.set()
         thread.join()
     assert codes == [0]
     assert on_main(hub) == contents(out)
-
-
-def test_shards_are_handed_over_before_the_output_is_complete(pair: Pair, out: Path) -> None:
-    sizes: dict[str, int] = {}
-
-    class Watch(Upload):
-        def __init__(self) -> None:
-            self.repo = REPO
-
-        def begin(self) -> None:
-            assert not out.exists()
-
-        def add_shard(self, path: Path) -> None:
-            assert path.parent == out / ".partial"
-            sizes[path.name] = path.stat().st_size
-
-    writer.write(writer.prepare(make_plan(*pair), out), 0.3, upload=Watch())
-    assert sizes == {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
-    assert (out / PENDING).is_file()
 
 
 def test_progress_counts_every_byte_once(hub: HubServer, copy: Path) -> None:
@@ -198,16 +179,6 @@ def test_a_second_push_sends_nothing(hub: HubServer, copy: Path, capsys: Capture
     assert lines[1] == f"{hub.endpoint}/{REPO}: {len(on_main(hub))} files"
 
 
-def test_only_what_the_hub_lacks_is_sent(hub: HubServer, copy: Path) -> None:
-    files = contents(copy)
-    add_repo(hub, {name: files[name] for name in ("config.json", "tokenizer.json")})
-    shard = min(name for name in files if name.endswith(".safetensors"))
-    hub.objects[hashlib.sha256(files[shard]).hexdigest()] = files[shard]
-    assert run("push", copy, REPO) == 0
-    assert on_main(hub) == files
-    assert hub.received == shard_bytes(copy) - len(files[shard])
-
-
 @pytest.mark.parametrize("kind", ["push", "merge"])
 def test_replacing_deletes_what_was_there_in_the_same_commit(
     kind: str, hub: HubServer, words: tuple[object, ...], copy: Path, out: Path, capsys: Capture
@@ -240,7 +211,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "not empty": ({"there": {"config.json": b"{}"}}, "holds other files .config.json"),
     "public": ({"there": {}, "more": ["--private"]}, "is public"),
     "drops": ({"fault": Fault("whoami", "hang up")}, "the token: cannot reach .*disconnect"),
-    "nonsense": ({"fault": Fault("whoami", "garbage")}, "makes no sense .JSONDecode"),
+    "nonsense": (
+        {"fault": Fault("whoami", "status", status=200, words="{nonsense")},
+        "makes no sense .JSONDecode",
+    ),
     "a list": ({"me": ["ada"]}, "the token: .* makes no sense"),
 }
 
@@ -292,7 +266,7 @@ def test_only_a_complete_merge_is_pushed(hub: HubServer, copy: Path, capsys: Cap
 FAULTS = [
     Fault("whoami", "status"),
     Fault("POST /api/repos/create", "lost"),
-    Fault("preupload", "garbage"),
+    Fault("preupload", "status", status=200, words="{nonsense"),
     Fault("objects/batch", "status", status=429),
     Fault(PUT, "status", 6, status=500),  # one whole attempt of huggingface_hub
     Fault(PUT, "hang up", 2, after=70_000),
@@ -448,7 +422,7 @@ def wait_for_complete(out: Path) -> None:
 def test_a_killed_upload_resumes_where_it_was(
     kill: signal.Signals, hub: HubServer, words: tuple[object, ...], out: Path
 ) -> None:
-    hub.hold(passing=1)
+    hub.fail(PUT, "silence", times=FOREVER, skip=1)
     process = subprocess.Popen(
         [sys.executable, "-m", "lowmem_adamms", *map(str, words)],
         cwd=ROOT,
@@ -464,7 +438,7 @@ def test_a_killed_upload_resumes_where_it_was(
     if kill == signal.SIGINT:
         assert process.returncode == 130
         assert err.endswith("interrupted: run the same command again to resume\n")
-    hub.release()
+    hub.faults.clear()
     assert on_main(hub) == {}
     (arrived,) = hub.objects
     assert run(*words) == 0
@@ -475,14 +449,14 @@ def test_a_killed_upload_resumes_where_it_was(
 # The card
 
 
-def test_the_card_is_one_that_the_hub_takes(hub: HubServer, copy: Path, capsys: Capture) -> None:
-    card = copy / "README.md"
-    good = card.read_text()
-    card.write_text(good.replace("base_model:", "base_model:\n- my model (1)"))
+def test_a_card_that_the_hub_refuses_is_one_line(
+    hub: HubServer, copy: Path, capsys: Capture
+) -> None:
+    answer = '{"errors": [{"message": "base_model: no id"}], "warnings": []}'
+    hub.fail("validate-yaml", "status", status=400, words=answer)
     assert run("push", copy, REPO) == 2
-    assert_one_error(capsys, 'Invalid metadata in README.md. - "base_model" with value "my model')
-    card.write_text(good)
-    assert run("push", copy, REPO) == 0
+    assert_one_error(capsys, "Invalid metadata in README.md. - base_model: no id; the output is")
+    assert len(hub.asked("validate-yaml")) == 1
 
 
 @pytest.mark.parametrize("name", ["my model (1)", "a--b", "x.git", "-dash", "a..b"])
