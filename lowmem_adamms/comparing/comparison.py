@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..checkpoints.span import Span
 from ..mapping.kinship import THRESHOLD
-from .pairing import LAYER_KINDS, SIZE_TRAITS, CheckpointSummary, Pairing, RolePair, TensorTotals
+from .pairing import LAYER_KINDS, SIZE_TRAITS, CheckpointSummary, Pairing, RolePair
 from .similarity import SAMPLE_ELEMENTS, Similarity, measure_pairs, read_middles
 
 if TYPE_CHECKING:
@@ -172,18 +172,13 @@ def _summary_json(side: CheckpointSummary) -> dict[str, Any]:
         "path": side.path,
         "arch": side.arch,
         "traits": dict(side.traits),
-        "whole": _totals_json(side.whole),
-        "mapped": _totals_json(side.mapped),
-        "by_name": _totals_json(side.by_name),
+        "whole": asdict(side.whole),
+        "mapped": asdict(side.mapped),
+        "by_name": asdict(side.by_name),
         "only": [
-            {"what": left.what, "why": left.why} | _totals_json(left.totals)
-            for left in side.unpaired
+            {"what": left.what, "why": left.why} | asdict(left.totals) for left in side.unpaired
         ],
     }
-
-
-def _totals_json(totals: TensorTotals) -> dict[str, int]:
-    return {"tensors": totals.tensors, "elements": totals.elements, "bytes": totals.nbytes}
 
 
 def compare(pairing: Pairing, *, sample: int = SAMPLE_ELEMENTS) -> Comparison:

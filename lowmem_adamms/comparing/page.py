@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..mapping.kinship import THRESHOLD
@@ -14,24 +13,23 @@ from .similarity import Similarity
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-MAX_OBSTACLES = 8
-_CLASSES: dict[int | str, str] = {table.EQUAL: "eq", table.UNRELATED: "hx", table.UNKNOWN: "hq"}
+_CLASSES = ("eq", *(f"h{step}" for step in range(len(table.STEPS) + 1)), "hx", "hq")
+"""The style of each level."""
 
 
 def render_comparison_page(comparison: Comparison) -> str:
     """Render the page of a comparison."""
-    steps = [(f"h{i}", f"below {table.format_ratio(step)}") for i, step in enumerate(table.STEPS)]
-    unrelated = f"{table.UNRELATED} cosine below {THRESHOLD}"
+    steps = [f"below {table.format_ratio(step)}" for step in table.STEPS]
+    meanings = ("equal", *steps, "more", f"x cosine below {THRESHOLD}")
     return render_page(
         "compare.html",
         title=f"{comparison.a.name} \N{LEFT RIGHT ARROW} {comparison.b.name}",
         comparison=comparison,
         sides=[("A", comparison.a), ("B", comparison.b)],
         sample=table.describe_sample(comparison),
-        nonfinite=table.describe_nonfinite(comparison),
-        max_obstacles=MAX_OBSTACLES,
-        heat=HeatMap(comparison.layer_kinds, comparison.layers, comparison.cells),
-        legend=[("eq", "equal"), *steps, (f"h{len(steps)}", "more"), ("hx", unrelated)],
+        remarks=list(table.list_remarks(comparison)),
+        cells=comparison.cells,
+        legend=list(zip(_CLASSES, meanings, strict=False)),
         kinds=_list_kinds(comparison),
         share_headings=table.SHARE_HEADINGS,
         shares=[table.format_shares(side) for side in (comparison.a, comparison.b)],
@@ -47,8 +45,7 @@ def render_comparison_page(comparison: Comparison) -> str:
 
 def class_of(similarity: Similarity) -> str:
     """The style of a cell of the heat map."""
-    level = table.level_of(similarity)
-    return _CLASSES.get(level, f"h{level}")
+    return _CLASSES[table.level_of(similarity)]
 
 
 def describe_similarity(similarity: Similarity) -> str:
@@ -66,8 +63,9 @@ def describe_similarity(similarity: Similarity) -> str:
 def format_cell(similarity: Similarity) -> str:
     """A distance for a cell of a table."""
     level = table.level_of(similarity)
-    is_sign = level in (table.EQUAL, table.UNKNOWN)
-    return str(level) if is_sign else table.format_ratio(similarity.distance)
+    if level in (table.EQUAL, table.UNKNOWN):
+        return table.SIGNS[level]
+    return table.format_ratio(similarity.distance)
 
 
 def _list_kinds(comparison: Comparison) -> list[tuple[str, Similarity]]:
@@ -76,36 +74,3 @@ def _list_kinds(comparison: Comparison) -> list[tuple[str, Similarity]]:
     names = [*comparison.layer_kinds, *comparison.outer_groups]
     by_name = [(f"{name} (by name)", sim) for name, sim in comparison.by_name.items()]
     return [(name, sums[name]) for name in names] + by_name
-
-
-@dataclass(frozen=True, slots=True)
-class HeatMap:
-    """Where the cells of the heat map stand, in units of its view box."""
-
-    kinds: list[str]
-    layers: list[int]
-    cells: dict[tuple[str, str], Similarity]
-    width: int = 720
-    row_height: int = 24
-    top: int = 4
-    foot: int = 30
-
-    @property
-    def left(self) -> int:
-        """Where the first layer begins, right of the names."""
-        return 14 + 12 * max(map(len, self.kinds))
-
-    @property
-    def height(self) -> int:
-        """Of the whole."""
-        return self.top + self.row_height * len(self.kinds) + self.foot
-
-    @property
-    def cell_width(self) -> float:
-        """Of one layer."""
-        return (self.width - self.left) / len(self.layers)
-
-    @property
-    def tick_step(self) -> int:
-        """How many layers lie between two numbers, for these to fit narrow screens too."""
-        return next(step for step in (1, 2, 5, 10, 20, 50, 1000) if step * self.cell_width >= 34)

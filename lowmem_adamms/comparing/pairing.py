@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architectures.layout import BUFFER
+from ..architectures.layout import BUFFER, Layout
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
 from ..mapping.join import make_plan
 from ..mapping.kinship import group_of
 from ..mapping.plan import Part, Plan, Step
-from ..settings import Embeddings
 
 if TYPE_CHECKING:
     from ..hub.remote_file import RemoteFile
@@ -76,7 +75,7 @@ class TensorTotals:
 
     tensors: int
     elements: int
-    nbytes: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,25 +123,17 @@ def pair_checkpoints(
 ) -> Pairing:
     """Pair the tensors of two checkpoints by their headers, however different they are.
 
-    Args:
-        a: A folder, a file or a Hub id.
-        b: Another.
-        make: `make_plan`, or the same with more of its options bound.
-
-    Raises:
-        FormatError: A checkpoint is broken or quantized.
-        MappingError: A checkpoint has no decoder that is known.
+    make: `make_plan`, or the same with more of its options bound. FormatError for a broken or
+    quantized checkpoint, MappingError for one without a decoder that is known.
     """
     forth = make(a, b, allow_misfits=True)
-    # Rows were joined by token in the plan forth, unless only the one back has a head to join
-    heads = ["head" in layout.roles() for layout in (forth.base_layout, forth.donor_layout)]
-    embeddings: Embeddings = "merge" if heads == [False, True] else "keep"
-    back = make(forth.donor, forth.base, embeddings=embeddings, allow_misfits=True)
-    pairs = (*_pair_by_role(forth, back), *_pair_by_name(forth))
+    back = make(forth.donor, forth.base, allow_misfits=True)
+    by_name = tuple(_pair_by_name(forth))
+    names = {pair.role for pair in by_name}
     return Pairing(
-        _summarize(forth, back, pairs, 0),
-        _summarize(back, forth, pairs, 1),
-        pairs,
+        _summarize(forth, back, names),
+        _summarize(back, forth, names),
+        (*_pair_by_role(forth, back), *by_name),
         tuple(dict.fromkeys(misfit.partition(";")[0] for misfit in forth.misfits)),
         forth.notes,
         forth.base.remote_files() | forth.donor.remote_files(),
@@ -207,43 +198,37 @@ def _without_stream(role: str) -> str:
 
 # One side
 
-_SpansByName = dict[str, set[Span]]
 
-
-def _summarize(plan: Plan, other: Plan, pairs: Iterable[RolePair], side: int) -> CheckpointSummary:
-    """Summarize the base of `plan`, which is A (0) or B (1) of each pair."""
-    mapped: _SpansByName = {}
-    by_name: _SpansByName = {}
-    for pair in pairs:
-        for piece in pair.pieces:
-            found = by_name if pair.by_name else mapped
-            found.setdefault(piece.names[side], set()).add(piece.spans[side])
+def _summarize(plan: Plan, other: Plan, by_name: set[str]) -> CheckpointSummary:
+    """Summarize the base of `plan`; `other` is the plan the other way round."""
     checkpoint = plan.base
+    whole = {name: [span] for name, span in checkpoint.tensors.items()}
+    mapped: dict[str, list[Span]] = {}
+    for step, part, _ in _blended_parts(plan):
+        mapped.setdefault(step.name, []).append(part.base)
     return CheckpointSummary(
         checkpoint.name,
         checkpoint.ref if checkpoint.repo else str(checkpoint.path),
         plan.base_layout.arch,
-        _total({name: [span] for name, span in checkpoint.tensors.items()}),
+        _total(whole),
         _total(mapped),
-        _total(by_name),
-        tuple(_list_unpaired(plan, other, mapped, by_name)),
+        _total({name: whole[name] for name in by_name}),
+        tuple(_list_unpaired(plan, other, by_name)),
         _describe_traits(plan),
         _list_layers(plan),
     )
 
 
-def _total(spans_by_name: Mapping[str, Iterable[Span]]) -> TensorTotals:
+def _total(spans_by_name: Mapping[str, Sequence[Span]]) -> TensorTotals:
     spans = [span for held in spans_by_name.values() for span in held]
     elements = sum(span.elements for span in spans)
     return TensorTotals(len(spans_by_name), elements, sum(span.nbytes for span in spans))
 
 
-def _list_unpaired(
-    plan: Plan, other: Plan, mapped: _SpansByName, by_name: _SpansByName
-) -> Iterator[Unpaired]:
+def _list_unpaired(plan: Plan, other: Plan, by_name: set[str]) -> Iterator[Unpaired]:
     """What of the base is in no pair, alike things together."""
     found: dict[tuple[str, str], dict[str, list[Span]]] = {}
-    for what, why, name, span in _find_unpaired(plan, other, mapped, by_name):
+    for what, why, name, span in _find_unpaired(plan, other, by_name):
         found.setdefault((what, why), {}).setdefault(name, []).append(span)
     for (what, why), held in found.items():
         is_outside = any(name in plan.base_layout.kinds for name in held)
@@ -251,12 +236,11 @@ def _list_unpaired(
 
 
 def _find_unpaired(
-    plan: Plan, other: Plan, mapped: _SpansByName, by_name: _SpansByName
+    plan: Plan, other: Plan, by_name: set[str]
 ) -> Iterator[tuple[str, str, str, Span]]:
     """Each unpaired span: what it is, why it has no counterpart, and its tensor's name."""
     kinds = plan.base_layout.kinds
     other_kinds = set(other.base_layout.kinds.values())
-    other_roles = {_without_stream(role) for role in other.base_layout.roles()}
     steps = {step.name: step for step in plan.steps}
     for name, span in plan.base.tensors.items():
         if name in by_name:
@@ -264,42 +248,25 @@ def _find_unpaired(
         if name in kinds:
             why = "other names or shapes there" if kinds[name] in other_kinds else "none there"
             yield kinds[name], why, name, span
-            continue
-        if name not in steps:
+        elif name not in steps:
             yield "head", "a copy of the embedding it is tied to", name, span
-            continue
-        paired = mapped.get(name, set())
-        parts = steps[name].parts
-        if paired and parts[0].role in ("embed", "head"):
-            for rows in _unpaired_rows(span, paired):
-                yield f"rows of {parts[0].role}", "tokens or padding not found there", name, rows
-            continue
-        for part in parts:
-            if part.role and part.base not in paired:
-                what, why = _why_unpaired(part.role, other_roles, other.base_layout.layers)
-                yield what, why, name, part.base
+        else:
+            for part in steps[name].parts:
+                if part.role and part.donor is None:
+                    is_partial = steps[name].action == "interpolate"
+                    yield *_why_unpaired(part.role, other.base_layout, is_partial), name, part.base
 
 
-def _unpaired_rows(whole: Span, paired: Iterable[Span]) -> Iterator[Span]:
-    """The rows of a span that none of the paired ones covers."""
-    position = 0
-    for span in sorted(paired, key=lambda span: span.start):
-        first = (span.start - whole.start) // whole.row_bytes
-        if first > position:
-            yield whole.rows(position, first)
-        position = max(position, first + span.nbytes // whole.row_bytes)
-    if position < whole.shape[0]:
-        yield whole.rows(position, whole.shape[0])
-
-
-def _why_unpaired(role: str, other_roles: Iterable[str], other_layers: int) -> tuple[str, str]:
+def _why_unpaired(role: str, other: Layout, is_partial: bool) -> tuple[str, str]:
     """What an unpaired role is called, and why the other side has no counterpart."""
     plain = _without_stream(role)
     layer = _LAYER.match(plain)
-    if plain in other_roles:
+    if is_partial and plain in ("embed", "head"):
+        return f"rows of {plain}", "tokens or padding not found there"
+    if plain in map(_without_stream, other.roles()):
         return kind_of_role(role), "another shape there"
-    if layer and int(layer[1]) >= other_layers:
-        return f"layers {other_layers} and up", f"{other_layers} layers there"
+    if layer and int(layer[1]) >= other.layers:
+        return f"layers {other.layers} and up", f"{other.layers} layers there"
     if plain.endswith(("q_norm.weight", "k_norm.weight")):
         return "q and k norms", "none there"
     return kind_of_role(role), "none there"

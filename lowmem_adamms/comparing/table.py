@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 STEPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Upper bounds of the distances that one sign stands for."""
-EQUAL, UNRELATED, UNKNOWN = "=", "x", "?"
+SIGNS, ASCII_SIGNS = "=▁▂▃▄▅▆▇x?", "=1234567x?"
+"""By level, from near to far: equal, the distances between STEPS, unrelated, nothing finite."""
+EQUAL, UNRELATED, UNKNOWN = 0, len(SIGNS) - 2, len(SIGNS) - 1
 SHARE_HEADINGS = ("tensors mapped", "mapped", "same name", "alone", "bytes mapped")
 MAX_OBSTACLES = 3
-_BLOCKS, _DIGITS = "▁▂▃▄▅▆▇", "1234567"
-_STYLES = ("color(67)", "color(73)", "color(71)", "color(142)", "color(172)", "color(166)", "red")
-_SIGN_STYLES = {EQUAL: "dim", UNRELATED: "red", UNKNOWN: "magenta"}
+_STYLES = (
+    *("dim", "color(67)", "color(73)", "color(71)", "color(142)", "color(172)", "color(166)"),
+    *("red", "red", "magenta"),
+)
 _OTHER_COLUMNS_WIDTH = 60  # of the table besides the strip
 _MIN_STRIP_WIDTH = 12
 
@@ -35,15 +38,15 @@ _MIN_STRIP_WIDTH = 12
 # Numbers and words
 
 
-def level_of(similarity: Similarity) -> int | str:
-    """Which step of STEPS a distance is on, or one of EQUAL, UNRELATED and UNKNOWN."""
+def level_of(similarity: Similarity) -> int:
+    """The place of a distance in SIGNS."""
     if similarity.is_identical:
         return EQUAL
     if similarity.cosine is None or similarity.distance is None:
         return UNKNOWN
     if similarity.cosine < THRESHOLD:
         return UNRELATED
-    return sum(similarity.distance >= step for step in STEPS)
+    return 1 + sum(similarity.distance >= step for step in STEPS)
 
 
 def format_ratio(value: float | None) -> str:
@@ -78,12 +81,20 @@ def describe_sample(comparison: Comparison) -> str:
     )
 
 
-def describe_nonfinite(comparison: Comparison) -> str:
-    """How many of the elements read are NaN or infinite; empty if none are."""
+def list_remarks(comparison: Comparison) -> Iterator[str]:
+    """What a reader should know besides the numbers: what stops a merge, and what was left out."""
+    obstacles = comparison.obstacles
+    for obstacle in obstacles[:MAX_OBSTACLES]:
+        yield f"a merge is refused: {obstacle}"
+    if len(obstacles) > MAX_OBSTACLES:
+        yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons; --json has all"
     total = sum(comparison.similarities, Similarity())
-    if not (total.nonfinite_a or total.nonfinite_b):
-        return ""
-    return f"{total.nonfinite_a:,} elements of A, {total.nonfinite_b:,} of B"
+    if total.nonfinite_a or total.nonfinite_b:
+        yield (
+            f"not finite, left out: {total.nonfinite_a:,} elements of A, {total.nonfinite_b:,} of B"
+        )
+    for note in comparison.pairing.notes:
+        yield f"note: {note}"
 
 
 def format_shares(side: CheckpointSummary) -> list[str]:
@@ -96,7 +107,7 @@ def format_shares(side: CheckpointSummary) -> list[str]:
     return [
         f"{side.mapped.tensors:,} of {side.whole.tensors:,}",
         *shares,
-        f"{format_size(side.mapped.nbytes)} of {format_size(side.whole.nbytes)}",
+        f"{format_size(side.mapped.bytes)} of {format_size(side.whole.bytes)}",
     ]
 
 
@@ -106,69 +117,47 @@ def format_shares(side: CheckpointSummary) -> list[str]:
 def draw_comparison(
     comparison: Comparison, *, width: int, ascii_only: bool = False
 ) -> Iterator[Any]:
-    """Everything to print: tables, and lines of text.
-
-    Args:
-        comparison: The comparison.
-        width: Columns of the terminal.
-        ascii_only: Whether it knows no other characters.
-    """
-    yield from _describe_verdict(comparison)
-    if comparison.similarities:
-        yield strip_table(comparison, width=width, ascii_only=ascii_only)
-        yield strip_legend(ascii_only=ascii_only)
-    shares = Table("", title="shares of the parameters", title_justify="left")
-    for heading in SHARE_HEADINGS:
-        shares.add_column(heading, justify="right")
-    for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        shares.add_row(letter, *format_shares(side))
-    yield shares
-    yield from _describe_differences(comparison)
-
-
-def _describe_verdict(comparison: Comparison) -> Iterator[str]:
-    for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        whole = f"{side.whole.tensors:,} tensors, {format_size(side.whole.nbytes)}"
+    """Everything to print on a terminal of so many columns: tables, and lines of text."""
+    sides = (("A", comparison.a), ("B", comparison.b))
+    for letter, side in sides:
+        whole = f"{side.whole.tensors:,} tensors, {format_size(side.whole.bytes)}"
         yield f"{letter}: {side.name} ({side.arch}), {whole}"
     yield f"{comparison.ancestry.word}: {comparison.ancestry.reason}"
     yield describe_sample(comparison)
-
-
-def _describe_differences(comparison: Comparison) -> Iterator[str]:
-    a, b = comparison.a.traits, comparison.b.traits
-    for name, value in a.items():
-        if value != b[name]:
-            yield f"differs: {name}: {value} in A, {b[name]} in B"
-    for letter, side in (("A", comparison.a), ("B", comparison.b)):
+    if comparison.similarities:
+        signs = ASCII_SIGNS if ascii_only else SIGNS
+        yield strip_table(comparison, width, signs)
+        yield strip_legend(signs)
+    shares = Table("", title="shares of the parameters", title_justify="left")
+    for heading in SHARE_HEADINGS:
+        shares.add_column(heading, justify="right")
+    for letter, side in sides:
+        shares.add_row(letter, *format_shares(side))
+    yield shares
+    for name, value in comparison.a.traits.items():
+        if value != comparison.b.traits[name]:
+            yield f"differs: {name}: {value} in A, {comparison.b.traits[name]} in B"
+    for letter, side in sides:
         yield f"only in {letter}: {_describe_unpaired(side)}"
-    if nonfinite := describe_nonfinite(comparison):
-        yield f"not finite, left out: {nonfinite}"
-    obstacles = comparison.obstacles
-    for obstacle in obstacles[:MAX_OBSTACLES]:
-        yield f"a merge is refused: {obstacle}"
-    if len(obstacles) > MAX_OBSTACLES:
-        yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons; --json has all"
-    for note in comparison.pairing.notes:
-        yield f"note: {note}"
+    yield from list_remarks(comparison)
 
 
 def _describe_unpaired(side: CheckpointSummary) -> str:
     """What a side has alone, with its size, by the reason."""
     reasons: dict[str, list[str]] = {}
     for left in side.unpaired:
-        what = f"{left.what} ({format_size(left.totals.nbytes)})"
+        what = f"{left.what} ({format_size(left.totals.bytes)})"
         reasons.setdefault(left.why, []).append(what)
     return "; ".join(f"{', '.join(held)}: {why}" for why, held in reasons.items()) or "nothing"
 
 
-def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False) -> Table:
+def strip_table(comparison: Comparison, width: int, signs: str) -> Table:
     """One row for each kind: the heat strip over the layers, then the numbers of all of them.
 
     Where there are more layers than columns, a sign stands for the furthest of several.
     """
     layers, cells = comparison.layers, comparison.cells
     per_sign = -(-len(layers) // max(width - _OTHER_COLUMNS_WIDTH, _MIN_STRIP_WIDTH)) or 1
-    signs = _DIGITS if ascii_only else _BLOCKS
     furthest = f"; a sign is the furthest of {per_sign} layers" if per_sign > 1 else ""
     table = Table("", title=f"distance ||A - B|| / ||A||{furthest}", title_justify="left")
     table.add_column(_ruler(layers[::per_sign]) if comparison.layer_kinds else "", no_wrap=True)
@@ -178,24 +167,34 @@ def strip_table(comparison: Comparison, *, width: int, ascii_only: bool = False)
         row = [cells.get((f"layers.{layer}", kind)) for layer in layers]
         total = sum((similarity for similarity in row if similarity), Similarity())
         distance, cosine, equal = format_numbers(total)
-        strip = _strip(row, per_sign, signs)
+        strip = draw_strip(row, per_sign, signs)
         table.add_row(kind, strip, distance, cosine, _furthest(row, layers), equal)
     table.add_section()
     outer = {group: comparison.groups[group] for group in comparison.outer_groups}
     for name, similarity in {**outer, **comparison.by_name}.items():
         distance, cosine, equal = format_numbers(similarity)
-        strip = _strip([similarity], 1, signs)
-        table.add_row(name, strip, distance, cosine, "", equal)
+        table.add_row(name, draw_strip([similarity], 1, signs), distance, cosine, "", equal)
     return table
 
 
-def strip_legend(*, ascii_only: bool = False) -> str:
+def draw_strip(row: Sequence[Similarity | None], per_sign: int, signs: str) -> Text:
+    """A sign for every `per_sign` layers; a blank where there is nothing to compare."""
+    text = Text()
+    for first in range(0, len(row), per_sign):
+        levels = [level_of(s) for s in row[first : first + per_sign] if s]
+        if levels:
+            text.append(signs[max(levels)], _STYLES[max(levels)])
+        else:
+            text.append(" ")
+    return text
+
+
+def strip_legend(signs: str) -> str:
     """What the signs of the strip mean."""
-    signs = _DIGITS if ascii_only else _BLOCKS
-    steps = [f"{sign} < {format_ratio(step)}" for sign, step in zip(signs, STEPS, strict=False)]
+    steps = [f"{sign} < {format_ratio(step)}" for sign, step in zip(signs[1:], STEPS, strict=False)]
     return (
-        f"{EQUAL} equal  {'  '.join(steps)}  {signs[-1]} more  {UNRELATED} cosine < {THRESHOLD}"
-        f"  {UNKNOWN} nothing finite"
+        f"{signs[EQUAL]} equal  {'  '.join(steps)}  {signs[UNRELATED - 1]} more"
+        f"  {signs[UNRELATED]} cosine < {THRESHOLD}  {signs[UNKNOWN]} nothing finite"
     )
 
 
@@ -210,29 +209,6 @@ def _furthest(row: Sequence[Similarity | None], layers: Sequence[int]) -> str:
         return ""
     distance, layer = max(distances)
     return f"{format_ratio(distance)} in {-layer}"
-
-
-def _strip(row: Sequence[Similarity | None], per_sign: int, signs: str) -> Text:
-    """A sign for every `per_sign` layers; a blank where there is nothing to compare."""
-    text = Text()
-    for first in range(0, len(row), per_sign):
-        several = row[first : first + per_sign]
-        levels = [level_of(similarity) for similarity in several if similarity]
-        furthest = max(levels, key=_rank, default=None)
-        if furthest is None:
-            text.append(" ")
-        elif isinstance(furthest, int):
-            text.append(signs[furthest], _STYLES[furthest])
-        else:
-            text.append(furthest, _SIGN_STYLES[furthest])
-    return text
-
-
-def _rank(level: int | str) -> int:
-    """The order of levels, from near to far."""
-    if isinstance(level, int):
-        return level
-    return {EQUAL: -1, UNRELATED: len(STEPS) + 1, UNKNOWN: len(STEPS) + 2}[level]
 
 
 def _ruler(layers: Sequence[int]) -> str:

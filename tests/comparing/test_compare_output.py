@@ -20,8 +20,9 @@ from lowmem_adamms.comparing.page import render_comparison_page
 from lowmem_adamms.comparing.pairing import pair_checkpoints
 from lowmem_adamms.comparing.similarity import Similarity
 from lowmem_adamms.comparing.table import (
-    _strip,
+    ASCII_SIGNS,
     draw_comparison,
+    draw_strip,
     format_cosine,
     format_ratio,
     strip_legend,
@@ -104,14 +105,14 @@ def test_colour_changes_no_sign_and_plain_terminals_get_digits(graded: Compariso
     assert "\x1b[" in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == printed(graded)
     assert "1=246x" in printed(graded, ascii_only=True)
-    assert strip_legend(ascii_only=True).isascii()
+    assert strip_legend(ASCII_SIGNS).isascii()
 
 
 def test_where_room_is_short_a_sign_stands_for_the_furthest(graded: Comparison) -> None:
     many = [Similarity(1, 1, 1, 0, 0, 0, 1.0, 1.0, 1.0, d * d) for d in (0.0005, 0.2, 0.002, 0.0)]
-    assert _strip([*many, None], 2, "1234567").plain == "62 "
+    assert draw_strip([*many, None], 2, ASCII_SIGNS).plain == "62 "
     equal = Similarity(1, 1, 1, 1, 0, 0, 1.0, 1.0, 1.0, 0.0)
-    assert _strip([many[0], equal, equal], 2, "1234567").plain == "1="
+    assert draw_strip([many[0], equal, equal], 2, ASCII_SIGNS).plain == "1="
     narrow = printed(graded, width=72)
     assert max(map(len, narrow[narrow.index("┏") :].split("\n= equal")[0].splitlines())) <= 72
 
@@ -180,7 +181,7 @@ def test_two_widths_still_tell_why(true_size: dict[str, Checkpoint]) -> None:
     comparison = compare(pairing, sample=16)
     text = Page(render_comparison_page(comparison)).text
     assert "not comparable" in text and "width 1536 against 3584" in text
-    assert "another shape there" in text and "more reasons are in --json" in text
+    assert "another shape there" in text and "more reasons; --json has all" in text
     assert "width: 1536 in A, 3584 in B" in printed(comparison)
 
 
