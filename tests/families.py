@@ -3,7 +3,8 @@
 The names come from the ``*.index.json`` files published in Hugging Face repositories, from the
 transformers modelling code and, for models with their own code (LLaVA, ShareGPT4V, CogVLM,
 mPLUG-Owl2), from that code and the authors' export scripts. Everything is composed from a few
-dimensions, so a layout can be read, and checked against a model card, at a glance.
+dimensions, so a layout can be read, and checked against a model card, at a glance. Of most towers
+and connectors only some tensors are listed, enough to tell what is what.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = dict[str, Shape]
 Tensors: TypeAlias = dict[str, tuple[str, Shape]]
 Config: TypeAlias = dict[str, Any]
-Format: TypeAlias = Literal["safetensors", "bin"]
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 CLIP_HIDDEN = 1024
 SIGLIP_HIDDEN = 1152
 QWEN_VISION_HIDDEN = 1280
-EVA_HIDDEN = 1792
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,11 @@ class DecoderDims:
     qk_norm: bool = False
     tied: bool = False
 
+    @property
+    def qkv_rows(self) -> int:
+        """The rows of a fused q, k, v."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -53,19 +57,21 @@ class Family:
     config: Config
     tensors: Tensors
     shards: int = 1
-    format: Format = "safetensors"
 
 
 LLAMA2_7B = DecoderDims(4096, 11008, 32, 32, 32, 32000)
-LLAMA31_8B = DecoderDims(4096, 14336, 32, 32, 8, 128256)
+LLAMA3_8B = DecoderDims(4096, 14336, 32, 32, 8, 128256)
 MISTRAL_7B = DecoderDims(4096, 14336, 32, 32, 8, 32000)
-QWEN2_05B = DecoderDims(896, 4864, 24, 14, 2, 151936, head_dim=64, bias=True, tied=True)
+QWEN_7B = DecoderDims(4096, 11008, 32, 32, 32, 151936, bias=True)
 QWEN2_15B = DecoderDims(1536, 8960, 28, 12, 2, 151936, bias=True, tied=True)
 QWEN2_3B = DecoderDims(2048, 11008, 36, 16, 2, 151936, bias=True, tied=True)
 QWEN2_7B = DecoderDims(3584, 18944, 28, 28, 4, 152064, bias=True)
-QWEN3_17B = DecoderDims(2048, 6144, 28, 16, 8, 151936, qk_norm=True, tied=True)
-QWEN3_4B = DecoderDims(2560, 9728, 36, 32, 8, 151936, qk_norm=True, tied=True)
 QWEN3_8B = DecoderDims(4096, 12288, 36, 32, 8, 151936, qk_norm=True)
+INTERNLM2_7B = DecoderDims(4096, 14336, 32, 32, 8, 92544)
+PHI3_MINI = DecoderDims(3072, 8192, 32, 32, 32, 32064, head_dim=96)
+GEMMA3_4B = DecoderDims(2560, 10240, 34, 8, 4, 262208, head_dim=256, qk_norm=True, tied=True)
+CROSS_LAYERS = range(3, 40, 5)
+"""Mllama's own layers, one after every fourth or so of Llama's 32."""
 
 
 # Building blocks
@@ -89,6 +95,11 @@ def stack(name: str, layers: int, block: Shapes) -> Shapes:
 def typed(prefix: str, dtype: str, shapes: Shapes) -> Tensors:
     """Give every tensor the same prefix and dtype."""
     return {prefix + name: (dtype, shape) for name, shape in shapes.items()}
+
+
+def some_of(names: str, prefix: str = "") -> Tensors:
+    """Return small stand-ins for some tensors of a tower."""
+    return {f"{prefix}{name}": ("BF16", (16, 16)) for name in names.split()}
 
 
 # Language models
@@ -127,12 +138,20 @@ def gated_mlp(
     }
 
 
-def decoder_around(block: Shapes, dims: DecoderDims, prefix: str, head: str, dtype: str) -> Tensors:
+def decoder_around(
+    block: Shapes,
+    dims: DecoderDims,
+    prefix: str = "model.",
+    head: str = "lm_head",
+    dtype: str = "BF16",
+    names: tuple[str, str, str] = ("embed_tokens.weight", "layers", "norm"),
+) -> Tensors:
     """Put embeddings, final norm and, where it is not tied, the head around the layers."""
+    embed, layers, norm = names
     body = {
-        **weight("embed_tokens", dims.vocab, dims.hidden),
-        **stack("layers", dims.layers, block),
-        **weight("norm", dims.hidden),
+        embed: (dims.vocab, dims.hidden),
+        **stack(layers, dims.layers, block),
+        **weight(norm, dims.hidden),
     }
     output = {} if dims.tied else weight(head, dims.vocab, dims.hidden)
     return typed(prefix, dtype, body) | typed("", dtype, output)
@@ -144,20 +163,24 @@ def rotary_buffers(dims: DecoderDims, prefix: str = "model.") -> Tensors:
     return typed(prefix, "F32", stack("layers", dims.layers, buffer))
 
 
-def cogvlm_decoder(dims: DecoderDims, dtype: str = "BF16") -> Tensors:
-    """Return CogVLM's decoder: attention (fused) and MLP exist once per modality."""
+def cogvlm_decoder(dims: DecoderDims, *, vision_bias: bool = False) -> Tensors:
+    """Return CogVLM's decoder: attention (fused) and MLP exist once per modality.
+
+    vision_bias: as in CogVLM2, of the fused q, k, v.
+    """
     hidden = dims.hidden
     block: Shapes = {}
     for expert in ("vision", "language"):
-        block |= weight(f"self_attn.{expert}_expert_query_key_value", 3 * hidden, hidden)
+        qkv = affine if vision_bias and expert == "vision" else weight
+        block |= qkv(f"self_attn.{expert}_expert_query_key_value", dims.qkv_rows, hidden)
         block |= weight(f"self_attn.{expert}_expert_dense", hidden, hidden)
         block |= gated_mlp(f"mlp.{expert}_mlp", hidden, dims.intermediate)
     block |= weight("input_layernorm", hidden)
     block |= weight("post_attention_layernorm", hidden)
-    return decoder_around(block, dims, "model.", "lm_head", dtype)
+    return decoder_around(block, dims)
 
 
-def mplug_decoder(dims: DecoderDims, dtype: str = "BF16") -> Tensors:
+def mplug_decoder(dims: DecoderDims) -> Tensors:
     """Return mPLUG-Owl2's decoder: keys, values and norms exist for text (0) and image (1)."""
     hidden = dims.hidden
     block = {
@@ -169,7 +192,100 @@ def mplug_decoder(dims: DecoderDims, dtype: str = "BF16") -> Tensors:
         **stack("input_layernorm.multiway", 2, {"weight": (hidden,)}),
         **stack("post_attention_layernorm.multiway", 2, {"weight": (hidden,)}),
     }
-    return decoder_around(block, dims, "model.", "lm_head", dtype) | rotary_buffers(dims)
+    return decoder_around(block, dims) | rotary_buffers(dims)
+
+
+def internlm2_decoder(dims: DecoderDims, prefix: str = "model.", head: str = "output") -> Tensors:
+    """Return InternLM2's decoder: q, k and v interleaved by key-value head."""
+    hidden, inner = dims.hidden, dims.intermediate
+    block = {
+        **weight("attention.wqkv", dims.qkv_rows, hidden),
+        **weight("attention.wo", hidden, dims.heads * dims.head_dim),
+        **weight("feed_forward.w1", inner, hidden),
+        **weight("feed_forward.w2", hidden, inner),
+        **weight("feed_forward.w3", inner, hidden),
+        **weight("attention_norm", hidden),
+        **weight("ffn_norm", hidden),
+    }
+    names = ("tok_embeddings.weight", "layers", "norm")
+    return decoder_around(block, dims, prefix, head, names=names)
+
+
+def phi3_decoder(dims: DecoderDims) -> Tensors:
+    """Return Phi-3's decoder: q, k, v in one tensor, gate and up in another."""
+    hidden = dims.hidden
+    block = {
+        **weight("input_layernorm", hidden),
+        **weight("self_attn.qkv_proj", dims.qkv_rows, hidden),
+        **weight("self_attn.o_proj", hidden, dims.heads * dims.head_dim),
+        **weight("post_attention_layernorm", hidden),
+        **weight("mlp.gate_up_proj", 2 * dims.intermediate, hidden),
+        **weight("mlp.down_proj", hidden, dims.intermediate),
+    }
+    return decoder_around(block, dims)
+
+
+def molmo_decoder(dims: DecoderDims) -> Tensors:
+    """Return Molmo's decoder: q, k, v in one tensor, up and gate in another."""
+    hidden, prefix = dims.hidden, "model.transformer."
+    block = {
+        **affine("att_proj", dims.qkv_rows, hidden),
+        **weight("attn_out", hidden, dims.heads * dims.head_dim),
+        **weight("ff_proj", 2 * dims.intermediate, hidden),
+        **weight("ff_out", hidden, dims.intermediate),
+        **weight("attn_norm", hidden),
+        **weight("ff_norm", hidden),
+    }
+    names = ("wte.embedding", "blocks", "ln_f")
+    added = typed(prefix, "F32", {"wte.new_embedding": (128, hidden)})
+    return decoder_around(block, dims, prefix, f"{prefix}ff_out", "F32", names) | added
+
+
+def qwen_decoder(dims: DecoderDims) -> Tensors:
+    """Return the first Qwen's decoder: only the fused q, k, v have a bias."""
+    hidden, inner = dims.hidden, dims.intermediate
+    block = {
+        **weight("ln_1", hidden),
+        **affine("attn.c_attn", 3 * hidden, hidden),
+        **weight("attn.c_proj", hidden, hidden),
+        **weight("ln_2", hidden),
+        **weight("mlp.w1", inner, hidden),
+        **weight("mlp.w2", inner, hidden),
+        **weight("mlp.c_proj", hidden, inner),
+    }
+    return decoder_around(block, dims, "transformer.", names=("wte.weight", "h", "ln_f"))
+
+
+def gemma2_decoder(dims: DecoderDims, prefix: str = "model.") -> Tensors:
+    """Return the decoder of Gemma 2 and 3: two more norms a layer than Llama."""
+    norms: Shapes = {
+        f"{name}_feedforward_layernorm.weight": (dims.hidden,) for name in ("pre", "post")
+    }
+    more = typed(prefix, "BF16", stack("layers", dims.layers, norms))
+    return llama_decoder(dims, prefix) | more
+
+
+def mllama_decoder(dims: DecoderDims) -> Tensors:
+    """Return Mllama's 40 layers: Llama's 32, and CROSS_LAYERS of its own."""
+    prefix = "language_model.model."
+    text = llama_decoder(replace(dims, layers=40), prefix, "language_model.lm_head")
+    kv_rows = dims.kv_heads * dims.head_dim
+    cross: Shapes = {
+        **weight("cross_attn.q_proj", dims.hidden, dims.hidden),
+        **weight("cross_attn.k_proj", kv_rows, dims.hidden),
+        **weight("cross_attn.v_proj", kv_rows, dims.hidden),
+        **weight("cross_attn.o_proj", dims.hidden, dims.hidden),
+        **weight("cross_attn.q_norm", dims.head_dim),
+        **weight("cross_attn.k_norm", dims.head_dim),
+        "cross_attn_attn_gate": (1,),
+        "cross_attn_mlp_gate": (1,),
+    }
+    for layer in CROSS_LAYERS:
+        stem = f"{prefix}layers.{layer}."
+        text = {name: spec for name, spec in text.items() if f"{stem}self_attn." not in name}
+        text |= typed(stem, "BF16", cross)
+    text[f"{prefix}embed_tokens.weight"] = ("BF16", (dims.vocab + 8, dims.hidden))
+    return text
 
 
 # Vision towers and connectors
@@ -250,81 +366,6 @@ def qwen25vl_tower(out_hidden: int, prefix: str = "visual.", dtype: str = "BF16"
     return qwen_tower(mlp, weight, out_hidden, prefix, dtype)
 
 
-def eva_tower(prefix: str = "model.vision.", dtype: str = "BF16") -> Tensors:
-    """Return CogVLM's EVA2-CLIP-E at 490 pixels with its gated projection to 4096."""
-    hidden, out, wide = EVA_HIDDEN, LLAMA2_7B.hidden, LLAMA2_7B.intermediate
-    block = {
-        **affine("attention.query_key_value", 3 * hidden, hidden),
-        **affine("attention.dense", hidden, hidden),
-        **affine("input_layernorm", hidden),
-        **affine("post_attention_layernorm", hidden),
-        **affine("mlp.fc1", 15360, hidden),
-        **affine("mlp.fc2", hidden, 15360),
-    }
-    shapes = {
-        "boi": (1, 1, out),
-        "eoi": (1, 1, out),
-        "patch_embedding.cls_embedding": (1, hidden),
-        **affine("patch_embedding.proj", hidden, 3, 14, 14),
-        **weight("patch_embedding.position_embedding", 1226, hidden),
-        **stack("transformer.layers", 63, block),
-        **weight("linear_proj.linear_proj", out, hidden),
-        **affine("linear_proj.norm1", out),
-        **weight("linear_proj.dense_h_to_4h", wide, out),
-        **weight("linear_proj.gate_proj", wide, out),
-        **weight("linear_proj.dense_4h_to_h", out, wide),
-    }
-    return typed(prefix, dtype, shapes)
-
-
-def mplug_tower(prefix: str = "model.vision_model.", dtype: str = "BF16") -> Tensors:
-    """Return mPLUG-Owl2's ViT-L/14 at 448 pixels."""
-    hidden = CLIP_HIDDEN
-    block = {
-        **affine("input_layernorm", hidden),
-        **affine("self_attn.query_key_value", 3 * hidden, hidden),
-        **affine("self_attn.dense", hidden, hidden),
-        **affine("post_attention_layernorm", hidden),
-        **affine("mlp.fc1", 4096, hidden),
-        **affine("mlp.fc2", hidden, 4096),
-    }
-    shapes = {
-        "embeddings.cls_token": (1, 1, hidden),
-        "embeddings.position_embedding": (1, 1025, hidden),
-        **weight("embeddings.patch_embed", hidden, 3, 14, 14),
-        **affine("embeddings.pre_layernorm", hidden),
-        **stack("encoder.layers", 24, block),
-        **affine("post_layernorm", hidden),
-    }
-    return typed(prefix, dtype, shapes)
-
-
-def abstractor(prefix: str = "model.visual_abstractor.", dtype: str = "BF16") -> Tensors:
-    """Return mPLUG-Owl2's visual abstractor: 64 queries, 6 layers of cross-attention."""
-    hidden, wide, out = CLIP_HIDDEN, 2816, LLAMA2_7B.hidden
-    block = {
-        **affine("attention.query", hidden, hidden),
-        **affine("attention.key", hidden, hidden),
-        **affine("attention.value", hidden, hidden),
-        **affine("norm1", hidden),
-        **affine("normk", hidden),
-        **affine("output.out_proj", hidden, hidden),
-        **affine("output.norm2", hidden),
-        **affine("output.mlp.w1", wide, hidden),
-        **affine("output.mlp.w2", hidden, wide),
-        **affine("output.mlp.w3", wide, hidden),
-        **affine("output.mlp.ffn_ln", wide),
-    }
-    cross = {f"crossattention.{name}": shape for name, shape in block.items()}
-    shapes = {
-        "query_embeds": (1, 64, hidden),
-        "vit_eos": (1, 1, out),
-        **stack("encoder.layers", 6, cross),
-        **affine("visual_fc", out, hidden),
-    }
-    return typed(prefix, dtype, shapes)
-
-
 def projector(first: str, second: str, vision: int, hidden: int, dtype: str = "BF16") -> Tensors:
     """Return the two-layer connector of the LLaVA models."""
     return typed("", dtype, affine(first, hidden, vision) | affine(second, hidden, hidden))
@@ -349,7 +390,7 @@ def decoder_config(dims: DecoderDims) -> Config:
 
 
 def model_config(
-    model_type: str, architecture: str, dims: DecoderDims, dtype: str, **more: Any
+    model_type: str, architecture: str, dims: DecoderDims, dtype: str = "BF16", **more: Any
 ) -> Config:
     """Return a config.json: what every family has, then ``more``."""
     return {
@@ -362,58 +403,48 @@ def model_config(
 
 
 def flat_config(
-    model_type: str, architecture: str, dims: DecoderDims, dtype: str, **more: Any
+    model_type: str, architecture: str, dims: DecoderDims, dtype: str = "BF16"
 ) -> Config:
     """Return a config.json that has the decoder's sizes at its top level."""
-    sizes = decoder_config(dims)
-    return model_config(model_type, architecture, dims, dtype, **sizes, **more)
+    return model_config(model_type, architecture, dims, dtype, **decoder_config(dims))
+
+
+def flat(
+    name: str, architecture: str, dims: DecoderDims, tensors: Tensors, shards: int = 2
+) -> Family:
+    """Return a model whose config.json has the decoder's sizes at its top level."""
+    kind = architecture.partition("For")[0].lower()
+    return Family(name, flat_config(kind, architecture, dims), tensors, shards)
 
 
 def text_families() -> list[Family]:
     """Return the language models the others descend from."""
-    rows: list[tuple[str, str, DecoderDims, str, int, Format]] = [
-        ("llama-2-7b", "Llama", LLAMA2_7B, "F16", 2, "safetensors"),
-        ("vicuna-7b-v1.5", "Llama", LLAMA2_7B, "F16", 2, "bin"),
-        ("llama-3.1-8b", "Llama", LLAMA31_8B, "BF16", 4, "safetensors"),
-        ("qwen2-0.5b", "Qwen2", QWEN2_05B, "BF16", 1, "safetensors"),
-        ("qwen2-1.5b", "Qwen2", QWEN2_15B, "BF16", 1, "safetensors"),
-        ("qwen2-7b", "Qwen2", QWEN2_7B, "BF16", 4, "safetensors"),
-        ("qwen2.5-1.5b", "Qwen2", QWEN2_15B, "BF16", 1, "safetensors"),
-        ("qwen2.5-3b", "Qwen2", QWEN2_3B, "BF16", 2, "safetensors"),
-        ("qwen2.5-7b", "Qwen2", QWEN2_7B, "BF16", 4, "safetensors"),
-        # As transformers saves it; the Hub holds a copy of the tied head too, hence two shards.
-        ("qwen3-1.7b", "Qwen3", QWEN3_17B, "BF16", 1, "safetensors"),
-        ("qwen3-4b", "Qwen3", QWEN3_4B, "BF16", 3, "safetensors"),
-        ("qwen3-8b", "Qwen3", QWEN3_8B, "BF16", 5, "safetensors"),
-        ("mistral-7b", "Mistral", MISTRAL_7B, "BF16", 3, "safetensors"),
+    rows = [
+        ("llama-2-7b", "Llama", LLAMA2_7B, "F16", 2),
+        ("llama-3-8b", "Llama", LLAMA3_8B, "BF16", 4),
+        ("qwen2-1.5b", "Qwen2", QWEN2_15B, "BF16", 1),
+        ("qwen2-7b", "Qwen2", QWEN2_7B, "BF16", 4),
+        ("qwen2.5-3b", "Qwen2", QWEN2_3B, "BF16", 2),
+        ("qwen3-8b", "Qwen3", QWEN3_8B, "BF16", 5),
+        ("mistral-7b", "Mistral", MISTRAL_7B, "BF16", 3),
     ]
     families = []
-    for name, kind, dims, dtype, shards, form in rows:
+    for name, kind, dims, dtype, shards in rows:
         config = flat_config(kind.lower(), f"{kind}ForCausalLM", dims, dtype)
-        tensors = llama_decoder(dims, dtype=dtype)
-        families.append(Family(name, config, tensors, shards, form))
+        families.append(Family(name, config, llama_decoder(dims, dtype=dtype), shards))
     return families
 
 
 def qwen2vl(name: str, dims: DecoderDims, shards: int) -> Family:
     """Return a Qwen2-VL model."""
-    vision = {"depth": 32, "embed_dim": QWEN_VISION_HIDDEN, "hidden_size": dims.hidden}
-    config = flat_config("qwen2_vl", "Qwen2VLForConditionalGeneration", dims, "BF16")
-    config["vision_config"] = vision
-    return Family(name, config, llama_decoder(dims) | qwen2vl_tower(dims.hidden), shards)
+    tensors = llama_decoder(dims) | qwen2vl_tower(dims.hidden)
+    return flat(name, "Qwen2VLForConditionalGeneration", dims, tensors, shards)
 
 
 def qwen25vl(name: str, dims: DecoderDims, shards: int) -> Family:
     """Return a Qwen2.5-VL model."""
-    vision = {
-        "depth": 32,
-        "hidden_size": QWEN_VISION_HIDDEN,
-        "intermediate_size": 3420,
-        "out_hidden_size": dims.hidden,
-    }
-    config = flat_config("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", dims, "BF16")
-    config["vision_config"] = vision
-    return Family(name, config, llama_decoder(dims) | qwen25vl_tower(dims.hidden), shards)
+    tensors = llama_decoder(dims) | qwen25vl_tower(dims.hidden)
+    return flat(name, "Qwen2_5_VLForConditionalGeneration", dims, tensors, shards)
 
 
 def llava_hf(
@@ -425,20 +456,16 @@ def llava_hf(
         "next": ("llava_next", "LlavaNextForConditionalGeneration"),
         "onevision": ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
     }[kind]
-    vision: Config = {"model_type": "clip_vision_model", "hidden_size": CLIP_HIDDEN}
-    make_tower = clip_tower
+    make_tower, width = clip_tower, CLIP_HIDDEN
     if kind == "onevision":
-        vision = {"model_type": "siglip_vision_model", "hidden_size": SIGLIP_HIDDEN}
-        make_tower = siglip_tower
+        make_tower, width = siglip_tower, SIGLIP_HIDDEN
     text = {"model_type": text_type, **decoder_config(dims)}
-    config = model_config(
-        model_type, architecture, dims, "F16", text_config=text, vision_config=vision, **more
-    )
+    config = model_config(model_type, architecture, dims, "F16", text_config=text, **more)
     names = "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"
     tensors = {
         **llama_decoder(dims, "language_model.model.", "language_model.lm_head", "F16"),
         **make_tower("vision_tower.vision_model.", "F16"),
-        **projector(*names, vision["hidden_size"], dims.hidden, "F16"),
+        **projector(*names, width, dims.hidden, "F16"),
     }
     if kind != "1.5":  # the first LLaVA does not cut images into tiles
         tensors["image_newline"] = ("F16", (dims.hidden,))
@@ -454,88 +481,146 @@ def llava_hf_families() -> list[Family]:
     clip = {"image_token_index": 32000}
     return [
         llava_hf("llava-1.5-7b-hf", "1.5", "llama", vicuna, 3, **clip),
-        llava_hf("llava-v1.6-vicuna-7b-hf", "next", "llama", vicuna, 3, **clip),
         llava_hf("llava-v1.6-mistral-7b-hf", "next", "mistral", mistral, 4, **clip),
         llava_hf("llava-onevision-qwen2-7b-ov-hf", "onevision", "qwen2", qwen2, 4, **tokens),
     ]
 
 
-def llava_body(dims: DecoderDims, vision: int, dtype: str = "BF16") -> Tensors:
-    """Return decoder and projector in the original LLaVA spelling."""
-    names = "model.mm_projector.0", "model.mm_projector.2"
-    return llama_decoder(dims, dtype=dtype) | projector(*names, vision, dims.hidden, dtype)
-
-
-def llava_eyes(dims: DecoderDims, make_tower: Callable[[str], Tensors]) -> Tensors:
-    """Return what the original LLaVA code saves of the image side since LLaVA-1.6."""
-    newline: Tensors = {"model.image_newline": ("BF16", (dims.hidden,))}
-    return newline | make_tower("model.vision_tower.vision_tower.vision_model.")
-
-
 def llava_original_families() -> list[Family]:
     """Return the models of the original LLaVA code and of its descendants."""
-    llama = "LlavaLlamaForCausalLM"
-    clip = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": CLIP_HIDDEN}
-    share = clip | {"mm_vision_tower": "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"}
-    siglip = {
-        "mm_vision_tower": "google/siglip-so400m-patch14-384",
-        "mm_hidden_size": SIGLIP_HIDDEN,
+    projectors = "model.mm_projector.0", "model.mm_projector.2"
+    # LLaVA-1.5 and ShareGPT4V leave the tower in a repository of its own
+    blind = llama_decoder(LLAMA2_7B, dtype="F16")
+    blind |= projector(*projectors, CLIP_HIDDEN, LLAMA2_7B.hidden, "F16")
+    share = flat_config("share4v", "Share4VLlamaForCausalLM", LLAMA2_7B, "F16")
+    llava = flat_config("llava", "LlavaLlamaForCausalLM", LLAMA2_7B, "F16")
+    onevision: Tensors = {
+        **llama_decoder(QWEN2_7B),
+        **projector(*projectors, SIGLIP_HIDDEN, QWEN2_7B.hidden),
+        "model.image_newline": ("BF16", (QWEN2_7B.hidden,)),
+        **siglip_tower("model.vision_tower.vision_tower.vision_model."),
     }
-    v15 = flat_config("llava", llama, LLAMA2_7B, "F16", **clip)
-    s4v = flat_config("share4v", "Share4VLlamaForCausalLM", LLAMA2_7B, "F16", **share)
-    v16 = flat_config("llava", llama, LLAMA2_7B, "BF16", **clip)
-    ov = flat_config("llava", "LlavaQwenForCausalLM", QWEN2_7B, "BF16", **siglip)
-    # LLaVA-1.5 and ShareGPT4V leave the tower in a repository of its own.
-    blind = llava_body(LLAMA2_7B, CLIP_HIDDEN, "F16")
-    v16_tensors = llava_body(LLAMA2_7B, CLIP_HIDDEN) | llava_eyes(LLAMA2_7B, clip_tower)
-    ov_tensors = llava_body(QWEN2_7B, SIGLIP_HIDDEN) | llava_eyes(QWEN2_7B, siglip_tower)
     return [
-        Family("llava-1.5-7b-orig", v15, blind | rotary_buffers(LLAMA2_7B), 2, "bin"),
-        Family("sharegpt4v-7b", s4v, blind, 2, "bin"),
-        Family("llava-v1.6-vicuna-7b-orig", v16, v16_tensors, 3),
-        Family("llava-onevision-qwen2-7b-ov-lmms", ov, ov_tensors, 4),
+        Family("llava-1.5-7b-orig", llava, blind | rotary_buffers(LLAMA2_7B), 2),
+        Family("sharegpt4v-7b", share, blind, 2),
+        flat("llava-onevision-qwen2-7b-ov-lmms", "LlavaQwenForCausalLM", QWEN2_7B, onevision, 4),
     ]
 
 
-def cogvlm() -> Family:
-    """Return CogVLM-chat."""
-    config = flat_config("", "CogVLMForCausalLM", LLAMA2_7B, "BF16")
-    config["vision_config"] = {
-        "hidden_size": EVA_HIDDEN,
-        "intermediate_size": 15360,
-        "num_hidden_layers": 63,
-        "num_positions": 1226,
-        "patch_size": 14,
-    }
-    # Its remote code gives the class no model_type, and knows no grouped queries.
-    del config["model_type"], config["num_key_value_heads"]
-    return Family("cogvlm-chat-7b", config, cogvlm_decoder(LLAMA2_7B) | eva_tower(), 8)
+def cogvlm_families() -> list[Family]:
+    """Return CogVLM-chat and CogVLM2-chat."""
+    vision = some_of("boi patch_embedding.proj.weight linear_proj.norm1.bias", "model.vision.")
+    families = []
+    for name, dims in (("cogvlm-chat-7b", LLAMA2_7B), ("cogvlm2-llama3-chat-19b", LLAMA3_8B)):
+        config = flat_config("", "CogVLMForCausalLM", dims)
+        # CogVLM's remote code gives the class no model_type, and knows no grouped queries
+        del config["model_type"]
+        if dims == LLAMA2_7B:
+            del config["num_key_value_heads"]
+        tensors = cogvlm_decoder(dims, vision_bias=dims == LLAMA3_8B) | vision
+        families.append(Family(name, config, tensors, 8))
+    return families
 
 
 def mplug_owl2() -> Family:
     """Return mPLUG-Owl2, whose exporter writes 33 files."""
-    visual = {
-        "visual_model": {"hidden_size": CLIP_HIDDEN, "num_hidden_layers": 24, "image_size": 448},
-        "visual_abstractor": {"hidden_size": CLIP_HIDDEN, "num_learnable_queries": 64},
+    eyes = some_of("vision_model.post_layernorm.bias visual_abstractor.query_embeds", "model.")
+    tensors = mplug_decoder(LLAMA2_7B) | eyes
+    return flat("mplug-owl2-llama2-7b", "MPLUGOwl2LlamaForCausalLM", LLAMA2_7B, tensors, 33)
+
+
+def internvl(name: str, kind: str, dims: DecoderDims, decoder: Tensors, shards: int) -> Family:
+    """Return an InternVL as OpenGVLab publishes it."""
+    tower = some_of("vision_model.encoder.layers.23.ls1 mlp1.0.weight mlp1.3.bias")
+    text = {"architectures": [f"{kind}ForCausalLM"], **decoder_config(dims)}
+    config = model_config("internvl_chat", "InternVLChatModel", dims, llm_config=text)
+    return Family(name, config, decoder | tower, shards)
+
+
+def internvl_families() -> list[Family]:
+    """Return an InternVL of Qwen2.5 and one of InternLM2."""
+    # InternVL stores its head although Qwen2.5-3B ties it
+    qwen, lm2 = replace(QWEN2_3B, vocab=151674, tied=False), replace(INTERNLM2_7B, vocab=92553)
+    prefix = "language_model.model."
+    qwen_text = llama_decoder(qwen, prefix, "language_model.lm_head")
+    lm2_text = internlm2_decoder(lm2, prefix, "language_model.output")
+    return [
+        internvl("internvl2_5-4b", "Qwen2", qwen, qwen_text, 2),
+        internvl("internvl2_5-8b", "InternLM2", lm2, lm2_text, 4),
+    ]
+
+
+def nested_families() -> list[Family]:
+    """Return Mllama, Gemma 3 and Qwen2.5-Omni, whose configs have the sizes further in."""
+    mllama = mllama_decoder(LLAMA3_8B) | some_of(
+        "vision_model.class_embedding vision_model.global_transformer.layers.7.gate_ffn"
+        " multi_modal_projector.weight"
+    )
+    gemma = gemma2_decoder(GEMMA3_4B, "language_model.model.") | some_of(
+        "vision_tower.vision_model.encoder.layers.26.mlp.fc1.weight"
+        " multi_modal_projector.mm_soft_emb_norm.weight"
+    )
+    thinker = llama_decoder(QWEN2_7B) | some_of(
+        "visual.blocks.0.norm1.weight visual.merger.ln_q.weight audio_tower.conv1.weight"
+    )
+    talker = DecoderDims(896, 4864, 24, 14, 2, 151674, head_dim=64, bias=True)
+    omni = {
+        **{f"thinker.{name}": spec for name, spec in thinker.items()},
+        **llama_decoder(talker, "talker.model.", "talker.codec_head"),
+        **some_of("token2wav.code2wav_dit_model.proj_out.weight"),
     }
-    config = flat_config("mplug_owl2", "MPLUGOwl2LlamaForCausalLM", LLAMA2_7B, "BF16")
-    config["visual_config"] = visual
-    tensors = mplug_decoder(LLAMA2_7B) | mplug_tower() | abstractor()
-    return Family("mplug-owl2-llama2-7b", config, tensors, 33, "bin")
+    families = []
+    for name, cls, dims, tensors in (
+        ("mllama-11b", "MllamaForConditionalGeneration", LLAMA3_8B, mllama),
+        ("gemma-3-4b", "Gemma3ForConditionalGeneration", GEMMA3_4B, gemma),
+        ("qwen2.5-omni-7b", "Qwen2_5OmniModel", QWEN2_7B, omni),
+    ):
+        text = {"text_config": decoder_config(dims)}
+        inner = {"thinker_config": text} if cls == "Qwen2_5OmniModel" else text
+        families.append(Family(name, model_config("", cls, dims, **inner), tensors, 5))
+    return families
+
+
+def other_families() -> list[Family]:
+    """Return Molmo, the first Qwen, InternLM2, Phi-3 and Gemma 3."""
+    molmo = molmo_decoder(QWEN2_7B) | some_of(
+        "pad_embed image_pooling_2d.wq.weight image_projector.w1.weight image_vit.class_embedding",
+        "model.vision_backbone.",
+    )
+    qwen = qwen_decoder(QWEN_7B)
+    qwen_vl = qwen | some_of(
+        "conv1.weight attn_pool.query ln_post.weight proj", "transformer.visual."
+    )
+    phi = phi3_decoder(PHI3_MINI)
+    phi_vision = phi | some_of(
+        "glb_GN img_processor.vision_model.post_layernorm.bias", "model.vision_embed_tokens."
+    )
+    lm2 = internlm2_decoder(INTERNLM2_7B)
+    return [
+        flat("molmo-7b-d", "MolmoForCausalLM", QWEN2_7B, molmo, 7),
+        flat("qwen-7b", "QWenLMHeadModel", QWEN_7B, qwen, 8),
+        flat("qwen-vl", "QWenLMHeadModel", QWEN_7B, qwen_vl, 10),
+        flat("internlm2_5-7b-chat", "InternLM2ForCausalLM", INTERNLM2_7B, lm2, 8),
+        flat("phi-3.5-mini", "Phi3ForCausalLM", PHI3_MINI, phi),
+        flat("phi-3.5-vision", "Phi3VForCausalLM", PHI3_MINI, phi_vision),
+        flat("gemma-3-4b-text", "Gemma3ForCausalLM", GEMMA3_4B, gemma2_decoder(GEMMA3_4B)),
+    ]
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *text_families(),
-        qwen2vl("qwen2-vl-2b", QWEN2_15B, 2),
         qwen2vl("qwen2-vl-7b", QWEN2_7B, 5),
         qwen25vl("qwen2.5-vl-3b", QWEN2_3B, 2),
         qwen25vl("qwen2.5-vl-7b", QWEN2_7B, 5),
         *llava_hf_families(),
         *llava_original_families(),
-        cogvlm(),
+        *cogvlm_families(),
         mplug_owl2(),
+        *internvl_families(),
+        *nested_families(),
+        *other_families(),
     )
 }
 
@@ -578,11 +663,7 @@ def write_hollow(path: Path, tensors: Tensors) -> None:
 
 
 def write_headers(folder: Path, family: Family) -> None:
-    """Write a folder that looks like the checkpoint, in sparse files that hold no data.
-
-    Families published as pickled ``.bin`` files are written as safetensors as well: reading
-    their layout is all a folder without data can be used for.
-    """
+    """Write a folder that looks like the checkpoint, in sparse files that hold no data."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
     parts = split_shards(family.tensors, family.shards)

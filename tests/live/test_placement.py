@@ -110,7 +110,7 @@ def test_sums_of_a_small_model(
 def test_nf4_of_a_true_size_model_has_the_published_rate(
     true_size: dict[str, Checkpoint],
 ) -> None:
-    plan = make_plan(true_size["llama-2-7b"], true_size["vicuna-7b-v1.5"])
+    plan = make_plan(true_size["llama-2-7b"], true_size["llama-2-7b"])
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     rest = 2 * 32000 * 4096 + 65 * 4096
     found = place(plan, PLENTY, live_quantize="nf4")
