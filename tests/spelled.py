@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,7 +45,6 @@ LINES = {
     "qwen3": Line(head_norms=True),
     "gemma": Line(),
     "gemma2": Line(four_norms=True),
-    "gemma3": Line(four_norms=True, head_norms=True),
     "olmo2": Line(wide_norms=True),
 }
 
@@ -102,29 +101,28 @@ def layer_of(text: Arrays, layer: int) -> Arrays:
 
 def llama_layer(part: Arrays) -> Arrays:
     """Llama, Mistral, Qwen2, Qwen3."""
-    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    return _split(part) | {f"{norms[n]}.weight": part[n] for n in norms}
+    return _split(part, attn_norm="input_layernorm", mlp_norm="post_attention_layernorm")
 
 
 def gemma2_layer(part: Arrays) -> Arrays:
     """Gemma 2 and 3."""
-    norms = {
-        "attn_norm": "input_layernorm",
-        "attn_post_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-    }
-    return _split(part) | {f"{norms[n]}.weight": part[n] for n in norms}
+    return _split(
+        part,
+        attn_norm="input_layernorm",
+        attn_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+    )
 
 
 def olmo2_layer(part: Arrays) -> Arrays:
     """OLMo 2."""
-    norms = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
-    return _split(part) | {f"{norms[n]}.weight": part[n] for n in norms}
+    return _split(part, attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm")
 
 
-def _split(part: Arrays) -> Arrays:
-    out = {f"self_attn.{n}_proj.weight": part[n] for n in "qkvo"}
+def _split(part: Arrays, **norms: str) -> Arrays:
+    out = {f"{name}.weight": part[norm] for norm, name in norms.items()}
+    out |= {f"self_attn.{n}_proj.weight": part[n] for n in "qkvo"}
     out |= {f"mlp.{n}_proj.weight": part[n] for n in ("gate", "up", "down")}
     for n in "qkv":
         if f"{n}.bias" in part:
@@ -212,7 +210,7 @@ class Speller:
     layers: str = "layers"
     own: tuple[str, ...] = ()
     nest: str | None = None  # where config.json has the decoder's sizes
-    foreign: tuple[int, ...] = field(default=())  # layers that are not the ancestor's
+    foreign: tuple[int, ...] = ()  # layers that are not the ancestor's
     experts: bool = False
 
     def __call__(self, text: Arrays, vision: Arrays, seed: int) -> Arrays:
@@ -275,14 +273,6 @@ def _nested(cls: str, *own: str, layer: Callable[[Arrays], Arrays] = llama_layer
     return Speller(cls, layer, prefix, "language_model.lm_head.weight", own=own, nest="text_config")
 
 
-def _modern(cls: str, *own: str, layer: Callable[[Arrays], Arrays] = llama_layer) -> Speller:
-    return Speller(cls, layer, "model.language_model.", own=own, nest="text_config")
-
-
-def _llm(cls: str, *own: str) -> Speller:
-    return Speller(cls, prefix="llm.model.", head="llm.lm_head.weight", own=own)
-
-
 def _internvl(layer: Callable[[Arrays], Arrays], **names: Any) -> Speller:
     return Speller(
         "InternVLChatModel",
@@ -294,37 +284,32 @@ def _internvl(layer: Callable[[Arrays], Arrays], **names: Any) -> Speller:
     )
 
 
-def _molmo() -> Speller:
-    return Speller(
-        "MolmoForCausalLM",
-        molmo_layer,
-        "model.transformer.",
-        "model.transformer.ff_out.weight",
-        "wte.embedding",
-        "ln_f.weight",
-        "blocks",
-        ("model.vision_backbone.pad_embed", "model.transformer.wte.new_embedding"),
-    )
-
-
 def _qwen(*own: str) -> Speller:
     return Speller(
         "QWenLMHeadModel",
         qwen_layer,
         "transformer.",
-        "lm_head.weight",
-        "wte.weight",
-        "ln_f.weight",
-        "h",
-        own,
+        embed="wte.weight",
+        norm="ln_f.weight",
+        layers="h",
+        own=own,
     )
 
 
+_MOLMO = Speller(
+    "MolmoForCausalLM",
+    molmo_layer,
+    "model.transformer.",
+    "model.transformer.ff_out.weight",
+    "wte.embedding",
+    "ln_f.weight",
+    "blocks",
+    ("model.vision_backbone.pad_embed", "model.transformer.wte.new_embedding"),
+)
 _TOK = "tok_embeddings.weight"
 _HF = ("vision_tower.x.weight", "multi_modal_projector.y.weight")
-_MODEL_HF = tuple(f"model.{name}" for name in _HF)
 _VISUAL = ("visual.patch_embed.proj.weight", "visual.merger.mlp.0.weight")
-_QWEN2_OWN = Speller("Qwen2VLForConditionalGeneration", own=_VISUAL)
+_LLAMA = Speller("LlamaForCausalLM")
 SPELLERS: dict[str, dict[str, Speller]] = {
     "internlm2": {
         "InternLM2": Speller(
@@ -333,32 +318,22 @@ SPELLERS: dict[str, dict[str, Speller]] = {
         "InternVL2.5-8B": _internvl(
             internlm2_layer, head="language_model.output.weight", embed=_TOK
         ),
-        "split": Speller("LlamaForCausalLM"),
+        "split": _LLAMA,
         "fused": Speller("Phi3ForCausalLM", phi3_layer),
     },
     "phi3": {
         "Phi-3": Speller("Phi3ForCausalLM", phi3_layer),
         "Phi-3-vision": Speller(
-            "Phi3VForCausalLM",
-            phi3_layer,
-            own=(
-                "model.vision_embed_tokens.glb_GN",
-                "model.vision_embed_tokens.img_processor.vision_model.post_layernorm.bias",
-            ),
+            "Phi3VForCausalLM", phi3_layer, own=("model.vision_embed_tokens.glb_GN",)
         ),
         "InternVL2-4B": _internvl(phi3_layer),
-        "split": Speller("LlamaForCausalLM"),
-        "up first": _molmo(),
+        "split": _LLAMA,
+        "up first": _MOLMO,
     },
     "llama3": {
-        "Llama": Speller("LlamaForCausalLM"),
+        "Llama": _LLAMA,
         "LLaVA-NeXT": _nested("LlavaNextForConditionalGeneration", *_HF),
         "CogVLM2": Speller("CogVLMForCausalLM", own=("model.vision.boi",), experts=True),
-        "Idefics3": Speller(
-            "Idefics3ForConditionalGeneration",
-            prefix="model.text_model.",
-            own=("model.vision_model.x.weight", "model.connector.y.weight"),
-        ),
         "Mllama": Speller(
             "MllamaForConditionalGeneration",
             prefix="language_model.model.",
@@ -366,7 +341,6 @@ SPELLERS: dict[str, dict[str, Speller]] = {
             own=("vision_model.class_embedding", "multi_modal_projector.weight"),
             foreign=(1, 3),
         ),
-        "MiniCPM-Llama3-V": _llm("MiniCPMV", "vpm.x.weight", "resampler.query"),
     },
     "qwen": {
         "Qwen": _qwen(),
@@ -374,32 +348,25 @@ SPELLERS: dict[str, dict[str, Speller]] = {
     },
     "qwen2": {
         "Qwen2": Speller("Qwen2ForCausalLM"),
-        "Qwen2-VL": _QWEN2_OWN,
-        "Qwen2.5-VL": _modern(
-            "Qwen2_5_VLForConditionalGeneration", *(f"model.{name}" for name in _VISUAL)
-        ),
+        "Qwen2-VL": Speller("Qwen2VLForConditionalGeneration", own=_VISUAL),
         "LLaVA-OneVision": _nested("LlavaOnevisionForConditionalGeneration", *_HF),
-        "lmms-lab": Speller("LlavaQwenForCausalLM", own=("model.mm_projector.0.weight",)),
         "InternVL3": _internvl(llama_layer),
-        "InternVL3-hf": _nested("InternVLForConditionalGeneration", *_HF),
-        "MiniCPM-V": _llm("MiniCPMV", "vpm.x.weight", "resampler.query"),
-        "Ovis2": _llm("Ovis", "visual_tokenizer.head.0.weight", "vte.weight"),
-        "VideoLLaMA3": Speller(
-            "Videollama3Qwen2ForCausalLM", own=("model.vision_encoder.x", "model.mm_projector.y")
-        ),
         "Omni": Speller(
             "Qwen2_5OmniModel",
             prefix="thinker.model.",
             head="thinker.lm_head.weight",
             own=("thinker.visual.x", "thinker.audio_tower.y", "talker.model.embed_tokens.weight"),
         ),
-        "Molmo": _molmo(),
+        "Molmo": _MOLMO,
     },
     "qwen3": {
         "Qwen3": Speller("Qwen3ForCausalLM"),
-        "Qwen3-VL": _modern("Qwen3VLForConditionalGeneration", "model.visual.pos_embed.weight"),
-        "InternVL3.5": _internvl(llama_layer),
-        "LLaVA-OneVision-1.5": Speller("LLaVAOneVision1_5_ForConditionalGeneration", own=_VISUAL),
+        "Qwen3-VL": Speller(
+            "Qwen3VLForConditionalGeneration",
+            prefix="model.language_model.",
+            own=("model.visual.pos_embed.weight",),
+            nest="text_config",
+        ),
     },
     "gemma": {
         "Gemma": Speller("GemmaForCausalLM"),
@@ -409,9 +376,5 @@ SPELLERS: dict[str, dict[str, Speller]] = {
         "Gemma 2": Speller("Gemma2ForCausalLM", gemma2_layer),
         "PaliGemma 2": _nested("PaliGemmaForConditionalGeneration", *_HF, layer=gemma2_layer),
     },
-    "gemma3": {
-        "text": Speller("Gemma3ForCausalLM", gemma2_layer),
-        "Gemma 3": _modern("Gemma3ForConditionalGeneration", *_MODEL_HF, layer=gemma2_layer),
-    },
-    "olmo2": {"OLMo 2": Speller("Olmo2ForCausalLM", olmo2_layer), "Molmo-O": _molmo()},
+    "olmo2": {"OLMo 2": Speller("Olmo2ForCausalLM", olmo2_layer), "Molmo-O": _MOLMO},
 }
