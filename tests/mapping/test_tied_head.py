@@ -95,7 +95,7 @@ def test_where_the_levels_disagree_a_copied_head_is_kept(tmp_path: Path) -> None
     """Classes that go by the outer config alone (Qwen3-VL's) would miss it."""
     text = descend(TEXT, 1)
     copied = text["embed"].copy()
-    base = put(tmp_path / "base", "Qwen2.5-VL", text, copied, **UNTIED, text_config=TIED)
+    base = put(tmp_path / "base", "Qwen2-VL", text, copied, **UNTIED, text_config=TIED)
     plan = make_plan(base, put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), False, **TIED))
     assert donor_of(plan, "lm_head.weight") == "model.embed_tokens.weight"
 
@@ -103,7 +103,7 @@ def test_where_the_levels_disagree_a_copied_head_is_kept(tmp_path: Path) -> None
 def test_an_untied_head_that_is_missing_is_told(tmp_path: Path) -> None:
     """As lmms-lab/llava-onevision-qwen2-0.5b-ov once was."""
     base = put(tmp_path / "base", "Qwen2-VL", descend(TEXT, 1), True, **UNTIED)
-    donor = put(tmp_path / "donor", "lmms-lab", descend(TEXT, 2), False, **UNTIED)
+    donor = put(tmp_path / "donor", "Qwen2-VL", descend(TEXT, 2), False, **UNTIED)
     plan = make_plan(base, donor)
     assert donor_of(plan, "lm_head.weight") is None
     (note,) = (note for note in plan.notes if "tie_word_embeddings" in note)
