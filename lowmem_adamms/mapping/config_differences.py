@@ -48,7 +48,7 @@ def describe_differences(base: Checkpoint, donor: Checkpoint) -> Iterator[str]:
 
 
 def _read_settings(checkpoint: Checkpoint) -> dict[str, str]:
-    """The settings of the language model that a config tells, as they are shown."""
+    """The settings of the language model, as they are shown."""
     config: dict[str, Any] = {}
     for level in checkpoint.config_levels:  # the inner ones are about the language model alone
         config |= {key: value for key, value in level.items() if value is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.sampled_reads import SampledReader
 from ..errors import MappingError
@@ -43,25 +44,20 @@ class Kinship:
             return ()
         (path, role), *others = self.blank
         more = f", and so are {len(others)} more" if others else ""
-        return (
-            f"{path}: {role} is NaN or infinite wherever it was sampled{more}: a damaged file?",
-        )
+        note = f"{path}: {role} is NaN or infinite wherever it was sampled{more}: a damaged file?"
+        return (note,)
 
 
 def measure(plan: Plan) -> Kinship:
     """Sample every interpolated matrix of a plan; a second or less on cold 7B checkpoints."""
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, Any] = {}
     blank: list[tuple[Path, str]] = []
-    parts = [
-        part for _, part in plan.parts if part.donor and part.role and len(part.base.shape) > 1
-    ]
+    parts = [part for _, part in plan.parts if part.donor and len(part.base.shape) > 1]
     with SampledReader(plan.base.remote_files() | plan.donor.remote_files()) as reader:
         samples = reader.map(lambda part: _sample(part, reader), parts)
         for part, (products, paths) in zip(parts, samples, strict=True):
             role = part.role or ""
-            total = sums.setdefault(group_of(role), [0.0, 0.0, 0.0])
-            for i, product in enumerate(products):
-                total[i] += product
+            sums[group_of(role)] = sums.get(group_of(role), 0) + products
             blank += [(path, role) for path in paths]
     return Kinship({group: cosine_of(*total) for group, total in sums.items()}, tuple(blank))
 
@@ -94,7 +90,7 @@ def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _sample(part: Part, reader: SampledReader) -> tuple[list[float], list[Path]]:
+def _sample(part: Part, reader: SampledReader) -> tuple[Any, list[Path]]:
     """Read the middle of a part on both sides.
 
     Gives base . donor, base . base and donor . donor over the elements that are finite on both
@@ -103,13 +99,13 @@ def _sample(part: Part, reader: SampledReader) -> tuple[list[float], list[Path]]
     import numpy as np
 
     assert part.donor is not None
+    spans = (part.base, part.donor)
     count = min(part.base.elements, RUN_ELEMENTS)
     first = (part.base.elements - count) // 2
-    base = reader.read_floats(part.base.flat_slice(first, count))
-    donor = reader.read_floats(part.donor.flat_slice(first, count))
-    base_finite, donor_finite = np.isfinite(base), np.isfinite(donor)
-    sides = ((part.base.path, base_finite), (part.donor.path, donor_finite))
-    blank = [path for path, finite in sides if count and not finite.any()]
-    finite = base_finite & donor_finite
-    base, donor = base[finite], donor[finite]
-    return [float(base @ donor), float(base @ base), float(donor @ donor)], blank
+    values = [reader.read_floats(span.flat_slice(first, count)) for span in spans]
+    finite = [np.isfinite(side) for side in values]
+    blank = [
+        span.path for span, side in zip(spans, finite, strict=True) if count and not side.any()
+    ]
+    base, donor = (side[finite[0] & finite[1]] for side in values)
+    return np.array([base @ donor, base @ base, donor @ donor]), blank

@@ -46,6 +46,12 @@ def _to_cases(value: Any) -> Any:
     return value if cases else [{"value": value}]
 
 
+Numbers = Annotated[list[pydantic.FiniteFloat], pydantic.Field(min_length=1)]
+ModelRef = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+DTypeName = Annotated[str, pydantic.AfterValidator(parse_dtype)]
+TWO = pydantic.Field(min_length=2, max_length=2)
+
+
 class _Mapping(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -54,20 +60,11 @@ class Case(_Mapping):
     """Weights over depth for the tensors whose names contain `filter`."""
 
     filter: str = "*"
-    value: Annotated[
-        list[pydantic.FiniteFloat],
-        pydantic.BeforeValidator(_to_list),
-        pydantic.Field(min_length=1),
-    ]
+    value: Annotated[Numbers, pydantic.BeforeValidator(_to_list)]
 
     def fits(self, name: str) -> bool:
         """Whether the case is for a tensor of this name."""
         return self.filter == "*" or self.filter in name
-
-
-ModelRef = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
-DTypeName = Annotated[str, pydantic.AfterValidator(parse_dtype)]
-TWO = pydantic.Field(min_length=2, max_length=2)
 
 
 class ModelParameters(_Mapping):
