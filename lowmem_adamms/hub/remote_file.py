@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import DigestError, HubError
@@ -16,14 +16,6 @@ from .client import ATTEMPTS, TemporaryError, ask, http_library
 
 PARALLEL_REQUESTS = 8
 """Requests under way at once, for whoever reads many ranges."""
-
-
-class _Location(NamedTuple):
-    """Where a file's bytes are, whether that is the Hub itself, and the headers to send there."""
-
-    url: str
-    on_hub: bool
-    headers: dict[str, str]
 
 
 class RemoteFile:
@@ -41,7 +33,7 @@ class RemoteFile:
         self.header = b""
         self._subject = f"{repo_id}@{sha[:12]}: {name}"
         self._lock = threading.Lock()
-        self._location: _Location | None = None
+        self._location: tuple[str, dict[str, str]] | None = None
         self._served_etag: str | None = None
 
     def read(self, start: int, stop: int) -> bytes:
@@ -69,15 +61,15 @@ class RemoteFile:
         """Request bytes for `view`, and return how many arrived before the connection ended."""
         from huggingface_hub import constants, get_session
 
-        location = self._locate()
+        url, headers = self._locate()
         wanted = f"bytes={start}-{start + len(view) - 1}"
-        headers = location.headers | {"Range": wanted, "Accept-Encoding": "identity"}
+        headers = headers | {"Range": wanted, "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         received = 0
         with get_session().stream(
-            "GET", location.url, headers=headers, timeout=timeout, follow_redirects=False
+            "GET", url, headers=headers, timeout=timeout, follow_redirects=False
         ) as response:
-            self._check_response(response, start, start + len(view), location.on_hub)
+            self._check_response(response, start, start + len(view))
             try:
                 for chunk in response.iter_raw():
                     piece = chunk[: len(view) - received]
@@ -92,8 +84,11 @@ class RemoteFile:
             raise TemporaryError("the connection ended early")
         return received
 
-    def _locate(self) -> _Location:
-        """Ask the Hub where the bytes are, and that they are still those of this commit."""
+    def _locate(self) -> tuple[str, dict[str, str]]:
+        """Ask the Hub where the bytes are, and that they are still those of this commit.
+
+        Returns the address, and the headers to send there.
+        """
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -113,15 +108,15 @@ class RemoteFile:
                 on_hub = urlsplit(constants.ENDPOINT)[:2] == urlsplit(found.location)[:2]
                 # Only the Hub may see the token
                 headers = build_hf_headers(token=None if on_hub else False)
-                self._location = _Location(found.location, on_hub, headers)
+                self._location = found.location, headers
             return self._location
 
-    def _check_response(self, response: Any, start: int, stop: int, on_hub: bool) -> None:
+    def _check_response(self, response: Any, start: int, stop: int) -> None:
         """The response must be the range that was asked for, of the file that was asked for."""
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         status = response.status_code
-        if response.is_redirect or (status in (401, 403, 404, 410) and not on_hub):
+        if response.is_redirect or status in (401, 403, 404, 410):
             with self._lock:
                 self._location = None  # a signed address lasts for an hour or so
             raise TemporaryError(f"the address of its bytes is refused ({status})")

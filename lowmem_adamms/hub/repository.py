@@ -176,8 +176,6 @@ def download(repo: Repository, paths: Iterable[Path], *, progress_bars: bool = F
     are taken as they are.
     """
     missing = repo.missing(paths)
-    if not missing:
-        return
     existing = next(folder for folder in repo.folder.parents if folder.exists())
     needed_bytes = sum(file.size for file in missing.values())
     free_bytes = shutil.disk_usage(existing).free
