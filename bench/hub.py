@@ -42,7 +42,9 @@ from lowmem_adamms.kernels import cpu
 get_session()
 cpu.warm()
 """
-RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
+RSS_ANON = (
+    "\nprint(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
+)
 FETCH = """
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +79,10 @@ print(time.process_time() - before)
 
 
 @contextlib.contextmanager
-def served(pair: Path, *, tls: bool) -> Iterator[tuple[dict[str, str], int]]:
-    """A Hub that has the pair: the environment in which it is the Hub, and its process's id."""
+def hub_server(*words: str, tls: bool = False) -> Iterator[tuple[dict[str, str], int]]:
+    """The tests' server: the environment in which it is the Hub, and its process's id."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
-        argv += [f"bench/{side}={pair / side}" for side in ("base", "donor")]
+        argv = [sys.executable, str(ROOT / "tests" / "hub_server.py"), *words]
         argv += ["--tls", folder] if tls else []
         with subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -96,11 +97,9 @@ def served(pair: Path, *, tls: bool) -> Iterator[tuple[dict[str, str], int]]:
                 server.stdin.close()
 
 
-def anon_after_imports() -> int:
-    """RssAnon in bytes of a process that has imported everything and loaded the kernel."""
-    argv = [sys.executable, "-c", IMPORTS + RSS_ANON]
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    return int(done.stdout) * 1024
+def anon_after(code: str) -> int:
+    """RssAnon in bytes of a process that has run `code`."""
+    return int(numbers(code + RSS_ANON)[0]) * 1024
 
 
 def cpu_of(pid: int) -> float:
@@ -206,7 +205,7 @@ def main() -> None:
     }
     report: dict[str, Any] = {"benchmark": "hub", "bytes": sizes, "cold": args.cold}
     report["tls"] = not args.plain
-    report["anon_after_imports_bytes"] = anon_after_imports()
+    report["anon_after_imports_bytes"] = anon_after(IMPORTS)
     print(f"anonymous after imports: {report['anon_after_imports_bytes'] / 2**20:.1f} MiB")
     (report["sha256_of_base_cpu_s"],) = numbers(DIGEST, str(pair / "base"))
     print(f"sha256 of the base: {report['sha256_of_base_cpu_s']:.2f} s of processor time")
@@ -216,7 +215,8 @@ def main() -> None:
     )
     print("".join(f"{head:>11}" for head in heads), flush=True)
     report["runs"] = []
-    with served(pair, tls=not args.plain) as (hub, pid):
+    repos = [f"bench/{side}={pair / side}" for side in ("base", "donor")]
+    with hub_server(*repos, tls=not args.plain) as (hub, pid):
         for _ in range(args.runs):
             with tempfile.TemporaryDirectory(dir=pair) as folder:
                 with settled(folder, 4 * sum(sizes.values()) if args.cold else 0):

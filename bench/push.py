@@ -12,38 +12,15 @@ a table and, last, one line of JSON.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from hub import ROOT, anon_after, hub_server
 from measure import measure
 
-ROOT = Path(__file__).resolve().parent.parent
-RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
-IMPORTS = "from huggingface_hub import CommitOperationAdd, HfApi, ModelCard; HfApi()"
-
-
-@contextlib.contextmanager
-def server() -> Iterator[str]:
-    """The address of a server in a process of its own."""
-    argv = [sys.executable, str(ROOT / "tests" / "hub_server.py")]
-    with subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin and process.stdout
-        yield process.stdout.readline().strip()
-        process.stdin.close()
-
-
-def anon_after(code: str) -> int:
-    """RssAnon in bytes of a process that has run `code`."""
-    argv = [sys.executable, "-c", f"{code}; {RSS_ANON}"]
-    return int(subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout) * 1024
+IMPORTS = "from huggingface_hub import CommitOperationAdd, HfApi; HfApi()"
 
 
 def merged(pair: Path, *more: str, env: dict[str, str] | None = None) -> int:
@@ -63,9 +40,9 @@ def main() -> None:
     pair = parser.parse_args().pair.resolve()
     report = {"python": anon_after("pass"), "huggingface_hub": anon_after(IMPORTS)}
     report["merge"] = merged(pair)
-    with server() as url:
-        env = {**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": "tok"}
-        report["merge_and_push"] = merged(pair, "--push-to-hub", "lab/merged", env=env)
+    with hub_server() as (env, _):
+        options = ("--push-to-hub", "lab/merged")
+        report["merge_and_push"] = merged(pair, *options, env=env | {"HF_TOKEN": "tok"})
     for name, value in report.items():
         print(f"{name:<16}{value / 2**20:>8.1f} MiB anonymous")
     print(json.dumps({"benchmark": "push", **{f"{k}_bytes": v for k, v in report.items()}}))
