@@ -58,10 +58,8 @@ def listed(prompts: Sequence[Prompt], folder: Path) -> PromptSet:
 
 def check_text(value: object, name: str, where: str) -> str:
     """Return a prompt's text unchanged; PromptError unless it can be asked."""
-    if value is None:
-        raise PromptError(f'{where}: no "{name}"; expected a text there')
     if not isinstance(value, str):
-        raise PromptError(f'{where}: "{name}" is {type_name(value)}; expected a text')
+        raise PromptError(f'{where}: "{name}" is {show_value(value)}; expected a text')
     if not value.strip():
         raise PromptError(f'{where}: "{name}" is empty; write it or take the entry out')
     if re.search("[\ud800-\udfff]", value):  # JSON can spell what UTF-8 cannot encode
@@ -75,8 +73,7 @@ def check_path(value: object, folder: Path, where: str) -> Path:
     Raises PromptError for a URL and for anything that is not text. The file need not exist.
     """
     if not isinstance(value, str) or not value:
-        found = "empty" if value == "" else type_name(value)
-        raise PromptError(f"{where}: an image is {found}; expected a file's path")
+        raise PromptError(f"{where}: an image is {show_value(value)}; expected a file's path")
     if _URL.match(value):
         raise PromptError(
             f"{where}: image {one_line(value, 80)} is a URL; download it and give the path"
@@ -101,11 +98,6 @@ def one_line(message: object, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def type_name(value: object) -> str:
-    """What a JSON or Arrow value is, for people."""
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    return names.get(type(value), f"of type {type(value).__name__}")
+def show_value(value: object) -> str:
+    """A value as Python writes it, shortened for an error."""
+    return one_line(repr(value), 40)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import PromptError
 from ..settings import PromptSettings
-from .entry import Prompt, PromptSet, check_path, check_text, listed, one_line, type_name
+from .entry import Prompt, PromptSet, check_path, check_text, listed, one_line, show_value
 
 
 def open_json_lines(ref: str, settings: PromptSettings) -> PromptSet:
@@ -28,7 +28,7 @@ def _read_prompt(line: bytes, path: Path, number: int) -> Prompt:
     where = f"{path}:{number}"
     entry = parse_json(line, where)
     if not isinstance(entry, dict):
-        raise PromptError(f"{where}: found {type_name(entry)}, expected an object on each line")
+        raise PromptError(f"{where}: found {show_value(entry)}, expected an object on each line")
     if "prompt" not in entry:
         keys = ", ".join(map(one_line, entry)) or "nothing"
         raise PromptError(f'{where}: no "prompt" in it, found {keys}; call the text so')
@@ -43,7 +43,7 @@ def _image_paths(entry: dict[str, Any], folder: Path, where: str) -> tuple[Path,
     if images is None:
         images = [] if image is None else [image]
     if not isinstance(images, list):
-        raise PromptError(f'{where}: "images" is {type_name(images)}; expected a list of paths')
+        raise PromptError(f'{where}: "images" is {show_value(images)}; expected a list of paths')
     return tuple(check_path(value, folder, where) for value in images)
 
 

@@ -19,35 +19,33 @@ def open_parquet(ref: str, settings: PromptSettings) -> PromptSet:
     path = Path(ref)
     parquet = import_library("pyarrow.parquet", "pyarrow", f"{path}: reading Parquet")
     try:
-        with parquet.ParquetFile(path) as file:
-            names, count = file.schema_arrow.names, file.metadata.num_rows
+        file = parquet.ParquetFile(path, memory_map=True)
     except Exception as error:  # pyarrow's own kinds, and Python's
         raise _unreadable(path, error) from None
-    columns = choose_columns(ref, names, settings)
+    columns = choose_columns(ref, file.schema_arrow.names, settings)
 
     def read(picks: Sequence[int]) -> Iterator[Prompt]:
-        for index, row in _read_rows(parquet, path, columns, set(picks)):
+        for index, row in _read_rows(file, path, columns, set(picks)):
             yield row_prompt(row, columns, path.parent, f"{path.name}[{index}]")
 
-    return PromptSet(count, path.parent, read)
+    return PromptSet(file.metadata.num_rows, path.parent, read)
 
 
 def _read_rows(
-    parquet: Any, path: Path, columns: list[str], wanted: set[int]
+    file: Any, path: Path, columns: list[str], wanted: set[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The wanted rows with their indices; row groups without one are not read."""
     try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            start = 0
-            for group in range(file.num_row_groups):
-                rows = range(start, start + file.metadata.row_group(group).num_rows)
-                if not wanted.isdisjoint(rows):
-                    for batch in file.iter_batches(_ROWS_HELD, [group], columns):
-                        for offset in range(len(batch)):
-                            if start + offset in wanted:
-                                yield start + offset, batch.slice(offset, 1).to_pylist()[0]
-                        start += len(batch)
-                start = rows.stop
+        start = 0
+        for group in range(file.num_row_groups):
+            rows = range(start, start + file.metadata.row_group(group).num_rows)
+            if not wanted.isdisjoint(rows):
+                for batch in file.iter_batches(_ROWS_HELD, [group], columns):
+                    for offset in range(len(batch)):
+                        if start + offset in wanted:
+                            yield start + offset, batch.slice(offset, 1).to_pylist()[0]
+                    start += len(batch)
+            start = rows.stop
     except Exception as error:
         raise _unreadable(path, error) from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import PromptError
 from ..settings import PromptSettings
-from .entry import Prompt, check_path, check_text, type_name
+from .entry import Prompt, check_path, check_text, show_value
 
 TEXT_COLUMNS = ("prompt", "question", "query", "instruction", "text")
 """Where a table's prompts are looked for; the first that exists is taken."""
@@ -66,6 +66,6 @@ def _cell_images(value: object, name: str, folder: Path, where: str) -> Iterator
         yield check_path(value, folder, where)
     elif value is not None:
         raise PromptError(
-            f'{where}: "{name}" is {type_name(value)}; expected an image:'
+            f'{where}: "{name}" is {show_value(value)}; expected an image:'
             " a struct of bytes and path, bytes, a path, or a list of those"
         )

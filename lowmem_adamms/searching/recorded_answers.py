@@ -10,13 +10,13 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError, RecipeError
-from ..prompts.entry import import_library, one_line
+from ..prompts.entry import import_library, one_line, show_value
 from ..prompts.json_lines import parse_json
 
 _LONGEST_CELL = 1 << 28  # prediction tables may hold whole images in base64
@@ -55,19 +55,12 @@ def parse_spec(text: str) -> tuple[float | None, Path]:
 def read_answers(
     sources: Sequence[Path | tuple[float | None, Path]],
 ) -> tuple[dict[float, list[str]], list[str]]:
-    """Read recorded answers.
+    """Read recorded answers from files, each with the alpha of its answers unless they name it.
 
-    Args:
-        sources: Files, each with the alpha of its answers unless it names them itself.
-
-    Returns:
-        Answers by ascending alpha, and the ids of the prompts that they answer, in one order: by
-        number if all ids are numbers, else as the smallest alpha's answers stand in their file.
-
-    Raises:
-        PromptError: A file cannot be read, an answer comes twice, or an alpha lacks answers that
-            others have.
-
+    Returns the answers by ascending alpha, and the ids of the prompts that they answer, in one
+    order: by number if all ids are numbers, else as the smallest alpha's answers stand in their
+    file. PromptError for a file that cannot be read, an answer that comes twice, and an alpha that
+    lacks answers which others have.
     """
     answers: dict[float, dict[str, Answer]] = {}
     for source in sources:
@@ -86,41 +79,43 @@ def read_answers(
     if not answers:
         raise PromptError("no recorded answers; give files")
     answers = dict(sorted(answers.items()))
-    ids = _order_ids(answer_id for by_id in answers.values() for answer_id in by_id)
+    ids = list(dict.fromkeys(i for by_id in answers.values() for i in by_id))
+    if all(re.fullmatch(r"-?[0-9]{1,18}", i) for i in ids):
+        ids.sort(key=int)
     for alpha, by_id in answers.items():
-        _check_complete(alpha, by_id, ids)
+        if missing := [i for i in ids if i not in by_id]:
+            path = next(iter(by_id.values())).path
+            raise PromptError(
+                f"{path}: no answer to {missing[0]!r} at alpha {alpha}, and to {len(missing) - 1}"
+                " more that other alphas have; expected the same prompts for all alphas: record the"
+                " rest, or leave this alpha out"
+            )
     return {alpha: [by_id[i].text for i in ids] for alpha, by_id in answers.items()}, ids
-
-
-def _order_ids(every: Iterable[str]) -> list[str]:
-    ids = list(dict.fromkeys(every))
-    all_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", i) for i in ids)
-    return sorted(ids, key=int) if all_numbers else ids
-
-
-def _check_complete(alpha: float, by_id: Mapping[str, Answer], ids: Sequence[str]) -> None:
-    missing = [i for i in ids if i not in by_id]
-    if missing:
-        path = next(iter(by_id.values())).path
-        raise PromptError(
-            f"{path}: no answer to {missing[0]!r} at alpha {alpha}, and to {len(missing) - 1} more"
-            " that other alphas have; expected the same prompts for all alphas: record the rest, or"
-            " leave this alpha out"
-        )
 
 
 # Records of the three formats
 
 
-def _read_file(path: Path, alpha: float | None) -> Iterator[Answer]:
-    for place, record in _read_records(path):
-        # Our own first line, answers that measure noise, and those at one alpha for each layer
-        if record.keys() == {"search"} or record.get("again") or record.get("alphas"):
+def _read_file(path: Path, given_alpha: float | None) -> Iterator[Answer]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        found = path.suffix or "no suffix"
+        raise PromptError(f"{path}: found {found}, expected {', '.join(_READERS)}")
+    if not path.is_file():
+        raise PromptError(f"{path}: no such file")
+    for place, record in reader(path):
+        where = f"{path}, {place}"
+        if not isinstance(record, dict):
+            raise PromptError(f"{where}: found {show_value(record)}, expected an object")
+        # Our own first line, and answers that measure noise
+        if record.keys() == {"search"} or record.get("again"):
             continue
-        yield _parse_record(record, alpha, path, f"{path}, {place}")
+        id, alpha, text = _parse_record(record, where)
+        yield Answer(_only_alpha(alpha, given_alpha, where), _id_text(id, where), text, path, where)
 
 
-def _parse_record(record: Record, given_alpha: float | None, path: Path, where: str) -> Answer:
+def _parse_record(record: Record, where: str) -> tuple[Any, Any, str]:
+    """The id, the alpha if the record names it, and the answer."""
     alpha = None
     if "doc_id" in record:
         id, name, text = record["doc_id"], "filtered_resps", _single_response(record, where)
@@ -136,8 +131,8 @@ def _parse_record(record: Record, given_alpha: float | None, path: Path, where: 
             " (lmms-eval) or index and prediction (VLMEvalKit)"
         )
     if not isinstance(text, str):
-        raise PromptError(f"{where}: {name} is {_shorten(text)}, expected a text")
-    return Answer(_only_alpha(alpha, given_alpha, where), _id_text(id, where), text, path, where)
+        raise PromptError(f"{where}: {name} is {show_value(text)}, expected a text")
+    return id, alpha, text
 
 
 def _only_alpha(recorded: Any, given: float | None, where: str) -> float:
@@ -148,7 +143,7 @@ def _only_alpha(recorded: Any, given: float | None, where: str) -> float:
         raise PromptError(f"{where}: names its alpha itself; give the file without {given}=")
     alpha = given if recorded is None else recorded
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-        raise PromptError(f"{where}: alpha is {_shorten(alpha)}, expected a number in 0..1")
+        raise PromptError(f"{where}: alpha is {show_value(alpha)}, expected a number in 0..1")
     return round(float(alpha), 6)
 
 
@@ -156,7 +151,7 @@ def _id_text(value: Any, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # spreadsheets turn 7 into 7.0
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise PromptError(f"{where}: the id is {_shorten(value)}, expected a number or a text")
+        raise PromptError(f"{where}: the id is {show_value(value)}, expected a number or a text")
     return str(value)
 
 
@@ -183,30 +178,7 @@ def _cell_text(value: Any) -> Any:
     return value if isinstance(value, dict | list) else str(value)
 
 
-def _shorten(value: Any) -> str:
-    return one_line(repr(value), 40)
-
-
 # Files
-
-
-def _read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """The records of a file, each with its place in it, such as "line 3"."""
-    suffix = path.suffix.lower()
-    if suffix in (".pkl", ".pickle"):
-        raise PromptError(
-            f"{path}: a pickle can run code when it is read, so it is not; have VLMEvalKit write"
-            " xlsx, tsv or json (PRED_FORMAT)"
-        )
-    if suffix not in _READERS:
-        found = suffix or "no suffix"
-        raise PromptError(f"{path}: found {found}, expected {', '.join(_READERS)}")
-    if not path.is_file():
-        raise PromptError(f"{path}: no such file")
-    for place, record in _READERS[suffix](path):
-        if not isinstance(record, dict):
-            raise PromptError(f"{path}, {place}: found {_shorten(record)}, expected an object")
-        yield place, record
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -221,7 +193,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(records, dict) and "logs" in records:  # lmms-eval until September 2024
         records = records["logs"]
     if not isinstance(records, list):
-        raise PromptError(f"{path}: found {_shorten(records)}, expected a list of records")
+        raise PromptError(f"{path}: found {show_value(records)}, expected a list of records")
     for number, record in enumerate(records, 1):
         yield f"record {number}", record
 

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,8 +22,8 @@ import cases
 import rules
 import study
 import trials
-from evidence import load, spearman
-from rules import NEVER, Floats, Rule, View, Worth, chosen, guarded, mean_of
+from evidence import Pair, load, spearman
+from rules import NEVER, Floats, Rule, View, chosen, guarded, mean_of
 
 from lowmem_adamms.searching.answer_text import is_degenerate
 from lowmem_adamms.searching.search import choose
@@ -74,10 +75,6 @@ def test_consistency_by_hand(rule: Rule, rows: list[str], scores: list[float], w
     assert chosen(rule(view)) == winner
 
 
-def test_where_no_alpha_may_win_the_smallest_is_taken() -> None:
-    assert chosen(np.full(3, NEVER)) == 0
-
-
 def test_surer_agrees_with_the_more_confident_parent() -> None:
     # The donor says z and x on the first and third prompt, q on the last; where both say b, the
     # donor is the surer one
@@ -95,21 +92,19 @@ def test_confidence_rules_by_hand() -> None:
     assert rules.nuclear(view) == pytest.approx([1.9, 1.5, 1.9])
 
 
-def steady(*rows: Sequence[float]) -> Worth:
-    return lambda view: np.array(rows, np.float64)
-
-
 def test_guarded_stays_with_the_base_unless_the_gain_exceeds_its_error() -> None:
+    def worth(view: View) -> Floats:
+        # Gains 0 0 0 1: mean 1/4, error sqrt(3)/4/2 = 0.2165; and 1 1 1 -1: 1/2, error sqrt(3)/2/2
+        return np.array([[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, -1]], np.float64)
+
     view = view_of(["abcd", "abcx", "xyzd"])
-    # Gains 0 0 0 1: mean 1/4, error sqrt(3)/4/2 = 0.2165; and 1 1 1 -1: 1/2, error sqrt(3)/2/2
-    worth = steady([0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, -1])
-    assert guarded(worth)(view).tolist() == [0, 0.25, 0.5]
+    assert guarded(worth)(view).tolist() == mean_of(worth)(view).tolist() == [0, 0.25, 0.5]
     assert guarded(worth, 1.2)(view).tolist() == [0, NEVER, NEVER]
-    assert mean_of(worth)(view).tolist() == [0, 0.25, 0.5]
 
 
-def test_fixed_takes_the_nearest_alpha() -> None:
+def test_fixed_takes_the_nearest_alpha_and_no_eligible_one_means_the_smallest() -> None:
     assert chosen(rules.fixed(0.17)(view_of(["a"] * 5))) == 2
+    assert chosen(np.full(3, NEVER)) == 0
 
 
 LETTERS = st.text(alphabet="ab ", min_size=12, max_size=12)
@@ -162,6 +157,12 @@ def saved(folder: Path, name: str = "pair", **changes: Any) -> Path:
     return path
 
 
+def grid_of(pair: Pair, *steps: float) -> npt.NDArray[np.int64]:
+    grid = pair.grid(*steps)
+    assert grid is not None
+    return grid
+
+
 def test_accuracy_is_the_mean_over_tasks_of_the_evaluation_half(tmp_path: Path) -> None:
     pair = load(saved(tmp_path))
     assert pair.accuracy().tolist() == [12.5, 75.0, 0.0]
@@ -171,13 +172,14 @@ def test_accuracy_is_the_mean_over_tasks_of_the_evaluation_half(tmp_path: Path) 
 
 
 def test_a_view_holds_the_chosen_alphas_and_prompts(tmp_path: Path) -> None:
-    view = load(saved(tmp_path)).view(np.array([0, 2]), np.array([0, 6]))
+    pair = load(saved(tmp_path))
+    view = pair.view(np.array([0, 2]), np.array([0, 6]))
     assert view.alphas.tolist() == [0.0, 1.0]
-    assert (view.answers[0, 0] == view.answers[0, 1], view.answers[1, 1] == view.answers[0, 1]) == (
-        False,
-        True,
-    )
-    assert view.donor[1] == view.answers[0, 0]
+    yes, no = view.answers[0]
+    assert yes != no and view.answers[1].tolist() == [no, no]
+    assert view.donor[1] == yes
+    assert pair.grid(0.1) is None
+    assert grid_of(pair, 0.5).tolist() == [0, 1, 2]
 
 
 def test_samples_come_from_the_search_half_without_repetition(tmp_path: Path) -> None:
@@ -187,14 +189,6 @@ def test_samples_come_from_the_search_half_without_repetition(tmp_path: Path) ->
     assert all((pair.half[draw] == 0).all() and len(set(draw)) == 100 for draw in draws)
     assert not np.array_equal(draws[0], draws[1])
     assert all(np.array_equal(a, b) for a, b in zip(draws, pair.draws(3, 100), strict=True))
-
-
-def test_grids_are_found_by_value(tmp_path: Path) -> None:
-    pair = load(saved(tmp_path))
-    assert pair.grid(0.1) is None
-    grid = pair.grid(0.5)
-    assert grid is not None
-    assert grid.tolist() == [0, 1, 2]
 
 
 def test_standard_errors_are_the_binomials(tmp_path: Path) -> None:
@@ -263,9 +257,7 @@ def test_rules_see_no_labels(tmp_path: Path) -> None:
 
     def places(file: Path) -> dict[str, list[int]]:
         pair = load(file)
-        grid = pair.grid(0.1)
-        assert grid is not None
-        found = trials.run(trials.Judge(pair), rules.RULES, grid, pair.draws(2, 50))
+        found = trials.run(trials.Judge(pair), rules.RULES, grid_of(pair, 0.1), pair.draws(2, 50))
         return {name: one.place.tolist() for name, one in found.items()}
 
     assert places(path) == places(path.with_name("unlabelled.json"))
@@ -273,18 +265,17 @@ def test_rules_see_no_labels(tmp_path: Path) -> None:
 
 def test_the_products_choice_is_made_by_the_product(tmp_path: Path) -> None:
     pair = load(cases.write(tmp_path)["collapse"])
-    judge, grid, draws = trials.Judge(pair), pair.grid(0.1, 0.6), pair.draws(3, 60)
-    assert grid is not None
+    judge, grid, draws = trials.Judge(pair), grid_of(pair, 0.1, 0.6), pair.draws(3, 60)
     verdict, ties = trials.run_product(judge, grid, draws)
     for place, prompts in zip(verdict.place, draws, strict=True):
         texts = {float(pair.alphas[i]): [pair.texts[i][n] for n in prompts] for i in grid}
         assert choose(texts).alpha == pytest.approx(float(pair.alphas[place]))
     relative, _ = trials.run_product(judge, grid, draws, "relative")
-    ours = trials.run(judge, {"r": rules.per_distance}, grid, draws)["r"]
-    assert relative.place.tolist() == ours.place.tolist() != verdict.place.tolist()
-    assert verdict.place.max() < 8  # Not among the collapsed, from 0.4 on, where the paper's goes
-    paper = trials.run(judge, {"p": rules.pairwise}, grid, draws)["p"]
-    assert paper.place.min() >= 8
+    own = {"relative": rules.per_distance, "paper": rules.pairwise}
+    ours = trials.run(judge, own, grid, draws)
+    assert relative.place.tolist() == ours["relative"].place.tolist() != verdict.place.tolist()
+    # Not among the collapsed, from 0.4 on, where the paper's goes
+    assert verdict.place.max() < 8 <= ours["paper"].place.min()
     assert 0 <= ties <= 1
 
 
@@ -318,41 +309,25 @@ def test_summary_pools_searches_and_averages_pairs() -> None:
 # The whole
 
 
-@pytest.fixture
-def shelf(tmp_path: Path) -> Path:
-    """Recorded answers of two pairs."""
-    folder = tmp_path / "answers"
-    folder.mkdir()
+def test_the_study_tells_all_and_ends_in_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the recorded answers of two pairs and a misled one."""
     for case in cases.CASES[:2]:
         recorded = cases.answers_of(case, 60, 0)
         recorded["variants"] = {"shrunken": recorded["answers"]}
-        (folder / f"{case.name}.json").write_text(json.dumps(recorded))
+        (tmp_path / f"{case.name}.json").write_text(json.dumps(recorded))
     wrong = next(case for case in cases.CASES if case.name == "loud wrong donor")
-    told = cases.answers_of(wrong, 60, 0) | {"misled": True}
-    told |= {"variants": {"kept": told["answers"][::2]}, "variant_alphas": told["alphas"][::2]}
-    (folder / "misled.json").write_text(json.dumps(told))
-    return folder
-
-
-Run = Callable[..., tuple[str, dict[str, Any]]]
-
-
-@pytest.fixture
-def run(shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Start the script with options: what it printed, and its line of JSON."""
-
-    def start(*options: str) -> tuple[str, dict[str, Any]]:
-        argv = ["study.py", str(shelf), "--samples", "2", "--size", "30", *options]
-        monkeypatch.setattr(sys, "argv", argv)
-        study.main()
-        printed = capsys.readouterr()
-        return printed.out + printed.err, json.loads(printed.out.splitlines()[-1])
-
-    return start
-
-
-def test_the_study_tells_all_and_ends_in_json(run: Run) -> None:
-    printed, figures = run()
+    misled = cases.answers_of(wrong, 60, 0) | {"misled": True}
+    misled |= {
+        "variants": {"kept": misled["answers"][::2]},
+        "variant_alphas": misled["alphas"][::2],
+    }
+    (tmp_path / "misled.json").write_text(json.dumps(misled))
+    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--samples=2", "--size=30"])
+    study.main()
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])
     curve = figures["curves"]["base ← complementary"]
     assert len(curve["mean"]) == 21
     assert np.mean(curve["marks"], axis=1).tolist() == pytest.approx(curve["mean"], abs=1e-3)

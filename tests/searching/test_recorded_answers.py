@@ -259,7 +259,6 @@ def test_an_alpha_for_a_file_that_names_its_own_is_refused(tmp_path: Path) -> No
         ("x.json", b'[\n{"index": 0,\n]', r"x\.json: not JSON: .* at line 3, column 1"),
         ("x.json", b'[{"index": 0, "prediction": "a"}, 3]', r"record 2: found 3, expected an obj"),
         ("x.json", b'[{"index": 0, "prediction": ["a"]}]', r"record 1: prediction is \['a'\]"),
-        ("x.PICKLE", b"", r"a pickle can run code"),
         ("x.txt", b"yes", r"found \.txt, expected \.jsonl, \.json, \.tsv, \.csv, \.xlsx"),
         ("x", b"yes", r"found no suffix, expected"),
         ("x.xlsx", b"PK", r"x\.xlsx: not a readable xlsx"),
