@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import string
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -53,37 +52,22 @@ def test_every_known_declaration_comes_back_from_what_is_printed(
     assert declare.parse_declaration(json.loads(capsys.readouterr().out), "x") == arch
 
 
-names = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="#"), min_size=1)
-whole = st.builds(
-    lambda name, source, classes, prefixes, head, words, ids: replace(
-        LLAMA,
-        name=name,
-        source=source,
-        classes=tuple(classes),
-        spellings=tuple((f"{prefix}.", head) for prefix in prefixes),
-        decoder={
-            key.replace("self_attn", words[0]).replace("mlp", f"{words[1]}x"): held
-            for key, held in LLAMA.decoder.items()
-        },
-        others=dict.fromkeys(words, "tower"),
-        shared_ids=ids,
-    ),
-    names,
-    st.text(string.printable.strip() + " é\\\"'"),
-    st.lists(names),
-    st.lists(names, min_size=1),
-    names.map("{}.weight".format),
-    st.lists(st.text(string.ascii_lowercase, min_size=1), min_size=2, max_size=3),
-    st.none() | st.integers(1, 1 << 30),
-)
-
-
 def from_toml(text: str) -> Arch:
     return declare.parse_declaration(tomllib.loads(text), "x")
 
 
-@given(whole)
-def test_any_declaration_comes_back_from_toml_and_json(arch: Arch) -> None:
+@given(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1))
+def test_any_text_comes_back_from_toml_and_json(text: str) -> None:
+    arch = replace(
+        LLAMA,
+        name=text,
+        source=f" {text} \\",
+        classes=(text,),
+        spellings=((f"{text}.", text), ("", "")),
+        decoder={**LLAMA.decoder, text.replace("#", "") or "x": ""},
+        others={text: f'"{text}"'},
+        shared_ids=len(text),
+    )
     assert from_toml(declare.to_toml(arch)) == arch
     assert declare.parse_declaration(json.loads(json.dumps(arch.to_json())), "x") == arch
 
@@ -102,22 +86,13 @@ def test_a_short_file_is_a_known_decoder_under_other_names(tmp_path: Path) -> No
     """
     arch = declare.read_declaration(put(tmp_path, text))
     qwen = declare.find_arch("Qwen2-VL", ARCHS)
-    assert arch.name == "Mine"
-    assert arch.classes == ("MineForConditionalGeneration",)
-    assert arch.spellings == (("lm.", "lm.out.weight"),)
-    assert arch.shared_ids == qwen.shared_ids
-    assert arch.source == "declared by the user"
+    assert (arch.name, arch.classes) == ("Mine", ("MineForConditionalGeneration",))
+    assert (arch.spellings, arch.shared_ids) == ((("lm.", "lm.out.weight"),), qwen.shared_ids)
     assert arch.others == {**qwen.others, "eye.": "vision tower", "visual.": "old tower"}
     assert arch.decoder["layers.#.attention.wq.weight"] == "layers.#.attn.q.weight"
     assert arch.decoder["layers.#.attention.k_proj.weight"] == "layers.#.attn.k.weight"
     assert list(arch.decoder.values()) == list(qwen.decoder.values())
     assert not any("self_attn" in name for name in arch.decoder)
-
-
-def test_the_shortest_file_inherits_all_but_classes_and_source(tmp_path: Path) -> None:
-    arch = declare.read_declaration(put(tmp_path, 'name = "Mine"\nlike = "CogVLM"\n'))
-    cog = declare.find_arch("CogVLM", ARCHS)
-    assert arch == replace(cog, name="Mine", classes=(), source="declared by the user")
 
 
 @pytest.mark.parametrize("like", ["InternLM2", "Mllama"])
@@ -130,6 +105,9 @@ def test_names_are_renamed_wherever_a_declaration_has_them(tmp_path: Path, like:
         (arch.foreign_layers, known.foreign_layers),
     ):
         assert [*names] == [name.replace("layers.", "blocks.") for name in before]
+    same = {"decoder": arch.decoder, "foreign_layers": arch.foreign_layers}
+    inherited = replace(known, classes=(), source="declared by the user", name="Mine", **same)
+    assert arch == replace(inherited, interleaved=arch.interleaved)
 
 
 def test_a_name_displaces_the_inherited_ones_of_its_roles(tmp_path: Path) -> None:
@@ -282,15 +260,9 @@ def test_archs_lists_every_declaration_with_the_users_first(
         assert word in out
     assert run("archs", "--json", "--arch", path) == 0
     documents = json.loads(capsys.readouterr().out)
-    assert [document["name"] for document in documents] == ["Mine", *(arch.name for arch in ARCHS)]
     assert documents[1:] == [arch.to_json() for arch in ARCHS]
-
-
-def test_archs_knows_the_users_own_by_name(tmp_path: Path, capsys: Capture) -> None:
-    path = put(tmp_path, SHORT)
     assert run("archs", "mine", "--arch", path) == 0
-    again = put(tmp_path, capsys.readouterr().out, "again.toml")
-    assert declare.read_declaration(again) == declare.read_declaration(path)
+    assert from_toml(capsys.readouterr().out) == declare.parse_declaration(documents[0], "x")
 
 
 def test_archs_suggests_a_name(capsys: Capture) -> None:

@@ -100,15 +100,8 @@ def test_without_an_image_it_is_llama(
 
 
 IMAGE_PARTS = {
-    "cogvlm": (
-        *("vision_expert_query_key_value", "vision_expert_dense", "vision_mlp"),
-        *("boi", "eoi", "linear_proj"),
-    ),
-    "mplug_owl2": (
-        *("k_proj.multiway.1", "v_proj.multiway.1", "input_layernorm.multiway.1"),
-        *("post_attention_layernorm.multiway.1", "query_embeds", "vit_eos"),
-        "crossattention.attention.key",
-    ),
+    "cogvlm": ("vision_expert_query_key_value", "vision_mlp", "boi", "linear_proj"),
+    "mplug_owl2": ("k_proj.multiway.1", "input_layernorm.multiway.1", "query_embeds"),
 }
 
 
@@ -139,29 +132,14 @@ def test_cached_chunks_give_the_logits_of_the_whole(
     for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if name in whole:
             whole[name] = torch.cat((whole[name], torch.full_like(more, value)), dim=1)
-    expected = logits(model, model.prepare_inputs_for_generation(**whole, use_cache=False))
+    prepare = model.prepare_inputs_for_generation
+    expected = logits(model, prepare(**whole, use_cache=False))[:, start:]
     cache = transformers().DynamicCache(config=model.config)
-    first = model.prepare_inputs_for_generation(
-        **prompt, past_key_values=cache, is_first_iteration=True, use_cache=True
-    )
-    parts = [logits(model, first)]
+    options = {"past_key_values": cache, "use_cache": True}
+    logits(model, prepare(**prompt, **options, is_first_iteration=True))
     for _ in range(2):
-        if (surplus := cache.get_seq_length() - start) > 0:
-            cache.crop(-surplus)
-        rest = model.prepare_inputs_for_generation(
-            **whole, past_key_values=cache, next_sequence_length=3, use_cache=True
-        )
+        rest = prepare(**whole, **options, next_sequence_length=3)
         assert rest["input_ids"].shape[1] == 3
         assert rest["images"] is None
-        parts[1:] = [logits(model, rest)]
-    found = torch.cat(parts, dim=1)[:, start - 1 :]
-    torch.testing.assert_close(found, expected[:, start - 1 :], atol=1e-4, rtol=1e-4)
-
-
-def test_loaded_names_and_values_are_those_of_the_file(folder: Path) -> None:
-    """Also of mPLUG-Owl2's rotary frequencies, which stay in float32."""
-    stored, state = tiny.load(folder), load(folder, torch.bfloat16).state_dict()
-    assert stored.keys() == state.keys()
-    for name, tensor in stored.items():
-        assert tensor.dtype == state[name].dtype
-        assert torch.equal(tensor, state[name])
+        torch.testing.assert_close(logits(model, rest), expected, atol=1e-4, rtol=1e-4)
+        cache.crop(-3)
