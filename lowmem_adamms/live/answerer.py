@@ -32,7 +32,7 @@ class Answerer:
 
     model: a transformers module. encoder: of that model. batch_size: prompts answered at a time.
     vision_names: the parameters outside the decoder, of which none may be merged; empty if there
-    are none. vision_cache_bytes: memory for vision features.
+    are none.
 
     `cost` is what the last call took; `notes` are what the user should know of the answers.
     """
@@ -44,8 +44,7 @@ class Answerer:
         settings: AnswerSettings,
         *,
         batch_size: int,
-        vision_names: frozenset[str] = frozenset(),
-        vision_cache_bytes: int = VISION_CACHE_BYTES,
+        vision_names: frozenset[str],
     ) -> None:
         check_runnable(model)
         self.settings, self.batch_size = settings, batch_size
@@ -53,7 +52,7 @@ class Answerer:
         self.notes: list[str] = []
         self._model, self._encoder = model, encoder
         self._vision_names = vision_names
-        self._vision_cache = VisionCache(vision_cache_bytes)
+        self._vision_cache = VisionCache(VISION_CACHE_BYTES)
         self._drafts: dict[Prompt, Tokens] = {}
         self._use_drafts = settings.drafts
         self._prompts: tuple[Prompt, ...] | None = None
@@ -78,7 +77,10 @@ class Answerer:
             self._batches = self._encoder.split_into_batches(asked, self.batch_size)
             self._prompts = asked
             self._note_too_long(asked)
-        with torch.inference_mode(), self._cached_vision():
+        vision: AbstractContextManager[None] = nullcontext()
+        if self.settings.vision_cache and self._vision_names:
+            vision = self._vision_cache.patch(self._model, self._vision_names)
+        with torch.inference_mode(), vision:
             for batch in self._batches:
                 if all(place in answers for place in batch.places):
                     continue
@@ -117,11 +119,6 @@ class Answerer:
     def _decode(self, inputs: Inputs, drafts: Sequence[Tokens]) -> list[Tokens]:
         tokenizer = self._encoder.tokenizer
         return BatchDecoder(self._model, tokenizer, drafts, self.settings, self.cost).decode(inputs)
-
-    def _cached_vision(self) -> AbstractContextManager[None]:
-        if self.settings.vision_cache and self._vision_names:
-            return self._vision_cache.patch(self._model, self._vision_names)
-        return nullcontext()
 
     def _note_too_long(self, asked: Sequence[Prompt]) -> None:
         """Beyond the positions of its training a model answers all the same, but badly."""

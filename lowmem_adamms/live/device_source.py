@@ -7,9 +7,8 @@ the checkpoint's own layout; the rest is read from the mapped files as it is nee
 from __future__ import annotations
 
 import ctypes
-from bisect import bisect_right, insort
+from collections import defaultdict
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,15 +34,19 @@ class DeviceSource:
     def __init__(self, plan: Plan, files: MappedFiles, placement: Placement, device: str) -> None:
         self._files, self._device = files, torch.device(device)
         # By file: where a held stretch starts, and its bytes
-        self._held: dict[Path, list[tuple[int, torch.Tensor]]] = {}
-        for _, part, location in locate_sources(plan, placement):
+        self._held: defaultdict[Path, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        vram_bytes, pinned_bytes = placement.vram_source_bytes, placement.pinned_source_bytes
+        for part, _, location in locate_sources(plan, vram_bytes, pinned_bytes):
             for span in (part.base, part.donor):
                 if location == "cache" or span is None or self._find(span) is not None:
                     continue
+                content = as_tensor(files.view(span))
                 if location == "vram":
-                    self._hold(span, as_tensor(files.view(span)).to(self._device, copy=True))
+                    held = content.to(self._device, copy=True)
                 else:
-                    self._hold(span, self._copy_to_pinned(span))
+                    on_card = self._device.type == "cuda"
+                    held = torch.empty_like(content, pin_memory=on_card).copy_(content)
+                self._held[span.path].append((span.start, held))
                 if release := files.release(span, evict=False):
                     release()
 
@@ -64,23 +67,13 @@ class DeviceSource:
             return None
         return self._files.release(span, evict=evict)
 
-    def _copy_to_pinned(self, span: Span) -> torch.Tensor:
-        on_card = self._device.type == "cuda"
-        pinned = torch.empty(span.nbytes, dtype=torch.uint8, pin_memory=on_card)
-        return pinned.copy_(as_tensor(self._files.view(span)))
-
-    def _hold(self, span: Span, held: torch.Tensor) -> None:
-        insort(self._held.setdefault(span.path, []), (span.start, held), key=itemgetter(0))
-
     def _find(self, span: Span) -> torch.Tensor | None:
         """The span's bytes inside a held stretch; None if no stretch covers it."""
-        stretches = self._held.get(span.path, [])
-        index = bisect_right(stretches, span.start, key=itemgetter(0)) - 1
-        if index < 0:
-            return None
-        start, held = stretches[index]
-        offset = span.start - start
-        return held[offset : offset + span.nbytes] if offset + span.nbytes <= len(held) else None
+        for start, held in self._held[span.path]:
+            offset = span.start - start
+            if 0 <= offset <= len(held) - span.nbytes:
+                return held[offset : offset + span.nbytes]
+        return None
 
 
 def as_tensor(view: Bytes) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from ..settings import AnswerSettings
 from .prompt_encoder import Inputs
-from .transformers_model import next_model_kwargs, quiet
+from .transformers_model import quiet
 
 Tokens = list[int]
 ModelKwargs = dict[str, Any]
@@ -108,7 +108,7 @@ class BatchDecoder:
             if name != "input_ids":
                 addition = torch.full_like(tail, int(name == "attention_mask"), dtype=value.dtype)
             extended[name] = torch.cat([value, addition], dim=1)
-        if self._takes("logits_to_keep"):
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             extended["logits_to_keep"] = self._draft_width + 1
         return extended
 
@@ -119,8 +119,7 @@ class BatchDecoder:
         outputs, kwargs = self._forward(
             input_ids, kwargs, input_ids.numel(), is_first_iteration=True
         )
-        kwargs.pop("logits_to_keep", None)
-        if self._takes("logits_to_keep"):
+        if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 1
         can_resume = _can_cut_cache(outputs)
         if self._draft_width and not can_resume:
@@ -132,17 +131,13 @@ class BatchDecoder:
         rows = self._unfinished(range(len(self._answers)))
         if not rows:
             return input_ids
-        drop_finished = self._settings.drafts and can_resume
         if self._draft_width:
             start = input_ids.shape[1] - self._draft_width
             width = start + max(kept_tokens[row] for row in rows)
             ends = [start + count for count in kept_tokens]
             input_ids, kwargs = _cut_behind(input_ids, kwargs, width, ends)
-        if drop_finished:
-            input_ids, kwargs = _select_rows(input_ids, kwargs, rows)
-        else:
-            rows = list(range(len(self._answers)))
-        return self._generate(input_ids, kwargs, rows, drop_finished)
+        self._generate(input_ids, kwargs, drop_finished=self._settings.drafts and can_resume)
+        return input_ids
 
     def _verify_drafts(self, chosen: list[list[int]]) -> list[int]:
         """Begin the answers with what the model agrees to; returns how much of each draft that is.
@@ -165,24 +160,22 @@ class BatchDecoder:
         return kept_tokens
 
     def _generate(
-        self, input_ids: torch.Tensor, kwargs: ModelKwargs, rows: list[int], drop_finished: bool
-    ) -> torch.Tensor:
-        """Token by token, for `rows`. drop_finished: whether those that end leave the batch."""
-        last = [self._answers[row][-1] for row in rows]
-        while self._unfinished(rows):
-            ids = torch.tensor(last, dtype=input_ids.dtype, device=input_ids.device)
-            input_ids = torch.cat([input_ids, ids[:, None]], dim=1)
-            outputs, kwargs = self._forward(input_ids, kwargs, len(rows), next_sequence_length=1)
-            last = outputs.logits[:, -1].float().argmax(-1).tolist()
-            for row, token in zip(rows, last, strict=True):
-                if not self._is_finished(row):
-                    self._answers[row].append(token)
-            unfinished = self._unfinished(rows)
-            if drop_finished and unfinished:
+        self, input_ids: torch.Tensor, kwargs: ModelKwargs, *, drop_finished: bool
+    ) -> None:
+        """Token by token. drop_finished: whether rows that end leave the batch."""
+        rows = list(range(len(self._answers)))
+        while unfinished := self._unfinished(rows):
+            if drop_finished and len(unfinished) < len(rows):
                 kept = [rows.index(row) for row in unfinished]
                 input_ids, kwargs = _select_rows(input_ids, kwargs, kept)
-                rows, last = unfinished, [last[index] for index in kept]
-        return input_ids
+                rows = unfinished
+            last = [[self._answers[row][-1]] for row in rows]
+            input_ids = torch.cat([input_ids, input_ids.new_tensor(last)], dim=1)
+            outputs, kwargs = self._forward(input_ids, kwargs, len(rows), next_sequence_length=1)
+            chosen = outputs.logits[:, -1].float().argmax(-1).tolist()
+            for row, token in zip(rows, chosen, strict=True):
+                if not self._is_finished(row):
+                    self._answers[row].append(token)
 
     def _forward(
         self, input_ids: torch.Tensor, kwargs: ModelKwargs, tokens: int, **options: Any
@@ -192,7 +185,7 @@ class BatchDecoder:
         outputs = self._model(**prepared, return_dict=True)
         self._cost.forward_tokens += tokens
         self._cost.passes += 1
-        return outputs, next_model_kwargs(self._model, outputs, kwargs)
+        return outputs, self._model._update_model_kwargs_for_generation(outputs, kwargs)
 
     def _unfinished(self, rows: Sequence[int]) -> list[int]:
         return [row for row in rows if not self._is_finished(row)]
@@ -203,9 +196,6 @@ class BatchDecoder:
 
     def _is_end(self, answer: Tokens) -> bool:
         return bool(answer) and answer[-1] in self._end_tokens
-
-    def _takes(self, argument: str) -> bool:
-        return argument in inspect.signature(self._model.forward).parameters
 
 
 def _find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -262,8 +252,6 @@ def _select_rows(
     input_ids: torch.Tensor, kwargs: ModelKwargs, rows: Sequence[int]
 ) -> tuple[torch.Tensor, ModelKwargs]:
     """Only these rows of the batch."""
-    if len(rows) == input_ids.shape[0]:
-        return input_ids, kwargs
     index = torch.tensor(rows, device=input_ids.device)
     selected = dict(kwargs)
     for name, value in kwargs.items():
@@ -273,9 +261,7 @@ def _select_rows(
             selected[name] = _expand_rows(value, input_ids.shape[0]).index_select(-2, index)
         elif name == "attention_mask" or name.endswith("token_type_ids"):
             selected[name] = value.index_select(0, index)
-    for layer in kwargs["past_key_values"].layers:
-        layer.keys = layer.keys.index_select(0, index)
-        layer.values = layer.values.index_select(0, index)
+    kwargs["past_key_values"].batch_select_indices(index)
     return input_ids.index_select(0, index), selected
 
 

@@ -26,18 +26,9 @@ class Memory:
     card_name: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class CgroupFiles:
-    """Where a version of cgroups keeps the limit, the usage and the statistics of memory."""
-
-    mount: str
-    limit: str
-    usage: str
-    stat_prefix: str
-
-
-_CGROUP_V2 = CgroupFiles("", "memory.max", "memory.current", "")
-_CGROUP_V1 = CgroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+# Folder below the mount; files of the limit and the usage; how lines of memory.stat begin
+_CGROUP_V2 = ("", "memory.max", "memory.current", "")
+_CGROUP_V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
 def measure_memory(*, ram: int | None = None, vram: int | None = None) -> Memory:
@@ -71,30 +62,26 @@ def _free_bytes_of_cgroups(root: Path) -> Iterator[int]:
             continue
         _, controllers, path = fields
         if not controllers:
-            files = _CGROUP_V2
+            mount, *names = _CGROUP_V2
         elif "memory" in controllers.split(","):
-            files = _CGROUP_V1
+            mount, *names = _CGROUP_V1
         else:
             continue
         # In a container the mount may begin at the process's own cgroup, and the path not exist
         parts = PurePosixPath(path.lstrip("/")).parts
         depth = 0 if ".." in parts else len(parts)
         for length in range(depth, -1, -1):
-            folder = (root / "sys/fs/cgroup" / files.mount).joinpath(*parts[:length])
-            free_bytes = _free_bytes_of_cgroup(folder, files)
-            if free_bytes is not None:
-                yield free_bytes
+            folder = (root / "sys/fs/cgroup" / mount).joinpath(*parts[:length])
+            yield from _free_bytes_of_cgroup(folder, *names)
 
 
-def _free_bytes_of_cgroup(folder: Path, files: CgroupFiles) -> int | None:
-    limit = _read_text(folder / files.limit).strip()
-    usage = _read_text(folder / files.usage).strip()
-    if not (limit.isdecimal() and usage.isdecimal()):  # "max" where there is no limit
-        return None
-    # Cached files count as used but make way for others: MemAvailable allows for them as well
-    pattern = rf"^{files.stat_prefix}(?:in)?active_file (\d+)$"
-    cached = re.findall(pattern, _read_text(folder / "memory.stat"), re.MULTILINE)
-    return max(0, int(limit) - max(0, int(usage) - sum(map(int, cached))))
+def _free_bytes_of_cgroup(folder: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    limit_bytes, used_bytes = (_read_text(folder / name).strip() for name in (limit, usage))
+    if limit_bytes.isdecimal() and used_bytes.isdecimal():  # "max" where there is no limit
+        # Cached files count as used but make way for others: MemAvailable allows for them as well
+        pattern = rf"^{prefix}(?:in)?active_file (\d+)$"
+        cached = re.findall(pattern, _read_text(folder / "memory.stat"), re.MULTILINE)
+        yield max(0, int(limit_bytes) - max(0, int(used_bytes) - sum(map(int, cached))))
 
 
 def _read_text(path: Path) -> str:

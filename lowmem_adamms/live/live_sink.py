@@ -8,7 +8,7 @@ are complete.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -42,8 +42,8 @@ class LiveSink:
         source: Source,
     ) -> None:
         self._on_host = isinstance(source, MappedFiles)
-        self._targets: dict[str, _Target] = {}
-        self._touched: list[_Target] = []
+        self._targets: dict[str, _DirectTarget | _StagedTarget] = {}
+        self._touched: list[_DirectTarget | _StagedTarget] = []
         steps = {step.name: step for step in plan.steps}
         merged = {name for name, step in steps.items() if step.action == "interpolate"}
         if lost := merged & set(ignored):
@@ -61,7 +61,7 @@ class LiveSink:
             # Embedding and head that are equal on disk but written separately may come to differ
             untie_parameter(model, group.target)
             param = model.get_parameter(group.target)
-        target: _Target
+        target: _DirectTarget | _StagedTarget
         if group.converter is None and not is_quantized(param) and param.is_contiguous():
             target = _DirectTarget(param, torch_dtype(members[0].dtype))
         else:
@@ -104,16 +104,6 @@ class LiveSink:
         self._targets, self._touched = {}, []
 
 
-class _Target(Protocol):
-    """Where one group's bytes go."""
-
-    param: torch.Tensor
-
-    def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor: ...
-    def flush(self) -> None: ...
-    def discard(self) -> None: ...
-
-
 class _DirectTarget:
     """A parameter's own memory; where it has another dtype, cast window by window."""
 
@@ -150,15 +140,12 @@ class _StagedTarget:
     ) -> None:
         self.param = param
         self._model, self._group, self._members = model, group, members
-        self._device = param.device
         self._sizes = {step.name: step.nbytes for step in members}
         self.discard()
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
         if name not in self._staged:
-            self._staged[name] = self.param.new_empty(
-                self._sizes[name], dtype=torch.uint8, device=self._device
-            )
+            self._staged[name] = self.param.new_empty(self._sizes[name], dtype=torch.uint8)
         self._missing_bytes -= nbytes
         return self._staged[name][offset : offset + nbytes]
 

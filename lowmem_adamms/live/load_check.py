@@ -16,7 +16,7 @@ from ..checkpoints.span import Span
 from ..errors import FormatError
 from ..mapping.plan import Plan
 from .device_source import as_tensor, bytes_of, torch_dtype
-from .transformers_model import TensorGroup, convert, equals_parameter, get_state, is_quantized
+from .transformers_model import TensorGroup, convert, equals_parameter, is_quantized
 
 CHUNK_BYTES = 16 << 20
 """Bytes compared at a time."""
@@ -28,7 +28,7 @@ def check_loaded(model: Any, plan: Plan, groups: Sequence[TensorGroup], files: M
     Tensors that transformers converts or bitsandbytes quantizes are compared after the same has
     been done to the bytes on disk.
     """
-    state = get_state(model)
+    state = model.state_dict(keep_vars=True)
     checked: set[int] = set()  # addresses, as tied parameters have several names
     for group in groups:
         spans = [plan.base.tensors[name] for name in group.names]

@@ -7,8 +7,10 @@ nothing in a header tells them. Imports no torch, so that `plan` can show the de
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -42,6 +44,7 @@ SPARE_BYTES = 256 << 20
 
 _DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 _QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")  # from the most exact down
+_MEMORY_NAMES = {"cuda": "VRAM", "cpu": "RAM"}
 _LINEAR_KINDS = frozenset({"attention", "MLP", "vision tower", "connector"})
 _CACHED_ROLE = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
 
@@ -50,8 +53,7 @@ _CACHED_ROLE = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
 class Placement:
     """One way to hold the model and its sources, and to answer a batch.
 
-    The sources are the base and donor weights of all interpolated parts, which every `apply` reads;
-    `locate_sources` tells where each of them is.
+    The sources are the base and donor weights of all interpolated parts, which every `apply` reads.
 
     quantize: "int8", "nf4", or None for a model that is not quantized.
     dtype: of the parameters (of a quantized model, those that stay whole), as in `DTYPES`.
@@ -113,7 +115,8 @@ def place(
     settings are not read: `memory` has them.
 
     quantize, dtype: used where `live_quantize` and `live_dtype` are None. A dtype that is None
-    becomes that of most of the output's bytes.
+    becomes that of most of the output's bytes. Where bitsandbytes is missing, a model is quantized
+    only if that was asked for.
 
     Raises PlacementError with the sums if nothing that was asked for fits, and RecipeError if a
     setting is not one of its choices.
@@ -123,6 +126,8 @@ def place(
         raise RecipeError(f"--device {device}: expected cpu or cuda")
     if quantize not in (None, *_QUANTIZATIONS):
         raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
+    if quantize is None and importlib.util.find_spec("bitsandbytes") is None:
+        quantize = "none"
     live_dtype = _choose_dtype(plan, settings.live_dtype or dtype)
     batch_sizes = BATCH_SIZES if settings.batch_size is None else (settings.batch_size,)
     options = _list_options(plan, memory, live_dtype, batch_sizes)
@@ -148,12 +153,16 @@ def _list_options(
     quantizable = (_loaded_bytes(step, dtype) for step in plan.steps if _is_quantizable(step))
     # While a tensor is quantized, its blend, a copy of it and the result exist at once
     staging_bytes = 3 * max(quantizable, default=0)
-    model_bytes = {quantize: _model_bytes(plan, dtype, quantize) for quantize in _QUANTIZATIONS}
+    model_bytes = {
+        quantize: sum(
+            _stored_bytes(step, _loaded_bytes(step, dtype), quantize) for step in plan.steps
+        )
+        for quantize in _QUANTIZATIONS
+    }
     kv_cache_bytes = _kv_cache_bytes_per_sequence(plan, dtype)
     available: dict[Device, int | None] = {"cuda": memory.vram_bytes, "cpu": memory.ram_bytes}
     options = []
-    for device, quantize in product(_DEVICES, _QUANTIZATIONS):
-        available_bytes = available[device]
+    for (device, available_bytes), quantize in product(available.items(), _QUANTIZATIONS):
         if available_bytes is None:
             continue
         for batch_size in batch_sizes:
@@ -180,20 +189,16 @@ def _choose_dtype(plan: Plan, dtype: str | None) -> DType:
     """The one asked for, else that of most of the output's bytes."""
     if dtype is not None:
         return DTYPES[parse_dtype(dtype)]
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for step in plan.steps:
         if step.dtype.blendable:
-            sizes[step.dtype.name] = sizes.get(step.dtype.name, 0) + step.nbytes
-    return DTYPES[max(sizes, key=lambda name: sizes[name])]
+            sizes[step.dtype.name] += step.nbytes
+    return DTYPES[sizes.most_common(1)[0][0]]
 
 
 def output_bytes(plan: Plan, quantize: Quantization | None = None) -> int:
     """Bytes of the tensors that a merge writes; of a quantized output an estimate from headers."""
     return sum(_stored_bytes(step, step.nbytes, quantize) for step in plan.steps)
-
-
-def _model_bytes(plan: Plan, dtype: DType, quantize: Quantization) -> int:
-    return sum(_stored_bytes(step, _loaded_bytes(step, dtype), quantize) for step in plan.steps)
 
 
 def _loaded_bytes(step: Step, dtype: DType) -> int:
@@ -231,10 +236,10 @@ def _kv_cache_bytes_per_sequence(plan: Plan, dtype: DType) -> int:
 
     Streams of one layer (CogVLM's experts) share its cache: each token goes through one of them.
     """
-    rows: dict[str, int] = {}
+    rows: Counter[str] = Counter()
     for _, part in plan.parts:
         if part.role and _CACHED_ROLE.fullmatch(part.role.partition("@")[0]):
-            rows[part.role] = rows.get(part.role, 0) + part.rows[1] - part.rows[0]
+            rows[part.role] += part.rows[1] - part.rows[0]
     widest: dict[str, int] = {}
     for role, count in rows.items():
         plain_role = role.partition("@")[0]
@@ -245,39 +250,28 @@ def _kv_cache_bytes_per_sequence(plan: Plan, dtype: DType) -> int:
 # Where base and donor bytes are kept
 
 
-def locate_sources(plan: Plan, placement: Placement) -> Iterator[tuple[Step, Part, Location]]:
-    """Every interpolated part in plan order, and where its base and donor bytes are kept."""
-    blended = list(_blended_parts(plan))
-    sizes = (_source_bytes(part) for _, part in blended)
-    locations = _fill(sizes, placement.vram_source_bytes, placement.pinned_source_bytes)
-    for (step, part), location in zip(blended, locations, strict=True):
-        yield step, part, location
+def locate_sources(
+    plan: Plan, vram_bytes: int, pinned_bytes: int
+) -> Iterator[tuple[Part, int, Location]]:
+    """Every interpolated part in plan order, its base and donor bytes, and where they are kept.
 
-
-def _blended_parts(plan: Plan) -> Iterator[tuple[Step, Part]]:
-    return ((step, part) for step, part in plan.parts if part.donor)
-
-
-def _source_bytes(part: Part) -> int:
-    return part.base.nbytes + (part.donor.nbytes if part.donor else 0)
-
-
-def _fill(sizes: Iterable[int], vram_bytes: int, pinned_bytes: int) -> Iterator[Location]:
-    """A location for each size in turn: the card until one does not fit, then pinned, then cache.
-
-    A location that was once left is not used again, so that more memory never holds less, and the
-    sums of bytes in a Placement are enough to find the locations again.
+    The card is filled until a part does not fit, then pinned RAM. A location that was once left is
+    not used again, so that more memory never holds less, and the sums of bytes in a Placement are
+    enough to find the locations again.
     """
     remaining: list[tuple[Location, int]] = [("vram", vram_bytes), ("pinned", pinned_bytes)]
-    for size in sizes:
+    for _, part in plan.parts:
+        if part.donor is None:
+            continue
+        size = part.base.nbytes + part.donor.nbytes
         while remaining and size > remaining[0][1]:
             del remaining[0]
         if not remaining:
-            yield "cache"
+            yield part, size, "cache"
             continue
         location, free_bytes = remaining[0]
         remaining[0] = location, free_bytes - size
-        yield location
+        yield part, size, location
 
 
 def _place_sources(plan: Plan, memory: Memory, chosen: Placement, lines: list[str]) -> Placement:
@@ -289,9 +283,8 @@ def _place_sources(plan: Plan, memory: Memory, chosen: Placement, lines: list[st
     on_card = chosen.device == "cuda"
     vram_bytes = chosen.available_bytes - chosen.required_bytes if on_card else 0
     pinned_bytes = memory.ram_bytes // 2 if on_card else 0
-    sizes = [_source_bytes(part) for _, part in _blended_parts(plan)]
-    total: dict[Location, int] = {"vram": 0, "pinned": 0, "cache": 0}
-    for location, size in zip(_fill(sizes, vram_bytes, pinned_bytes), sizes, strict=True):
+    total: Counter[Location] = Counter()
+    for _, size, location in locate_sources(plan, vram_bytes, pinned_bytes):
         total[location] += size
     used_ram = total["pinned"] + SPARE_BYTES if on_card else chosen.required_bytes
     free_ram = max(0, memory.ram_bytes - used_ram)
@@ -340,7 +333,7 @@ def _describe_cache(option: Placement) -> str:
     return f"{format_size(option.kv_cache_bytes)} key-value cache of {tokens}"
 
 
-def _explain_sources(total: dict[Location, int], free_ram: int) -> Iterator[str]:
+def _explain_sources(total: Counter[Location], free_ram: int) -> Iterator[str]:
     """Where base and donor are, and how much of them each alpha must read from the disk again."""
     where = ", ".join(
         f"{format_size(total[location])} {name}"
@@ -363,10 +356,9 @@ def _explain_sources(total: dict[Location, int], free_ram: int) -> Iterator[str]
 
 
 def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement]) -> str:
-    """What the smallest allowed option on each device lacks, and what would fit instead."""
+    """What the last allowed option on each device lacks, and what would fit instead."""
     help = "a smaller model would help"
-    fitting = next((option for option in options if option.fits), None)
-    if fitting:
+    if fitting := next((option for option in options if option.fits), None):
         quantize = fitting.quantize or "none"
         help = f"--device {fitting.device} --live-quantize {quantize} would fit"
     if not allowed:  # there is always an option on the CPU, so a card was asked for
@@ -374,18 +366,13 @@ def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement])
             f"no CUDA card was found, or --vram 0 rules it out; {help},"
             " --vram SIZE plans for a card that nvidia-smi does not show"
         )
-    smallest = {
-        device: min(on_device, key=lambda option: option.required_bytes)
-        for device in _DEVICES
-        if (on_device := [option for option in allowed if option.device == device])
-    }
-    memory_names = {"cuda": "VRAM", "cpu": "RAM"}
+    smallest = {option.device: option for option in allowed}
     shortages = ", ".join(
-        f"{option} needs {format_size(option.required_bytes)} of {memory_names[device]}"
+        f"{option} needs {format_size(option.required_bytes)} of {_MEMORY_NAMES[device]}"
         f" but {format_size(option.available_bytes)} is free"
         for device, option in smallest.items()
     )
-    free = " and ".join(f"--{memory_names[device].lower()}" for device in smallest)
+    free = " and ".join(f"--{_MEMORY_NAMES[device].lower()}" for device in smallest)
     first = allowed[0]  # nothing fits, so that all have the last batch size
     if first.batch_size > 1:
         help += ", a smaller --batch-size may help"

@@ -28,74 +28,60 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     refuse_remote_code(folder, trust_remote_code)
     transformers = importlib.import_module("transformers")
-    options = {"trust_remote_code": trust_remote_code}
-    with quiet():
-        try:
-            processor = transformers.AutoProcessor.from_pretrained(folder, **options)
-        except ImportError as error:
-            processor = _load_without_videos(transformers, folder, options, error)
-        except (OSError, ValueError) as error:
-            if "torchvision" in str(error):  # some processors say so with a ValueError
-                processor = _load_without_videos(transformers, folder, options, error)
-            elif any((folder / name).is_file() for name in _PROCESSOR_FILES):
-                reason = first_line(error)
-                raise FormatError(f"{folder}: its processor cannot be read ({reason})") from None
-            else:
-                processor = _load_tokenizer(transformers, folder, options)
+    has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
+    auto_class = transformers.AutoProcessor if has_processor else transformers.AutoTokenizer
+    try:
+        with quiet():
+            try:
+                processor = auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            except (ImportError, ValueError) as error:  # some processors say it with a ValueError
+                if "torchvision" not in str(error).lower():
+                    raise
+                processor = _build_without_videos(transformers, folder, trust_remote_code)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"{folder}: its processor needs what is not installed: {reason}"
+        ) from None
+    except (OSError, ValueError) as error:
+        if has_processor:
+            reason = first_line(error)
+            raise FormatError(f"{folder}: its processor cannot be read ({reason})") from None
+        raise FormatError(
+            f"{folder}: no tokenizer that can be read in it; copy {_TOKENIZER_FILES} there"
+        ) from None
     if len(getattr(processor, "tokenizer", processor)) < SMALLEST_VOCABULARY:
         raise FormatError(f"{folder}: no tokenizer in it; copy {_TOKENIZER_FILES} there")
     return processor
 
 
-def _load_tokenizer(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError):
-        raise FormatError(
-            f"{folder}: no tokenizer that can be read in it; copy {_TOKENIZER_FILES} there"
-        ) from None
-
-
-def _load_without_videos(
-    transformers: Any, folder: Path, options: dict[str, Any], missing: Exception
-) -> Any:
-    """The processor without its video part, if torchvision is all that is missing."""
-    try:
-        if "torchvision" in str(missing).lower():
-            return _build_without_videos(transformers, folder, options)
-    except ImportError as error:
-        missing = error
-    reason = " ".join(str(missing).split())
-    raise RecipeError(f"{folder}: its processor needs what is not installed: {reason}")
-
-
-def _build_without_videos(transformers: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The processor from its parts, with `_NoVideos` as its video processor."""
-    name = _read_processor_class(folder)
+def _build_without_videos(transformers: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The processor of a known class from its parts, with `_NoVideos` as its video processor."""
+    files = [folder / file for file in (*_PROCESSOR_FILES, "tokenizer_config.json")]
+    found = [
+        json.loads(path.read_bytes()).get("processor_class") for path in files if path.is_file()
+    ]
+    name = next(filter(None, found), None)
     if name is None:
         raise FormatError(f"{folder}: none of its files names its processor_class")
     processor_class = getattr(transformers, name)
-
-    def check_argument(self: Any, attribute: str, argument: Any) -> Any:
-        if argument is None:
-            return None
-        return processor_class.check_argument_for_proper_class(self, attribute, argument)
-
+    # Its own check would refuse a part that is None
     lenient_class: Any = type(
-        name, (processor_class,), {"check_argument_for_proper_class": check_argument}
+        name, (processor_class,), {"check_argument_for_proper_class": lambda *_: None}
     )
     loaders = {
         "image_processor": transformers.AutoImageProcessor,
         "tokenizer": transformers.AutoTokenizer,
     }
-    parts = processor_class.get_attributes()
-    arguments = [
-        loaders[part].from_pretrained(folder, **options) if part in loaders else None
-        for part in parts
-    ]
+    parts = {
+        part: loaders[part].from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if part in loaders
+        else None
+        for part in processor_class.get_attributes()
+    }
     settings, _ = processor_class.get_processor_dict(folder)
-    processor = lenient_class.from_args_and_dict(arguments, settings)
-    for part in set(parts) - set(loaders):
+    processor = lenient_class.from_args_and_dict(list(parts.values()), settings)
+    for part in parts.keys() - loaders.keys():
         setattr(processor, part, _NoVideos())  # SmolVLM asks it for settings, whatever is shown
     return processor
 
@@ -106,11 +92,3 @@ class _NoVideos:
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-def _read_processor_class(folder: Path) -> str | None:
-    for file in (*_PROCESSOR_FILES, "tokenizer_config.json"):
-        path = folder / file
-        if path.is_file() and (name := json.loads(path.read_bytes()).get("processor_class")):
-            return str(name)
-    return None

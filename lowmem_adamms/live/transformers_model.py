@@ -118,23 +118,12 @@ def build_skeleton(
         quantizer = quantizers.AutoHfQuantizer.from_config(
             quantization_config(quantize), pre_quantized=False
         )
-        with _default_dtype(model_dtype):  # of the biases it makes
+        modeling = importlib.import_module("transformers.modeling_utils")
+        with modeling.local_torch_dtype(model_dtype):  # of the biases it makes
             quantizer.preprocess_model(model=model, dtype=model_dtype, device_map={"": "cpu"})
         mapping = importlib.import_module("transformers.conversion_mapping")
         model._weight_conversions = mapping.get_model_conversion_mapping(model, None, None)
     return model, quantizer
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def quantization_config(quantize: str) -> Any:
@@ -183,8 +172,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 def _choose_auto_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
     """The class that allowed remote code is announced for, else the one that knows the config."""
     announced = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
-    for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM"):
-        if name in announced and hasattr(transformers, name):  # 5 has no Vision2Seq
+    for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
+        if name in announced:
             return getattr(transformers, name)
     known = transformers.AutoModelForImageTextToText._model_mapping
     if type(config) in known.keys():  # noqa: SIM118  (a lazy mapping without __contains__)
@@ -207,7 +196,7 @@ class TensorGroup:
     names: tuple[str, ...]
     target: str
     converter: Any = None
-    patterns: tuple[str, ...] = ()
+    patterns: tuple[str | None, ...] = ()
 
 
 def group_tensors(model: Any, names: Sequence[str]) -> tuple[list[TensorGroup], list[str]]:
@@ -216,7 +205,7 @@ def group_tensors(model: Any, names: Sequence[str]) -> tuple[list[TensorGroup], 
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [each for each in conversions if isinstance(each, core.WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, core.WeightConverter)]
-    state = get_state(model)
+    state = model.state_dict(keep_vars=True)
     prefix = model.base_model_prefix
     members: dict[str, list[tuple[str, str | None]]] = {}
     ignored: list[str] = []
@@ -233,14 +222,11 @@ def group_tensors(model: Any, names: Sequence[str]) -> tuple[list[TensorGroup], 
     groups = []
     for target, found in members.items():
         converted = [(name, pattern) for name, pattern in found if pattern is not None]
-        if converted:
-            group_names, patterns = zip(*converted, strict=True)
-            groups.append(TensorGroup(group_names, target, by_pattern[patterns[0]], patterns))
-            ignored += [name for name, pattern in found if pattern is None]
-        else:
-            # Of several tensors for one parameter the loader takes the first
-            groups.append(TensorGroup((found[0][0],), target))
-            ignored += [name for name, _ in found[1:]]
+        # Of several tensors for one parameter, without conversion, the loader takes the first
+        group_names, patterns = zip(*(converted or found[:1]), strict=True)
+        converter = by_pattern.get(patterns[0])
+        groups.append(TensorGroup(group_names, target, converter, patterns))
+        ignored += [name for name, _ in found if name not in group_names]
     return groups, ignored
 
 
@@ -259,18 +245,8 @@ def convert(
     }
 
 
-def get_state(model: Any) -> dict[str, Any]:
-    """Parameters and persistent buffers by name; tied ones are there under each of their names."""
-    state = dict(model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                state[f"{path}.{name}" if path else name] = buffer
-    return state
-
-
 def loaded_dtype(model: Any, name: str, state: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which a loader keeps a parameter of a skeleton. state: of `get_state`."""
+    """The dtype in which a loader keeps a parameter of a skeleton. state: of its `state_dict`."""
     for pattern, dtype in model._get_dtype_plan(model.config.dtype).items():
         if re.search(rf"(^|\.){pattern}($|\.)", name):
             return dtype  # type: ignore[no-any-return]
@@ -374,9 +350,3 @@ def check_runnable(model: Any) -> None:
                 f" {module.in_features} wide, which is no multiple of 64; use --live-quantize"
                 " int8 or none, or a card"
             )
-
-
-def next_model_kwargs(model: Any, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for the next token: mask and positions grown by one, the cache of `outputs`."""
-    grown: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, kwargs)
-    return grown

@@ -47,9 +47,8 @@ class VisionCache:
             yield
         finally:
             for (owner, name), old in zip(methods, before, strict=True):
-                if old is None:
-                    delattr(owner, name)
-                else:
+                delattr(owner, name)
+                if old is not None:
                     setattr(owner, name, old)
 
     def _remember(self, compute: Callable[..., Any]) -> Callable[..., Any]:

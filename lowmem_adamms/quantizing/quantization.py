@@ -134,7 +134,7 @@ def _casts(
 ) -> dict[str, DType]:
     """The steps that a loader casts, and to what."""
     steps = {step.name: step for step in plan.steps}
-    state = transformers_model.get_state(model)
+    state = model.state_dict(keep_vars=True)
     casts = {}
     for group in groups:
         wanted = _dtype_of(transformers_model.loaded_dtype(model, group.target, state))

@@ -80,7 +80,8 @@ def test_every_span_has_the_bytes_of_its_file_which_what_is_held_needs_no_more(
     source = DeviceSource(plan, files, placement, "cpu")
     files.seen.clear()
     found = set()
-    for _, part, location in locate_sources(plan, placement):
+    held = placement.vram_source_bytes, placement.pinned_source_bytes
+    for part, _, location in locate_sources(plan, *held):
         found.add(location)
         assert part.donor is not None
         for span in (part.base, part.donor):

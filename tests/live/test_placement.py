@@ -337,7 +337,8 @@ def test_sources_fill_the_card_then_pinned_memory_then_the_page_cache(small: Mak
     assert found.vram_source_bytes == 960 + 48
     assert found.pinned_source_bytes == 384 + 192 + 192  # o would be 1152 of the 1000
     assert found.cached_source_bytes == SOURCES - 960 - 48 - 768
-    where = [(part.role, location) for _, part, location in locate_sources(plan, found)]
+    sources = locate_sources(plan, found.vram_source_bytes, found.pinned_source_bytes)
+    where = [(part.role, location) for part, _, location in sources]
     assert where[:5] == [
         ("embed", "vram"),
         ("layers.0.attn_norm.weight", "vram"),
@@ -443,9 +444,12 @@ def test_nothing_is_promised_twice_or_left_out(mplug: Plan, ram: int, vram: int 
     assert free is not None and held <= free
     assert found.pinned_source_bytes <= ram // 2
     sums = {"vram": 0, "pinned": 0, "cache": 0}
-    for _, part, location in locate_sources(mplug, found):
+    for part, nbytes, location in locate_sources(
+        mplug, found.vram_source_bytes, found.pinned_source_bytes
+    ):
         assert part.donor is not None
-        sums[location] += part.base.nbytes + part.donor.nbytes
+        assert nbytes == part.base.nbytes + part.donor.nbytes
+        sums[location] += nbytes
     assert sums == {
         "vram": found.vram_source_bytes,
         "pinned": found.pinned_source_bytes,

@@ -209,7 +209,7 @@ def assert_join_is_the_loaders(
             assert group.target in found
             assert not made.keys() & found.keys()
             made |= found
-        state = transformers_model.get_state(model)
+        state = model.state_dict(keep_vars=True)
         differing = [name for name in made if not same_bits(made[name], state[name])]
         assert differing == []
         loaded = {state[name].data_ptr() for name in made}
@@ -304,12 +304,12 @@ def test_state_has_tied_parameters_twice_and_only_persistent_buffers(
     ancestors: dict[str, tiny.Tensors], tmp_path: Path
 ) -> None:
     model = load(tiny.make("qwen2", tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
-    state = transformers_model.get_state(model)
+    state = model.state_dict(keep_vars=True)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
     assert state.keys() == model.state_dict().keys()
     assert [name for name, _ in model.named_buffers()]  # and none of them persistent
     model.register_buffer("kept", torch.zeros(1))
-    assert "kept" in transformers_model.get_state(model)
+    assert "kept" in model.state_dict(keep_vars=True)
 
 
 def test_untying_keeps_the_numbers_and_parts_the_memory(
