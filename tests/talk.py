@@ -34,9 +34,7 @@ DONORS = {
     "llama": "llava",
     "cogvlm": "llava",
     "mplug_owl2": "cogvlm",
-    "internvl": "llava_onevision",
     "idefics3": "llava",
-    "smolvlm": "cogvlm",
 }
 """A donor of the same line for every base."""
 TEXT_ONLY = ("qwen2", "llama", "mistral")

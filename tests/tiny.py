@@ -41,7 +41,6 @@ NOISE = 0.1  # of each tensor's RMS: cosine 0.995 with the ancestor, 0.99 with a
 PATCH, SIDE = 14, 28
 ODD_BYTES = slice(94, 256)  # ids of the bytes that are no printable ASCII
 REMOTE = Path(__file__).parent / "remote"
-INTERN_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 IDEFICS_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
@@ -324,17 +323,10 @@ def add_tokenizer(folder: Path) -> Path:
         "qwen2_vl": BASE_TOKENS,
         "qwen2_5_vl": BASE_TOKENS,
         "qwen3_vl": BASE_TOKENS,
-        "internvl": INTERN_TOKENS,
         "idefics3": IDEFICS_TOKENS,
-        "smolvlm": IDEFICS_TOKENS,
     }.get(family, ())
     with quiet():
         write_tokenizer(folder, added, size=KINDS[kind].tokens - len(SHARED_TOKENS))
-    if family == "internvl":
-        path = folder / "tokenizer_config.json"
-        named = zip(("start_image", "end_image", "context_image", "video"), added, strict=True)
-        own = {"extra_special_tokens": {f"{name}_token": token for name, token in named}}
-        _write_json(path, json.loads(path.read_text(encoding="utf-8")) | own)
     return folder
 
 
@@ -354,7 +346,7 @@ def add_processor(folder: Path) -> Path:
             (folder / name).write_text(content, encoding="utf-8")
         else:
             _write_json(folder / name, content)
-    qwen = family.startswith("qwen") or "onevision" in family or family == "internvl"
+    qwen = family.startswith("qwen") or "onevision" in family
     last = KINDS["qwen2" if qwen else "llama"].tokens
     start = last - len(SHARED_TOKENS)
     ends = [last - 1, start] if "qwen" in family else last - 1
@@ -553,8 +545,6 @@ _CLIP: Config = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
-_SIGLIP: Config = {**_CLIP, "image_size": 2 * SIDE}
-_SHUFFLED = (2 * SIDE // PATCH) ** 2 // 4  # tokens of an image, each made of four patches
 _QWEN_IMAGE = KINDS["qwen2"].tokens
 
 
@@ -563,10 +553,6 @@ def _qwen(**vision: Any) -> Config:
     ids = {name: _QWEN_IMAGE + offset for offset, name in enumerate(names) if name}
     tower = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "hidden_size": 32, **vision}
     return {**ids, "vision_config": tower}
-
-
-def _idefics(tower: str) -> Config:
-    return {"vision_config": {**_SIGLIP, "model_type": tower}, "image_token_id": ROWS}
 
 
 _PINPOINTS: Config = {"image_grid_pinpoints": [[SIDE, SIDE]]}
@@ -591,24 +577,19 @@ VISION = {
         },
         384,
     ),
-    # InternVL3 as OpenGVLab publishes it for transformers (-hf)
-    "internvl": Family(
-        "InternVL",
-        "qwen2",
+    "idefics3": Family(
+        "Idefics3",
+        "llama",
         {
             "vision_config": {
-                **_SIGLIP,
-                "norm_type": "layer_norm",
-                "attention_bias": True,
-                "use_qk_norm": False,
-                "model_type": "internvl_vision",
+                **_CLIP,
+                "image_size": 2 * SIDE,
+                "model_type": "idefics3_vision",
             },
-            "image_token_id": _QWEN_IMAGE + INTERN_TOKENS.index("<IMG_CONTEXT>"),
-            "image_seq_length": _SHUFFLED,
+            "image_token_id": ROWS,
         },
+        384,
     ),
-    "idefics3": Family("Idefics3", "llama", _idefics("idefics3_vision"), 384),
-    "smolvlm": Family("SmolVLM", "llama", _idefics("smolvlm_vision"), 384),
     "qwen2_vl": Family("Qwen2VL", "qwen2", _qwen(embed_dim=32, hidden_size=HIDDEN)),
     "qwen2_5_vl": Family("Qwen2_5_VL", "qwen2", _qwen(**_WIDER, fullatt_block_indexes=[1])),
     # Features of two layers of the tower enter two layers of the decoder (deepstack)
@@ -766,16 +747,6 @@ _CLIP_TOKENS: Config = {
 }
 
 
-def _idefics_files(name: str) -> dict[str, Any]:
-    images = {
-        "image_processor_type": f"{name}ImageProcessor",
-        "do_image_splitting": False,
-        "size": {"longest_edge": 2 * SIDE},
-        "max_image_size": {"longest_edge": 2 * SIDE},
-    }
-    return _llava_files(name, _VICUNA_CHAT, images, {"image_seq_len": _SHUFFLED})
-
-
 _PROCESSORS: dict[str, dict[str, Config | str]] = {
     "qwen2_vl": _qwen_files("Qwen2VLProcessor"),
     "qwen2_5_vl": _qwen_files("Qwen2_5_VLProcessor"),
@@ -806,18 +777,17 @@ _PROCESSORS: dict[str, dict[str, Config | str]] = {
             "vision_feature_select_strategy": "full",
         },
     ),
-    "internvl": _llava_files(
-        "InternVL",
-        _ONEVISION_CHAT.replace("<image>", "<IMG_CONTEXT>"),
+    "idefics3": _llava_files(
+        "Idefics3",
+        _VICUNA_CHAT,
         {
-            "image_processor_type": "GotOcr2ImageProcessor",
-            "size": {"height": 2 * SIDE, "width": 2 * SIDE},
-            "crop_to_patches": False,
+            "image_processor_type": "Idefics3ImageProcessor",
+            "do_image_splitting": False,
+            "size": {"longest_edge": 2 * SIDE},
+            "max_image_size": {"longest_edge": 2 * SIDE},
         },
-        {"image_seq_length": _SHUFFLED},
+        {"image_seq_len": _PATCHES},  # four of an image's 16 patches make a token
     ),
-    "idefics3": _idefics_files("Idefics3"),
-    "smolvlm": _idefics_files("SmolVLM"),
     "mplug_owl2": _llava_files(
         "MPLUGOwl2",
         _VICUNA_CHAT.replace("<image>\\n", "<|image|>"),

@@ -109,27 +109,27 @@ class _DirectTarget:
 
     def __init__(self, param: torch.Tensor, dtype: torch.dtype) -> None:
         self.param, self._loaded, self._dtype = param, param.detach(), dtype
-        self._staged: list[tuple[int, torch.Tensor]] = []  # first element, bytes
+        self._staged: dict[int, torch.Tensor] = {}  # bytes by their first element
 
     def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
         if self._dtype == self._loaded.dtype:
             return bytes_of(self._loaded)[offset : offset + nbytes]
         buffer = self._loaded.new_empty(nbytes, dtype=torch.uint8)
-        self._staged.append((offset // self._dtype.itemsize, buffer))
+        self._staged[offset // self._dtype.itemsize] = buffer
         return buffer
 
     def flush(self) -> None:
         flat = self._loaded.view(-1)
-        for start, buffer in self._staged:
+        for start, buffer in self._staged.items():
             values = buffer.view(self._dtype)
             flat[start : start + len(values)].copy_(values)
-        self._staged = []
+        self._staged = {}
         # A forward pass of bitsandbytes puts cast biases in the place of a parameter's memory
         if self.param.data_ptr() != self._loaded.data_ptr():
             self.param.data = self._loaded
 
     def discard(self) -> None:
-        self._staged = []
+        self._staged = {}
 
 
 class _StagedTarget:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,22 +25,13 @@ if TYPE_CHECKING:
 
     from lowmem_adamms import LiveModel
 
-pytestmark = pytest.mark.usefixtures("one_thread", "num2words")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEW = talk.NEW
 SETTINGS = AnswerSettings(max_new_tokens=NEW)
 NO_DRAFTS = AnswerSettings(max_new_tokens=NEW, drafts=False)
 NO_FEATURES = AnswerSettings(max_new_tokens=NEW, vision_cache=False)
 PLAIN = AnswerSettings(max_new_tokens=NEW, drafts=False, vision_cache=False)
-
-
-@pytest.fixture(scope="module")
-def num2words() -> Iterator[None]:
-    """SmolVLM's processor needs num2words, for videos alone."""
-    module = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "num2words", str)
-        yield
 
 
 def answerer_of(

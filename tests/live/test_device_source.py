@@ -5,7 +5,6 @@ Whole blends by way of it are compared with merged checkpoints in `test_live_mod
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,12 +87,8 @@ def test_every_span_has_the_bytes_of_its_file_which_what_is_held_needs_no_more(
             assert source.view(span).dtype == torch.uint8
             assert bytes(source.view(span).numpy()) == bytes_on_disk(span)
             assert (span in files.seen) == (location == "cache")
-            pieces = [
-                replace(span, start=start, stop=min(start + 1000, span.stop))
-                for start in range(span.start, span.stop, 1000)
-            ]
-            whole = b"".join(bytes(source.view(piece).numpy()) for piece in pieces)
-            assert whole == bytes_on_disk(span)
+            middle = replace(span, start=span.start + 2, stop=span.stop - 2)
+            assert bytes(source.view(middle).numpy()) == bytes_on_disk(middle)
             if location != "cache":
                 assert source.prefetch(span) == []
                 assert source.release(span, evict=True) is None
@@ -129,27 +124,22 @@ def source_of(files: MappedFiles, vram: int, *pairs: tuple[Span, Span]) -> Devic
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_spans_that_overlap_what_is_held_are_whole(order: int, tmp_path: Path, files: Spy) -> None:
+def test_spans_that_overlap_are_held_once_and_whole(order: int, tmp_path: Path, files: Spy) -> None:
     """A tied donor lends one tensor twice, and embedding and head may have unlike row counts."""
     base, donor = numbered(tmp_path / "base"), numbered(tmp_path / "donor")
     pairs = [
         (span_of(base, 0, 100), span_of(donor, 200, 300)),
         (span_of(base, 100, 220), span_of(donor, 200, 320)),
+        (span_of(base, 340, 460), span_of(donor, 200, 320)),
         (span_of(base, 220, 320), span_of(donor, 240, 340)),
         (span_of(base, 320, 340), span_of(donor, 260, 280)),
     ][::order]
     source = source_of(files, 10**6, *pairs)
+    assert files.seen.count(span_of(donor, 200, 320)) == 1
     for start in range(180, 360, 20):
         for stop in range(start + 20, 380, 20):
             span = span_of(donor, start, stop)
             assert bytes(source.view(span).numpy()) == bytes_on_disk(span)
-
-
-def test_the_same_tensor_is_held_once(tmp_path: Path, files: Spy) -> None:
-    base, donor = numbered(tmp_path / "base"), numbered(tmp_path / "donor")
-    lent = span_of(donor, 0, 2000)
-    source_of(files, 10**6, (span_of(base, 0, 2000), lent), (span_of(base, 2000, 4000), lent))
-    assert files.seen.count(lent) == 1
 
 
 @pytest.mark.parametrize("vram", [0, 10**7])
@@ -162,11 +152,8 @@ def test_spans_at_odd_offsets_are_right(vram: int, tmp_path: Path, files: Spy) -
     spans = (span_of(path, 1, half + 1), span_of(path, half + 1, 2 * half - 1))
     source = source_of(files, vram, spans)
     tensors = [source.view(span) for span in spans]
-    gc.collect()
-    spoil = [np.full(half, 7, np.uint8) for _ in range(4)]
     for span, tensor in zip(spans, tensors, strict=True):
         assert bytes(tensor.numpy()) == content[span.start : span.stop]
-    assert len(spoil) == 4
 
 
 def test_a_tensor_over_an_array_shares_its_memory_and_keeps_it_alive() -> None:
@@ -178,5 +165,5 @@ def test_a_tensor_over_an_array_shares_its_memory_and_keeps_it_alive() -> None:
     assert as_tensor(array).tolist() == array.tolist()  # and no warning
     assert as_tensor(array[:0]).shape == (0,)
     tensors = [as_tensor(np.full(1 << 20, value, np.uint8)) for value in range(8)]
-    assert [int(tensor.min()) for tensor in tensors] == list(range(8))
-    assert [int(tensor.max()) for tensor in tensors] == list(range(8))
+    found = [(int(tensor.min()), int(tensor.max())) for tensor in tensors]
+    assert found == [(value, value) for value in range(8)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,15 +162,8 @@ def test_the_batch_sets_the_work(small: MakePlan) -> None:
     assert (found.batch_size, found.work_bytes) == (3, (512 + 3 * 64) * MIB + 3 * KV_EACH)
 
 
-@pytest.mark.parametrize(
-    ("base", "donor"),
-    [("mplug-owl2-llama2-7b", "llava-1.5-7b-hf"), ("cogvlm-chat-7b", "llava-1.5-7b-hf")],
-)
-def test_two_streams_of_keys_and_values_share_one_cache(
-    true_size: dict[str, Checkpoint], base: str, donor: str
-) -> None:
-    plan = make_plan(true_size[base], true_size[donor])
-    assert place(plan, PLENTY).work_bytes == GIB + 32 * 2 * 4096 * 2 * 8 * 2048
+def test_two_streams_of_keys_and_values_share_one_cache(mplug: Plan) -> None:
+    assert place(mplug, PLENTY).work_bytes == GIB + 32 * 2 * 4096 * 2 * 8 * 2048
 
 
 # What is chosen
@@ -184,6 +176,7 @@ def test_two_streams_of_keys_and_values_share_one_cache(
         (32 * GB, 17 * GIB, "cuda", None, 4),
         (32 * GB, 12 * GB, "cuda", "int8", 4),
         (32 * GB, 8 * GIB, "cuda", "nf4", 8),
+        (16 * GB, 76 * GIB // 10, "cuda", "nf4", 4),  # a card of 8 GB
         (32 * GB, 6 * GIB, "cpu", None, 8),
         (18 * GB, None, "cpu", None, 2),
         (10 * GB, None, "cpu", "nf4", 8),
@@ -199,14 +192,6 @@ def test_a_7b_model_goes_to_the_fastest_device_at_the_best_precision(
         assert (found.model_bytes, found.work_bytes) == (QWEN_BF16, GIB + 8 * QWEN_KV_EACH)
 
 
-def test_a_7b_model_in_nf4_fits_a_card_of_8_gb_with_7_6_gib_free(qwen: Plan) -> None:
-    card = Memory(16 * GB, 76 * GIB // 10, "a card")
-    found = place(qwen, card)
-    assert (found.device, found.quantize, found.batch_size) == ("cuda", "nf4", 4)
-    assert found.model_bytes == 5_898_495_360
-    assert found.work_bytes == 768 * MIB + 4 * QWEN_KV_EACH + QWEN_STAGING
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_the_need_is_model_work_and_256_mib_to_the_byte(
@@ -217,17 +202,21 @@ def test_the_need_is_model_work_and_256_mib_to_the_byte(
     def free(count: int) -> Memory:
         return Memory(count, GB, None) if device == "cpu" else Memory(GB, count, None)
 
-    for batch_size, smaller in [(8, 4), (1, None), (3, None)]:
-        found = place(qwen, free(1000 * GB), batch_size=batch_size, **wish)
-        need = found.model_bytes + found.work_bytes + SPARE
-        again = place(qwen, free(need), batch_size=batch_size, **wish)
-        assert (again.device, again.quantize or "none") == (device, quantize)
-        assert (again.batch_size, again.work_bytes) == (batch_size, found.work_bytes)
-        with pytest.raises(PlacementError, match=f"at batch {batch_size} needs"):
-            place(qwen, free(need - 1), batch_size=batch_size, **wish)
-        if smaller:
-            assert place(qwen, free(need), **wish).batch_size == batch_size
-            assert place(qwen, free(need - 1), **wish).batch_size == smaller
+    found = place(qwen, free(1000 * GB), **wish)
+    need = found.model_bytes + found.work_bytes + SPARE
+    assert place(qwen, free(need), **wish).batch_size == 8
+    assert place(qwen, free(need - 1), **wish).batch_size == 4
+    with pytest.raises(PlacementError, match="at batch 8 needs"):
+        place(qwen, free(need - 1), batch_size=8, **wish)
+
+
+def test_nothing_is_quantized_unasked_where_bitsandbytes_is_missing(
+    qwen: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    card = Memory(32 * GB, 8 * GIB, "a card")
+    assert str(place(qwen, card)) == "cpu BF16 at batch 8"
+    assert str(place(qwen, card, live_quantize="nf4")) == "cuda nf4 at batch 8"
 
 
 def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
@@ -321,8 +310,6 @@ def test_the_lines_hold_the_sums(qwen: Plan) -> None:
     )
     whole = place(qwen, Memory(24 * GB, None, None)).lines
     assert whole[0] == "memory: no CUDA card, 24.00 GB of RAM available"
-    assert whole[1].endswith("of 8 x 2048 tokens")
-    assert whole[2].startswith("cpu BF16 at batch 8:") and whole[2].endswith(": chosen")
 
 
 # Where base and donor go
@@ -347,12 +334,6 @@ def test_sources_fill_the_card_then_pinned_memory_then_the_page_cache(small: Mak
     assert where[5:] and {location for _, location in where[5:]} == {"cache"}
 
 
-def test_on_the_cpu_all_sources_stay_in_the_page_cache(small: MakePlan) -> None:
-    found = place(small(), Memory(1000 * GB, 100 * GB, None), device="cpu")
-    assert (found.vram_source_bytes, found.pinned_source_bytes) == (0, 0)
-    assert (found.cached_source_bytes, found.sources_stay_cached) == (SOURCES, True)
-
-
 def test_a_line_says_what_each_alpha_reads_from_the_disk_again(qwen: Plan) -> None:
     tight = place(qwen, Memory(24 * GB, None, None))
     assert not tight.sources_stay_cached
@@ -360,7 +341,9 @@ def test_a_line_says_what_each_alpha_reads_from_the_disk_again(qwen: Plan) -> No
         "page cache: at most 5.14 GB of it stays in the RAM left;"
         " each alpha reads the other 25.31 GB or more from the disk again"
     )
-    ample = place(qwen, Memory(64 * GB, None, None))
+    ample = place(qwen, Memory(64 * GB, 100 * GB, None), device="cpu")
+    assert (ample.vram_source_bytes, ample.pinned_source_bytes) == (0, 0)
+    assert ample.sources_stay_cached
     assert "all of it fits the 45.14 GB" in ample.lines[-1]
 
 
@@ -389,20 +372,6 @@ def attempt(plan: Plan, memory: Memory) -> Placement | None:
         return place(plan, memory)
     except PlacementError:
         return None
-
-
-@given(ram=AMOUNTS, vram=AMOUNTS, more=AMOUNTS)
-def test_more_memory_never_holds_fewer_sources(mplug: Plan, ram: int, vram: int, more: int) -> None:
-    less, enough = (attempt(mplug, Memory(ram, card, None)) for card in (vram, vram + more))
-    if less is None or enough is None:
-        return
-    if (less.device, less.quantize, less.batch_size) == (
-        enough.device,
-        enough.quantize,
-        enough.batch_size,
-    ):
-        assert less.vram_source_bytes <= enough.vram_source_bytes
-        assert less.cached_source_bytes >= enough.cached_source_bytes
 
 
 @pytest.fixture(scope="module")
@@ -455,26 +424,5 @@ def test_nothing_is_promised_twice_or_left_out(mplug: Plan, ram: int, vram: int 
         "pinned": found.pinned_source_bytes,
         "cache": found.cached_source_bytes,
     }
-    blended = [part for _, part in mplug.parts if part.donor]
-    assert sum(sums.values()) == sum(
-        part.base.nbytes + part.donor.nbytes for part in blended if part.donor
-    )
-
-
-def test_the_decision_needs_neither_torch_nor_transformers(qwen: Plan) -> None:
-    script = (
-        "import sys\n"
-        "from lowmem_adamms.mapping.join import make_plan\n"
-        "from lowmem_adamms.live.free_memory import measure_memory\n"
-        "from lowmem_adamms.live.placement import place\n"
-        "from lowmem_adamms.settings import PlacementSettings\n"
-        "plan = make_plan(*sys.argv[1:])\n"
-        "print(place(plan, measure_memory(vram=24 * 10**9), PlacementSettings()).device)\n"
-        "heavy = {'torch', 'transformers', 'bitsandbytes', 'numba'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    paths = [str(qwen.base.path), str(qwen.donor.path)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *paths], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "cuda\n", "")
+    everything = sum(p.base.nbytes + p.donor.nbytes for _, p in mplug.parts if p.donor)
+    assert sum(sums.values()) == everything

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import talk
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
     from conftest import Talkers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-FAMILIES = (
-    "qwen2_vl",
-    "qwen3_vl",
-    "llava",
-    "llava_onevision",
-    "qwen2",
-    "llama",
-    "cogvlm",
-    "mplug_owl2",
-)
 
 
 class Stub:
@@ -71,44 +59,7 @@ def take_template(folder: Path) -> str:
     return str(json.loads(text)["chat_template"]) if found.suffix == ".json" else text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_becomes_what_transformers_makes_of_it(
-    talker: Talkers, images: tuple[Path, ...], family: str
-) -> None:
-    live = talker(family)
-    encoder = Encoder(live.model, live.plan.base.path, trust_remote_code=True)
-    for prompt in talk.ask(family, images):
-        mine, theirs = (
-            encoder.encode([prompt]),
-            talk.inputs_of(live.model, encoder.processor, prompt),
-        )
-        assert mine.keys() == theirs.keys()
-        for name, value in theirs.items():
-            torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_short_prompts_are_padded_on_the_left(
-    talker: Talkers, images: tuple[Path, ...], family: str
-) -> None:
-    live, prompts = talker(family), talk.ask(family, images)
-    encoder = Encoder(live.model, live.plan.base.path, trust_remote_code=True)
-    together = encoder.encode(prompts)
-    lengths = together["attention_mask"].sum(-1).tolist()
-    assert len(set(lengths)) > 2
-    width = together["input_ids"].shape[1]
-    assert width == max(lengths)
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        alone = encoder.encode([prompt])
-        expected = torch.zeros(width, dtype=torch.long)
-        expected[width - length :] = 1
-        assert together["attention_mask"][row].tolist() == expected.tolist()
-        for name, value in alone.items():
-            if isinstance(value, torch.Tensor) and value.shape == alone["input_ids"].shape:
-                assert together[name][row, width - length :].tolist() == value[0].tolist(), name
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava", "cogvlm"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "cogvlm"])
 def test_pixels_are_in_the_models_dtype_and_ids_stay_whole_numbers(
     talker: Talkers, images: tuple[Path, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,13 +144,13 @@ def test_a_chat_template_counts_wherever_a_folder_keeps_it(
     prompt = Prompt("What is it?", images[:1])
     expected = Encoder(Stub(), folder).encode([prompt])["input_ids"].tolist()
     template = take_template(folder)
-
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    assert Encoder(Stub(), folder).encode([prompt])["input_ids"].tolist() == expected
-    take_template(folder)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert Encoder(Stub(), folder).encode([prompt])["input_ids"].tolist() == expected
-    take_template(folder)
+    for name, content in (
+        ("chat_template.jinja", template),
+        ("chat_template.json", json.dumps({"chat_template": template})),
+    ):
+        (folder / name).write_text(content, encoding="utf-8")
+        assert Encoder(Stub(), folder).encode([prompt])["input_ids"].tolist() == expected
+        take_template(folder)
     change(folder / "tokenizer_config.json", chat_template=template)
     assert Encoder(Stub(), folder).encode([prompt])["input_ids"].tolist() == expected
 
@@ -293,8 +244,7 @@ def test_an_image_marker_in_the_text_is_an_error_that_names_the_prompt(
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [("qwen2_vl", ImportError), ("qwen3_vl", ValueError), ("llava_onevision", ImportError)],
+    ("family", "kind"), [("qwen2_vl", ImportError), ("llava_onevision", ValueError)]
 )
 def test_a_processor_needs_torchvision_for_videos_alone(
     talking: dict[str, Path],
@@ -304,9 +254,7 @@ def test_a_processor_needs_torchvision_for_videos_alone(
     kind: type[Exception],
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        if kind is ImportError:
-            raise kind("requires the Torchvision library but it was not")
-        raise kind("requires `torchvision` to be installed. Please install")
+        raise kind("requires the Torchvision library but it was not")
 
     auto = importlib.import_module("transformers").AutoProcessor
     monkeypatch.setattr(auto, "from_pretrained", refuse)
@@ -330,15 +278,6 @@ def test_another_library_that_is_missing_is_not_passed_over(
         load_processor(talking["llava"])
 
 
-def test_what_a_processor_needs_besides_torchvision_is_named_in_one_line(
-    talking: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
-    monkeypatch.setattr(module, "num2words", None)
-    with pytest.raises(RecipeError, match=r"needs what is not installed: .*num2words"):
-        load_processor(talking["smolvlm"])
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "llama", "cogvlm"])
 def test_a_folder_without_a_tokenizer_is_refused_in_one_line(
     copied: Callable[[str], Path], family: str
@@ -354,10 +293,8 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("family", "file"),
     [
-        ("qwen2_vl", "preprocessor_config.json"),
         ("llava", "preprocessor_config.json"),
         ("llava", "tokenizer.json"),
-        ("llama", "tokenizer.json"),
         ("llama", "tokenizer_config.json"),
     ],
 )

@@ -20,8 +20,6 @@ import torch
 from lowmem_adamms.errors import FormatError, PlacementError, RecipeError
 from lowmem_adamms.live import transformers_model
 
-Spell = Callable[[str], "str | None"]
-
 
 def library(name: str = "transformers") -> Any:
     return importlib.import_module(name)
@@ -52,26 +50,21 @@ def change_config(folder: Path, out: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
+    ("family", "dtype", "name"),
     [
-        ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
-        ("llama", "LlamaForCausalLM"),
+        ("qwen2_vl", "auto", "Qwen2VLForConditionalGeneration"),
+        ("llama", "float16", "LlamaForCausalLM"),
     ],
 )
-def test_each_family_loads_as_its_class_frozen_and_for_evaluation(
-    family: str, name: str, tiny_models: dict[str, Path]
+def test_a_model_loads_as_its_class_in_its_dtype_frozen_and_for_evaluation(
+    family: str, dtype: str, name: str, tiny_models: dict[str, Path]
 ) -> None:
-    model = load(tiny_models[family])
+    model = load(tiny_models[family], dtype=dtype)
     assert type(model).__name__ == name
     assert not model.training
     assert not any(param.requires_grad for param in model.parameters())
-    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_the_dtype_asked_for_is_loaded(dtype: str, tiny_models: dict[str, Path]) -> None:
-    model = load(tiny_models["qwen2_vl"], dtype=dtype)
-    assert {param.dtype for param in model.parameters()} == {getattr(torch, dtype)}
+    expected = torch.bfloat16 if dtype == "auto" else torch.float16
+    assert {param.dtype for param in model.parameters()} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -107,36 +100,23 @@ def test_remote_code_is_loaded_only_on_request(
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("announced", ["AutoModelForCausalLM", "AutoModelForVision2Seq"])
 @pytest.mark.parametrize("family", ["llava", "llama"])
 def test_code_that_comes_with_a_known_model_is_neither_needed_nor_run(
-    family: str, announced: str, tiny_models: dict[str, Path], tmp_path: Path
+    family: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    auto_map = {announced: "modeling_gone.Gone"}
+    auto_map = {"AutoModelForCausalLM": "modeling_gone.Gone"}
     folder = change_config(tiny_models[family], tmp_path / family, auto_map=auto_map)
     model = load(folder)
     assert type(model) is type(load(tiny_models[family]))
 
 
-@pytest.mark.parametrize("model_type", ["no_such_model", None])
-def test_an_unknown_architecture_is_a_clear_error(
+@pytest.mark.parametrize("model_type", ["no_such_model", None, "clip"])
+def test_an_architecture_that_is_unknown_or_does_not_answer_is_a_clear_error(
     model_type: str | None, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = change_config(tiny_models["llama"], tmp_path / "m", model_type=model_type)
-    with pytest.raises(FormatError, match="model") as caught:
+    with pytest.raises(FormatError, match=str(folder)) as caught:
         load(folder)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_that_does_not_generate_is_a_clear_error(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    """The type is known, but no class of it answers."""
-    folder = change_config(tiny_models["llama"], tmp_path / "m", model_type="clip")
-    with pytest.raises(FormatError) as caught:
-        load(folder)
-    assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -218,24 +198,6 @@ def assert_join_is_the_loaders(
     return results[0]
 
 
-@pytest.mark.parametrize(
-    ("family", "spell"),
-    [
-        ("qwen2_vl", tiny.modern),
-        ("qwen2_vl", tiny.qwen_hub),
-        ("llava", tiny.llava_hub),
-        ("llava_onevision", lambda name: name),
-        ("llama", lambda name: name),
-    ],
-)
-def test_the_join_gives_what_was_loaded(
-    family: str, spell: Spell, tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    folder = tiny.respell(tiny_models[family], spell, tmp_path / "m")
-    _, ignored = assert_join_is_the_loaders(folder, load(folder))
-    assert ignored == []
-
-
 def test_a_name_that_is_right_as_it_is_need_not_be_renamed(tiny_models: dict[str, Path]) -> None:
     model = load(tiny_models["llama"])
     renaming = library("transformers.core_model_loading").WeightRenaming(r"^model\.", "gone.")
@@ -244,37 +206,18 @@ def test_a_name_that_is_right_as_it_is_need_not_be_renamed(tiny_models: dict[str
     assert ignored == []
 
 
-def test_a_headless_file_of_the_base_model_is_joined(
-    ancestors: dict[str, tiny.Tensors], tmp_path: Path
-) -> None:
-    tied = tiny.make("qwen2", tmp_path / "tied", ancestor=ancestors["qwen2"], tied=True)
-    folder = tiny.respell(tied, tiny.headless, tmp_path / "headless")
-    groups, _ = assert_join_is_the_loaders(folder, load(folder))
-    assert ("embed_tokens.weight",) in [group.names for group in groups]
-
-
 def test_what_the_model_has_no_place_for_is_ignored(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = tiny.respell(
-        tiny_models["llama"], lambda name: name, tmp_path / "m", extra=tiny.inv_freq()
-    )
-    _, ignored = assert_join_is_the_loaders(folder, load(folder))
-    assert sorted(ignored) == sorted(tiny.inv_freq())
-
-
-def test_of_two_tensors_for_one_parameter_the_loaders_choice_counts(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    """A file in which one weight stands twice, under the name of the base model as well."""
+    """Buffers of older exports, and a weight that stands twice, of which one is loaded."""
     twice = "layers.1.mlp.up_proj.weight"
     double = tiny.load(tiny_models["llama"])[f"model.{twice}"] * 2
-    folder = tiny.respell(
-        tiny_models["llama"], lambda name: name, tmp_path / "m", extra={twice: double}
-    )
+    extra = {twice: double, **tiny.inv_freq()}
+    folder = tiny.respell(tiny_models["llama"], lambda name: name, tmp_path / "m", extra=extra)
     _, ignored = assert_join_is_the_loaders(folder, load(folder))
-    assert len(ignored) == 1
-    assert ignored[0] in (twice, f"model.{twice}")
+    unloaded = set(ignored) - tiny.inv_freq().keys()
+    assert len(ignored) == len(tiny.inv_freq()) + 1
+    assert unloaded <= {twice, f"model.{twice}"}
 
 
 def test_many_tensors_become_one_in_the_loaders_order(tmp_path: Path) -> None:
@@ -300,58 +243,16 @@ def test_many_tensors_become_one_in_the_loaders_order(tmp_path: Path) -> None:
 # Parameters
 
 
-def test_state_has_tied_parameters_twice_and_only_persistent_buffers(
-    ancestors: dict[str, tiny.Tensors], tmp_path: Path
-) -> None:
-    model = load(tiny.make("qwen2", tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
-    state = model.state_dict(keep_vars=True)
-    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
-    assert state.keys() == model.state_dict().keys()
-    assert [name for name, _ in model.named_buffers()]  # and none of them persistent
-    model.register_buffer("kept", torch.zeros(1))
-    assert "kept" in model.state_dict(keep_vars=True)
-
-
-def test_untying_keeps_the_numbers_and_parts_the_memory(
-    ancestors: dict[str, tiny.Tensors], tmp_path: Path
-) -> None:
-    model = load(tiny.make("qwen2", tmp_path / "m", ancestor=ancestors["qwen2"], tied=True))
-    ids = torch.tensor([[1, 2, 3]])
-    with torch.inference_mode():
-        before = model(ids).logits
-        transformers_model.untie_parameter(model, "lm_head.weight")
-        assert torch.equal(model(ids).logits, before)
-        model.lm_head.weight.zero_()
-        assert not model(ids).logits.any()
-    assert model.model.embed_tokens.weight.any()
-    assert not model.lm_head.weight.requires_grad
-
-
-@pytest.fixture
-def linear() -> Any:
+def test_equals_is_by_bits_after_a_cast() -> None:
     model = torch.nn.Module()
     model.inner = torch.nn.Linear(8, 4, dtype=torch.bfloat16).requires_grad_(False)
-    return model
-
-
-def test_assigning_casts_and_keeps_the_memory(linear: Any) -> None:
-    param = linear.inner.weight
-    address = param.data_ptr()
     value = torch.randn(4, 8)
-    transformers_model.assign_parameter(linear, "inner.weight", value)
-    assert linear.inner.weight is param
-    assert param.data_ptr() == address
-    assert same_bits(param, value.bfloat16())
-    assert transformers_model.equals_parameter(linear, "inner.weight", value)
-
-
-def test_equals_is_by_bits(linear: Any) -> None:
-    value = torch.zeros(4, 8)
     value[1, 2] = float("nan")
-    transformers_model.assign_parameter(linear, "inner.weight", value)
-    assert transformers_model.equals_parameter(linear, "inner.weight", value)
-    assert not transformers_model.equals_parameter(linear, "inner.weight", -value)
-    assert not transformers_model.equals_parameter(linear, "inner.weight", value[:, :7])
+    transformers_model.assign_parameter(model, "inner.weight", value)
+    assert same_bits(model.inner.weight, value.bfloat16())
+    assert transformers_model.equals_parameter(model, "inner.weight", value)
+    assert not transformers_model.equals_parameter(model, "inner.weight", -value)
+    assert not transformers_model.equals_parameter(model, "inner.weight", value[:, :7])
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
@@ -364,9 +265,8 @@ def test_equals_tells_quantized_numbers_apart(quantize: str, tiny_models: dict[s
     assert transformers_model.is_quantized(model.get_parameter(name))
     assert not transformers_model.is_quantized(model.lm_head.weight)
     assert transformers_model.equals_parameter(model, name, value)
-    assert not transformers_model.equals_parameter(
-        model, name, 2 * value
-    )  # same codes, other scales
+    # Twice as much has the same codes and other scales
+    assert not transformers_model.equals_parameter(model, name, 2 * value)
     assert not transformers_model.equals_parameter(model, name, value.flip(1))
     transformers_model.assign_parameter(model, name, 2 * value)
     assert transformers_model.equals_parameter(model, name, 2 * value)
