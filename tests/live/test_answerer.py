@@ -75,7 +75,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", [*talk.DONORS, "mistral"])
+# One for each way through the code: how images and positions are given, and what the cache holds
+VISION = ("qwen2_vl", "qwen3_vl", "llava", "llava_onevision", "idefics3", "cogvlm", "mplug_owl2")
+
+
+@pytest.mark.parametrize("family", [*VISION, "llama", "mistral"])
 def test_at_every_alpha_answers_are_those_of_transformers(
     talker: Talkers, images: tuple[Path, ...], family: str
 ) -> None:
