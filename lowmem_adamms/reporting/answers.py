@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ..prompts import Prompt
+from ..errors import PromptError
+from ..prompts import Prompt, open_image
 from ..searching.answer_text import normalise
 from .text import Excerpt, make_excerpt
 
 MAX_IMAGES = 4  # of one prompt
 ANSWER_LIMIT, PROMPT_LIMIT = 160, 260  # characters shown at once
 THUMBNAIL_PIXELS = 96  # the longer side
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # those that run no other program
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +87,8 @@ def collect_answers(
 ) -> list[PromptAnswers]:
     """Put the answers of each alpha together by prompt, those that change most first.
 
-    Args:
-        answers: By alpha of the grid, then by prompt.
-        prompts: In the order of the answers; may be fewer.
-        chosen: Position of the chosen alpha, whose spelling of an answer is shown.
+    answers: by alpha of the grid, then by prompt. prompts: in the order of the answers; may be
+    fewer. chosen: position of the chosen alpha, whose spelling of an answer is shown.
     """
     count = min(map(len, answers), default=0)
     known = [*prompts[:count], *(Prompt("") for _ in range(count - len(prompts)))]
@@ -129,21 +126,12 @@ def _common_length(text: str, other: str) -> int:
 
 
 def make_thumbnail(image: Path | bytes) -> str:
-    """A small JPEG as a data URI; empty where the image cannot be read."""
+    """A small JPEG as a data URI; empty where the image cannot be read: its name will do."""
     try:
-        from PIL import Image, ImageOps
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            source = image if isinstance(image, Path) else io.BytesIO(image)
-            with Image.open(source, formats=FORMATS) as opened:
-                opened.draft("RGB", (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
-                small = ImageOps.exif_transpose(opened).convert("RGBA")
-        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        on_white = Image.new("RGB", small.size, "white")
-        on_white.paste(small, mask=small.getchannel("A"))
-        file = io.BytesIO()
-        on_white.save(file, "JPEG", quality=80)
-    except Exception:  # a broken file raises whatever its decoder stumbled on; the name will do
+        small = open_image(image)
+    except PromptError:
         return ""
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -23,13 +23,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(template: str, *, script: str = "", **values: Any) -> str:
-    """Render a template of `templates/`.
+    """Render a template of `templates/` with the values that it prints.
 
-    Args:
-        template: Name of the file.
-        script: Name of the file with the only script that the page's policy allows to run, even
-            if a value should ever get past the escaping. Empty: none may.
-        values: What the template prints.
+    script: name of the file with the only script that the page's policy allows to run, even if a
+    value should ever get past the escaping. Empty: none may.
     """
     code = (TEMPLATES / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
@@ -61,11 +58,7 @@ def _finalize(value: Any) -> Any:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write `page` to `path` as UTF-8, whole or not at all.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write `page` to `path` as UTF-8, whole or not at all; OutputError if it cannot be."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         try:

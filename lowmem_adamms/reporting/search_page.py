@@ -28,12 +28,9 @@ def render_search_page(
 ) -> str:
     """Render the report of a search. Every string in it may be hostile.
 
-    Args:
-        result: The search.
-        prompts: In the order of the answers; may be fewer or none, as for recorded answers.
-        timings: What each alpha cost, if known.
-        facts: Sections at the end of the page, by name: keys and values.
-        title: Base and donor, such as "Qwen2-VL ← LLaVA-OneVision".
+    prompts: in the order of the answers; may be fewer or none, as for recorded answers. timings:
+    what each alpha cost, if known. facts: sections at the end of the page, by name: keys and
+    values. title: base and donor, such as "Qwen2-VL ← LLaVA-OneVision".
     """
     view = SearchView(result)
     answers = collect_answers(

@@ -193,40 +193,35 @@ def count_decimals(alphas: Iterable[float]) -> int:
 # Timings
 
 
-@dataclass(frozen=True, slots=True)
-class TimingRow:
-    """A row of the table of timings: seconds, and tokens over all prompts."""
-
-    name: str
-    timings: Sequence[Timing]
-    style: str = ""
-
-    @property
-    def cells(self) -> list[str]:
-        """The numbers, of several timings added up."""
-        apply_seconds = sum(timing.apply_seconds for timing in self.timings)
-        seconds = sum(timing.seconds for timing in self.timings)
-        answer_tokens = sum(timing.answer_tokens for timing in self.timings)
-        forward_tokens = sum(timing.forward_tokens for timing in self.timings)
-        plain_tokens = sum(timing.plain_tokens for timing in self.timings)
-        return [
-            _format_seconds(apply_seconds),
-            _format_seconds(seconds),
-            f"{answer_tokens:,}",
-            f"{answer_tokens / seconds:,.1f}" if seconds > 0 else DASH,
-            f"{forward_tokens:,}",
-            f"{plain_tokens:,}",
-            f"{forward_tokens / plain_tokens:.2f}" if plain_tokens else DASH,
-        ]
-
-
-def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[TimingRow]:
-    """A row for each alpha, and the total."""
+def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[tuple[str, str, list[str]]]:
+    """A row for each alpha, and the total: name, style, numbers."""
     rows = [
-        TimingRow(view.format_alpha(t.alpha), [t], "chosen" if t.alpha == view.result.alpha else "")
-        for t in timings
+        (
+            view.format_alpha(timing.alpha),
+            "chosen" if timing.alpha == view.result.alpha else "",
+            _timing_cells([timing]),
+        )
+        for timing in timings
     ]
-    return [*rows, TimingRow("total", timings, "total")]
+    return [*rows, ("total", "total", _timing_cells(timings))]
+
+
+def _timing_cells(timings: Sequence[Timing]) -> list[str]:
+    """Seconds, and tokens over all prompts, of several timings added up."""
+    apply_seconds = sum(timing.apply_seconds for timing in timings)
+    seconds = sum(timing.seconds for timing in timings)
+    answer_tokens = sum(timing.answer_tokens for timing in timings)
+    forward_tokens = sum(timing.forward_tokens for timing in timings)
+    plain_tokens = sum(timing.plain_tokens for timing in timings)
+    return [
+        _format_seconds(apply_seconds),
+        _format_seconds(seconds),
+        f"{answer_tokens:,}",
+        f"{answer_tokens / seconds:,.1f}" if seconds > 0 else DASH,
+        f"{forward_tokens:,}",
+        f"{plain_tokens:,}",
+        f"{forward_tokens / plain_tokens:.2f}" if plain_tokens else DASH,
+    ]
 
 
 def describe_drafts(timings: Sequence[Timing]) -> str:

@@ -24,9 +24,11 @@ def write_notes(
     yield from _note_quiet_ends(comparison, rounds[0])
     yield from _note_ineligible(comparison)
     best = best_points(comparison, rounds)
-    yield from _note_collapse(comparison, best)
     if not best:
+        smallest = comparison.smallest
+        yield f"No alpha between two others is eligible: the smallest, {smallest}, is taken."
         return
+    yield from _note_collapse(comparison, best[0].alpha)
     yield from _note_equal_scores(comparison, rounds)
     yield from _note_close_call(comparison, best, wins)
     if noise:
@@ -69,7 +71,7 @@ def _note_ineligible(comparison: AnswerComparison) -> Iterator[str]:
     for alpha in sorted(comparison.answers):
         if not comparison.is_sound(alpha):
             yield (
-                f"Alpha {alpha} is not eligible: {comparison.degenerate(alpha)} of"
+                f"Alpha {alpha} is not eligible: {comparison.degenerate[alpha]} of"
                 f" {comparison.prompt_count} answers are empty, repeating or constant,"
                 f" {_usual(comparison)}."
             )
@@ -77,12 +79,8 @@ def _note_ineligible(comparison: AnswerComparison) -> Iterator[str]:
             yield f"Alpha {alpha} is not eligible: no answer there has left the base's."
 
 
-def _note_collapse(comparison: AnswerComparison, best: Sequence[GridPoint]) -> Iterator[str]:
-    if not best:
-        smallest = comparison.smallest
-        yield f"No alpha between two others is eligible: the smallest, {smallest}, is taken."
-        return
-    degenerate = comparison.degenerate(best[0].alpha)
+def _note_collapse(comparison: AnswerComparison, chosen: float) -> Iterator[str]:
+    degenerate = comparison.degenerate[chosen]
     if 2 * degenerate >= comparison.prompt_count:
         yield (
             f"{degenerate} of {comparison.prompt_count} answers at the chosen alpha are empty,"
@@ -128,7 +126,7 @@ def _note_noise(comparison: AnswerComparison, chosen: GridPoint, noise: Noise) -
 
 
 def _usual(comparison: AnswerComparison) -> str:
-    return f"{comparison.degenerate(comparison.smallest)} at alpha {comparison.smallest}"
+    return f"{comparison.degenerate[comparison.smallest]} at alpha {comparison.smallest}"
 
 
 def _list_alphas(points: Iterable[GridPoint]) -> str:

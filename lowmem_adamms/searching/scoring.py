@@ -66,14 +66,14 @@ class AnswerComparison:
         self._distance = distance
         self._distinct_prompts = distinct_prompts
         self._normalised: dict[float, tuple[str, ...]] = {}
-        self._degenerate: dict[float, int] = {}
+        self.degenerate: dict[float, int] = {}  # answers that are empty, repeating or constant
         self._differences: dict[tuple[float, float], list[float]] = {}
 
     def add(self, alpha: float, answers: tuple[str, ...]) -> None:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
         self.answers[alpha] = answers
         self._normalised[alpha] = tuple(map(normalise, answers))
-        self._degenerate[alpha] = self._count_degenerate(alpha)
+        self.degenerate[alpha] = self._count_degenerate(alpha)
 
     @property
     def prompt_count(self) -> int:
@@ -87,13 +87,9 @@ class AnswerComparison:
 
     # Which alphas may be chosen
 
-    def degenerate(self, alpha: float) -> int:
-        """How many answers are empty, repeating or constant."""
-        return self._degenerate[alpha]
-
     def is_sound(self, alpha: float) -> bool:
         """Whether degenerate answers are not markedly more than at the smallest alpha."""
-        excess = self.degenerate(alpha) - self.degenerate(self.smallest)
+        excess = self.degenerate[alpha] - self.degenerate[self.smallest]
         return excess <= MARKEDLY * self.prompt_count
 
     def is_eligible(self, alpha: float) -> bool:

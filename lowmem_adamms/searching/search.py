@@ -289,7 +289,7 @@ def _candidate(
         difference(point.previous, point.alpha),
         difference(point.alpha, point.next),
         comparison.score(point),
-        comparison.degenerate(point.alpha),
+        comparison.degenerate[point.alpha],
         interval,
         (point.previous, point.next),
         point.round,

@@ -46,19 +46,8 @@ class Timing:
 class Session(AbstractContextManager["Session"]):
     """Answers prompts at an alpha; its instances are what `search` calls `generate`.
 
-    Args:
-        load: Makes the live model, at the first prompt that the journal has no answer to.
-        settings: How answers are made.
-        batch_size: Prompts answered at a time.
-        journal: Keeps the answers and knows those of an earlier run; None keeps no record.
-        asked: Called with each alpha before its answers.
-        answered: Called after each answer with its alpha and number of tokens, which is 0 if the
-            answer was known.
-
-    Attributes:
-        timings: One for each alpha that was not all known.
-        notes: What the user should know of the answers.
-
+    timings: one for each alpha that was not all known. notes: what the user should know of the
+    answers.
     """
 
     def __init__(
@@ -71,6 +60,12 @@ class Session(AbstractContextManager["Session"]):
         asked: Callable[[float], None] | None = None,
         answered: Callable[[float, int], None] | None = None,
     ) -> None:
+        """Prepare; nothing is loaded yet.
+
+        load: makes the live model, at the first prompt that the journal has no answer to. asked:
+        called with each alpha before its answers. answered: called after each answer with its
+        alpha and number of tokens, which is 0 if the answer was known.
+        """
         self.timings: list[Timing] = []
         self.notes: list[str] = []
         self._load, self._settings, self._batch_size = load, settings, batch_size
@@ -134,16 +129,8 @@ class Session(AbstractContextManager["Session"]):
 
         answers = answerer.answer(prompts, known, record)
         cost = answerer.cost
-        self.timings.append(
-            Timing(
-                alpha,
-                apply_seconds,
-                cost.seconds,
-                cost.answer_tokens,
-                cost.forward_tokens,
-                cost.plain_tokens,
-            )
-        )
+        counts = (cost.answer_tokens, cost.forward_tokens, cost.plain_tokens)
+        self.timings.append(Timing(alpha, apply_seconds, cost.seconds, *counts))
         self.notes = answerer.notes
         return answers
 
