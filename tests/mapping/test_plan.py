@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,13 +122,6 @@ def test_a_tied_donor_lends_its_embedding_as_head(small: Small, on_disk: bool) -
     assert plan.leftover == ({HEAD: NO_TAKER} if on_disk else {})
 
 
-def test_an_untied_donor_without_its_head_leaves_the_bases(small: Small) -> None:
-    """A base model saved alone: its head is lost, and its embedding never was one."""
-    plan = small(donor={"tied": True}, tied=(False, False))
-    assert described(plan, HEAD) == [((0, 20), "head", None, None)]
-    assert step_of(plan, HEAD).reason == "no counterpart in the donor"
-
-
 def test_a_donor_that_says_nothing_lends_its_embedding_if_it_has_no_head(small: Small) -> None:
     assert described(small(donor={"tied": True}), HEAD) == whole("head", 20, EMBED)
 
@@ -188,38 +182,32 @@ def test_shared_ids_limit_what_is_joined_by_position(put: Put) -> None:
 
 
 @pytest.mark.parametrize("head_first", [True, False])
-@pytest.mark.parametrize("named", [True, False])
-def test_a_head_with_fewer_rows_than_the_embedding(
-    small: Small, named: bool, head_first: bool
-) -> None:
+def test_a_head_with_fewer_rows_than_the_embedding(small: Small, head_first: bool) -> None:
     """Mllama has 8 more rows in its embedding; which of the two comes first on disk is chance."""
     rest = {name: spec for name, spec in llama_decoder(SMALL).items() if name != HEAD}
     head = typed("", "BF16", {HEAD: (16, 8)})
     tensors = head | rest if head_first else rest | head
-    tokens = [f"t{i}" for i in range(20)] if named else None
-    plan = small(tensors, tensors, tokens=(tokens, tokens))
+    plan = small(tensors, tensors)
     assert described(plan, EMBED) == whole("embed", 20, EMBED)
     assert described(plan, HEAD) == whole("head", 16, HEAD)
 
 
-@pytest.mark.parametrize("short", ["base", "donor"])
-def test_moved_rows_end_where_a_short_head_does(small: Small, short: str) -> None:
+def test_moved_rows_end_where_a_short_head_does(small: Small) -> None:
     """Tokens 4 to 19 of the base are 0 to 15 of the donor, 0 to 3 are 16 to 19."""
     full = llama_decoder(SMALL)
-    cut = full | typed("", "BF16", {HEAD: (16, 8)})
+    short = full | typed("", "BF16", {HEAD: (16, 8)})
     tokens = [f"t{i}" for i in range(20)]
     moved = [*tokens[4:], *tokens[:4]]
-    sides = (cut, full) if short == "base" else (full, cut)
-    plan = small(*sides, tokens=(tokens, moved))
-    parts = described(plan, HEAD)
-    if short == "base":
-        assert step_of(plan, HEAD).reason == "rows by token: 16 shared, 16 of them moved, 0 kept"
-        assert parts == [
-            ((0, 4), "head", HEAD, (16, 20)),
-            ((4, 16), "head", HEAD, (0, 12)),
-        ]
-    else:
-        assert parts == [((0, 4), "head", None, None), ((4, 20), "head", HEAD, (0, 16))]
+    plan = small(short, full, tokens=(tokens, moved))
+    assert step_of(plan, HEAD).reason == "rows by token: 16 shared, 16 of them moved, 0 kept"
+    assert described(plan, HEAD) == [
+        ((0, 4), "head", HEAD, (16, 20)),
+        ((4, 16), "head", HEAD, (0, 12)),
+    ]
+    assert described(small(full, short, tokens=(tokens, moved)), HEAD) == [
+        ((0, 4), "head", None, None),
+        ((4, 20), "head", HEAD, (0, 16)),
+    ]
 
 
 def test_embeddings_can_be_kept(small: Small) -> None:
@@ -249,7 +237,6 @@ def test_embeddings_can_be_kept(small: Small) -> None:
             r"shapes differ for layers\.0\.mlp\.gate\.weight: model\.\S+\.gate_proj\.weight in"
             r" {base} is \[12, 8\], model\.\S+ in {donor} is \[13, 8\]",
         ),
-        ({"kv_heads": 2}, r"shapes differ for layers\.0\.attn\.k\.weight: "),
     ],
 )
 def test_sizes_that_differ_are_refused_with_names(
@@ -295,13 +282,12 @@ def test_no_decoder_on_either_side_is_refused(put: Put) -> None:
             make_plan(*pair)
 
 
-@pytest.mark.parametrize("shape", [(), (20,), (20, 8, 1)])
+@pytest.mark.parametrize("shape", [(), (20, 8, 1)])
 def test_an_embedding_that_is_no_matrix_is_a_misfit(small: Small, shape: tuple[int, ...]) -> None:
     odd = llama_decoder(SMALL) | typed("", "BF16", {EMBED: shape})
-    with pytest.raises(MappingError, match=f"widths differ: {EMBED}"):
-        small(odd)
-    with pytest.raises(MappingError, match=f"widths differ: {EMBED}"):
-        small(donor=odd)
+    for sides in ({"base": odd}, {"donor": odd}):
+        with pytest.raises(MappingError, match=f"widths differ: {EMBED}"):
+            small(**sides)
     assert small(odd, odd).counts["copy"] == 0
 
 
@@ -325,14 +311,11 @@ def test_an_unknown_family_is_planned_and_the_plan_says_so(put: Put) -> None:
     }
     other = put("other", foreign, architectures=["FooForCausalLM"])
     plan = make_plan(base, other)
-    assert any(
-        note.startswith("donor: ") and "FooForCausalLM" in note and "'foo.bar.'" in note
-        for note in plan.notes
-    )
+    assert any(re.match("donor: .*FooForCausalLM.*'foo.bar.'", note) for note in plan.notes)
     assert plan.counts == {"interpolate": 21, "copy": 0}
     assert plan.leftover == {"foo.eyes.weight": "no known role"}
     back = make_plan(other, base)
-    assert any(note.startswith("base: ") and "FooForCausalLM" in note for note in back.notes)
+    assert any(note.startswith("base: ") for note in back.notes)
     assert described(back, "foo.eyes.weight") == [((0, 3), None, None, None)]
 
 
@@ -354,10 +337,7 @@ def test_dtype_changes_floating_tensors_only(tmp_path: Path) -> None:
         (tmp_path / side).mkdir()
         save_file(arrays, tmp_path / side / "model.safetensors")
     kept = make_plan(tmp_path / "base", tmp_path / "donor")
-    assert {step.name: step.dtype.name for step in kept.steps} == {
-        name: {"float16": "F16", "float32": "F32", "int64": "I64", "float64": "F64"}[str(a.dtype)]
-        for name, a in arrays.items()
-    }
+    assert all(step.dtype == kept.base.tensors[step.name].dtype for step in kept.steps)
     plan = make_plan(tmp_path / "base", tmp_path / "donor", dtype="bf16")
     dtypes = {step.name: step.dtype.name for step in plan.steps}
     assert {dtypes.pop(name) for name in rotary_buffers(SMALL)} == {"F32"}
@@ -418,41 +398,26 @@ def test_a_plan_shows_itself_in_one_line(small: Small) -> None:
     )
 
 
-@pytest.mark.parametrize("runs", [1, 16, 17])
-def test_many_runs_of_rows_are_told_as_tokens(small: Small, runs: int) -> None:
-    """`runs` pairs of tokens, in the donor in the reverse order of pairs."""
-    vocab = {"vocab": 2 * runs + 1}
-    tokens = [
-        [f"{letter}{i}" for i in order for letter in "ab"]
-        for order in (range(runs), reversed(range(runs)))
-    ]
-    plan = small(vocab, vocab, tokens=tokens)
-    assert len(step_of(plan, EMBED).parts) == runs + 1
-    (step,) = (step for step in plan.to_json()["steps"] if step["name"] == EMBED)
-    if runs == 17:
-        donor: Any = {"name": EMBED, "rows": "tokens"}
-        assert step["parts"] == [{"rows": "tokens", "count": 34, "role": "embed", "donor": donor}]
-        return
-    *blended, kept = step["parts"]
-    assert [(part["rows"], part["donor"]["rows"]) for part in blended] == [
-        ([2 * i, 2 * i + 2], [2 * (runs - i) - 2, 2 * (runs - i)]) for i in range(runs)
-    ]
-    assert kept == {"rows": [2 * runs, 2 * runs + 1], "role": "embed", "donor": None}
+def test_many_runs_of_rows_are_told_as_tokens(small: Small) -> None:
+    documents = {}
+    for runs in (16, 17):
+        tokens = [f"t{i}" for i in range(runs)]
+        step, *_ = small(tokens=(tokens, tokens[::-1])).to_json()["steps"]
+        assert step["name"] == EMBED
+        documents[runs] = step["parts"]
+    assert len(documents[16]) == 17  # and the rows without a token
+    donor = {"name": EMBED, "rows": "tokens"}
+    assert documents[17] == [{"rows": "tokens", "count": 17, "role": "embed", "donor": donor}]
 
 
-def test_two_orders_of_many_rows_are_two_plans(small: Small, tmp_path: Path) -> None:
+def test_two_orders_of_many_rows_are_two_plans(small: Small) -> None:
     """Their documents are equal: they only count such rows."""
-    words = [f"{letter}{i}" for i in range(20) for letter in "ab"]
-    plan = small({"vocab": 43}, {"vocab": 43}, tokens=(words, words))
-    plans = []
-    for order in (reversed(range(20)), [i ^ 1 for i in range(20)]):
-        ids = {
-            f"{letter}{i}": 2 * n + m for n, i in enumerate(order) for m, letter in enumerate("ab")
-        }
-        (tmp_path / "donor" / "vocab.json").write_text(json.dumps(ids))
-        plans.append(make_plan(plan.base, plan.donor))
-    assert plans[0].to_json() == plans[1].to_json()
-    assert plans[0].identity() != plans[1].identity()
+    tokens = [f"t{i}" for i in range(20)]
+    reverse = small(tokens=(tokens, tokens[::-1]))
+    swapped = small(tokens=(tokens, [tokens[i ^ 1] for i in range(20)]))
+    assert reverse.to_json() == swapped.to_json()
+    swapped = replace(swapped, base=reverse.base, donor=reverse.donor)
+    assert reverse.identity() != swapped.identity()
 
 
 # Use from Python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from lowmem_adamms.mapping.plan import Plan
 
 _TEXT = ancestor("qwen2", 7)
 TEXT = _TEXT | {"head": _TEXT["embed"]}  # of a tied ancestor
+BASE, DONOR = descend(TEXT, 1), descend(TEXT, 2)
 TIED = {"tie_word_embeddings": True}
 UNTIED = {"tie_word_embeddings": False}
+INNER_TIED = UNTIED | {"text_config": TIED}
 
 
-def put(folder: Path, kind: str, text: Arrays, head: bool | Any, **config: Any) -> Path:
+def put(folder: Path, kind: str, text: Arrays, head: bool | Any, config: Mapping[str, Any]) -> Path:
     """A checkpoint of that kind. head: whether it is on disk, or what is there instead of it."""
     speller = SPELLERS["qwen2"][kind]
     tensors = speller(text, {}, 1)
@@ -36,43 +39,39 @@ def put(folder: Path, kind: str, text: Arrays, head: bool | Any, **config: Any) 
     return folder
 
 
-def donor_of(plan: Plan, name: str) -> str | None:
-    (step,) = (step for step in plan.steps if step.name == name)
+def plan_of(
+    folder: Path, base: tuple[bool | Any, Any], donor: tuple[bool, Any] = (True, UNTIED)
+) -> Plan:
+    """Each side: its head on disk and its config."""
+    return make_plan(
+        put(folder / "base", "Qwen2-VL", BASE, *base),
+        put(folder / "donor", "Qwen2", DONOR, *donor),
+    )
+
+
+def lender_of_head(plan: Plan) -> str | None:
+    (step,) = (step for step in plan.steps if step.name == "lm_head.weight")
     return step.parts[0].donor_name
 
 
 def test_the_language_models_part_of_a_config_may_tie(tmp_path: Path) -> None:
     """As in llava-hf/llava-onevision-qwen2-0.5b-ov-hf; transformers goes by that."""
-    base = put(tmp_path / "base", "InternVL3", descend(TEXT, 1), True, **UNTIED)
-    donor = put(
-        tmp_path / "donor", "LLaVA-OneVision", descend(TEXT, 2), False, **UNTIED, text_config=TIED
-    )
-    plan = make_plan(base, donor)
-    embed = "language_model.model.embed_tokens.weight"
-    assert donor_of(plan, "language_model.lm_head.weight") == embed
-    merged = load_file(merge(plan, 0.25, tmp_path / "out") / "model.safetensors")
-    head = load_file(base / "model.safetensors")["language_model.lm_head.weight"]
-    lent = load_file(donor / "model.safetensors")[embed]
-    wanted = (0.75 * head.astype(np.float64) + 0.25 * lent.astype(np.float64)).astype(np.float32)
-    assert np.array_equal(merged["language_model.lm_head.weight"], wanted)
+    plan = plan_of(tmp_path, (True, UNTIED), (False, INNER_TIED))
+    assert lender_of_head(plan) == "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("side", ["base", "donor"])
 def test_a_head_that_differs_on_disk_is_not_taken_for_tied(tmp_path: Path, side: str) -> None:
     """The loader warns and keeps both; a merge that dropped the one would lose it."""
     said = {"base": UNTIED, "donor": UNTIED, side: TIED}
-    base = put(tmp_path / "base", "Qwen2-VL", descend(TEXT, 1), True, **said["base"])
-    donor = put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), True, **said["donor"])
-    plan = make_plan(base, donor)
-    assert donor_of(plan, "lm_head.weight") == "lm_head.weight"
+    plan = plan_of(tmp_path, (True, said["base"]), (True, said["donor"]))
+    assert lender_of_head(plan) == "lm_head.weight"
     (note,) = (note for note in plan.notes if "differ" in note)
     assert note.startswith(str(tmp_path / side))
 
 
 def test_a_head_that_is_the_embeddings_copy_is_tied(tmp_path: Path) -> None:
-    text = descend(TEXT, 1)
-    base = put(tmp_path / "base", "Qwen2-VL", text, text["embed"], **TIED)
-    plan = make_plan(base, put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), True, **UNTIED))
+    plan = plan_of(tmp_path, (BASE["embed"], TIED))
     assert "lm_head.weight" not in {step.name for step in plan.steps}
 
 
@@ -81,46 +80,37 @@ def test_a_head_that_is_nearly_a_copy_is_not_tied(
     tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tied_head, "SAMPLE_ELEMENTS", 4)
-    text = descend(TEXT, 1)
-    head = text["embed"].copy()
+    head = BASE["embed"].copy()
     head.flat[-1] += 1
     if change == "a row less":
-        head = text["embed"][:-1]
-    base = put(tmp_path / "base", "Qwen2-VL", text, head, **TIED)
-    plan = make_plan(base, put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), True, **UNTIED))
-    assert donor_of(plan, "lm_head.weight") == "lm_head.weight"
+        head = BASE["embed"][:-1]
+    assert lender_of_head(plan_of(tmp_path, (head, TIED))) == "lm_head.weight"
 
 
 def test_where_the_levels_disagree_a_copied_head_is_kept(tmp_path: Path) -> None:
     """Classes that go by the outer config alone (Qwen3-VL's) would miss it."""
-    text = descend(TEXT, 1)
-    copied = text["embed"].copy()
-    base = put(tmp_path / "base", "Qwen2-VL", text, copied, **UNTIED, text_config=TIED)
-    plan = make_plan(base, put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), False, **TIED))
-    assert donor_of(plan, "lm_head.weight") == "model.embed_tokens.weight"
+    plan = plan_of(tmp_path, (BASE["embed"], INNER_TIED), (False, TIED))
+    assert lender_of_head(plan) == "model.embed_tokens.weight"
 
 
 def test_an_untied_head_that_is_missing_is_told(tmp_path: Path) -> None:
-    """As lmms-lab/llava-onevision-qwen2-0.5b-ov once was."""
-    base = put(tmp_path / "base", "Qwen2-VL", descend(TEXT, 1), True, **UNTIED)
-    donor = put(tmp_path / "donor", "Qwen2-VL", descend(TEXT, 2), False, **UNTIED)
-    plan = make_plan(base, donor)
-    assert donor_of(plan, "lm_head.weight") is None
+    """As lmms-lab/llava-onevision-qwen2-0.5b-ov once was; its embedding never was a head."""
+    plan = plan_of(tmp_path, (True, UNTIED), (False, UNTIED))
+    assert lender_of_head(plan) is None
     (note,) = (note for note in plan.notes if "tie_word_embeddings" in note)
-    assert note.startswith(str(donor))
+    assert note.startswith(str(tmp_path / "donor"))
 
 
 def test_a_head_on_the_hub_is_looked_at_by_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = put(tmp_path / "base", "Qwen2-VL", descend(TEXT, 1), True, **TIED)
-    donor = put(tmp_path / "donor", "Qwen2", descend(TEXT, 2), True, **UNTIED)
+    local = plan_of(tmp_path, (True, TIED))
     with HubServer() as server:
         use(server, monkeypatch, tmp_path)
-        server.add("org/tied-in-word", folder)
-        plan = make_plan(open_checkpoint("org/tied-in-word", cache=False), donor)
+        server.add("org/tied-in-word", local.base.path)
+        plan = make_plan(open_checkpoint("org/tied-in-word", cache=False), local.donor)
     assert plan.base.remote_files()
-    assert donor_of(plan, "lm_head.weight") == "lm_head.weight"
+    assert lender_of_head(plan) == "lm_head.weight"
 
 
 # One tensor under two names
