@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "zoo"))
 
@@ -88,11 +90,10 @@ def test_every_fact_has_a_question_and_no_answer_outside_the_facts() -> None:
 def test_sums_are_right() -> None:
     dice = random.Random(0)
     sums = [q for q in (world.text_question(dice) for _ in range(200)) if q.task == "sum"]
-    for q in sums:
-        numbers = [int(word) for word in q.text.replace("?", "").replace(".", "").split()
-                   if word.isdigit()]  # fmt: skip
-        assert sum(numbers) == int(q.answer)
     assert sums
+    for question in sums:
+        numbers = map(int, re.findall(r"\d+", question.text))
+        assert sum(numbers) == int(question.answer)
 
 
 def test_training_and_test_handwriting_are_different_strokes() -> None:
@@ -103,17 +104,23 @@ def test_training_and_test_handwriting_are_different_strokes() -> None:
     assert not {stroke.tobytes() for stroke in kept} & seen
 
 
+def first_lesson(
+    name: str, home: Path, folder: Path
+) -> tuple[family.Member, Any, Any, lessons.Pictures, dict[str, Any]]:
+    """A member with tokens and model, the pictures it is shown, and one lesson on the first."""
+    one, tokens, model = raised(name, home)
+    zoo = train.Zoo(home, one.line, 0)
+    shown = lessons.look(one, zoo._processor(one, tokens, model, folder), drawn())
+    count = train.image_tokens(one, model, shown)
+    batch = lessons.Teaching(one, tokens, shown, count, 0).batch([0], [[("What is it?", "ring")]])
+    return one, tokens, model, shown, batch
+
+
 @pytest.mark.parametrize("name", ["qwen2-vl", "llava-onevision", "qwen2.5-vl", "llava-1.5"])
 def test_models_are_trained_on_the_inputs_that_the_product_gives_them(
     name: str, home: Path, tmp_path: Path
 ) -> None:
-    from PIL import Image
-
-    one, tokens, model = raised(name, home)
-    zoo = train.Zoo(home, one.line, 0)
-    shown = lessons.look(one, zoo._processor(one, tokens, model, tmp_path), drawn())
-    count = train.image_tokens(one, model, shown)
-    batch = lessons.Teaching(one, tokens, shown, count, 0).batch([0], [[("What is it?", "ring")]])
+    _, _, model, shown, batch = first_lesson(name, home, tmp_path)
     image = tmp_path / "picture.png"
     Image.fromarray(shown.scenes[0].pixels).save(image)
     given = Encoder(model, tmp_path / "papers").encode([Prompt("What is it?", images=(image,))])
@@ -124,24 +131,14 @@ def test_models_are_trained_on_the_inputs_that_the_product_gives_them(
 
 
 def test_cogvlm_is_trained_on_the_inputs_its_own_code_makes(home: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    one, tokens, model = raised("cogvlm", home)
-    zoo = train.Zoo(home, one.line, 0)
-    shown = lessons.look(one, zoo._processor(one, tokens, model, tmp_path), drawn())
-    count = train.image_tokens(one, model, shown)
-    batch = lessons.Teaching(one, tokens, shown, count, 0).batch([0], [[("What is it?", "ring")]])
+    _, tokens, model, shown, batch = first_lesson("cogvlm", home, tmp_path)
     given = model.build_conversation_input_ids(
         tokens, query="What is it?", images=[Image.fromarray(shown.scenes[0].pixels)]
     )
     length = len(given["input_ids"])
     for key in ("input_ids", "token_type_ids"):
         assert batch[key][0, :length].tolist() == given[key].tolist()
-
-
-def test_a_visual_expert_starts_as_a_copy_of_the_language_model(home: Path) -> None:
-    _, _, model = raised("cogvlm", home)
-    attention = model.model.layers[0].self_attn
+    attention = model.model.layers[0].self_attn  # the visual expert starts as a copy
     assert torch.equal(
         attention.vision_expert_query_key_value.weight,
         attention.language_expert_query_key_value.weight,

@@ -21,7 +21,6 @@ from bits import (
     ALPHAS,
     SAME,
     TRIPLES,
-    WIDTH,
     Bits,
     Triple,
     bits_of,
@@ -31,8 +30,6 @@ from bits import (
     specials,
 )
 from gpu_copies import CARD, copy_of_gpu, interpreted_gpu
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lowmem_adamms.kernels import cpu, gpu, reference, select
 
 ALL_BF16 = ("BF16", "BF16", "BF16")
@@ -119,18 +116,6 @@ def test_every_16_bit_base(kernel: Kernel, dtypes: Triple) -> None:
         assert_equals_reference(kernel, [(base, donor) for donor in donors], dtypes, alpha)
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.sampled_from([*SAME, ("BF16", "F16", "BF16")]), st.floats(0, 1), st.data())
-def test_element_by_element(
-    kernel: Kernel, dtypes: Triple, alpha: float, data: st.DataObject
-) -> None:
-    base, donor = (
-        np.array([data.draw(st.integers(0, (1 << WIDTH[dtype]) - 1))], reference.STORAGE[dtype])
-        for dtype in dtypes[:2]
-    )
-    assert_equals_reference(kernel, [(base, donor)], dtypes, alpha)
-
-
 # The exceptions of the formula, and what half of either side gives
 
 
@@ -142,15 +127,6 @@ def test_the_ends_and_equal_inputs_keep_every_bit(kernel: Kernel, dtypes: Triple
     base, donor = special_pairs(dtypes)
     for alpha, side in ((0.0, base), (1.0, donor), (0, base), (1, donor)):
         assert np.array_equal(run(kernel, [(base, donor)], dtypes, alpha)[0], side)
-
-
-@pytest.mark.parametrize("dtypes", TRIPLES, ids="-".join)
-def test_nan_on_either_side_is_written_quiet(kernel: Kernel, dtypes: Triple) -> None:
-    nan = [specials(dtype)[9:10] for dtype in dtypes]
-    one = [bits_of(1, dtype) for dtype in dtypes]
-    quiet = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}[dtypes[2]]
-    for found in run(kernel, [(nan[0], one[1]), (one[0], nan[1])], dtypes, 0.3):
-        assert found.tolist() == [quiet]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +191,9 @@ def test_parts_begin_at_any_element_and_only_they_are_written(
 
 
 def test_read_only_inputs_are_accepted() -> None:
+    base, donor = pair(ALL_BF16, 100, 0)
+    base.flags.writeable = donor.flags.writeable = False
     for kernel in (cpu.blend, select.blend_numpy):
-        base, donor = pair(ALL_BF16, 100, 0)
-        base.flags.writeable = donor.flags.writeable = False
         assert_equals_reference(kernel, [(base, donor)], ALL_BF16, 0.3)
 
 
