@@ -40,28 +40,28 @@ PRECISIONS = ("none", "int8", "nf4")
 BATCHES = (8, 1)  # questions answered at a time
 
 
-def text_model(name: str, kind: str, dims: DecoderDims, shards: int) -> Family:
+def text_model(name: str, kind: str, dims: DecoderDims) -> Family:
     """A language model alone."""
     config = flat_config(kind.lower(), f"{kind}ForCausalLM", dims, "BF16")
-    return Family(name, config, llama_decoder(dims), shards)
+    return Family(name, config, llama_decoder(dims))
 
 
 PAIRS = {
     "2B": (
-        qwen2vl("Qwen2-VL-2B-Instruct", QWEN2_15B, 2),
-        text_model("Qwen2-1.5B-Instruct", "Qwen2", QWEN2_15B, 1),
+        qwen2vl("Qwen2-VL-2B-Instruct", QWEN2_15B),
+        text_model("Qwen2-1.5B-Instruct", "Qwen2", QWEN2_15B),
     ),
     "7B": (
-        qwen2vl("Qwen2-VL-7B-Instruct", QWEN2_7B, 5),
-        llava_hf("llava-onevision-qwen2-7b-ov-hf", "onevision", "qwen2", QWEN2_7B, 4),
+        qwen2vl("Qwen2-VL-7B-Instruct", QWEN2_7B),
+        llava_hf("llava-onevision-qwen2-7b-ov-hf", "onevision", "qwen2", QWEN2_7B),
     ),
     "13B": (
-        llava_hf("llava-1.5-13b-hf", "1.5", "llama", VICUNA_13B, 6),
-        text_model("vicuna-13b-v1.5", "Llama", VICUNA_13B, 3),
+        llava_hf("llava-1.5-13b-hf", "1.5", "llama", VICUNA_13B),
+        text_model("vicuna-13b-v1.5", "Llama", VICUNA_13B),
     ),
     "32B": (
-        qwen25vl("Qwen2.5-VL-32B-Instruct", QWEN2_32B, 18),
-        text_model("Qwen2.5-32B-Instruct", "Qwen2", QWEN2_32B, 17),
+        qwen25vl("Qwen2.5-VL-32B-Instruct", QWEN2_32B),
+        text_model("Qwen2.5-32B-Instruct", "Qwen2", QWEN2_32B),
     ),
 }
 

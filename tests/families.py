@@ -16,6 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.safetensors_header import build_header
+
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = dict[str, Shape]
 Tensors: TypeAlias = dict[str, tuple[str, Shape]]
@@ -51,12 +54,11 @@ class DecoderDims:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One published checkpoint: its configuration, its tensors and how it is cut into files."""
+    """One published checkpoint: its configuration and its tensors."""
 
     name: str
     config: Config
     tensors: Tensors
-    shards: int = 1
 
 
 LLAMA2_7B = DecoderDims(4096, 11008, 32, 32, 32, 32000)
@@ -409,47 +411,43 @@ def flat_config(
     return model_config(model_type, architecture, dims, dtype, **decoder_config(dims))
 
 
-def flat(
-    name: str, architecture: str, dims: DecoderDims, tensors: Tensors, shards: int = 2
-) -> Family:
+def flat(name: str, architecture: str, dims: DecoderDims, tensors: Tensors) -> Family:
     """Return a model whose config.json has the decoder's sizes at its top level."""
     kind = architecture.partition("For")[0].lower()
-    return Family(name, flat_config(kind, architecture, dims), tensors, shards)
+    return Family(name, flat_config(kind, architecture, dims), tensors)
 
 
 def text_families() -> list[Family]:
     """Return the language models the others descend from."""
     rows = [
-        ("llama-2-7b", "Llama", LLAMA2_7B, "F16", 2),
-        ("llama-3-8b", "Llama", LLAMA3_8B, "BF16", 4),
-        ("qwen2-1.5b", "Qwen2", QWEN2_15B, "BF16", 1),
-        ("qwen2-7b", "Qwen2", QWEN2_7B, "BF16", 4),
-        ("qwen2.5-3b", "Qwen2", QWEN2_3B, "BF16", 2),
-        ("qwen3-8b", "Qwen3", QWEN3_8B, "BF16", 5),
-        ("mistral-7b", "Mistral", MISTRAL_7B, "BF16", 3),
+        ("llama-2-7b", "Llama", LLAMA2_7B, "F16"),
+        ("llama-3-8b", "Llama", LLAMA3_8B, "BF16"),
+        ("qwen2-1.5b", "Qwen2", QWEN2_15B, "BF16"),
+        ("qwen2-7b", "Qwen2", QWEN2_7B, "BF16"),
+        ("qwen2.5-3b", "Qwen2", QWEN2_3B, "BF16"),
+        ("qwen3-8b", "Qwen3", QWEN3_8B, "BF16"),
+        ("mistral-7b", "Mistral", MISTRAL_7B, "BF16"),
     ]
     families = []
-    for name, kind, dims, dtype, shards in rows:
+    for name, kind, dims, dtype in rows:
         config = flat_config(kind.lower(), f"{kind}ForCausalLM", dims, dtype)
-        families.append(Family(name, config, llama_decoder(dims, dtype=dtype), shards))
+        families.append(Family(name, config, llama_decoder(dims, dtype=dtype)))
     return families
 
 
-def qwen2vl(name: str, dims: DecoderDims, shards: int) -> Family:
+def qwen2vl(name: str, dims: DecoderDims) -> Family:
     """Return a Qwen2-VL model."""
     tensors = llama_decoder(dims) | qwen2vl_tower(dims.hidden)
-    return flat(name, "Qwen2VLForConditionalGeneration", dims, tensors, shards)
+    return flat(name, "Qwen2VLForConditionalGeneration", dims, tensors)
 
 
-def qwen25vl(name: str, dims: DecoderDims, shards: int) -> Family:
+def qwen25vl(name: str, dims: DecoderDims) -> Family:
     """Return a Qwen2.5-VL model."""
     tensors = llama_decoder(dims) | qwen25vl_tower(dims.hidden)
-    return flat(name, "Qwen2_5_VLForConditionalGeneration", dims, tensors, shards)
+    return flat(name, "Qwen2_5_VLForConditionalGeneration", dims, tensors)
 
 
-def llava_hf(
-    name: str, kind: str, text_type: str, dims: DecoderDims, shards: int, **more: Any
-) -> Family:
+def llava_hf(name: str, kind: str, text_type: str, dims: DecoderDims, **more: Any) -> Family:
     """Return a LLaVA model as the llava-hf organisation converted it (all of them in F16)."""
     model_type, architecture = {
         "1.5": ("llava", "LlavaForConditionalGeneration"),
@@ -469,7 +467,7 @@ def llava_hf(
     }
     if kind != "1.5":  # the first LLaVA does not cut images into tiles
         tensors["image_newline"] = ("F16", (dims.hidden,))
-    return Family(name, config, tensors, shards)
+    return Family(name, config, tensors)
 
 
 def llava_hf_families() -> list[Family]:
@@ -480,9 +478,9 @@ def llava_hf_families() -> list[Family]:
     tokens = {"image_token_index": 151646, "video_token_index": 151647}
     clip = {"image_token_index": 32000}
     return [
-        llava_hf("llava-1.5-7b-hf", "1.5", "llama", vicuna, 3, **clip),
-        llava_hf("llava-v1.6-mistral-7b-hf", "next", "mistral", mistral, 4, **clip),
-        llava_hf("llava-onevision-qwen2-7b-ov-hf", "onevision", "qwen2", qwen2, 4, **tokens),
+        llava_hf("llava-1.5-7b-hf", "1.5", "llama", vicuna, **clip),
+        llava_hf("llava-v1.6-mistral-7b-hf", "next", "mistral", mistral, **clip),
+        llava_hf("llava-onevision-qwen2-7b-ov-hf", "onevision", "qwen2", qwen2, **tokens),
     ]
 
 
@@ -501,9 +499,9 @@ def llava_original_families() -> list[Family]:
         **siglip_tower("model.vision_tower.vision_tower.vision_model."),
     }
     return [
-        Family("llava-1.5-7b-orig", llava, blind | rotary_buffers(LLAMA2_7B), 2),
-        Family("sharegpt4v-7b", share, blind, 2),
-        flat("llava-onevision-qwen2-7b-ov-lmms", "LlavaQwenForCausalLM", QWEN2_7B, onevision, 4),
+        Family("llava-1.5-7b-orig", llava, blind | rotary_buffers(LLAMA2_7B)),
+        Family("sharegpt4v-7b", share, blind),
+        flat("llava-onevision-qwen2-7b-ov-lmms", "LlavaQwenForCausalLM", QWEN2_7B, onevision),
     ]
 
 
@@ -518,23 +516,23 @@ def cogvlm_families() -> list[Family]:
         if dims == LLAMA2_7B:
             del config["num_key_value_heads"]
         tensors = cogvlm_decoder(dims, vision_bias=dims == LLAMA3_8B) | vision
-        families.append(Family(name, config, tensors, 8))
+        families.append(Family(name, config, tensors))
     return families
 
 
 def mplug_owl2() -> Family:
-    """Return mPLUG-Owl2, whose exporter writes 33 files."""
+    """Return mPLUG-Owl2."""
     eyes = some_of("vision_model.post_layernorm.bias visual_abstractor.query_embeds", "model.")
     tensors = mplug_decoder(LLAMA2_7B) | eyes
-    return flat("mplug-owl2-llama2-7b", "MPLUGOwl2LlamaForCausalLM", LLAMA2_7B, tensors, 33)
+    return flat("mplug-owl2-llama2-7b", "MPLUGOwl2LlamaForCausalLM", LLAMA2_7B, tensors)
 
 
-def internvl(name: str, kind: str, dims: DecoderDims, decoder: Tensors, shards: int) -> Family:
+def internvl(name: str, kind: str, dims: DecoderDims, decoder: Tensors) -> Family:
     """Return an InternVL as OpenGVLab publishes it."""
     tower = some_of("vision_model.encoder.layers.23.ls1 mlp1.0.weight mlp1.3.bias")
     text = {"architectures": [f"{kind}ForCausalLM"], **decoder_config(dims)}
     config = model_config("internvl_chat", "InternVLChatModel", dims, llm_config=text)
-    return Family(name, config, decoder | tower, shards)
+    return Family(name, config, decoder | tower)
 
 
 def internvl_families() -> list[Family]:
@@ -545,8 +543,8 @@ def internvl_families() -> list[Family]:
     qwen_text = llama_decoder(qwen, prefix, "language_model.lm_head")
     lm2_text = internlm2_decoder(lm2, prefix, "language_model.output")
     return [
-        internvl("internvl2_5-4b", "Qwen2", qwen, qwen_text, 2),
-        internvl("internvl2_5-8b", "InternLM2", lm2, lm2_text, 4),
+        internvl("internvl2_5-4b", "Qwen2", qwen, qwen_text),
+        internvl("internvl2_5-8b", "InternLM2", lm2, lm2_text),
     ]
 
 
@@ -577,7 +575,7 @@ def nested_families() -> list[Family]:
     ):
         text = {"text_config": decoder_config(dims)}
         inner = {"thinker_config": text} if cls == "Qwen2_5OmniModel" else text
-        families.append(Family(name, model_config("", cls, dims, **inner), tensors, 5))
+        families.append(Family(name, model_config("", cls, dims, **inner), tensors))
     return families
 
 
@@ -597,10 +595,10 @@ def other_families() -> list[Family]:
     )
     lm2 = internlm2_decoder(INTERNLM2_7B)
     return [
-        flat("molmo-7b-d", "MolmoForCausalLM", QWEN2_7B, molmo, 7),
-        flat("qwen-7b", "QWenLMHeadModel", QWEN_7B, qwen, 8),
-        flat("qwen-vl", "QWenLMHeadModel", QWEN_7B, qwen_vl, 10),
-        flat("internlm2_5-7b-chat", "InternLM2ForCausalLM", INTERNLM2_7B, lm2, 8),
+        flat("molmo-7b-d", "MolmoForCausalLM", QWEN2_7B, molmo),
+        flat("qwen-7b", "QWenLMHeadModel", QWEN_7B, qwen),
+        flat("qwen-vl", "QWenLMHeadModel", QWEN_7B, qwen_vl),
+        flat("internlm2_5-7b-chat", "InternLM2ForCausalLM", INTERNLM2_7B, lm2),
         flat("phi-3.5-mini", "Phi3ForCausalLM", PHI3_MINI, phi),
         flat("phi-3.5-vision", "Phi3VForCausalLM", PHI3_MINI, phi_vision),
         flat("gemma-3-4b-text", "Gemma3ForCausalLM", GEMMA3_4B, gemma2_decoder(GEMMA3_4B)),
@@ -611,9 +609,9 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *text_families(),
-        qwen2vl("qwen2-vl-7b", QWEN2_7B, 5),
-        qwen25vl("qwen2.5-vl-3b", QWEN2_3B, 2),
-        qwen25vl("qwen2.5-vl-7b", QWEN2_7B, 5),
+        qwen2vl("qwen2-vl-7b", QWEN2_7B),
+        qwen25vl("qwen2.5-vl-3b", QWEN2_3B),
+        qwen25vl("qwen2.5-vl-7b", QWEN2_7B),
         *llava_hf_families(),
         *llava_original_families(),
         *cogvlm_families(),
@@ -633,48 +631,13 @@ def tensor_bytes(dtype: str, shape: Shape) -> int:
     return ITEM_BYTES[dtype] * prod(shape)
 
 
-def split_shards(tensors: Tensors, shards: int) -> list[Tensors]:
-    """Cut the tensors, in order, into at most ``shards`` non-empty parts of about equal bytes."""
-    total = sum(tensor_bytes(*spec) for spec in tensors.values())
-    parts: list[Tensors] = [{}]
-    seen = 0
-    for index, (name, spec) in enumerate(tensors.items()):
-        unopened = shards - len(parts)
-        full = seen * shards >= total * len(parts) or len(tensors) - index <= unopened
-        if parts[-1] and unopened and full:
-            parts.append({})
-        parts[-1][name] = spec
-        seen += tensor_bytes(*spec)
-    return parts
-
-
-def write_hollow(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file with a true header and, for its data, a hole of the right size."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + tensor_bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
 def write_headers(folder: Path, family: Family) -> None:
-    """Write a folder that looks like the checkpoint, in sparse files that hold no data."""
+    """Write a folder that looks like the checkpoint: a true header, for its data a hole."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
-    parts = split_shards(family.tensors, family.shards)
-    if len(parts) == 1:
-        write_hollow(folder / "model.safetensors", parts[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts, start=1):
-        file_name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        write_hollow(folder / file_name, part)
-        weight_map |= dict.fromkeys(part, file_name)
-    total = sum(tensor_bytes(*spec) for spec in family.tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(family.config))
+    specs = [(name, DTYPES[dtype], shape) for name, (dtype, shape) in family.tensors.items()]
+    header = build_header(specs, {"format": "pt"})
+    nbytes = sum(tensor_bytes(*spec) for spec in family.tensors.values())
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + nbytes)

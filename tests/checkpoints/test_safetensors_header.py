@@ -392,32 +392,3 @@ def test_damaged_files_never_raise_anything_else(
         assert str(path) in str(error)
     else:
         check_valid(parsed, len(content))
-
-
-json_values: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
-    max_leaves=5,
-)
-near_entries = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(sorted(DTYPES)) | json_values,
-        "shape": st.lists(st.integers(-1, 5), max_size=3) | json_values,
-        "data_offsets": st.lists(st.integers(-1, 30), max_size=3) | json_values,
-    }
-)
-
-
-@given(
-    st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), near_entries | json_values),
-    st.integers(0, 60),
-)
-def test_any_json_is_either_refused_or_consistent(document: dict[str, Any], data: int) -> None:
-    raw = json.dumps(document).encode()
-    try:
-        parsed = parse_header(raw, 8 + len(raw) + data)
-    except FormatError:
-        return
-    check_valid(parsed, 8 + len(raw) + data)

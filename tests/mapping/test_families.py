@@ -286,7 +286,7 @@ def shallow(name: str) -> Family:
         for tensor, spec in FAMILIES[name].tensors.items()
         if all(int(number) < depth for number in re.findall(r"\.([0-9]+)\.", tensor))
     }
-    return replace(FAMILIES[name], tensors=tensors, shards=1)
+    return replace(FAMILIES[name], tensors=tensors)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
