@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import OutputError
-from ..mapping.alphas import Alpha, alpha_from_json, alpha_to_json
 
 WORK = ".partial"
 """Folder inside OUT that holds unfinished output; what is in OUT itself is complete."""
@@ -154,9 +153,9 @@ class AnswerJournal(_Journal):
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if the answers there are of another search."""
-        self.answers: dict[Alpha, dict[int, str]] = {}
-        self.tokens: dict[Alpha, dict[int, list[int]]] = {}
-        self.again: dict[Alpha, dict[int, str]] = {}
+        self.answers: dict[float, dict[int, str]] = {}
+        self.tokens: dict[float, dict[int, list[int]]] = {}
+        self.again: dict[float, dict[int, str]] = {}
         conflict = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
             " settings); give the same options, --batch-size too, or delete it or choose another"
@@ -165,16 +164,16 @@ class AnswerJournal(_Journal):
         super().__init__(path, "search", fingerprint, conflict)
 
     def note(
-        self, alpha: Alpha, index: int, answer: str, tokens: list[int], *, again: bool = False
+        self, alpha: float, index: int, answer: str, tokens: list[int], *, again: bool = False
     ) -> None:
         """Append one answer; survives a kill of this process."""
-        line = alpha_to_json(alpha) | {"index": index, "answer": answer, "tokens": tokens}
+        line = {"alpha": alpha, "index": index, "answer": answer, "tokens": tokens}
         self._append(line | {"again": True} if again else line)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "answer" not in line:
             return
-        alpha, index = alpha_from_json(line), line["index"]
+        alpha, index = line["alpha"], line["index"]
         if line.get("again"):
             self.again.setdefault(alpha, {})[index] = line["answer"]
         else:

@@ -34,7 +34,6 @@ from lowmem_adamms.mapping.alphas import (
 )
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging import disk_sink, loop
-from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.merging.verify import verify
 
 Pair = tuple[Path, Path]
@@ -113,17 +112,11 @@ def test_parts_of_a_fused_tensor_may_have_their_own(tmp_path: Path) -> None:
     alpha = Alphas(0.3, {"layers.0.attn.k": 0.5, "layers.0.attn.v.weight@vision": 0.0})
     out = merge(make_plan(*fused), alpha, tmp_path / "out")
     base, donor, found = tiny.load(fused[0]), tiny.load(fused[1]), tensors(out)
+    stem = "language_model.model.layers.0.self_attn.{}_proj.weight"
     for expert, three in {"language": (0.3, 0.5, 0.3), "vision": (0.3, 0.5, 0.0)}.items():
         name = f"model.layers.0.self_attn.{expert}_expert_query_key_value.weight"
-        parts = [
-            blended(rows, donor[f"language_model.model.layers.0.self_attn.{role}"], weight)
-            for rows, role, weight in zip(
-                base[name].chunk(3),
-                ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-                three,
-                strict=True,
-            )
-        ]
+        lent = [donor[stem.format(role)] for role in "qkv"]
+        parts = map(blended, base[name].chunk(3), lent, three)
         assert found[name] == b"".join(parts), name
     verify(out, deep=True)
 
@@ -197,19 +190,6 @@ def test_a_killed_merge_resumes_at_the_same_alphas_only(plan: Plan, tmp_path: Pa
             merge(plan, other, out)
     again = Alphas(0.3, {"layers.1": 0.5, "layers.2": 0.3})
     assert seen(merge(plan, again, out)) == whole
-
-
-def test_answers_at_alphas_are_kept_apart(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    layered = Alphas(0.2, {"layers.0": 0.3})
-    with AnswerJournal(path, "mine") as journal:
-        for alpha in (0.1, 0.2, 0.3):
-            journal.note(alpha, 0, f"at {alpha}", [1])
-        journal.note(layered, 0, "layered", [2])
-    with AnswerJournal(path, "mine") as journal:
-        assert journal.answers[0.2] == {0: "at 0.2"}
-        assert journal.answers[Alphas(0.2, {"layers.0": 0.3})] == {0: "layered"}
-        assert journal.tokens[layered] == {0: [2]}
 
 
 # The type
