@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..checkpoints.span import Span
 from ..mapping.kinship import THRESHOLD
 from .pairing import LAYER_KINDS, SIZE_TRAITS, CheckpointSummary, Pairing, RolePair
-from .similarity import SAMPLE_ELEMENTS, Similarity, measure_pairs, read_middles
-
-if TYPE_CHECKING:
-    from ..hub.remote_file import RemoteFile
-    from ..kernels.reference import Floats
+from .similarity import SAMPLE_ELEMENTS, Similarity, measure_pairs, sample_directions
 
 MAX_NAMED = 6  # groups that a reason lists by name
 _Key = TypeVar("_Key")
@@ -278,7 +273,7 @@ def find_layer_runs(pairing: Pairing) -> tuple[LayerRun, ...]:
     roles = sorted(role for role, _ in set.intersection(*shapes)) if a and b else []
     if not roles:
         return ()
-    directions = [_sample_directions(layers, roles, pairing.remote) for layers in (a, b)]
+    directions = [sample_directions(layers, roles, pairing.remote) for layers in (a, b)]
     alike = directions[0] @ directions[1].T >= THRESHOLD
     runs = []
     for i, j in np.argwhere(alike).tolist():
@@ -294,19 +289,3 @@ def find_layer_runs(pairing: Pairing) -> tuple[LayerRun, ...]:
 def _shape(spans: Sequence[Span]) -> tuple[int, ...]:
     """The shape of a role that lies in one or several spans."""
     return (sum(span.shape[0] for span in spans), *spans[0].shape[1:])
-
-
-def _sample_directions(
-    layers: Mapping[int, Mapping[str, Sequence[Span]]],
-    roles: Sequence[str],
-    remote: Mapping[Path, RemoteFile],
-) -> Floats:
-    """A row of sampled elements for each layer, scaled to length 1; what is not finite counts 0."""
-    import numpy as np
-
-    spans = (layers[i][role] for i in sorted(layers) for role in roles)
-    rows = np.concatenate(read_middles(spans, remote=remote)).reshape(len(layers), -1)
-    rows = np.where(np.isfinite(rows), rows, 0.0)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: Floats = rows / np.where(length > 0, length, 1.0)
-    return unit

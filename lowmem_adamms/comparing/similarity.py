@@ -6,7 +6,7 @@ Sums are float64, in which every product of two bf16, fp16 or fp32 values is exa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,15 @@ def compare_bits(a: Bits, b: Bits, dtype_names: tuple[str, str]) -> Similarity:
     )
 
 
-def read_middles(groups: Iterable[Sequence[Span]], *, remote: Remote | None = None) -> list[Floats]:
-    """Of each group of spans, taken as one long row, RUN_ELEMENTS from its middle."""
+def sample_directions(
+    layers: Mapping[int, Mapping[str, Sequence[Span]]],
+    roles: Sequence[str],
+    remote: Remote | None,
+) -> Floats:
+    """A row of sampled elements for each layer, scaled to length 1; what is not finite counts 0.
+
+    Of each role, whose spans are taken as one long row, RUN_ELEMENTS are read from its middle.
+    """
     import numpy as np
 
     def read_middle(spans: Sequence[Span]) -> Floats:
@@ -130,7 +137,14 @@ def read_middles(groups: Iterable[Sequence[Span]], *, remote: Remote | None = No
         return np.concatenate([reader.read_floats(span) for span, _ in runs])
 
     with SampledReader(remote) as reader:
-        return list(reader.map(read_middle, groups))
+        middles = reader.map(
+            read_middle, (layers[i][role] for i in sorted(layers) for role in roles)
+        )
+        rows = np.concatenate(list(middles)).reshape(len(layers), -1)
+    rows = np.where(np.isfinite(rows), rows, 0.0)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Floats = rows / np.where(length > 0, length, 1.0)
+    return unit
 
 
 def _choose_runs(
