@@ -216,8 +216,8 @@ def _names_in(where: str, layers: int) -> list[str]:
     first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (0, -1)
     if not first <= last < layers:
         raise RecipeError(
-            f"{where!r} is none of {', '.join(UNLAYERED)} and of layers 0-{layers - 1}; expected"
-            " 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
+            f"{where!r} is neither one of {', '.join(UNLAYERED)} nor within layers 0-{layers - 1};"
+            " expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
         )
     return [f"layers.{i}" for i in range(first, last + 1)]
 
