@@ -62,7 +62,8 @@ class LiveModel(AbstractContextManager["LiveModel"]):
     Raises:
         PlacementError: The model does not fit into the memory there is.
         MappingError: Base and donor look unrelated, or transformers ignores merged weights.
-        RecipeError: A package is missing, or remote code was not allowed.
+        RecipeError: A package is missing, remote code was not allowed, or transformers converts
+            tensors as it loads them.
         FormatError: What transformers loaded is not what the files hold.
 
     Example:
@@ -98,14 +99,14 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         self.model = self._load(dtype_name)
         self._files = MappedFiles(keep=placement.sources_stay_cached)
         try:
-            groups, ignored = transformers_model.group_tensors(self.model, list(plan.base.tensors))
-            check_loaded(self.model, plan, groups, self._files)
+            matched = transformers_model.match_tensors(self.model, plan.base.tensors)
+            check_loaded(self.model, plan, matched, self._files)
             kinds = plan.base_layout.kinds
             self.vision_names = frozenset(
-                group.target for group in groups if group.names[0] in kinds
+                target for target, name in matched.items() if name in kinds
             )
             self._source, self._kernel = self._choose_backend()
-            self._sink = LiveSink(self.model, plan, groups, ignored, self._source)
+            self._sink = LiveSink(self.model, plan, matched, self._source)
         except BaseException:
             self._files.close()
             raise

@@ -1,13 +1,12 @@
 """Where the loop's output enters the parameters of a loaded model.
 
 A parameter with the output's dtype takes its bytes in place. One of another dtype is cast window by
-window. One that transformers converts or bitsandbytes quantizes is staged until all of its tensors
-are complete.
+window. One that bitsandbytes quantizes is staged until it is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,56 +16,39 @@ from ..errors import MappingError
 from ..mapping.plan import Plan, Step
 from ..merging.loop import Source
 from .device_source import bytes_of, torch_dtype
-from .transformers_model import (
-    TensorGroup,
-    assign_parameter,
-    convert,
-    is_quantized,
-    untie_parameter,
-)
+from .transformers_model import assign_parameter, is_quantized, untie_parameter
 
 
 class LiveSink:
     """A sink of the loop that fills the parameters of `model`.
 
-    groups, ignored: of `group_tensors`, for the base's tensors. source: what the loop reads from;
-    it tells where slots must be, on the host or on the device.
+    matched: of `match_tensors`, for the base's tensors. source: what the loop reads from; it tells
+    where slots must be, on the host or on the device.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        plan: Plan,
-        groups: Sequence[TensorGroup],
-        ignored: Sequence[str],
-        source: Source,
-    ) -> None:
+    def __init__(self, model: Any, plan: Plan, matched: Mapping[str, str], source: Source) -> None:
         self._on_host = isinstance(source, MappedFiles)
         self._targets: dict[str, _DirectTarget | _StagedTarget] = {}
         self._touched: list[_DirectTarget | _StagedTarget] = []
-        steps = {step.name: step for step in plan.steps}
-        merged = {name for name, step in steps.items() if step.action == "interpolate"}
-        if lost := merged & set(ignored):
+        targets = {name: target for target, name in matched.items()}
+        merged = {step.name: step for step in plan.steps if step.action == "interpolate"}
+        if lost := merged.keys() - targets.keys():
             raise MappingError(
                 f"{plan.base.path}: transformers does not load {min(lost)} into"
                 f" {type(model).__name__}; what it would say cannot be searched"
             )
-        for group in groups:
-            if merged & set(group.names):
-                self._add_target(model, group, [steps[name] for name in group.names])
+        for name, step in merged.items():
+            self._targets[name] = self._make_target(model, targets[name], step)
 
-    def _add_target(self, model: Any, group: TensorGroup, members: Sequence[Step]) -> None:
-        param = model.get_parameter(group.target)
+    def _make_target(self, model: Any, name: str, step: Step) -> _DirectTarget | _StagedTarget:
+        param = model.get_parameter(name)
         if any(param.data_ptr() == other.param.data_ptr() for other in self._targets.values()):
             # Embedding and head that are equal on disk but written separately may come to differ
-            untie_parameter(model, group.target)
-            param = model.get_parameter(group.target)
-        target: _DirectTarget | _StagedTarget
-        if group.converter is None and not is_quantized(param) and param.is_contiguous():
-            target = _DirectTarget(param, torch_dtype(members[0].dtype))
-        else:
-            target = _StagedTarget(model, group, members, param)
-        self._targets |= dict.fromkeys(group.names, target)
+            untie_parameter(model, name)
+            param = model.get_parameter(name)
+        if is_quantized(param) or not param.is_contiguous():
+            return _StagedTarget(model, name, step, param)
+        return _DirectTarget(param, torch_dtype(step.dtype))
 
     def wants(self, step: Step) -> bool:
         """Whether the live model holds the step and alpha changes it."""
@@ -84,7 +66,7 @@ class LiveSink:
         """
         target = self._targets[step.name]
         self._touched.append(target)
-        buffer = target.slot(step.name, offset, nbytes)
+        buffer = target.slot(offset, nbytes)
         return buffer.numpy() if self._on_host else buffer
 
     def commit(self) -> None:
@@ -111,7 +93,7 @@ class _DirectTarget:
         self.param, self._loaded, self._dtype = param, param.detach(), dtype
         self._staged: dict[int, torch.Tensor] = {}  # bytes by their first element
 
-    def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
+    def slot(self, offset: int, nbytes: int) -> torch.Tensor:
         if self._dtype == self._loaded.dtype:
             return bytes_of(self._loaded)[offset : offset + nbytes]
         buffer = self._loaded.new_empty(nbytes, dtype=torch.uint8)
@@ -133,33 +115,27 @@ class _DirectTarget:
 
 
 class _StagedTarget:
-    """Whole tensors on the way to a conversion of transformers or to bitsandbytes."""
+    """A whole tensor on the way to bitsandbytes."""
 
-    def __init__(
-        self, model: Any, group: TensorGroup, members: Sequence[Step], param: torch.Tensor
-    ) -> None:
+    def __init__(self, model: Any, name: str, step: Step, param: torch.Tensor) -> None:
         self.param = param
-        self._model, self._group, self._members = model, group, members
-        self._sizes = {step.name: step.nbytes for step in members}
-        self.discard()
+        self._model, self._name, self._step = model, name, step
+        self._staged: torch.Tensor | None = None
+        self._missing_bytes = step.nbytes
 
-    def slot(self, name: str, offset: int, nbytes: int) -> torch.Tensor:
-        if name not in self._staged:
-            self._staged[name] = self.param.new_empty(self._sizes[name], dtype=torch.uint8)
+    def slot(self, offset: int, nbytes: int) -> torch.Tensor:
+        if self._staged is None:
+            self._staged = self.param.new_empty(self._step.nbytes, dtype=torch.uint8)
         self._missing_bytes -= nbytes
-        return self._staged[name][offset : offset + nbytes]
+        return self._staged[offset : offset + nbytes]
 
     def flush(self) -> None:
-        if self._missing_bytes:
+        if self._staged is None or self._missing_bytes:
             return
-        tensors = [
-            self._staged[step.name].view(torch_dtype(step.dtype)).view(step.shape)
-            for step in self._members
-        ]
+        value = self._staged.view(torch_dtype(self._step.dtype)).view(self._step.shape)
         self.discard()
-        for name, value in convert(self._group, tensors, self._model).items():
-            assign_parameter(self._model, name, value)
+        assign_parameter(self._model, self._name, value)
 
     def discard(self) -> None:
-        self._staged: dict[str, torch.Tensor] = {}
-        self._missing_bytes = sum(self._sizes.values())
+        self._staged = None
+        self._missing_bytes = self._step.nbytes

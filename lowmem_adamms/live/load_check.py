@@ -6,7 +6,7 @@ lacks some.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,55 +16,56 @@ from ..checkpoints.span import Span
 from ..errors import FormatError
 from ..mapping.plan import Plan
 from .device_source import as_tensor, bytes_of, torch_dtype
-from .transformers_model import TensorGroup, convert, equals_parameter, is_quantized
+from .transformers_model import is_quantized, quantize_like, quantized_tensors
 
 CHUNK_BYTES = 16 << 20
 """Bytes compared at a time."""
 
 
-def check_loaded(model: Any, plan: Plan, groups: Sequence[TensorGroup], files: MappedFiles) -> None:
+def check_loaded(model: Any, plan: Plan, matched: Mapping[str, str], files: MappedFiles) -> None:
     """Raise FormatError unless every parameter equals its bytes on disk.
 
-    Tensors that transformers converts or bitsandbytes quantizes are compared after the same has
+    matched: of `match_tensors`. Tensors that bitsandbytes quantizes are compared after the same has
     been done to the bytes on disk.
     """
     state = model.state_dict(keep_vars=True)
-    checked: set[int] = set()  # addresses, as tied parameters have several names
-    for group in groups:
-        spans = [plan.base.tensors[name] for name in group.names]
-        param = state[group.target]
-        if group.converter is None and not is_quantized(param):
-            equal = _equals_span(param, spans[0], files)
-            checked.add(param.data_ptr())
+    for target, name in matched.items():
+        param, span = state[target], plan.base.tensors[name]
+        if is_quantized(param):
+            value = _view_tensor(span, files).to(param.device, model.dtype)
+            equal = _equals_quantized(param, quantize_like(param, value))
         else:
-            tensors = [_view_tensor(span, files).to(param.device) for span in spans]
-            converted = convert(group, tensors, model)
-            equal = all(equals_parameter(model, name, value) for name, value in converted.items())
-            checked |= {state[name].data_ptr() for name in converted}
+            equal = _equals_span(param, span, files)
         if not equal:
             raise FormatError(
-                f"{plan.base.path}: {group.names[0]} is not what transformers loaded into"
-                f" {group.target}; this version of transformers may read it differently"
+                f"{plan.base.path}: {name} is not what transformers loaded into {target};"
+                " this version of transformers may read it differently"
             )
+    checked = {state[target].data_ptr() for target in matched}  # tied ones have several names
     for name, param in model.named_parameters():
         if param.data_ptr() not in checked:
             raise FormatError(
                 f"{plan.base.path}: holds no weights for {name} of {type(model).__name__};"
                 " its answers would be random"
             )
-    _check_tied(plan, groups, state)
+    _check_tied(plan, matched, state)
 
 
-def _check_tied(plan: Plan, groups: Sequence[TensorGroup], state: Mapping[str, Any]) -> None:
+def _check_tied(plan: Plan, matched: Mapping[str, str], state: Mapping[str, Any]) -> None:
     """A tensor that the plan omits as tied must be so: transformers keeps a head that differs."""
     written = {step.name for step in plan.steps}
-    kept = {state[group.target].data_ptr() for group in groups if written & set(group.names)}
-    for group in groups:
-        if not written & set(group.names) and state[group.target].data_ptr() not in kept:
+    kept = {state[target].data_ptr() for target, name in matched.items() if name in written}
+    for target, name in matched.items():
+        if name not in written and state[target].data_ptr() not in kept:
             raise FormatError(
-                f"{plan.base.path}: config.json ties {group.names[0]} to the embedding, but the two"
+                f"{plan.base.path}: config.json ties {name} to the embedding, but the two"
                 " differ on disk; say tie_word_embeddings: false there to keep both"
             )
+
+
+def _equals_quantized(first: Any, second: Any) -> bool:
+    pairs = zip(quantized_tensors(first), quantized_tensors(second), strict=True)
+    return all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in pairs)
 
 
 def _equals_span(param: torch.Tensor, span: Span, files: MappedFiles) -> bool:

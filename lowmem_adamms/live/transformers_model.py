@@ -1,23 +1,21 @@
 """Load a base through transformers, and tell how its tensors on disk become parameters.
 
 The only module that uses private names of transformers and bitsandbytes. A checkpoint's tensor
-names differ from its module's: transformers renames, fuses and splits as it loads. Which tensors
-become which parameter is asked of transformers' own conversions, never guessed. Nothing here knows
-a plan or an alpha.
+names differ from its module's: transformers renames as it loads. Which tensor becomes which
+parameter is asked of transformers' own conversions, never guessed. Nothing here knows a plan or an
+alpha.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import importlib.util
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,78 +169,43 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 def _choose_auto_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
     """The class that allowed remote code is announced for, else the one that knows the config."""
+    auto_class = transformers.AutoModelForImageTextToText
     announced = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
-    for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
-        if name in announced:
-            return getattr(transformers, name)
-    known = transformers.AutoModelForImageTextToText._model_mapping
-    if type(config) in known.keys():  # noqa: SIM118  (a lazy mapping without __contains__)
-        return transformers.AutoModelForImageTextToText
+    known = auto_class._model_mapping.keys()  # a lazy mapping without __contains__
+    if auto_class.__name__ in announced or type(config) in known:
+        return auto_class
     return transformers.AutoModelForCausalLM
 
 
 # From tensors on disk to parameters
 
 
-@dataclass(frozen=True, slots=True)
-class TensorGroup:
-    """Tensors on disk that are loaded together.
+def match_tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """For each parameter or buffer that is loaded from a checkpoint, its tensor's name there.
 
-    names: on disk. target: the parameter or buffer that they become, the first if there are
-    several. converter: transformers' own, with a source pattern for each name; None where the
-    numbers stay as they are.
+    Names that the model ignores are left out. Raises RecipeError if transformers fuses, splits or
+    otherwise converts a tensor: of the architectures in `archs` it does so with none.
     """
-
-    names: tuple[str, ...]
-    target: str
-    converter: Any = None
-    patterns: tuple[str | None, ...] = ()
-
-
-def group_tensors(model: Any, names: Sequence[str]) -> tuple[list[TensorGroup], list[str]]:
-    """Group a checkpoint's tensors by the parameter they become; second, what the model ignores."""
     core = importlib.import_module("transformers.core_model_loading")
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [each for each in conversions if isinstance(each, core.WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, core.WeightConverter)]
     state = model.state_dict(keep_vars=True)
     prefix = model.base_model_prefix
-    members: dict[str, list[tuple[str, str | None]]] = {}
-    ignored: list[str] = []
+    matched: dict[str, str] = {}
     for name in sorted(names, key=core.dot_natural_key):  # the loader's order
         target, pattern = core.rename_source_key(name, renamings, converters, prefix, state)
         if target not in state:
             # As the loader does: a name may be right as it is, but for the base model's prefix.
             target, pattern = core.rename_source_key(name, [], [], prefix, state)
+        if pattern is not None:
+            raise RecipeError(
+                f"transformers converts {name} as it loads it into {type(model).__name__}, which"
+                " neither a search nor --quantize follows; merge with --alpha, unquantized"
+            )
         if target in state:
-            members.setdefault(target, []).append((name, pattern))
-        else:
-            ignored.append(name)
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    groups = []
-    for target, found in members.items():
-        converted = [(name, pattern) for name, pattern in found if pattern is not None]
-        # Of several tensors for one parameter, without conversion, the loader takes the first
-        group_names, patterns = zip(*(converted or found[:1]), strict=True)
-        converter = by_pattern.get(patterns[0])
-        groups.append(TensorGroup(group_names, target, converter, patterns))
-        ignored += [name for name, _ in found if name not in group_names]
-    return groups, ignored
-
-
-def convert(
-    group: TensorGroup, tensors: Sequence[torch.Tensor], model: Any
-) -> dict[str, torch.Tensor]:
-    """What the model's parameters become from a group's tensors, by transformers' operations."""
-    if group.converter is None:
-        return {group.target: tensors[0]}
-    converter = copy.deepcopy(group.converter)
-    for name, pattern, tensor in zip(group.names, group.patterns, tensors, strict=True):
-        converter.add_tensor(group.target, name, pattern, tensor)
-    converted = converter.convert(group.target, model=model, config=model.config)
-    return {
-        name: value[0] if isinstance(value, list) else value for name, value in converted.items()
-    }
+            matched.setdefault(target, name)  # of several for one parameter it takes the first
+    return matched
 
 
 def loaded_dtype(model: Any, name: str, state: Mapping[str, Any]) -> torch.dtype:
@@ -267,7 +230,7 @@ def assign_parameter(model: Any, name: str, value: torch.Tensor) -> None:
     if not is_quantized(param):
         param.data.copy_(value)
         return
-    fresh = _quantize(param, value.to(model.dtype))
+    fresh = quantize_like(param, value.to(model.dtype))
     if type(param).__name__ == "Int8Params":
         module._parameters[attribute] = fresh
         return
@@ -284,25 +247,6 @@ def untie_parameter(model: Any, name: str) -> None:
     module._parameters[attribute] = torch.nn.Parameter(param.detach().clone(), requires_grad=False)
 
 
-def equals_parameter(model: Any, name: str, value: torch.Tensor) -> bool:
-    """Whether a freshly loaded parameter has the bits that assigning `value` would give it."""
-    _, _, param = _find_parameter(model, name)
-    if not is_quantized(param):
-        return _equal_bits(param.detach(), value.to(param.dtype))
-    fresh = _quantize(param, value.to(model.dtype))
-    pairs = zip(_quantized_tensors(param), _quantized_tensors(fresh), strict=True)
-    return all(_equal_bits(first, second) for first, second in pairs)
-
-
-def _equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    import torch
-
-    if first.shape != second.shape:
-        return False
-    first_bytes, second_bytes = (tensor.reshape(-1).view(torch.uint8) for tensor in (first, second))
-    return torch.equal(first_bytes, second_bytes)
-
-
 def _find_parameter(model: Any, name: str) -> tuple[Any, str, Any]:
     """The module that has it, its name there, and the parameter."""
     path, _, attribute = name.rpartition(".")
@@ -310,7 +254,7 @@ def _find_parameter(model: Any, name: str) -> tuple[Any, str, Any]:
     return module, attribute, getattr(module, attribute)
 
 
-def _quantize(like: Any, value: torch.Tensor) -> Any:
+def quantize_like(like: Any, value: torch.Tensor) -> Any:
     """`value` quantized on its device with the settings of the parameter `like`."""
     bnb = importlib.import_module("bitsandbytes")
     if type(like).__name__ == "Int8Params":
@@ -325,7 +269,7 @@ def _quantize(like: Any, value: torch.Tensor) -> Any:
     ).to(value.device)
 
 
-def _quantized_tensors(param: Any) -> list[torch.Tensor]:
+def quantized_tensors(param: Any) -> list[torch.Tensor]:
     """All tensors that a quantized parameter consists of."""
     if type(param).__name__ == "Int8Params":
         return [param.data, param.SCB]

@@ -7,7 +7,7 @@ loaded with the same settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,10 +76,10 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
         quantize=method,
         trust_remote_code=trust_remote_code,
     )
-    groups, ignored = transformers_model.group_tensors(model, [step.name for step in plan.steps])
-    _check_ignored(plan, model, ignored)
-    names = _quantized_names(plan, model, quantizer, groups)
-    casts = _casts(plan, model, [group for group in groups if group.names[0] not in names])
+    matched = transformers_model.match_tensors(model, [step.name for step in plan.steps])
+    _check_ignored(plan, model, matched)
+    names = _quantized_names(plan, model, quantizer, matched)
+    casts = _casts(plan, model, {t: name for t, name in matched.items() if name not in names})
     return Quantization(
         "nf4" if method == "nf4" else "int8",
         _dtype_of(model.config.dtype),
@@ -89,29 +89,28 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
     )
 
 
-def _check_ignored(plan: Plan, model: Any, ignored: Sequence[str]) -> None:
+def _check_ignored(plan: Plan, model: Any, matched: Mapping[str, str]) -> None:
     """Raise MappingError if transformers does not load a tensor that is merged."""
     merged = {step.name for step in plan.steps if step.action == "interpolate"}
-    for name in ignored:
-        if name in merged:
-            raise MappingError(
-                f"{plan.base.path}: transformers does not load {name} into"
-                f" {type(model).__name__}, so a quantized output of it could not be loaded;"
-                " merge without --quantize"
-            )
+    if lost := merged - set(matched.values()):
+        raise MappingError(
+            f"{plan.base.path}: transformers does not load {min(lost)} into"
+            f" {type(model).__name__}, so a quantized output of it could not be loaded;"
+            " merge without --quantize"
+        )
 
 
 def _quantized_names(
-    plan: Plan, model: Any, quantizer: Any, groups: Sequence[transformers_model.TensorGroup]
+    plan: Plan, model: Any, quantizer: Any, matched: Mapping[str, str]
 ) -> frozenset[str]:
     """The steps that become weights which the quantizer takes."""
     steps = {step.name: step for step in plan.steps}
     names = set()
-    for group in groups:
-        if not quantizer.param_needs_quantization(model, group.target):
+    for target, name in matched.items():
+        if not quantizer.param_needs_quantization(model, target):
             continue
-        name, module = group.names[0], model.get_submodule(group.target.rpartition(".")[0])
-        if group.converter is not None or module.source_cls.__name__ != "Linear":
+        module = model.get_submodule(target.rpartition(".")[0])
+        if module.source_cls.__name__ != "Linear":
             raise RecipeError(
                 f"{plan.base.path}: transformers converts {name} as it loads it, which it does not"
                 " do once it is quantized; merge without --quantize and quantize as you load"
@@ -129,18 +128,15 @@ def _quantized_names(
     return frozenset(names)
 
 
-def _casts(
-    plan: Plan, model: Any, groups: Sequence[transformers_model.TensorGroup]
-) -> dict[str, DType]:
+def _casts(plan: Plan, model: Any, matched: Mapping[str, str]) -> dict[str, DType]:
     """The steps that a loader casts, and to what."""
     steps = {step.name: step for step in plan.steps}
     state = model.state_dict(keep_vars=True)
     casts = {}
-    for group in groups:
-        wanted = _dtype_of(transformers_model.loaded_dtype(model, group.target, state))
-        for name in group.names:
-            if steps[name].dtype.blendable and wanted.blendable and steps[name].dtype != wanted:
-                casts[name] = wanted
+    for target, name in matched.items():
+        wanted = _dtype_of(transformers_model.loaded_dtype(model, target, state))
+        if steps[name].dtype.blendable and wanted.blendable and steps[name].dtype != wanted:
+            casts[name] = wanted
     return casts
 
 

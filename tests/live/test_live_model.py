@@ -141,11 +141,6 @@ def gemma(folder: Path) -> Path:
     return edit_config(folder, edit)
 
 
-def phi3(folder: Path) -> Path:
-    changes = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
-    return edit_config(folder, lambda config: config.update(changes))
-
-
 def respelled(rename: tiny.Rename) -> Callable[[Path], Path]:
     return lambda folder: tiny.respell(folder, rename, folder.parent / rename.__name__)
 
@@ -159,7 +154,6 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "mixed": mixed_dtypes,
     "both_tied": both_tied,
     "gemma": gemma,
-    "phi3": phi3,
 }
 
 
@@ -302,6 +296,12 @@ def ready(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
         yield prepared
 
 
+def prepared(request: pytest.FixtureRequest, name: str, quantize: str | None) -> Ready:
+    prepare = request.getfixturevalue("quantized" if quantize else "ready")
+    made: Ready = prepare(name, quantize) if quantize else prepare(name)
+    return made
+
+
 # The promise
 
 
@@ -326,11 +326,16 @@ def test_tied_parameters_stay_tied_and_the_others_apart(ready: Callable[..., Rea
         assert torch.equal(embed, head) is tied
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl-ov", "live fp32"])
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("qwen2_vl-ov", None), ("live fp32", None), ("qwen2_vl-ov", "int8")]
+)
 def test_an_interrupted_apply_leaves_nothing_behind(
-    name: str, ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    quantize: str | None,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pair = ready(name)
+    pair = prepared(request, name, quantize)
     interrupt_apply(pair.live, monkeypatch)
     assert pair.live.alpha is None
     pair.check((0.3,))
@@ -427,15 +432,15 @@ class Watching(LiveSink):
         return slot
 
     def staged_bytes(self) -> int:
-        buffers = [target._staged.values() for target in set(self._targets.values())]
-        return sum(buffer.nbytes for staged in buffers for buffer in staged)
+        staged = [target._staged for target in set(self._targets.values())]
+        buffers = [each.values() if isinstance(each, dict) else [each] for each in staged]
+        return sum(buffer.nbytes for found in buffers for buffer in found if buffer is not None)
 
 
 def own_sink(model: LiveModel, source: Any, kind: type[LiveSink] = LiveSink) -> Any:
     """A second sink on a live model."""
-    names = list(model.plan.base.tensors)
-    groups, ignored = transformers_model.group_tensors(model.model, names)
-    return kind(model.model, model.plan, groups, ignored, source)
+    matched = transformers_model.match_tensors(model.model, model.plan.base.tensors)
+    return kind(model.model, model.plan, matched, source)
 
 
 @pytest.fixture
@@ -455,8 +460,7 @@ def files() -> Iterator[MappedFiles]:
 def test_no_more_is_staged_than_a_window_or_the_tensors_to_quantize_in_it(
     name: str, quantize: str | None, most: int, request: pytest.FixtureRequest, files: MappedFiles
 ) -> None:
-    prepare = request.getfixturevalue("quantized" if quantize else "ready")
-    pair = prepare(name, quantize) if quantize else prepare(name)
+    pair = prepared(request, name, quantize)
     sink = own_sink(pair.live, files, Watching)
     loop.run(pair.plan, 0.3, sink, source=files, window=4096)
     assert (sink.most, sink.staged_bytes()) == (most, 0)
@@ -569,68 +573,6 @@ def test_a_quantized_model_is_the_merged_checkpoint_quantized(
     assert not torch.equal(seen[1], seen[0])
 
 
-# Tensors that transformers fuses or splits
-
-
-@pytest.fixture
-def registered() -> Iterator[Callable[[str, list[Any]], None]]:
-    """Registers conversions with transformers, and takes them back."""
-    mapping, names = importlib.import_module("transformers.conversion_mapping"), []
-
-    def register(model_type: str, converters: list[Any]) -> None:
-        mapping.register_checkpoint_conversion_mapping(model_type, converters)
-        names.append(model_type)
-
-    yield register
-    for name in names:
-        mapping._checkpoint_conversion_mapping_cache.pop(name)
-        mapping.USER_REGISTERED_MAPPINGS.discard(name)
-
-
-def fusing() -> list[Any]:
-    """From Llama's tensors to Phi3's modules."""
-    core = importlib.import_module("transformers.core_model_loading")
-    return [
-        core.WeightConverter(
-            [f"self_attn.{role}_proj.weight" for role in "qkv"],
-            "self_attn.qkv_proj.weight",
-            [core.Concatenate(0)],
-        ),
-        core.WeightConverter(
-            ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-            "mlp.gate_up_proj.weight",
-            [core.Concatenate(0)],
-        ),
-    ]
-
-
-FUSED = {
-    "phi3 mixed": Pair(("llama", "phi3", "mixed"), ("llava", "bin")),
-    "phi3 live fp32": Pair(("llama", "phi3"), ("llava",), dtype="fp32"),
-}
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_tensors_are_what_the_merged_checkpoint_loads_as(
-    name: str,
-    make: Make,
-    registered: Callable[[str, list[Any]], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    registered("phi3", fusing())
-    pair = FUSED[name]
-    plan = pair.planned(make)
-    with Ready(plan, live_of(plan, pair.dtype), tmp_path, TORCH[pair.dtype]) as fused:
-        fused.check((0.3, 0))
-        assert fused.expected(0.3)[QKV] != fused.expected(0)[QKV]
-        interrupt_apply(fused.live, monkeypatch)
-        fused.check((0.3,))
-
-
-QKV = "model.layers.1.self_attn.qkv_proj.weight"
-
-
 # What is refused
 
 
@@ -710,19 +652,6 @@ def test_one_wrong_bit_after_loading_is_found(
     with pytest.raises(FormatError) as caught:
         live_of(plan, quantize=quantize)
     assert f"{stem} is not what transformers loaded into {target}" in str(caught.value)
-
-
-@pytest.mark.parametrize("place", [0, -1])
-def test_a_wrong_bit_in_a_fused_tensor_is_found(
-    place: int,
-    make: Make,
-    registered: Callable[[str, list[Any]], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    registered("phi3", fusing())
-    spoil_loading(monkeypatch, QKV, place)
-    with pytest.raises(FormatError, match=QKV):
-        live_of(FUSED["phi3 mixed"].planned(make))
 
 
 def copied(folder: Path, out: Path) -> Path:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -466,20 +465,6 @@ def test_names_that_transformers_ignores_are_refused(
     base = tiny.respell(made, tiny.llava_original, tmp_path / "base")
     with pytest.raises(MappingError, match="transformers does not load"):
         prepare(make_plan(base, tiny_models["llama"]), "nf4")
-
-
-def test_what_transformers_converts_is_refused(
-    plain: Plain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    join = loading.group_tensors
-
-    def converting(model: Any, names: list[str]) -> Any:
-        groups, ignored = join(model, names)
-        return [replace(group, converter=object()) for group in groups], ignored
-
-    monkeypatch.setattr(loading, "group_tensors", converting)
-    with pytest.raises(RecipeError, match=r"transformers converts .* merge without --quantize"):
-        prepare(plain("llava")[0], "nf4")
 
 
 def test_other_methods_and_bare_files_are_refused(tmp_path: Path, plain: Plain) -> None:
