@@ -51,7 +51,7 @@ def _read_settings(checkpoint: Checkpoint) -> dict[str, str]:
     """The settings of the language model, as they are shown."""
     config: dict[str, Any] = {}
     for level in checkpoint.config_levels:  # the inner ones are about the language model alone
-        config |= {key: value for key, value in level.items() if value is not None}
+        config |= level
     rope = _read_rope(config)
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
