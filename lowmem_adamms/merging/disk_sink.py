@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..mapping.plan import Step
 from .journal import Journal
 from .loop import WINDOW
+from .output_folder import digest_file
 from .shard_file import ShardFile
 from .shard_layout import Entry, ShardLayout
 
@@ -209,10 +210,10 @@ class DiskSink(AbstractContextManager["DiskSink"]):
 def _forget_lost(work: Path, shard: ShardLayout, journal: Journal) -> None:
     """Forget what the journal promises of a shard that somebody deleted or changed."""
     places = (work / shard.name, work.parent / shard.name)
-    sizes = [path.stat().st_size for path in places if path.exists()]
+    paths = [path for path in places if path.exists()]
     if done := journal.done.get(shard.name):
-        found = done["size"] in sizes
+        found = any(digest_file(path) == done["blake3"] for path in paths)
     else:  # a quantized shard gets its final size a moment before it is noted as done
-        found = any(shard.written <= size <= shard.size for size in sizes)
+        found = any(shard.written <= path.stat().st_size <= shard.size for path in paths)
     if not found:
         journal.forget(shard.name)

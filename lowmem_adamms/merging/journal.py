@@ -5,6 +5,7 @@ decides the result; a last line cut short by a kill is ignored; the file is lock
 
 Of a merge, each line fsynced before anything relies on it:
     {"merge": fingerprint}
+    {"inputs": digest}                            of bytes sampled from all input files
     {"file": name, "upto": n}                     the first n bytes of the file are durable
     {"file": name, "upto": n, "late": {t: hex}}   and these quant states belong at its end
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
@@ -110,14 +111,22 @@ class Journal(_Journal):
 
     def __init__(self, out: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if another merge owns the folder or is running in it."""
+        self._inputs: str | None = None
         self.upto: dict[str, int] = {}
         self.quant_states: dict[str, dict[str, bytes]] = {}
         self.done: dict[str, dict[str, Any]] = {}
-        conflict = (
+        self._conflict = (
             f"{out} holds an unfinished merge of other inputs or options;"
             f" delete {out / WORK} or choose another -o"
         )
-        super().__init__(out / WORK / JOURNAL, "merge", fingerprint, conflict)
+        super().__init__(out / WORK / JOURNAL, "merge", fingerprint, self._conflict)
+
+    def note_inputs(self, digest: str) -> None:
+        """Note what the inputs hold. OutputError if it was noted before and has changed."""
+        if self._inputs is None:
+            self._append_durably({"inputs": digest})
+        elif self._inputs != digest:
+            raise OutputError(self._conflict)
 
     def note_durable(self, file: str, upto: int, quant_states: Mapping[str, bytes]) -> None:
         """Note that the first bytes of a file, and with them these quant states, are safe."""
@@ -142,6 +151,8 @@ class Journal(_Journal):
     def _take(self, line: dict[str, Any]) -> None:
         if "blake3" in line:
             self.done[line["file"]] = line
+        elif "inputs" in line:
+            self._inputs = line["inputs"]
         elif "upto" in line:
             self.upto[line["file"]] = line["upto"]
             states = {name: bytes.fromhex(digits) for name, digits in line.get("late", {}).items()}

@@ -17,6 +17,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.sampled_reads import evenly_spread
+from ..errors import FormatError
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_lines
 from ..mapping.kinship import Kinship
 from ..mapping.plan import Plan
@@ -153,11 +154,16 @@ def set_config_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def make_recipe(
-    plan: Plan, alpha: Alpha, kinship: Kinship, kernel: str, search: Mapping[str, Any]
+    plan: Plan,
+    alpha: Alpha,
+    kinship: Kinship,
+    kernel: str,
+    search: Mapping[str, Any],
+    inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `adamms.json` says apart from the outputs: enough to repeat the merge and check it.
 
-    search: the document of the search that found alpha, or nothing.
+    search: the document of the search that found alpha, or nothing. inputs: from `digest_inputs`.
     """
     from ..version import __version__
 
@@ -176,10 +182,15 @@ def make_recipe(
         "notes": [*plan.notes, *search.get("notes", ())],
         "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
         "made_with": {"python": platform.python_version(), "kernel": kernel},
-        "inputs": {
-            side: [digest_input(checkpoint, shard) for shard in checkpoint.shards]
-            for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
-        },
+        "inputs": inputs,
+    }
+
+
+def digest_inputs(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """What `digest_input` says of every shard of both sides."""
+    return {
+        side: [digest_input(checkpoint, shard) for shard in checkpoint.shards]
+        for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
     }
 
 
@@ -195,10 +206,13 @@ def digest_input(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
         return {"file": path.name, "size": listed.size, "sha256": listed.sha256}
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=_SAMPLE_BYTES) as file:  # buffered: a raw read may be short
         for start in evenly_spread(size, _SAMPLE_BYTES, _SAMPLES):
             file.seek(start)
-            digest.update(file.read(_SAMPLE_BYTES))
+            sample = file.read(_SAMPLE_BYTES)
+            if len(sample) < min(_SAMPLE_BYTES, size):
+                raise FormatError(f"{path}: ends before byte {size}; is it being written to?")
+            digest.update(sample)
     noted = _hub_sha256(path)
     return {
         "file": path.name,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from blake3 import blake3
 
 from ..errors import OutputError
 from ..mapping.plan import Plan
@@ -90,6 +93,12 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(given, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def digest_file(path: Path) -> str:
+    """The BLAKE3 digest of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]
 
 
 def publish(out: Path) -> None:

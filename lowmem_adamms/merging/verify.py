@@ -6,14 +6,11 @@ that wrote them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from ..architectures.declare import parse_declaration
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -27,7 +24,7 @@ from ..mapping.join import make_plan
 from ..mapping.plan import Part, Plan, Step
 from .journal import JOURNAL, WORK
 from .model_card import digest_input
-from .output_folder import INDEX
+from .output_folder import INDEX, digest_file
 from .sources import remote_shards
 
 SAMPLES = 4
@@ -150,8 +147,7 @@ def _check_digests(out: Path, outputs: list[dict[str, Any]], progress: Say | Non
         if progress:
             progress(f"BLAKE3 of {output['file']}")
         path = out / output["file"]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]
+        found = digest_file(path)
         if found != output["blake3"]:
             raise FormatError(f"{path}: BLAKE3 is {found}, adamms.json says {output['blake3']}")
 

@@ -148,6 +148,7 @@ def write(
     Raises:
         RecipeError, OutputError, MappingError, FormatError, PushError: Before anything is written.
         RecipeError: A blended value does not fit the output's dtype.
+        OutputError: An input was changed meanwhile.
         HubError: A file on the Hub cannot be read, or is not what the Hub says it is.
     """
     from ..kernels.select import select_kernel
@@ -155,6 +156,7 @@ def write(
     output.check(push=upload is not None)
     plan = output.plan
     alpha = resolve(alpha, plan)
+    before = [plan.base.identity(), plan.donor.identity()]
     fingerprint = output.fingerprint(alpha)
     if _only_upload_is_missing(output.folder, fingerprint):
         return output.folder
@@ -170,17 +172,25 @@ def write(
         download(plan, show_bars=show_bars)
     if upload:
         upload.begin()
+    inputs = model_card.digest_inputs(plan)
     with Journal(output.folder, fingerprint) as journal:
         output_folder.check_still_unused(output.folder, journal)
+        journal.note_inputs(hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
         unchecked = _write_shards(output, alpha, journal, kernel, upload, progress)
         for name, content in (extra_files or {}).items():
             write_file(output.work / name, content)
-        recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {})
+        recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {}, inputs)
         if output.quantizer:
             recipe["quantized"] = output.quantizer.describe()
         if from_hub:
             recipe["not_checked"] = unchecked
         _write_papers(output, alpha, journal, recipe)
+        if [plan.base.identity(), plan.donor.identity()] != before:
+            _discard(output.work)
+            raise OutputError(
+                f"{plan.base.path} or {plan.donor.path} was changed while it was merged, so nothing"
+                " was written; run the command again when it is at rest"
+            )
         output_folder.publish(output.folder)
     return output.folder
 
@@ -230,10 +240,15 @@ def _write_shards(
                 )
                 return source.finish() if isinstance(source, RangeSource) else []
         except DigestError:  # what was made of bad bytes must not be resumed
-            for path in output.work.iterdir():
-                if path.name == JOURNAL or path.suffix == ".safetensors":
-                    path.unlink()
+            _discard(output.work)
             raise
+
+
+def _discard(work: Path) -> None:
+    """Delete what a resumed merge would rely on; the answers of a search stay."""
+    for path in work.iterdir():
+        if path.name == JOURNAL or path.suffix == ".safetensors":
+            path.unlink()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import random
@@ -37,6 +38,7 @@ from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging import disk_sink as sink
 from lowmem_adamms.merging import loop, writer
 from lowmem_adamms.merging.journal import ANSWERS, JOURNAL, WORK
+from lowmem_adamms.merging.model_card import digest_inputs
 from lowmem_adamms.merging.shard_file import ShardFile
 from lowmem_adamms.merging.shard_layout import lay_out_shards
 from lowmem_adamms.merging.verify import verify
@@ -590,6 +592,88 @@ def test_what_was_lost_meanwhile_is_made_again(
     assert seen(merge(make_plan(*pair), 0.3, out)) == whole
 
 
+def test_a_finished_shard_that_was_damaged_meanwhile_is_made_again(
+    pair: Pair, whole: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    break_off(pair, out, 100, monkeypatch)
+    first = min((out / WORK).glob("*.safetensors"))
+    assert first.read_bytes() == whole[first.name]
+    flip_last_bit(first)
+    assert seen(merge(make_plan(*pair), 0.3, out)) == whole
+
+
+def flip_last_bit(path: Path) -> None:
+    """Change a file so that neither its size nor its time tells."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def copy_inputs(pair: Pair, folder: Path) -> Pair:
+    base, donor = (Path(shutil.copytree(each, folder / each.name)) for each in pair)
+    return base, donor
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_inputs_that_change_while_they_are_merged_are_found_and_nothing_is_published(
+    pair: Pair, side: int, tmp_path: Path
+) -> None:
+    inputs, out = copy_inputs(pair, tmp_path), tmp_path / "out"
+    shard = max(inputs[side].glob("*.safetensors"))
+
+    def overwrite(_: int) -> None:
+        shard.write_bytes(shard.read_bytes())
+
+    with pytest.raises(OutputError, match="was changed while it was merged, so nothing was"):
+        merge(make_plan(*inputs), 0.3, out, progress=overwrite)
+    assert list(out.iterdir()) == [out / WORK]
+    assert not list((out / WORK).glob("*.safetensors")) and not (out / WORK / JOURNAL).exists()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_merge_is_not_resumed_with_other_bytes_of_the_same_size_and_time(
+    pair: Pair, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, out = copy_inputs(pair, tmp_path / "in"), tmp_path / "out"
+    break_off(inputs, out, 50, monkeypatch)
+    flip_last_bit(max(inputs[side].glob("*.safetensors")))
+    assert_refused(inputs, out, "unfinished merge of other inputs")
+
+
+def test_samples_of_an_input_are_read_whole(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read may return less than it was asked for, and the digest would be another."""
+
+    class ShortFile(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:1000]) or 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size or 0, 1000)) or b""
+
+    def open_short(path: Path, mode: str, buffering: int) -> Any:
+        raw = ShortFile(path, mode)
+        return io.BufferedReader(raw, buffering) if buffering else raw
+
+    plan = make_plan(*pair)
+    before = digest_inputs(plan)
+    monkeypatch.setattr(Path, "open", open_short)
+    assert digest_inputs(plan) == before
+
+
+def test_an_input_that_ends_too_early_for_its_digest_is_an_error(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(*pair)
+    monkeypatch.setattr(Path, "open", lambda *_, **__: io.BytesIO(b"short"))
+    with pytest.raises(FormatError, match=r"\.safetensors: ends before byte \d+; is it being"):
+        digest_inputs(plan)
+
+
 @pytest.mark.parametrize("content", [None, b"", b'{"merge": "12'])
 def test_a_merge_killed_before_its_first_line_is_begun_again(
     pair: Pair, whole: Files, content: bytes | None, tmp_path: Path
@@ -829,7 +913,7 @@ def test_systems_that_lack_calls_write_the_same_bytes(
 def test_an_input_cut_after_the_plan_is_one_error(
     pair: Pair, whole: Files, side: int, tmp_path: Path
 ) -> None:
-    inputs = [Path(shutil.copytree(each, tmp_path / each.name)) for each in pair]
+    inputs = copy_inputs(pair, tmp_path)
     plan = make_plan(*inputs)
     shard = max(inputs[side].glob("*.safetensors"), key=lambda path: path.stat().st_size)
     size = shard.stat().st_size - 10  # what was sampled before is still there
