@@ -28,7 +28,7 @@ from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json
 from .mapping.plan import Plan
 from .merging import writer
-from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal
+from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, find_complete
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
@@ -394,11 +394,14 @@ class Merge:
         """
         out = self.output.folder
         final, unfinished = out / ANSWERS, out / WORK / ANSWERS
-        if (out / WORK / JOURNAL).is_file() and not (final.is_file() or unfinished.is_file()):
-            raise OutputError(
-                f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or choose"
-                " another -o"
-            )
+        if not (final.is_file() or unfinished.is_file()):
+            if (out / WORK / JOURNAL).is_file():
+                raise OutputError(
+                    f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or"
+                    " choose another -o"
+                )
+            if find_complete(out):
+                raise OutputError(f"{out} holds a merge at a given --alpha; choose another -o")
         return final if final.is_file() else unfinished
 
     def write(

@@ -212,8 +212,17 @@ def _read_fingerprint(path: Path, kind: str) -> str | None:
     return None if first.startswith(begun) or begun.startswith(first) else _FOREIGN
 
 
-def find_pending(out: Path) -> str | None:
-    """Fingerprint of the complete merge in `out` whose upload is not finished, if there is one."""
-    if (out / WORK / JOURNAL).is_file() or not (out / PENDING).is_file():
+def find_complete(out: Path) -> str | None:
+    """Fingerprint of the complete merge in `out`, if there is one."""
+    if (out / WORK / JOURNAL).is_file():
         return None
-    return _read_fingerprint(out / PENDING, "merge")
+    try:
+        found = json.loads((out / "adamms.json").read_bytes())["merge"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no merge, or one of a version that noted no fingerprint
+    return found if isinstance(found, str) else None
+
+
+def is_pending(out: Path) -> bool:
+    """Whether `out` holds a complete merge whose upload is not finished."""
+    return (out / PENDING).is_file() and not (out / WORK / JOURNAL).is_file()

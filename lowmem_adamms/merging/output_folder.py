@@ -12,13 +12,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from ..checkpoints.weight_files import INDEXES, SINGLES
 from ..errors import OutputError
 from ..mapping.plan import Plan
 from ..values import format_size
-from .journal import ANSWERS, JOURNAL, WORK, Journal, find_pending
+from .journal import ANSWERS, JOURNAL, WORK, Journal, is_pending
 from .shard_layout import ShardLayout
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = INDEXES[0], SINGLES[0]
 _SPARE_BYTES = 64 << 20
 """Disk space beside shards and sidecars, for the other files and the file system."""
 
@@ -33,7 +34,7 @@ def check_place(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
     if nearest != out or (out / WORK / JOURNAL).is_file():
         return
-    if find_pending(out):
+    if is_pending(out):
         raise OutputError(
             f"{out} is complete and waits for its upload; finish that with `push` or the command"
             " that began it, or choose another -o"
@@ -102,13 +103,13 @@ def digest_file(path: Path) -> str:
 
 
 def publish(out: Path) -> None:
-    """Move everything to its final name, the index last, then remove the work folder."""
+    """Move everything to its final name, what makes it loadable last; remove the work folder."""
     work = out / WORK
     everything = sorted(work.rglob("*"))
     files = [path for path in everything if path.is_file() and path.name != JOURNAL]
     if (work / ANSWERS).is_file():  # a search does not fsync it as it grows
         _sync(work / ANSWERS)
-    for path in sorted(files, key=lambda path: path.name == INDEX):
+    for path in sorted(files, key=lambda path: (path.name == INDEX, path.name == SINGLE)):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,12 +22,13 @@ from ..mapping.alphas import Alpha, Alphas, alpha_to_json, resolve
 from ..mapping.plan import Plan, Step
 from . import model_card, output_folder
 from .disk_sink import DiskSink
-from .journal import JOURNAL, PENDING, WORK, Journal, find_pending
+from .journal import JOURNAL, PENDING, WORK, Journal, find_complete, is_pending
 from .loop import Sink, run, spans_in_order
 from .output_folder import INDEX, write_file, write_json
 from .range_source import REMOTE_WINDOW, RangeSource
 from .shard_layout import Entry, ShardLayout, lay_out_shards
 from .sources import download, remote_shards
+from .verify import verify
 
 if TYPE_CHECKING:
     from ..kernels.select import Kernel
@@ -81,9 +82,10 @@ class Output:
     def check(self, *, push: bool = False) -> None:
         """Raise OutputError if the folder is not usable: not empty, an input, too little space.
 
-        push: the folder may also hold a complete merge whose upload is not finished.
+        A complete merge is usable if `write` is asked for the same one.
+        push: also if its upload is not finished.
         """
-        if push and find_pending(self.folder):
+        if find_complete(self.folder) and (push or not is_pending(self.folder)):
             return
         output_folder.check_place(self.plan, self.folder)
         output_folder.check_space(self.plan, self.shards, self.folder)
@@ -130,7 +132,7 @@ def write(
 ) -> Path:
     """Write the merged checkpoint and return its folder.
 
-    Resumes a killed run of the same merge, and leaves alone a complete one whose upload is not.
+    Resumes a killed run of the same merge, and leaves alone a complete one.
 
     Args:
         output: From `prepare`. It is checked once more, as time may have passed.
@@ -158,7 +160,9 @@ def write(
     alpha = resolve(alpha, plan)
     before = [plan.base.identity(), plan.donor.identity()]
     fingerprint = output.fingerprint(alpha)
-    if _only_upload_is_missing(output.folder, fingerprint):
+    if _is_complete(output.folder, fingerprint):
+        if note:
+            note(f"{output.folder} holds this merge already, complete: nothing was written")
         return output.folder
     # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
     kin = kinship.measure(plan) if force else kinship.check(plan)
@@ -180,6 +184,7 @@ def write(
         for name, content in (extra_files or {}).items():
             write_file(output.work / name, content)
         recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {}, inputs)
+        recipe["merge"] = fingerprint
         if output.quantizer:
             recipe["quantized"] = output.quantizer.describe()
         if from_hub:
@@ -195,15 +200,21 @@ def write(
     return output.folder
 
 
-def _only_upload_is_missing(out: Path, fingerprint: str) -> bool:
-    """Whether `out` is this merge, complete; OutputError if another one waits for its upload."""
-    found = find_pending(out)
-    if found not in (None, fingerprint):
+def _is_complete(out: Path, fingerprint: str) -> bool:
+    """Whether `out` holds this merge, complete. OutputError if it holds another."""
+    found = find_complete(out)
+    if found is None:
+        return False
+    if found != fingerprint:
+        waits = " that waits for its upload; finish that with `push`," if is_pending(out) else ";"
         raise OutputError(
-            f"{out} holds a merge of other inputs or options that waits for its upload; finish that"
-            " with `push`, or choose another -o"
+            f"{out} is not empty: it holds a merge of other inputs or options{waits} choose"
+            " another -o"
         )
-    return found is not None
+    verify(out)
+    with suppress(OSError):  # a kill may have left the work folder, empty
+        (out / WORK).rmdir()
+    return True
 
 
 def _write_shards(
