@@ -419,6 +419,7 @@ class Merge:
             alpha.alpha if isinstance(alpha, FoundAlpha) else alpha,
             force=self.settings.force,
             stream=self.settings.no_cache,
+            allow_nonfinite=self.settings.allow_nonfinite,
             show_bars=show_bars,
             upload=self.upload,
             progress=progress,
@@ -482,7 +483,7 @@ def merge(
             `find_alpha` found; then its report goes beside the weights.
         out: Folder to create. It must be empty or hold the unfinished output of this merge.
         settings: Or its fields as keywords: `quantize`, `max_shard_size`, `force`, `no_cache`,
-            `trust_remote_code`, `push_to_hub`, `private`, `replace_repo`.
+            `allow_nonfinite`, `trust_remote_code`, `push_to_hub`, `private`, `replace_repo`.
         progress: Called with the bytes of output produced since the last call.
         note: Called with each sentence about the inputs that the user should know.
 
@@ -492,7 +493,7 @@ def merge(
     Raises:
         OutputError: `out` is not usable, or the disk is too small.
         MappingError: The two language models are not related (unless `force`).
-        FormatError: An input is not what its header says.
+        FormatError: An input is not what its header says, or what is blended is NaN or infinite.
         PushError: The Hub cannot take the upload, or did not; what is on disk is unharmed.
 
     Example:

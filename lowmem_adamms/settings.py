@@ -271,6 +271,10 @@ class SearchSettings(
 class OutputSettings(QuantizeSettings, StreamSettings, PermissionSettings):
     """How a merge is written."""
 
+    allow_nonfinite: bool = setting(
+        False, "write also what is NaN or infinite after blending, as of a damaged input"
+    )
+
     max_shard_size: int | None = setting(
         None,
         "of the files of the output, such as 5GB; default: the base's own",

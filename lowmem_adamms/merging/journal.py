@@ -6,6 +6,7 @@ decides the result; a last line cut short by a kill is ignored; the file is lock
 Of a merge, each line fsynced before anything relies on it:
     {"merge": fingerprint}
     {"inputs": digest}                            of bytes sampled from all input files
+    {"nonfinite": tensor, "count": n}             so many of its blended values are NaN or infinite
     {"file": name, "upto": n}                     the first n bytes of the file are durable
     {"file": name, "upto": n, "late": {t: hex}}   and these quant states belong at its end
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
@@ -106,7 +107,8 @@ class Journal(_Journal):
     """The journal of one merge in `out/.partial`, opened and locked.
 
     upto: how many bytes of an unfinished file are durable. quant_states: those noted with them.
-    done: name, size and digest of each complete file, as in the journal's line.
+    done: name, size and digest of each complete file, as in the journal's line. nonfinite: how many
+    values of a tensor are NaN or infinite.
     """
 
     def __init__(self, out: Path, fingerprint: str) -> None:
@@ -115,6 +117,7 @@ class Journal(_Journal):
         self.upto: dict[str, int] = {}
         self.quant_states: dict[str, dict[str, bytes]] = {}
         self.done: dict[str, dict[str, Any]] = {}
+        self.nonfinite: dict[str, int] = {}
         self._conflict = (
             f"{out} holds an unfinished merge of other inputs or options;"
             f" delete {out / WORK} or choose another -o"
@@ -127,6 +130,10 @@ class Journal(_Journal):
             self._append_durably({"inputs": digest})
         elif self._inputs != digest:
             raise OutputError(self._conflict)
+
+    def note_nonfinite(self, tensor: str, count: int) -> None:
+        """Note a tensor's values that are NaN or infinite; replaces what was noted of it."""
+        self._append({"nonfinite": tensor, "count": count})
 
     def note_durable(self, file: str, upto: int, quant_states: Mapping[str, bytes]) -> None:
         """Note that the first bytes of a file, and with them these quant states, are safe."""
@@ -151,6 +158,8 @@ class Journal(_Journal):
     def _take(self, line: dict[str, Any]) -> None:
         if "blake3" in line:
             self.done[line["file"]] = line
+        elif "nonfinite" in line:
+            self.nonfinite[line["nonfinite"]] = line["count"]
         elif "inputs" in line:
             self._inputs = line["inputs"]
         elif "upto" in line:

@@ -32,7 +32,7 @@ LARGEST_ITEM = 4
 """Bytes of an F32 element: a window with less room left takes no more."""
 AHEAD = 3
 """Windows whose pages are brought in before they are needed."""
-_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 _LARGEST = {"F16": ("65504", "bf16 or fp32"), "BF16": ("3.39e38", "fp32")}
 """By output dtype: its largest value, and which dtypes hold larger ones."""
 _MAY_OVERFLOW = frozenset(
@@ -138,6 +138,7 @@ def run(
     window: int | None = None,
     evict: bool = False,
     progress: Callable[[int], None] | None = None,
+    nonfinite: Callable[[str, int], None] | None = None,
 ) -> None:
     """Carry out the plan into the sink.
 
@@ -150,6 +151,8 @@ def run(
         window: Bytes of output per kernel call; default: WINDOW.
         evict: Drop pages from the page cache once they were read.
         progress: Called with the bytes of output produced since the last call.
+        nonfinite: Called with a tensor's name and how many values of it, of those just blended, are
+            NaN or infinite; on the host only.
 
     Raises:
         RecipeError: A blended value does not fit the output's dtype.
@@ -169,7 +172,7 @@ def run(
             if isinstance(todo, Copy):
                 written = sink.copy(todo.step, todo.offset, source.view(todo.span))
             else:
-                _blend_window(todo, sink, source, kernel)
+                _blend_window(todo, sink, source, kernel, nonfinite)
             pieces = _pieces(todo)
             for span in (span for piece in pieces for span in piece.spans):
                 if release := source.release(span, evict=evict):
@@ -199,47 +202,57 @@ def _release_after(written: Future[None] | None, release: Callable[[], None]) ->
     release()
 
 
-def _blend_window(window: Sequence[Blend], sink: Sink, source: Source, kernel: Kernel) -> None:
+def _blend_window(
+    window: Sequence[Blend],
+    sink: Sink,
+    source: Source,
+    kernel: Kernel,
+    nonfinite: Callable[[str, int], None] | None,
+) -> None:
     """Fill a slot for each piece, with one kernel call per triple of dtypes and alpha."""
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Any, Any, Any]]] = {}
-    may_overflow: list[tuple[Blend, tuple[Any, Any, Any]]] = []
+    checked: list[tuple[Blend, tuple[Any, Any, Any]]] = []
     for piece in window:
         base = source.view(piece.base)
         donor = source.view(piece.donor) if piece.donor else base
         buffers = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
         calls.setdefault((piece.dtypes, piece.alpha), []).append(buffers)
-        if piece.dtypes in _MAY_OVERFLOW:
-            may_overflow.append((piece, buffers))
+        if piece.dtypes in _MAY_OVERFLOW or (nonfinite and piece.donor):
+            checked.append((piece, buffers))
     for (dtypes, alpha), parts in calls.items():
         kernel(parts, dtypes, alpha)
-    for piece, buffers in may_overflow:
-        _check_range(piece, buffers)
+    for piece, buffers in checked:
+        count = _count_nonfinite(piece, buffers)
+        if count and nonfinite and piece.donor:
+            nonfinite(piece.step.name, count)
     sink.commit()
 
 
-def _check_range(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> None:
-    """RecipeError if finite values became infinite, which no later pass could tell from the rest.
+def _count_nonfinite(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> int:
+    """How many values are NaN or infinite.
 
-    On the host only: what a search tries on a device, a merge writes from the host.
+    RecipeError if finite ones became infinite, which no later pass could tell from the rest. On the
+    host only: what a search tries on a device, a merge writes from the host.
     """
     import numpy as np
 
     from ..kernels import reference
 
     if not isinstance(buffers[2], np.ndarray):
-        return
+        return 0
     base, donor, out = (
         buffer.view(reference.STORAGE[dtype])
         for buffer, dtype in zip(buffers, piece.dtypes, strict=True)
     )
     base_dtype, donor_dtype, out_dtype = piece.dtypes
-    infinity = _INFINITY[out_dtype]
+    infinity, sign = _INFINITY[out_dtype], 1 << 8 * out.itemsize - 1
     # As signed and as unsigned numbers: two passes that need no memory, nearly always enough
-    if not out.size or (out.view(np.int16).max() < infinity and out.max() < infinity | 0x8000):
-        return
-    infinite = np.flatnonzero((out & 0x7FFF) == infinity)
-    was_finite = np.isfinite(reference.widen(base[infinite], base_dtype)) & np.isfinite(
-        reference.widen(donor[infinite], donor_dtype)
+    signed = out.view(f"i{out.itemsize}")
+    if not out.size or (signed.max() < infinity and out.max() < infinity | sign):
+        return 0
+    places = np.flatnonzero((out & (sign - 1)) >= infinity)
+    was_finite = np.isfinite(reference.widen(base[places], base_dtype)) & np.isfinite(
+        reference.widen(donor[places], donor_dtype)
     )
     if lost := int(was_finite.sum()):
         largest, wider = _LARGEST[out_dtype]
@@ -248,6 +261,7 @@ def _check_range(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> None:
             f" is {largest}, and would be written as infinite; choose --dtype {wider} and another"
             " -o"
         )
+    return len(places)
 
 
 def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:

@@ -186,6 +186,13 @@ def make_recipe(
     }
 
 
+def describe_nonfinite(counts: Mapping[str, int]) -> str:
+    """What to say of values that are NaN or infinite; counts: how many, by tensor."""
+    (tensor, count), *others = counts.items()
+    more = f", and values of {len(others)} other tensors" if others else ""
+    return f"{tensor}: {count} blended values are NaN or infinite{more}"
+
+
 def digest_inputs(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """What `digest_input` says of every shard of both sides."""
     return {

@@ -23,7 +23,7 @@ from ..mapping.alphas import Alpha, alpha_from_json, alpha_of
 from ..mapping.join import make_plan
 from ..mapping.plan import Part, Plan, Step
 from .journal import JOURNAL, WORK
-from .model_card import digest_input
+from .model_card import describe_nonfinite, digest_input
 from .output_folder import INDEX, digest_file
 from .sources import remote_shards
 
@@ -73,6 +73,8 @@ def verify(out: str | Path, *, deep: bool = False, progress: Say | None = None) 
         open_checkpoint(out)
     _check_structure(out, checkpoint, recipe)
     rows, notes = None, []
+    if nonfinite := recipe.get("nonfinite"):
+        notes.append(describe_nonfinite(nonfinite))
     if deep:
         _check_digests(out, recipe["outputs"], progress)
         if is_quantized:
@@ -108,6 +110,7 @@ def _is_recipe(document: Any) -> bool:
         and isinstance(document["donor"], str)
         and isinstance(document.get("declared", []), list)
         and isinstance(document.get("quantized", {}), dict)
+        and isinstance(document.get("nonfinite", {}), dict)
         and options["embeddings"] in ("merge", "keep")
         and (options["dtype"] is None or DTYPES[options["dtype"]].blendable)
         and {"base", "donor"} <= set(inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoints.mapped_files import MappedFiles
-from ..errors import DigestError, OutputError
+from ..errors import DigestError, FormatError, OutputError
 from ..mapping import kinship
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, resolve
 from ..mapping.plan import Plan, Step
@@ -123,6 +124,7 @@ def write(
     *,
     force: bool = False,
     stream: bool = False,
+    allow_nonfinite: bool = False,
     show_bars: bool = False,
     upload: ShardUpload | None = None,
     progress: Callable[[int], None] | None = None,
@@ -139,6 +141,7 @@ def write(
         alpha: The donor's weight, 0 to 1, or an `Alphas`.
         force: Merge also what looks unrelated.
         stream: Read what lies on the Hub by ranges, instead of downloading it into the cache.
+        allow_nonfinite: Write also what is NaN or infinite after blending.
         show_bars: Show the progress of downloads.
         upload: Is given every shard as it is durable.
         progress: Called with the bytes of output done since the last call, as they are before
@@ -150,6 +153,7 @@ def write(
     Raises:
         RecipeError, OutputError, MappingError, FormatError, PushError: Before anything is written.
         RecipeError: A blended value does not fit the output's dtype.
+        FormatError: A blended value is NaN or infinite, unless `allow_nonfinite`.
         OutputError: An input was changed meanwhile.
         HubError: A file on the Hub cannot be read, or is not what the Hub says it is.
     """
@@ -180,13 +184,19 @@ def write(
     with Journal(output.folder, fingerprint) as journal:
         output_folder.check_still_unused(output.folder, journal)
         journal.note_inputs(hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
-        unchecked = _write_shards(output, alpha, journal, kernel, upload, progress)
+        unchecked = _write_shards(
+            output, alpha, journal, kernel, upload, progress, allow_nonfinite=allow_nonfinite
+        )
         for name, content in (extra_files or {}).items():
             write_file(output.work / name, content)
         recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {}, inputs)
         recipe["merge"] = fingerprint
         if output.quantizer:
             recipe["quantized"] = output.quantizer.describe()
+        if journal.nonfinite:
+            recipe["nonfinite"] = journal.nonfinite
+            if note:
+                note(model_card.describe_nonfinite(journal.nonfinite))
         if from_hub:
             recipe["not_checked"] = unchecked
         _write_papers(output, alpha, journal, recipe)
@@ -224,6 +234,8 @@ def _write_shards(
     kernel: Kernel,
     upload: ShardUpload | None,
     progress: Callable[[int], None] | None,
+    *,
+    allow_nonfinite: bool,
 ) -> list[str]:
     """Write all that the journal does not know as done.
 
@@ -231,6 +243,21 @@ def _write_shards(
     """
     plan = output.plan
     evict = plan.bytes_read + plan.bytes_written > _physical_memory() // 2
+    counts: Counter[str] = Counter()
+
+    def note_nonfinite(tensor: str, count: int) -> None:
+        counts[tensor] += count
+        journal.note_nonfinite(tensor, counts[tensor])
+        refuse_nonfinite()
+
+    def refuse_nonfinite() -> None:
+        if journal.nonfinite and not allow_nonfinite:
+            raise FormatError(
+                f"{model_card.describe_nonfinite(journal.nonfinite)}; look for a damaged input, or"
+                " write them with --allow-nonfinite"
+            )
+
+    refuse_nonfinite()
     with _open_sink(output, journal, upload, evict=evict) as sink:
         _note_upload(output.work, journal, upload)
         if progress:
@@ -248,6 +275,7 @@ def _write_shards(
                     window=REMOTE_WINDOW if remote else None,
                     evict=evict,
                     progress=progress,
+                    nonfinite=note_nonfinite,
                 )
                 return source.finish() if isinstance(source, RangeSource) else []
         except DigestError:  # what was made of bad bytes must not be resumed

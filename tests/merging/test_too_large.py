@@ -1,7 +1,8 @@
-"""Values that a narrower output dtype cannot hold: refused by name, never written as infinite."""
+"""Values that the output dtype cannot hold, NaN and infinity: refused by name, never unsaid."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints.dtypes import DTYPES
-from lowmem_adamms.errors import RecipeError
+from lowmem_adamms.errors import FormatError, RecipeError
+from lowmem_adamms.merging import disk_sink, loop
+from lowmem_adamms.merging.verify import verify
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -52,6 +55,52 @@ def test_what_is_only_cast_is_refused_as_well(tmp_path: Path) -> None:
 def test_what_was_not_finite_before_or_fits_is_written(value: float, tmp_path: Path) -> None:
     base = put(tmp_path / "base", 0.5, torch.float16)
     plan = make_plan(base, put(tmp_path / "donor", value, torch.bfloat16))
-    found = tiny.load(merge(plan, 0.3, tmp_path / "out", force=True))[Q][3, 4]
+    out = merge(plan, 0.3, tmp_path / "out", force=True, allow_nonfinite=True)
+    found = tiny.load(out)[Q][3, 4]
     wanted = (0.7 * 0.5 + 0.3 * torch.tensor(value).bfloat16().double()).half()
     assert torch.equal(found, wanted) or (found.isnan() and wanted.isnan())
+
+
+# NaN and infinity in the inputs
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), -float("nan")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_blended_values_that_are_not_finite_are_refused_by_name_and_number(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    plan = make_plan(put(tmp_path / "base", 0.5, dtype), put(tmp_path / "donor", value, dtype))
+    for _ in range(2):  # a resumed merge is no way around it
+        with pytest.raises(FormatError, match=rf"{re.escape(Q)}: 1 .*NaN or infinite; .*--allow"):
+            merge(plan, 0.3, tmp_path / "out", force=True)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
+
+
+@pytest.mark.parametrize("window", [64, 1 << 20])
+def test_they_are_counted_exactly_where_they_are_allowed(
+    window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also across windows, and in a merge that is resumed."""
+    monkeypatch.setattr(loop, "WINDOW", window)
+    monkeypatch.setattr(disk_sink, "WINDOW", window)
+    base, donor = (put(tmp_path / name, 0.5, torch.bfloat16) for name in ("base", "donor"))
+    tensors = tiny.load(donor)
+    tensors[Q][:, ::2] = torch.inf
+    tensors["model.norm.weight"][1] = torch.nan
+    save_file(tensors, donor / "model.safetensors", {"format": "pt"})
+    plan, out, notes = make_plan(base, donor), tmp_path / "out", list[str]()
+    with pytest.raises(FormatError, match="NaN or infinite"):
+        merge(plan, 0.3, out, force=True)
+    merge(plan, 0.3, out, force=True, allow_nonfinite=True, note=notes.append)
+    counts = {Q: tensors[Q].numel() // 2, "model.norm.weight": 1}
+    assert json.loads((out / "adamms.json").read_bytes())["nonfinite"] == counts
+    assert any("NaN or infinite" in line for line in notes)
+    assert any("NaN or infinite" in line for line in verify(out).notes)
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_what_is_copied_is_not_counted(alpha: float, tmp_path: Path) -> None:
+    base, donor = (put(tmp_path / name, torch.nan, torch.bfloat16) for name in ("base", "donor"))
+    out = merge(make_plan(base, donor), alpha, tmp_path / "out", force=True)
+    assert "nonfinite" not in json.loads((out / "adamms.json").read_bytes())
+    assert not verify(out).notes
