@@ -424,7 +424,7 @@ class Merge:
             upload=self.upload,
             progress=progress,
             note=note,
-            search=found.to_json() if found else None,
+            search=_without_paths(found.to_json()) if found else None,
             extra_files={"report.html": found.page.encode()} if found else None,
         )
 
@@ -505,6 +505,14 @@ def merge(
         folder = job.write(alpha, progress=progress, note=note)
         job.finish_upload()
     return folder
+
+
+def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
+    """The document of a search, with the name of a prompt set that lies here, not its place."""
+    prompt_set = document.get("prompt_set")
+    if prompt_set and Path(prompt_set["ref"]).exists():
+        prompt_set["ref"] = Path(prompt_set["ref"]).absolute().name
+    return document
 
 
 def _quantizer(plan: Plan, settings: OutputSettings) -> writer.Quantizer | None:

@@ -56,6 +56,15 @@ class Checkpoint:
         return self.repo.ref if self.repo else str(self.path.resolve())
 
     @property
+    def public_ref(self) -> str:
+        """What tells nothing of this machine: `org/name@sha`, or the folder's or file's name."""
+        if self.repo:
+            return self.repo.ref
+        path = self.path.absolute()
+        cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
+        return f"{cached[1]}/{cached[2]}@{cached[3]}" if cached else path.name
+
+    @property
     def folder(self) -> Path | None:
         """Where its sidecars lie; None for a bare file."""
         return self.path if self.path.is_dir() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import textwrap
 import time
 from collections.abc import Mapping
@@ -176,7 +177,12 @@ def _say_what_next(plan: Plan, alpha: Alpha, out: Path, seconds: float) -> None:
     base, donor = plan.base.name, plan.donor.name
     print_info(f"{weight}, {base} <- {donor}, {format_duration(seconds)}")
     print_info("\nload it:\n" + textwrap.indent(_loading_code(plan.base.config, out), "  "))
-    print_info(f"check it:\n  {program()} verify {out} --deep")
+    elsewhere = [
+        f" --{side} {shlex.quote(str(checkpoint.path))}"
+        for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
+        if not checkpoint.repo and checkpoint.path.absolute().parent != out.absolute().parent
+    ]
+    print_info(f"check it:\n  {program()} verify {out} --deep{''.join(elsewhere)}")
 
 
 def _loading_code(config: Mapping[str, Any], out: Path) -> str:

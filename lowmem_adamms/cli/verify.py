@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
+from ..errors import RecipeError
 from ..settings import setting
 from ..values import format_size
 from .console import print_line, print_notes, status_line
@@ -18,7 +20,16 @@ class VerifyOptions:
 
     out: Path = setting(None, "what merge wrote", metavar="OUT", parse=parse_path, positional=True)
     deep: bool = setting(
-        False, "also the digests of its files, and sampled rows, recomputed from BASE and DONOR"
+        False, "also the digests of its files, and sampled rows, recomputed from base and donor"
+    )
+    base: str | None = setting(
+        None,
+        "where the base is, for --deep; default: beside OUT, or on the Hub if it came from there",
+        metavar="BASE",
+        parse=expanduser,
+    )
+    donor: str | None = setting(
+        None, "where the donor is; default: likewise", metavar="DONOR", parse=expanduser
     )
 
 
@@ -26,8 +37,16 @@ def run(options: VerifyOptions) -> int:
     """Check, and say in a line what was found."""
     from ..merging.verify import verify
 
+    if not options.deep and (options.base or options.donor):
+        raise RecipeError("--base and --donor are for --deep; add it or leave them out")
     with status_line(options.deep) as show:
-        verdict = verify(options.out, deep=options.deep, progress=show)
+        verdict = verify(
+            options.out,
+            deep=options.deep,
+            base=options.base,
+            donor=options.donor,
+            progress=show,
+        )
     deep = "" if verdict.rows is None else f", {verdict.rows} sampled rows equal to the recipe's"
     print_line(
         f"{options.out}: ok, {verdict.tensors} tensors in {verdict.shards} shards,"

@@ -171,8 +171,8 @@ def make_recipe(
     return {
         **search,
         **alpha_to_json(alpha),
-        "base": plan.base.ref,
-        "donor": plan.donor.ref,
+        "base": plan.base.public_ref,
+        "donor": plan.donor.public_ref,
         "version": __version__,
         "formula": "(1 - alpha) * base + alpha * donor",
         "options": dict(plan.options),

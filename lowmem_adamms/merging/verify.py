@@ -46,14 +46,23 @@ class Verification:
     notes: tuple[str, ...] = ()
 
 
-def verify(out: str | Path, *, deep: bool = False, progress: Say | None = None) -> Verification:
+def verify(
+    out: str | Path,
+    *,
+    deep: bool = False,
+    base: str | Path | None = None,
+    donor: str | Path | None = None,
+    progress: Say | None = None,
+) -> Verification:
     """Check a merged folder.
 
     Args:
         out: What a merge wrote.
-        deep: Also compare the BLAKE3 digest of every shard, and recompute sampled rows from the
-            inputs, which must still lie where `adamms.json` says (on the Hub, if they came from
-            there). Rows of a quantized output are not recomputed.
+        deep: Also compare the BLAKE3 digest of every file, and recompute sampled rows from the
+            inputs. Rows of a quantized output are not recomputed.
+        base: Where the base is now; by default it is looked for beside `out`, or on the Hub if it
+            came from there.
+        donor: The same of the donor.
         progress: Called with what is being looked at.
 
     Returns:
@@ -76,10 +85,13 @@ def verify(out: str | Path, *, deep: bool = False, progress: Say | None = None) 
     if nonfinite := recipe.get("nonfinite"):
         notes.append(describe_nonfinite(nonfinite))
     if deep:
-        _check_digests(out, recipe["outputs"], progress)
+        digests = {output["file"]: output["blake3"] for output in recipe["outputs"]}
+        _check_digests(out, digests | recipe.get("sidecars", {}), progress)
         if is_quantized:
             notes.append("the output is quantized: its digests were checked, no rows recomputed")
         else:
+            recipe["base"] = str(base or _find_input(out, recipe, "base"))
+            recipe["donor"] = str(donor or _find_input(out, recipe, "donor"))
             rows = _check_rows(out, checkpoint, recipe, progress)
     nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
     return Verification(len(checkpoint.tensors), len(checkpoint.shards), nbytes, rows, tuple(notes))
@@ -111,6 +123,7 @@ def _is_recipe(document: Any) -> bool:
         and isinstance(document.get("declared", []), list)
         and isinstance(document.get("quantized", {}), dict)
         and isinstance(document.get("nonfinite", {}), dict)
+        and all(isinstance(digest, str) for digest in document.get("sidecars", {}).values())
         and options["embeddings"] in ("merge", "keep")
         and (options["dtype"] is None or DTYPES[options["dtype"]].blendable)
         and {"base", "donor"} <= set(inputs)
@@ -145,14 +158,25 @@ def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) 
             raise FormatError(f"{path}: {size} bytes, adamms.json says {output['size']}")
 
 
-def _check_digests(out: Path, outputs: list[dict[str, Any]], progress: Say | None) -> None:
-    for output in outputs:
+def _check_digests(out: Path, digests: dict[str, str], progress: Say | None) -> None:
+    for name, digest in digests.items():
         if progress:
-            progress(f"BLAKE3 of {output['file']}")
-        path = out / output["file"]
+            progress(f"BLAKE3 of {name}")
+        path = out / name
+        if not path.is_file():
+            raise FormatError(f"{path}: missing, adamms.json lists it")
         found = digest_file(path)
-        if found != output["blake3"]:
-            raise FormatError(f"{path}: BLAKE3 is {found}, adamms.json says {output['blake3']}")
+        if found != digest:
+            raise FormatError(f"{path}: BLAKE3 is {found}, adamms.json says {digest}")
+
+
+def _find_input(out: Path, recipe: dict[str, Any], side: str) -> str:
+    """Where the recipe's base or donor is: beside the output, else what the recipe calls it."""
+    ref: str = recipe[side]
+    beside = out.absolute().parent / ref
+    if not beside.exists() and "/" not in ref:
+        raise FormatError(f"{out}: its {side}, {ref}, is not beside it; say where: --{side} {ref}")
+    return str(beside) if beside.exists() else ref
 
 
 def _check_rows(

@@ -323,7 +323,8 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, recipe: dict[s
         weight_map = {name: shard.name for shard in shards for name in sorted(shard.offsets)}
         total = sum(journal.done[shard.name]["size"] - len(shard.header) for shard in shards)
         write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for relative in plan.base.sidecars():
+    sidecars = list(plan.base.sidecars())
+    for relative in sidecars:
         output_folder.copy_file(plan.base.path / relative, work / relative)
     config = plan.base.config
     if config and plan.options["dtype"]:
@@ -338,7 +339,8 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, recipe: dict[s
         {key: journal.done[shard.name][key] for key in ("file", "size", "blake3")}
         for shard in shards
     ]
-    write_json(work / "adamms.json", recipe | {"outputs": outputs})
+    digests = {str(name): output_folder.digest_file(work / name) for name in sidecars}
+    write_json(work / "adamms.json", recipe | {"outputs": outputs, "sidecars": digests})
 
 
 def _physical_memory() -> int:

@@ -337,10 +337,10 @@ def test_verify_needs_no_file_for_what_was_declared(
     path.unlink()
     recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
     assert [declare.parse_declaration(table, "x") for table in recipe["declared"]] == [arch]
-    assert verify(tmp_path / "out", deep=True).rows
+    assert verify(tmp_path / "out", deep=True, base=pair[0], donor=odd).rows
     recipe["declared"][0]["decoder"]["norm.weight"] = "norn"
     (tmp_path / "out" / "adamms.json").write_text(json.dumps(recipe))
-    assert run("verify", tmp_path / "out", "--deep") == 2
+    assert run("verify", tmp_path / "out", "--deep", "--base", pair[0], "--donor", odd) == 2
     assert "adamms.json: declared[0]: decoder: " in capsys.readouterr().err
     for value in (7, "x"):
         (tmp_path / "out" / "adamms.json").write_text(json.dumps(recipe | {"declared": value}))

@@ -156,7 +156,7 @@ def test_tied_is_what_the_config_says(tmp_path: Path, config: object, tied: bool
 
 def test_hub_cache_with_symlinked_shards(tmp_path: Path) -> None:
     repo = tmp_path / "hub" / "models--Qwen--Qwen2-VL-7B"
-    snapshot = repo / "snapshots" / "0123abcd"
+    snapshot = repo / "snapshots" / ("0123abcd" * 5)
     snapshot.mkdir(parents=True)
     put(repo / "blobs", TWO)
     for path in (repo / "blobs").iterdir():
@@ -164,6 +164,7 @@ def test_hub_cache_with_symlinked_shards(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(snapshot)
     assert contents(checkpoint) == {"a": A_CONTENT, "b": B_CONTENT}
     assert checkpoint.name == "Qwen/Qwen2-VL-7B"
+    assert checkpoint.public_ref == f"Qwen/Qwen2-VL-7B@{snapshot.name}"
     (repo / "blobs" / "two.safetensors").unlink()
     assert "two.safetensors is missing" in refused(snapshot)
 

@@ -116,7 +116,7 @@ def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) ->
     assert recipe["alpha"] == 0.5
     assert recipe["options"] == {"embeddings": "keep", "dtype": "F32"}
     assert len(recipe["outputs"]) > 4
-    assert run("verify", tmp_path / "out", "--deep") == 0
+    assert run("verify", tmp_path / "out", "--deep", "--base", pair[0], "--donor", pair[1]) == 0
     assert ": ok, " in capsys.readouterr().out
 
 
@@ -126,7 +126,7 @@ def test_verify_tells_what_it_checked(pair: Pair, tmp_path: Path, capsys: Captur
     assert run("verify", tmp_path / "out") == 0
     shallow = capsys.readouterr()
     assert re.search(r": ok, \d+ tensors in 3 shards, [\d.]+ kB\n$", shallow.out)
-    assert run("verify", tmp_path / "out", "--deep") == 0
+    assert run("verify", tmp_path / "out", "--deep", "--base", pair[0], "--donor", pair[1]) == 0
     assert re.search(r", \d+ sampled rows equal to the recipe's\n$", capsys.readouterr().out)
     (tmp_path / "out" / "adamms.json").unlink()
     assert run("verify", tmp_path / "out") == 2
@@ -555,7 +555,7 @@ def test_progress_is_drawn_on_a_terminal_only(
         patch.setenv("TERM", "xterm")
         patch.setattr(sys, "stderr", terminal)
         assert run(*pair, "-o", tmp_path / "b", "--alpha", "0.3") == 0
-        assert run("verify", tmp_path / "b", "--deep") == 0
+        assert run("verify", tmp_path / "b", "--deep", "--base", pair[0], "--donor", pair[1]) == 0
     assert "merging" in terminal.getvalue()
     assert "rows of lm_head.weight" in terminal.getvalue()
     captured = capsys.readouterr()

@@ -249,7 +249,7 @@ def test_what_was_evaluated_is_what_was_written(
 def test_a_finished_job_verifies_and_is_not_done_over(
     finished: Path, exact: tuple[Path, Path], prompts: Path, capsys: Capture
 ) -> None:
-    assert run("verify", finished, "--deep") == 0
+    assert run("verify", finished, "--deep", "--base", exact[0], "--donor", exact[1]) == 0
     assert ": ok, " in capsys.readouterr().out
     before = seen(finished)
     assert run(*exact, "-o", finished, "--prompts", prompts, *SHORT) == 0

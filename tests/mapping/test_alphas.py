@@ -103,7 +103,7 @@ def test_each_layer_is_blended_at_its_own_alpha(
     alpha = Alphas(0.25, {f"layers.{i}": weight for i, weight in enumerate(weights)})
     out = merge(plan, alpha, tmp_path / "out")
     assert tensors(out) == expected(pair, by_layer(weights, 0.25))
-    verify(out, deep=True)
+    verify(out, deep=True, base=pair[0], donor=pair[1])
 
 
 def test_parts_of_a_fused_tensor_may_have_their_own(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_parts_of_a_fused_tensor_may_have_their_own(tmp_path: Path) -> None:
         lent = [donor[stem.format(role)] for role in "qkv"]
         parts = map(blended, base[name].chunk(3), lent, three)
         assert found[name] == b"".join(parts), name
-    verify(out, deep=True)
+    verify(out, deep=True, base=pair[0], donor=pair[1])
 
 
 def test_equal_weights_are_one_form_and_the_same_files(
@@ -172,7 +172,7 @@ def test_an_edited_recipe_is_found(plan: Plan, tmp_path: Path) -> None:
     for alphas in ({"layers.1": 0.4}, {}, {"layers.1": 2}, {"layers.1": "x"}, ["layers.1"], 3):
         path.write_text(json.dumps(document | {"alphas": alphas}))
         with pytest.raises(FormatError):
-            verify(out, deep=True)
+            verify(out, deep=True, base=pair[0], donor=pair[1])
 
 
 def test_a_killed_merge_resumes_at_the_same_alphas_only(plan: Plan, tmp_path: Path) -> None:
@@ -345,4 +345,5 @@ def test_merge_takes_alphas_by_layer(pair: Pair, tmp_path: Path) -> None:
     words = ["merge", *map(str, pair), "-o", str(out), "--alpha-layers", "0-1:0.2,3:0"]
     assert main([*words, "--alpha", "0.4"]) == 0
     assert tensors(out) == expected(pair, by_layer([0.2, 0.2, 0.4, 0.0, 0.4], 0.4))
-    assert main(["verify", str(out), "--deep"]) == 0
+    inputs = ["--base", str(pair[0]), "--donor", str(pair[1])]
+    assert main(["verify", str(out), "--deep", *inputs]) == 0

@@ -546,7 +546,7 @@ from lowmem_adamms.cli import main
 base, donor, out = sys.argv[1:]
 assert main(["plan", base, donor]) == 0
 assert main([base, donor, "-o", out, "--alpha", "0.3"]) == 0
-assert main(["verify", out, "--deep"]) == 0
+assert main(["verify", out, "--deep", "--base", base, "--donor", donor]) == 0
 unwanted = {"torch", "transformers", "safetensors", "pydantic", "jinja2"}
 print(sorted(unwanted & set(sys.modules)))
 """

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.safetensors_header import build_header, read_header
+from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError
 from lowmem_adamms.merging.journal import JOURNAL, WORK
 from lowmem_adamms.merging.verify import verify
@@ -36,7 +37,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture
 def out(made: Models, tmp_path: Path) -> Path:
-    """A copy of the merged folder, to be spoilt."""
+    """A copy of the merged folder, to be spoilt, beside its inputs."""
+    for side in made[:2]:
+        (tmp_path / side.name).symlink_to(side)
     return shutil.copytree(made[2], tmp_path / "out")
 
 
@@ -99,7 +102,7 @@ def test_every_kind_of_merge_is_ok(
         *made[:2], dtype=DTYPES[dtype] if dtype else None, embeddings="keep" if alpha else "merge"
     )
     out = merge(plan, alpha, tmp_path / "out", max_shard_size=150_000)
-    assert verify(out, deep=True).rows
+    assert verify(out, deep=True, base=made[0], donor=made[1]).rows
 
 
 def test_progress_names_every_shard_and_tensor(made: Models) -> None:
@@ -246,7 +249,7 @@ def test_a_tensor_that_the_plan_does_not_have_is_found(made: Models, tmp_path: P
     fix_digests(out)
     verify(out)
     with pytest.raises(FormatError, match="ghost is in only one of the output and its plan"):
-        verify(out, deep=True)
+        verify(out, deep=True, base=made[0], donor=made[1])
 
 
 @pytest.mark.parametrize(
@@ -292,9 +295,35 @@ def test_an_input_with_other_shards_is_found(movable: Models, tmp_path: Path) ->
 
 def test_a_lost_input_is_found(movable: Models) -> None:
     shutil.rmtree(movable[1])
-    with pytest.raises(FormatError, match="no such folder"):
+    with pytest.raises(FormatError, match=r"its donor, donor, is not beside it; .* --donor"):
         verify(movable[2], deep=True)
     verify(movable[2])
+
+
+def test_inputs_elsewhere_can_be_pointed_at(movable: Models, tmp_path: Path) -> None:
+    base, donor, out = movable
+    (tmp_path / "moved").mkdir()
+    base.rename(tmp_path / "moved" / "b")
+    donor.rename(tmp_path / "moved" / "d")
+    base, donor = tmp_path / "moved" / "b", tmp_path / "moved" / "d"
+    assert verify(out, deep=True, base=base, donor=donor).rows
+    with pytest.raises(FormatError, match="not the file that was merged"):
+        verify(out, deep=True, base=donor, donor=donor)
+    words = ["--base", str(base), "--donor", str(donor)]
+    assert main(["verify", str(out), "--deep", *words]) == 0
+    assert main(["verify", str(out), *words]) == 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_sidecar_that_was_lost_or_edited_is_found(out: Path, name: str, lost: bool) -> None:
+    if lost and name == "tokenizer.json":
+        (out / name).unlink()
+    else:
+        (out / name).write_text((out / name).read_text() + " ")
+    verify(out)
+    with pytest.raises(FormatError, match=f"{name}: (missing, adamms.json lists|BLAKE3 is)"):
+        verify(out, deep=True)
 
 
 def test_nan_in_the_output_is_compared_by_its_bits(tmp_path: Path) -> None:

@@ -179,7 +179,12 @@ def test_a_text_base_is_tagged_so_and_without_licence_gets_none(tmp_path: Path) 
 def test_adamms_json_holds_recipe_versions_and_digests(pair: Pair, merged: Path) -> None:
     recipe = json.loads((merged / "adamms.json").read_bytes())
     assert recipe["alpha"] == 0.3
-    assert (recipe["base"], recipe["donor"]) == tuple(str(side.resolve()) for side in pair)
+    assert (recipe["base"], recipe["donor"]) == ("base", "donor")
+    assert recipe["sidecars"] == {
+        name: blake3(content).hexdigest()
+        for name, content in seen(merged).items()
+        if name not in PAPERS and content != b"(folder)" and not name.endswith(".safetensors")
+    }
     assert recipe["version"] == __version__
     assert recipe["options"] == {"embeddings": "merge", "dtype": None}
     for side, folder in zip(("base", "donor"), pair, strict=True):
@@ -353,7 +358,7 @@ def test_the_recipe_tells_what_was_done_whatever_the_search_says(
     out = merge(make_plan(*pair), 0.3, tmp_path / "out", search=lies)
     recipe = json.loads((out / "adamms.json").read_bytes())
     assert recipe["alpha"] == 0.3
-    assert recipe["base"] == str(pair[0].resolve())
+    assert recipe["base"] == "base"
     assert recipe["options"] and recipe["outputs"]
 
 
@@ -594,9 +599,19 @@ def test_a_result_that_another_run_has_just_put_there_is_left_alone(
 def test_paths_that_are_not_utf8_come_back_from_the_recipe(pair: Pair, tmp_path: Path) -> None:
     base = shutil.copytree(pair[0], tmp_path / "b\udcffse")
     out = merge(make_plan(base, pair[1]), 0.3, tmp_path / "o\udcfft")
-    assert json.loads((out / "adamms.json").read_text("utf-8"))["base"] == str(base)
+    assert json.loads((out / "adamms.json").read_text("utf-8"))["base"] == base.name
     assert (out / "README.md").read_text("utf-8")
-    assert verify(out, deep=True).rows
+    assert verify(out, deep=True, donor=pair[1]).rows
+
+
+def test_what_is_published_tells_nothing_of_the_machine(
+    pair: Pair, merged: Path, tmp_path: Path
+) -> None:
+    bare = single(pair[0], tmp_path / "single") / "model.safetensors"
+    for out in (merged, merge(make_plan(bare, pair[1]), 0.3, tmp_path / "out")):
+        for name in ("adamms.json", "README.md"):
+            assert str(pair[0].parent) not in (out / name).read_text("utf-8")
+            assert str(tmp_path) not in (out / name).read_text("utf-8")
 
 
 def test_resuming_does_not_begin_again(
