@@ -50,6 +50,7 @@ command, BASE DONOR ... is short for merge BASE DONOR ...
 COMMAND --help tells what a command takes.
 Exit codes: 0 done, 2 something you can fix, said in one line, 130 interrupted."""
 _NOT_ACCESSIBLE = (
+    errno.ENOENT,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -59,6 +60,14 @@ _NOT_ACCESSIBLE = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+
+_HELP = {
+    errno.EIO: "check the disk or the network, and",
+    errno.EFBIG: "too large for this disk: choose another -o, or --max-shard-size 2GB; else",
+    errno.EMFILE: "allow more open files (ulimit -n), and",
+    errno.ENFILE: "close other programs, and",
+}
+"""What to do about errors of the system before the same command is run again."""
 
 
 def process() -> int:
@@ -91,8 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"disk full ({error}); free some and run the same command to resume")
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
         if error.errno in _NOT_ACCESSIBLE:
-            return _fail(f"{error.filename}: {error.strerror}")
+            return _fail(what)
+        if error.errno in _HELP:
+            return _fail(f"{what}; {_HELP[error.errno]} run the same command to resume")
         raise
     except KeyboardInterrupt:
         console.print_info(f"interrupted{_way_to_resume(taken)}")

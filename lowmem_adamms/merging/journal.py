@@ -48,12 +48,13 @@ class _Journal:
         found = _read_fingerprint(path, kind)
         if found == _FOREIGN:
             raise OutputError(f"{path} is no journal of a {kind}; choose another place")
-        if found not in (None, fingerprint):
-            raise OutputError(conflict)
         self.resumed = found is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        self._lock()
+        self._lock()  # first: what another run is writing now is not to be deleted
+        if found not in (None, fingerprint):
+            self.close()
+            raise OutputError(conflict)
         self._read()
         if found is None:
             self._file.truncate(0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,42 +49,47 @@ class ShardFile:
         self._hasher, self._evict = hasher, evict
         self._digest = blake3()
         self._end = resume_at
+        self._path = folder / layout.name
         fresh = resume_at <= len(layout.header)
         flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
-        self._fd = os.open(folder / layout.name, flags, 0o666)
-        if fresh:
-            self._allocate()
-            self._end = len(layout.header)
-        elif layout.in_order:
-            self._digest_file(resume_at)
+        self._fd = os.open(self._path, flags, 0o666)
+        with self._named_errors():
+            if fresh:
+                self._allocate()
+                self._end = len(layout.header)
+            elif layout.in_order:
+                self._digest_file(resume_at)
 
     def write(self, position: int, content: Bytes) -> None:
         """Write one stretch at its position in the file; hash it if the file is in order."""
         data = memoryview(content)  # type: ignore[arg-type]  # a buffer from Python 3.12's view on
-        if self.layout.in_order:
-            hashing = self._hasher.submit(self._digest.update, data)
-            _write_all(self._fd, data, position)
-            self._flush_blocks(position + data.nbytes)
-            hashing.result()
-        else:
-            _write_all(self._fd, data, position)
-            flush_range(self._fd, position, position + data.nbytes)
-            self._end += data.nbytes
+        with self._named_errors():
+            if self.layout.in_order:
+                hashing = self._hasher.submit(self._digest.update, data)
+                _write_all(self._fd, data, position)
+                self._flush_blocks(position + data.nbytes)
+                hashing.result()
+            else:
+                _write_all(self._fd, data, position)
+                flush_range(self._fd, position, position + data.nbytes)
+                self._end += data.nbytes
         self.since_durable += data.nbytes
 
     def make_durable(self) -> int:
         """Have everything written so far on the disk; returns how far that is."""
-        os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
+        with self._named_errors():
+            os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
         self.since_durable = 0
         return self._end
 
     def finish(self) -> tuple[int, str]:
         """Make the complete file durable and close it; returns its size and BLAKE3 digest."""
         size = self.layout.size
-        if not self.layout.in_order:
-            size = self._complete()
-            self._digest_file(size)
-        os.fsync(self._fd)
+        with self._named_errors():
+            if not self.layout.in_order:
+                size = self._complete()
+                self._digest_file(size)
+            os.fsync(self._fd)
         if self._evict and not self.layout.in_order:
             evict_range(self._fd, 0, size)
         self.close()
@@ -93,6 +100,15 @@ class ShardFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of calls that know only a descriptor, with the file's name."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def _allocate(self) -> None:
         """Claim the file's space, so that a full disk shows now, and write the header."""

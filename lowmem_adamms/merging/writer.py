@@ -181,6 +181,9 @@ def write(
     if upload:
         upload.begin()
     inputs = model_card.digest_inputs(plan)
+    notes = list(_pair_notes(kin, inputs))
+    for line in notes if note else ():
+        note(line)  # type: ignore[misc]
     with Journal(output.folder, fingerprint) as journal:
         output_folder.check_still_unused(output.folder, journal)
         journal.note_inputs(hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
@@ -191,6 +194,7 @@ def write(
             write_file(output.work / name, content)
         recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {}, inputs)
         recipe["merge"] = fingerprint
+        recipe["notes"] += notes
         if output.quantizer:
             recipe["quantized"] = output.quantizer.describe()
         if journal.nonfinite:
@@ -200,6 +204,12 @@ def write(
         if from_hub:
             recipe["not_checked"] = unchecked
         _write_papers(output, alpha, journal, recipe)
+        for shard in output.shards:
+            if not any((folder / shard.name).exists() for folder in (output.work, output.folder)):
+                raise OutputError(
+                    f"{output.work / shard.name} was deleted while the merge ran; run the same"
+                    " command to write it again"
+                )
         if [plan.base.identity(), plan.donor.identity()] != before:
             _discard(output.work)
             raise OutputError(
@@ -208,6 +218,19 @@ def write(
             )
         output_folder.publish(output.folder)
     return output.folder
+
+
+def _pair_notes(kin: kinship.Kinship, inputs: Mapping[str, Any]) -> Iterator[str]:
+    """What makes a merge of these two doubtful."""
+    base, donor = ([{**item, "file": ""} for item in inputs[side]] for side in ("base", "donor"))
+    if base == donor:
+        yield "base and donor hold the same weights: at any alpha the result is the base"
+    if kin.cosines and kin.lowest[1] < kinship.THRESHOLD:
+        group, cosine = kin.lowest
+        yield (
+            f"base and donor look unrelated (cosine similarity of {group} is {cosine:.3f}); they"
+            " are merged because of --force"
+        )
 
 
 def _is_complete(out: Path, fingerprint: str) -> bool:
@@ -253,8 +276,8 @@ def _write_shards(
     def refuse_nonfinite() -> None:
         if journal.nonfinite and not allow_nonfinite:
             raise FormatError(
-                f"{model_card.describe_nonfinite(journal.nonfinite)}; look for a damaged input, or"
-                " write them with --allow-nonfinite"
+                f"{model_card.describe_nonfinite(journal.nonfinite)}, at least; look for a damaged"
+                " input, or write them with --allow-nonfinite"
             )
 
     refuse_nonfinite()

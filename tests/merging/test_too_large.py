@@ -71,7 +71,7 @@ def test_blended_values_that_are_not_finite_are_refused_by_name_and_number(
 ) -> None:
     plan = make_plan(put(tmp_path / "base", 0.5, dtype), put(tmp_path / "donor", value, dtype))
     for _ in range(2):  # a resumed merge is no way around it
-        with pytest.raises(FormatError, match=rf"{re.escape(Q)}: 1 .*NaN or infinite; .*--allow"):
+        with pytest.raises(FormatError, match=rf"{re.escape(Q)}: 1 .*NaN or infinite, .*--allow"):
             merge(plan, 0.3, tmp_path / "out", force=True)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -528,7 +529,23 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def test_strangers_are_refused_unless_forced(strangers: Pair, tmp_path: Path) -> None:
     assert_refused(strangers, tmp_path / "out", "look unrelated", error=MappingError)
-    tiny.load_model(merge(make_plan(*strangers), 0.3, tmp_path / "out", force=True))
+    notes: list[str] = []
+    out = merge(make_plan(*strangers), 0.3, tmp_path / "out", force=True, note=notes.append)
+    tiny.load_model(out)
+    assert_noted("look unrelated .cosine similarity of .* because of --force", notes, out)
+
+
+def assert_noted(words: str, notes: list[str], out: Path) -> None:
+    """Said once, and written down."""
+    assert [bool(re.search(words, line)) for line in notes] == [True]
+    assert re.search(words, json.loads((out / "adamms.json").read_bytes())["notes"][-1])
+
+
+def test_a_model_merged_with_itself_is_noted(pair: Pair, tmp_path: Path) -> None:
+    notes: list[str] = []
+    copied = shutil.copytree(pair[0], tmp_path / "copy")
+    out = merge(make_plan(pair[0], copied), 0.3, tmp_path / "out", note=notes.append)
+    assert_noted("base and donor hold the same weights", notes, out)
 
 
 # Unfinished merges
@@ -575,7 +592,8 @@ def test_a_running_merge_is_left_alone(
     break_off(pair, out, 50, monkeypatch)
     with (out / WORK / JOURNAL).open("rb") as running:
         fcntl.flock(running, fcntl.LOCK_EX)
-        assert_refused(pair, out, "another run is writing there now")
+        for alpha in (0.3, 0.4):  # the other's is not to be deleted
+            assert_refused(pair, out, "another run is writing there now", alpha=alpha)
     assert seen(merge(make_plan(*pair), 0.3, out)) == whole
 
 
@@ -943,6 +961,67 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(
     assert_nothing_incomplete(tmp_path / "out", whole)
     assert main(command) == 0
     assert seen(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "words"),
+    [
+        ("pwrite", errno.EIO, "check the disk"),
+        ("fsync", errno.EIO, "check the disk"),
+        ("posix_fallocate", errno.EFBIG, "--max-shard-size"),
+        ("open", errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_what_else_a_system_may_refuse_is_one_line_and_can_be_resumed(
+    pair: Pair,
+    whole: Files,
+    call: str,
+    number: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real: Callable[..., Any] = getattr(os, call)
+    asked = iter(range(1))
+
+    def failing(*args: Any, **options: Any) -> Any:
+        of_a_shard = call != "open" or str(args[0]).endswith(".safetensors")
+        if of_a_shard and next(asked, None) is None:
+            raise OSError(number, os.strerror(number), *args[:1] if call == "open" else ())
+        return real(*args, **options)
+
+    command = [*map(str, pair), "-o", str(tmp_path / "out"), "--alpha", "0.3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: .*\.partial/.*: {os.strerror(number)}; .*{words}", line)
+    assert line.endswith("run the same command to resume")
+    assert main(command) == 0
+    assert seen(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_shard_that_is_deleted_meanwhile_is_one_line_and_can_be_resumed(
+    pair: Pair, whole: Files, side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs, out = copy_inputs(pair, tmp_path), tmp_path / "out"
+    folder = inputs[1] if side == "input" else out / WORK
+
+    def delete(_: int) -> None:
+        for shard in folder.glob("*.safetensors"):
+            shard.rename(tmp_path / shard.name)
+
+    words = "No such file or directory" if side == "input" else "was deleted while the merge ran"
+    with pytest.raises((OSError, OutputError), match=words):
+        merge(make_plan(*inputs), 0.3, out, progress=delete)
+    assert list(out.iterdir()) == [out / WORK]
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.rename(inputs[1] / shard.name) if side == "input" else shard.unlink()
+    command = [*map(str, inputs), "-o", str(out), "--alpha", "0.3"]
+    assert main(command) == 0
+    assert tensor_bytes(out).keys() == tensor_bytes(inputs[0]).keys()
 
 
 def test_systems_that_lack_calls_write_the_same_bytes(
