@@ -63,6 +63,7 @@ _NOT_ACCESSIBLE = (
 
 _HELP = {
     errno.EIO: "check the disk or the network, and",
+    errno.EFAULT: "an input was cut short while it was read: put it back, and",
     errno.EFBIG: "too large for this disk: choose another -o, or --max-shard-size 2GB; else",
     errno.EMFILE: "allow more open files (ulimit -n), and",
     errno.ENFILE: "close other programs, and",

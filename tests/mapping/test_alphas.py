@@ -118,7 +118,7 @@ def test_parts_of_a_fused_tensor_may_have_their_own(tmp_path: Path) -> None:
         lent = [donor[stem.format(role)] for role in "qkv"]
         parts = map(blended, base[name].chunk(3), lent, three)
         assert found[name] == b"".join(parts), name
-    verify(out, deep=True, base=pair[0], donor=pair[1])
+    verify(out, deep=True)
 
 
 def test_equal_weights_are_one_form_and_the_same_files(
@@ -172,7 +172,7 @@ def test_an_edited_recipe_is_found(plan: Plan, tmp_path: Path) -> None:
     for alphas in ({"layers.1": 0.4}, {}, {"layers.1": 2}, {"layers.1": "x"}, ["layers.1"], 3):
         path.write_text(json.dumps(document | {"alphas": alphas}))
         with pytest.raises(FormatError):
-            verify(out, deep=True, base=pair[0], donor=pair[1])
+            verify(out, deep=True, base=plan.base.path, donor=plan.donor.path)
 
 
 def test_a_killed_merge_resumes_at_the_same_alphas_only(plan: Plan, tmp_path: Path) -> None:
