@@ -68,7 +68,8 @@ class MappedFile:
         length = min(BLOCK, self._bytes.size - start)
         if length <= 0:  # `view` raises when the bytes are asked for
             return
-        if _madvise(self._address + start, length, _MADV_POPULATE_READ) != 0:
+        address, size = ctypes.c_void_p(self._address + start), ctypes.c_size_t(length)
+        if _libc_madvise is None or _libc_madvise(address, size, _MADV_POPULATE_READ) != 0:
             self._map.madvise(mmap.MADV_WILLNEED, start, length)
 
     def release_blocks(self, first: int, stop: int, *, evict: bool) -> None:
@@ -155,12 +156,6 @@ def _libc_function(name: str) -> Callable[..., int] | None:
 
 _libc_madvise = _libc_function("madvise")
 _libc_sync_file_range = _libc_function("sync_file_range")
-
-
-def _madvise(address: int, length: int, advice: int) -> int:
-    if _libc_madvise is None:
-        return -1
-    return _libc_madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def evict_range(fd: int, start: int, stop: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from .dtypes import DTYPES, DType
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 _SIZE_LIMIT = 1 << 64  # safetensors counts in 64 bits
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs/git-lfs, docs/spec.md
 
 
@@ -43,11 +41,6 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
     data_start: int
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the whole file."""
-        return self.tensors[-1].stop if self.tensors else self.data_start
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -90,9 +83,8 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     """Validate the JSON of a header, without its length field, of a file of `file_size` bytes."""
     document = _parse_json(raw)
     metadata = document.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if not _is_string_map(metadata):
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("header __metadata__ is not a map of strings to strings")
     data_start = 8 + len(raw)
     infos = [_parse_entry(name, entry, data_start) for name, entry in document.items()]
@@ -147,12 +139,12 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
             parse_constant=_refuse_constant,
             parse_int=_parse_int,
         )
+        # Half a character outside the basic plane, which no UTF-8 file could hold again
+        json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"header is not JSON ({error})") from None
     if not isinstance(document, dict):
         raise FormatError("header is not a JSON object")
-    if _ESCAPED_SURROGATE.search(raw):
-        _refuse_lone_surrogates(document)
     return document
 
 
@@ -171,18 +163,6 @@ def _refuse_constant(word: str) -> None:
 def _parse_int(text: str) -> int | float:
     """Safetensors takes `-0` for a fraction, which is no size."""
     return -0.0 if text == "-0" else int(text)
-
-
-def _refuse_lone_surrogates(document: Mapping[str, Any]) -> None:
-    """Half a character outside the basic plane: no UTF-8 file could hold it again."""
-    try:
-        json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise FormatError("header has a name that is not Unicode text") from None
-
-
-def _is_string_map(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
 def _is_sizes(value: object) -> bool:

@@ -64,7 +64,7 @@ def check_valid(parsed: Header, file_size: int) -> None:
         assert info.start == position
         assert (info.stop - info.start) * 8 == info.dtype.bits * math.prod(info.shape)
         position = info.stop
-    assert position == parsed.file_size == file_size
+    assert position == file_size
     assert len({info.name for info in parsed.tensors}) == len(parsed.tensors)
 
 
