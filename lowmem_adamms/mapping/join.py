@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..architectures.layout import BUFFER, Arch, Block
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES, DType
 from ..checkpoints.span import Span
+from ..checkpoints.vocabulary import RowRun
 from ..errors import MappingError
 from ..settings import Embeddings
 from ..values import parse_dtype
@@ -29,25 +30,16 @@ SAME_ROLE = "same role"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Rows `start` to `stop` of a role, which one tensor of the donor holds from `donor_row` on."""
-
-    start: int
-    stop: int
-    donor_name: str
-    donor_row: int
-
-
-@dataclass(frozen=True, slots=True)
 class Match:
     """What the donor has for one role of the base, and the rule by which it was found.
 
-    runs: ascending; rows in none of them stay the base's. misfit: what does not fit, if that is
-    why there are none.
+    runs: rows of the role and the rows of `donor_name` that belong to them, ascending; other rows
+    stay the base's. misfit: what does not fit, if that is why there are none.
     """
 
-    runs: Sequence[Run]
     reason: str
+    donor_name: str = ""
+    runs: Sequence[RowRun] = ()
     misfit: str | None = None
 
 
@@ -72,7 +64,7 @@ def make_plan(
         token_rows = find_token_rows(ours, theirs)
     kept = TOKEN_ROLES if embeddings == "keep" else ()
     matches = {
-        role: Match((), "--embeddings keep")
+        role: Match("--embeddings keep")
         if role in kept
         else _match_role(role, ours, theirs, token_rows)
         for role in ours.pieces
@@ -138,20 +130,19 @@ def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None
     """Look up what the donor has for one role of the base."""
     found = [rule for rule in _donor_roles(role, donor) if rule[0] in donor.pieces]
     if not found:
-        return Match((), "no counterpart in the donor")
+        return Match("no counterpart in the donor")
     donor_role, reason = found[0]
     pieces = donor.pieces[donor_role]
-    for name, _ in pieces:
-        donor.require_blendable(name)
+    donor_name, _ = pieces[0]
+    donor.require_blendable(donor_name)
     base_shape, donor_shape = base.shape_of(role), donor.shape_of(donor_role)
     if token_rows and role in TOKEN_ROLES and base_shape[1:] == donor_shape[1:]:
         return _match_tokens(base.rows_of(role), pieces[0], token_rows, reason)
     if base_shape != donor_shape:
         misfit = f"shapes differ for {role}: {_compare_shapes(role, base, donor_role, donor)}"
-        return Match((), "another shape in the donor", misfit)
-    return Match(
-        [Run(block.first, block.last, name, block.start) for name, block in pieces], reason
-    )
+        return Match("another shape in the donor", misfit=misfit)
+    runs = [RowRun(block.first, block.start, block.stop - block.start) for _, block in pieces]
+    return Match(reason, donor_name, runs)
 
 
 def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
@@ -167,17 +158,16 @@ def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
 def _match_tokens(base_rows: int, piece: Piece, token_rows: TokenRows, reason: str) -> Match:
     """Match the rows of embedding or head; a head may have fewer than its embedding."""
     donor_name, donor_block = piece
-    runs: list[Run] = []
-    moved = 0
+    runs: list[RowRun] = []
     for run in token_rows.runs:
         length = min(run.length, base_rows - run.base, donor_block.stop - run.donor)
         if length > 0:
-            runs.append(Run(run.base, run.base + length, donor_name, run.donor))
-            moved += length if run.base != run.donor else 0
-    shared = sum(run.stop - run.start for run in runs)
+            runs.append(replace(run, length=length))
+    shared = sum(run.length for run in runs)
+    moved = sum(run.length for run in runs if run.base != run.donor)
     joined_by = "position" if token_rows.assumption else "token"
     how = f"rows by {joined_by}: {shared} shared, {moved} of them moved, {base_rows - shared} kept"
-    return Match(runs, how if reason == SAME_ROLE else f"{reason}; {how}")
+    return Match(how if reason == SAME_ROLE else f"{reason}; {how}", donor_name, runs)
 
 
 # Steps
@@ -192,9 +182,7 @@ def _make_step(
     base.require_blendable(name)
     span, blocks = base.tensors[name], base.blocks[name]
     parts = [
-        part
-        for block in blocks
-        for part in _split_block(span, block, matches[block.role].runs, donor)
+        part for block in blocks for part in _split_block(span, block, matches[block.role], donor)
     ]
     reasons = dict.fromkeys(matches[block.role].reason for block in blocks)
     kind = step_kind(blocks[0].role)
@@ -211,7 +199,7 @@ def _copy_tensor(base: Side, name: str, dtype: DType | None) -> Step:
     return Step(name, output_dtype, span.shape, kind, f"base's {kind}", (part,))
 
 
-def _split_block(span: Span, block: Block, runs: Sequence[Run], donor: Side) -> Iterator[Part]:
+def _split_block(span: Span, block: Block, match: Match, donor: Side) -> Iterator[Part]:
     """Split a block of a base tensor into rows to blend, one part a run, and rows to copy."""
     shift = block.start - block.first  # from rows of the role to rows of the tensor
 
@@ -220,17 +208,17 @@ def _split_block(span: Span, block: Block, runs: Sequence[Run], donor: Side) -> 
         return Part(rows, block.role, span.rows(*rows))
 
     position = block.first
-    for run in runs:
-        start, stop = max(run.start, block.first), min(run.stop, block.last)
+    for run in match.runs:
+        start, stop = max(run.base, block.first), min(run.base + run.length, block.last)
         if start >= stop:
             continue
         if start > position:
             yield copy(position, start)
         rows = (start + shift, stop + shift)
-        first = run.donor_row + start - run.start
+        first = run.donor + start - run.base
         donor_rows = (first, first + stop - start)
-        lent = donor.tensors[run.donor_name].rows(*donor_rows)
-        yield Part(rows, block.role, span.rows(*rows), lent, run.donor_name, donor_rows)
+        lent = donor.tensors[match.donor_name].rows(*donor_rows)
+        yield Part(rows, block.role, span.rows(*rows), lent, match.donor_name, donor_rows)
         position = stop
     if position < block.last:
         yield copy(position, block.last)
