@@ -63,18 +63,11 @@ def _shorten(text: str, limit: int, focus: int) -> str:
 
 
 def _find_cut(text: str, position: int) -> int:
-    """The last space shortly before a position, else a place that splits no composed character."""
+    """The last space shortly before a position, else the position."""
     if position >= len(text):
         return len(text)
     space = text.rfind(" ", max(position - 24, 0), position + 1)
-    if space > 0:
-        return space
-    while position > 0 and (
-        unicodedata.combining(text[position])
-        or "\N{ZERO WIDTH JOINER}" in text[position - 1 : position + 1]
-    ):
-        position -= 1
-    return position
+    return space if space > 0 else max(position, 0)
 
 
 def format_count(number: int, noun: str) -> str:

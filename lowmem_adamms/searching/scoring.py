@@ -127,6 +127,12 @@ class AnswerComparison:
             self._differences[alphas] = self._compare(texts[first], texts[second])
         return self._differences[alphas]
 
+    def difference(self, first: float | None, second: float | None) -> float | None:
+        """The differences added up; None without one of the alphas."""
+        if first is None or second is None:
+            return None
+        return self.total(self.differences(first, second))
+
     def prompt_scores(self, point: GridPoint) -> list[float] | None:
         """What each prompt adds to the score; None at an end of the grid."""
         if point.previous is None or point.next is None:

@@ -279,15 +279,10 @@ def _conclude(
 def _candidate(
     comparison: AnswerComparison, point: GridPoint, interval: tuple[float, float] | None = None
 ) -> Candidate:
-    def difference(first: float | None, second: float | None) -> float | None:
-        if first is None or second is None:
-            return None
-        return comparison.total(comparison.differences(first, second))
-
     return Candidate(
         point.alpha,
-        difference(point.previous, point.alpha),
-        difference(point.alpha, point.next),
+        comparison.difference(point.previous, point.alpha),
+        comparison.difference(point.alpha, point.next),
         comparison.score(point),
         comparison.degenerate[point.alpha],
         interval,
