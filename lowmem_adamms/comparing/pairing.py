@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
 from ..mapping.join import make_plan
 from ..mapping.kinship import group_of
-from ..mapping.plan import Part, Plan, Step
+from ..mapping.plan import Plan
 
 if TYPE_CHECKING:
     from ..hub.remote_file import RemoteFile
@@ -159,26 +159,23 @@ def kind_of_role(role: str) -> str:
 def _pair_by_role(forth: Plan, back: Plan) -> Iterator[RolePair]:
     """Every pair that either plan blends; what both blend is taken once."""
     pieces: dict[str, list[SpanPair]] = {}
-    seen = set()
-    for step, part, role in _blended_parts(forth):
-        assert part.donor is not None and part.donor_name is not None
-        names = (step.name, part.donor_name)
-        pieces.setdefault(role, []).append(SpanPair((part.base, part.donor), names))
-        seen.add((names, _without_stream(role)))
-    for step, part, role in _blended_parts(back):
-        assert part.donor is not None and part.donor_name is not None
-        names = (part.donor_name, step.name)
-        if (names, _without_stream(role)) not in seen:
-            pieces.setdefault(role, []).append(SpanPair((part.donor, part.base), names))
+    for role, piece in _blended_pieces(forth):
+        pieces.setdefault(role, []).append(piece)
+    seen = {(_without_stream(role), p.names) for role, held in pieces.items() for p in held}
+    for role, piece in _blended_pieces(back):
+        (b, a), (b_name, a_name) = piece.spans, piece.names
+        if (_without_stream(role), (a_name, b_name)) not in seen:
+            pieces.setdefault(role, []).append(SpanPair((a, b), (a_name, b_name)))
     for role, held in pieces.items():
         yield RolePair(role, group_of(_without_stream(role)), kind_of_role(role), tuple(held))
 
 
-def _blended_parts(plan: Plan) -> Iterator[tuple[Step, Part, str]]:
-    """The parts of a plan that have a donor, with their role; the text's stream counts as none."""
+def _blended_pieces(plan: Plan) -> Iterator[tuple[str, SpanPair]]:
+    """What a plan blends, base first, with its role; the text's stream counts as none."""
     for step, part in plan.parts:
-        if part.donor is not None and part.role is not None and part.base.nbytes:
-            yield step, part, part.role.removesuffix("@text")
+        if part.donor and part.donor_name and part.role and part.base.nbytes:
+            piece = SpanPair((part.base, part.donor), (step.name, part.donor_name))
+            yield part.role.removesuffix("@text"), piece
 
 
 def _pair_by_name(plan: Plan) -> Iterator[RolePair]:
@@ -204,8 +201,8 @@ def _summarize(plan: Plan, other: Plan, by_name: set[str]) -> CheckpointSummary:
     checkpoint = plan.base
     whole = {name: [span] for name, span in checkpoint.tensors.items()}
     mapped: dict[str, list[Span]] = {}
-    for step, part, _ in _blended_parts(plan):
-        mapped.setdefault(step.name, []).append(part.base)
+    for _, piece in _blended_pieces(plan):
+        mapped.setdefault(piece.names[0], []).append(piece.spans[0])
     return CheckpointSummary(
         checkpoint.name,
         checkpoint.ref if checkpoint.repo else str(checkpoint.path),
