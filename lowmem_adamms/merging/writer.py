@@ -161,19 +161,18 @@ def write(
 
     output.check(push=upload is not None)
     plan = output.plan
+    note = note or (lambda line: None)
     alpha = resolve(alpha, plan)
-    before = [plan.base.identity(), plan.donor.identity()]
+    before = _identities(plan)
     fingerprint = output.fingerprint(alpha)
     if _is_complete(output.folder, fingerprint):
-        if note:
-            note(f"{output.folder} holds this merge already, complete: nothing was written")
+        note(f"{output.folder} holds this merge already, complete: nothing was written")
         return output.folder
     # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
     kin = kinship.measure(plan) if force else kinship.check(plan)
     kernel, kernel_name = select_kernel(plan.dtypes)
-    if note:
-        for line in kin.notes:
-            note(line)
+    for line in kin.notes:
+        note(line)
     from_hub = bool(remote_shards(plan))
     plan.base.fetch_sidecars()
     if from_hub and not stream:
@@ -182,8 +181,8 @@ def write(
         upload.begin()
     inputs = model_card.digest_inputs(plan)
     notes = list(_pair_notes(kin, inputs))
-    for line in notes if note else ():
-        note(line)  # type: ignore[misc]
+    for line in notes:
+        note(line)
     with Journal(output.folder, fingerprint) as journal:
         output_folder.check_still_unused(output.folder, journal)
         journal.note_inputs(hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
@@ -199,25 +198,34 @@ def write(
             recipe["quantized"] = output.quantizer.describe()
         if journal.nonfinite:
             recipe["nonfinite"] = journal.nonfinite
-            if note:
-                note(model_card.describe_nonfinite(journal.nonfinite))
+            note(model_card.describe_nonfinite(journal.nonfinite))
         if from_hub:
             recipe["not_checked"] = unchecked
         _write_papers(output, alpha, journal, recipe)
-        for shard in output.shards:
-            if not any((folder / shard.name).exists() for folder in (output.work, output.folder)):
-                raise OutputError(
-                    f"{output.work / shard.name} was deleted while the merge ran; run the same"
-                    " command to write it again"
-                )
-        if [plan.base.identity(), plan.donor.identity()] != before:
-            _discard(output.work)
-            raise OutputError(
-                f"{plan.base.path} or {plan.donor.path} was changed while it was merged, so nothing"
-                " was written; run the command again when it is at rest"
-            )
+        _check_files(output, before)
         output_folder.publish(output.folder)
     return output.folder
+
+
+def _identities(plan: Plan) -> list[Any]:
+    return [plan.base.identity(), plan.donor.identity()]
+
+
+def _check_files(output: Output, before: list[Any]) -> None:
+    """Raise OutputError if inputs have changed since, or what was written is not all there."""
+    for shard in output.shards:
+        if not any((folder / shard.name).exists() for folder in (output.work, output.folder)):
+            raise OutputError(
+                f"{output.work / shard.name} was deleted while the merge ran; run the same command"
+                " to write it again"
+            )
+    plan = output.plan
+    if _identities(plan) != before:
+        _discard(output.work)
+        raise OutputError(
+            f"{plan.base.path} or {plan.donor.path} was changed while it was merged, so nothing was"
+            " written; run the command again when it is at rest"
+        )
 
 
 def _pair_notes(kin: kinship.Kinship, inputs: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lowmem_adamms import make_plan, merge
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.errors import FormatError, RecipeError
-from lowmem_adamms.merging import disk_sink, loop
+from lowmem_adamms.merging import disk_sink, loop, output_folder
 from lowmem_adamms.merging.verify import verify
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -96,6 +96,26 @@ def test_they_are_counted_exactly_where_they_are_allowed(
     assert json.loads((out / "adamms.json").read_bytes())["nonfinite"] == counts
     assert any("NaN or infinite" in line for line in notes)
     assert any("NaN or infinite" in line for line in verify(out).notes)
+
+
+def test_what_a_killed_merge_was_allowed_the_next_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it need not blend those values again."""
+    plan = make_plan(*(put(tmp_path / name, 0.5, torch.bfloat16) for name in ("base", "donor")))
+    donor = tiny.load(tmp_path / "donor")
+    donor["lm_head.weight"][0, 0] = torch.nan
+    save_file(donor, tmp_path / "donor" / "model.safetensors", {"format": "pt"})
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(plan, 0.3, tmp_path / "out", force=True, allow_nonfinite=True)
+    with pytest.raises(FormatError, match=r"lm_head\.weight: 1 blended values are NaN"):
+        merge(plan, 0.3, tmp_path / "out", force=True)
+
+
+def interrupt(_: Path) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("alpha", [0, 1])

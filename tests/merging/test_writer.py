@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tiny import seen
 
 from lowmem_adamms import __version__, make_plan
+from lowmem_adamms.api import prepare_merge
 from lowmem_adamms.checkpoints import mapped_files as stream
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.safetensors_header import read_header
@@ -477,6 +478,16 @@ def test_the_same_merge_again_is_done_and_says_so(
     assert "holds this merge already, complete: nothing was written" in capsys.readouterr().err
     assert seen(merged) == whole
     assert {path: path.stat().st_mtime_ns for path in merged.glob("*")}.items() <= times.items()
+
+
+def test_no_search_begins_where_a_merge_at_a_given_alpha_is_complete(
+    pair: Pair, merged: Path
+) -> None:
+    with (
+        prepare_merge(make_plan(*pair), merged) as job,
+        pytest.raises(OutputError, match="holds a merge at a given --alpha; choose another -o"),
+    ):
+        _ = job.answers
 
 
 def test_a_finished_output_that_has_lost_a_file_is_not_taken_for_done(
