@@ -129,11 +129,9 @@ def read_recipe(path: Path) -> Recipe:
             " needs mergekit"
         )
     try:
-        document = Document.model_validate(loaded)
+        return _make_recipe(path, Document.model_validate(loaded))
     except pydantic.ValidationError as error:
         raise ConfigError([f"{path}: {_describe(details)}" for details in error.errors()]) from None
-    try:
-        return _make_recipe(path, document)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
 

@@ -263,7 +263,7 @@ def test_what_is_not_taken_is_named(text: str, says: str, tmp_path: Path) -> Non
     with pytest.raises(RecipeError) as error:
         read(tmp_path, f"merge_method: linear\n{text}")
     (line,) = error.value.lines
-    assert says in line
+    assert line.startswith(f"{tmp_path / 'recipe.yml'}: ") and says in line
 
 
 def test_every_key_that_is_not_taken_has_a_line_of_its_own(
