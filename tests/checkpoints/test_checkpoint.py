@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -465,19 +463,12 @@ def test_a_bin_whose_directory_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_big_endian_bin(tmp_path: Path) -> None:
-    """In a process of its own: torch may crash in swapping bytes that are not there."""
+    """Refused before torch sees it, which may crash in swapping bytes that are not there."""
     save_bin(tmp_path, {"a": torch.zeros(30)})
-    plain = tmp_path / "pytorch_model.bin"
     swap = {"archive/byteorder": b"big", "pytorch_model/byteorder": b"big"}
-    rezip(plain, lambda name, data: swap.get(name, data), zipfile.ZIP_STORED)
-    done = subprocess.run(
-        [sys.executable, "-m", "lowmem_adamms", "plan", str(tmp_path), str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert f"{plain}: its numbers are not little-endian" in done.stderr
+    path = tmp_path / "pytorch_model.bin"
+    rezip(path, lambda name, data: swap.get(name, data), zipfile.ZIP_STORED)
+    assert f"{path}: its numbers are not little-endian" in refused(tmp_path)
 
 
 # Quantized weights
