@@ -55,8 +55,6 @@ class Answerer:
         self._vision_cache = VisionCache(VISION_CACHE_BYTES)
         self._drafts: dict[Prompt, Tokens] = {}
         self._use_drafts = settings.drafts
-        self._prompts: tuple[Prompt, ...] | None = None
-        self._batches: tuple[Batch, ...] = ()
 
     def answer(
         self,
@@ -73,15 +71,13 @@ class Answerer:
         self.cost = Cost()
         start = time.perf_counter()
         answers = dict(known or {})
-        if self._prompts != asked:
-            self._batches = self._encoder.split_into_batches(asked, self.batch_size)
-            self._prompts = asked
-            self._note_too_long(asked)
+        batches = self._encoder.split_into_batches(asked, self.batch_size)
+        self._note_too_long(batches, asked)
         vision: AbstractContextManager[None] = nullcontext()
         if self.settings.vision_cache and self._vision_names:
             vision = self._vision_cache.patch(self._model, self._vision_names)
         with torch.inference_mode(), vision:
-            for batch in self._batches:
+            for batch in batches:
                 if all(place in answers for place in batch.places):
                     continue
                 for place, answer, tokens in self._answer_batch(batch, asked):
@@ -120,16 +116,15 @@ class Answerer:
         tokenizer = self._encoder.tokenizer
         return BatchDecoder(self._model, tokenizer, drafts, self.settings, self.cost).decode(inputs)
 
-    def _note_too_long(self, asked: Sequence[Prompt]) -> None:
+    def _note_too_long(self, batches: Sequence[Batch], asked: Sequence[Prompt]) -> None:
         """Beyond the positions of its training a model answers all the same, but badly."""
         config = self._model.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None)
-        longest = max(self._batches, key=lambda batch: batch.longest_tokens, default=None)
-        if limit is None or longest is None:
+        if limit is None or not batches:
             return
+        longest = batches[0]  # they begin with the longest prompt
         tokens = longest.longest_tokens + self.settings.max_new_tokens
-        if tokens > limit:
-            name = asked[longest.places[0]].id or "a prompt"
-            self.notes.append(
-                f"{name}: {tokens} tokens with the answer, and the base was made for {limit}"
-            )
+        name = asked[longest.places[0]].id or "a prompt"
+        note = f"{name}: {tokens} tokens with the answer, and the base was made for {limit}"
+        if tokens > limit and note not in self.notes:
+            self.notes.append(note)

@@ -341,18 +341,11 @@ def _explain_sources(total: Counter[Location], free_ram: int) -> Iterator[str]:
         if total[location]
     )
     yield f"base + donor: each alpha reads {format_size(sum(total.values()))}: {where}"
-    cached = total["cache"]
-    if cached > free_ram:
-        yield (
-            f"page cache: at most {format_size(free_ram)} of it stays in the RAM left;"
-            f" each alpha reads the other {format_size(cached - free_ram)} or more from the disk"
-            " again"
-        )
-    elif cached:
-        yield (
-            f"page cache: all of it fits the {format_size(free_ram)} of RAM left;"
-            " read from disk once"
-        )
+    if cached := total["cache"]:
+        reads = "the disk is read once"
+        if cached > free_ram:
+            reads = f"each alpha reads {format_size(cached - free_ram)} or more from the disk again"
+        yield f"page cache: {format_size(free_ram)} of RAM is left for it; {reads}"
 
 
 def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement]) -> str:

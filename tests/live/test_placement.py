@@ -338,13 +338,13 @@ def test_a_line_says_what_each_alpha_reads_from_the_disk_again(qwen: Plan) -> No
     tight = place(qwen, Memory(24 * GB, None, None))
     assert not tight.sources_stay_cached
     assert tight.lines[-1] == (
-        "page cache: at most 5.14 GB of it stays in the RAM left;"
-        " each alpha reads the other 25.31 GB or more from the disk again"
+        "page cache: 5.14 GB of RAM is left for it;"
+        " each alpha reads 25.31 GB or more from the disk again"
     )
     ample = place(qwen, Memory(64 * GB, 100 * GB, None), device="cpu")
     assert (ample.vram_source_bytes, ample.pinned_source_bytes) == (0, 0)
     assert ample.sources_stay_cached
-    assert "all of it fits the 45.14 GB" in ample.lines[-1]
+    assert ample.lines[-1] == ("page cache: 45.14 GB of RAM is left for it; the disk is read once")
 
 
 def test_on_a_card_the_lines_say_where_the_sources_are(qwen: Plan) -> None:
@@ -356,8 +356,8 @@ def test_on_a_card_the_lines_say_where_the_sources_are(qwen: Plan) -> None:
     assert found.lines[-2:] == (
         f"base + donor: each alpha reads 30.45 GB: {in_vram} in VRAM, {pinned} in pinned RAM,"
         f" {format_size(found.cached_source_bytes)} through the page cache",
-        f"page cache: at most {format_size(left)} of it stays in the RAM left; each alpha reads"
-        f" the other {format_size(found.cached_source_bytes - left)} or more from the disk again",
+        f"page cache: {format_size(left)} of RAM is left for it; each alpha reads"
+        f" {format_size(found.cached_source_bytes - left)} or more from the disk again",
     )
 
 
