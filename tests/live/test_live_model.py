@@ -37,6 +37,7 @@ from lowmem_adamms.merging import loop
 from lowmem_adamms.settings import PlacementSettings
 
 Make = Callable[..., Path]
+GetReady = Callable[..., "Ready"]
 Contents = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
@@ -286,29 +287,24 @@ def ready(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     with ExitStack() as stack:
 
         @functools.cache
-        def prepared(name: str) -> Ready:
-            pair = PAIRS[name]
+        def prepared(name: str, quantize: str | None = None) -> Ready:
+            if quantize:
+                pytest.importorskip("bitsandbytes")
+            pair = (QUANTIZED if quantize else PAIRS)[name]
             plan = pair.planned(make)
+            live = live_of(plan, pair.dtype, quantize)
+            options = as_loaded(quantize) if quantize else {}
             root = tmp_path_factory.mktemp("merged")
-            made = Ready(plan, live_of(plan, pair.dtype), root, TORCH[pair.dtype])
-            return stack.enter_context(made)
+            return stack.enter_context(Ready(plan, live, root, TORCH[pair.dtype], options))
 
         yield prepared
-
-
-def prepared(request: pytest.FixtureRequest, name: str, quantize: str | None) -> Ready:
-    prepare = request.getfixturevalue("quantized" if quantize else "ready")
-    made: Ready = prepare(name, quantize) if quantize else prepare(name)
-    return made
 
 
 # The promise
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_what_is_live_is_what_the_merged_checkpoint_loads_as(
-    name: str, ready: Callable[..., Ready]
-) -> None:
+def test_what_is_live_is_what_the_merged_checkpoint_loads_as(name: str, ready: GetReady) -> None:
     pair = ready(name)
     base = contents(pair.live.model)
     assert_same(base, pair.expected(0))
@@ -317,7 +313,7 @@ def test_what_is_live_is_what_the_merged_checkpoint_loads_as(
     assert sum(merged[key] != base[key] for key in base) >= 2 * 9, "too little is merged"
 
 
-def test_tied_parameters_stay_tied_and_the_others_apart(ready: Callable[..., Ready]) -> None:
+def test_tied_parameters_stay_tied_and_the_others_apart(ready: GetReady) -> None:
     for name, tied in (("tied-untied", True), ("qwen2_vl-ov", False), ("silent-untied", False)):
         model = ready(name).live.model
         ready(name).live.apply(0.3)
@@ -332,10 +328,10 @@ def test_tied_parameters_stay_tied_and_the_others_apart(ready: Callable[..., Rea
 def test_an_interrupted_apply_leaves_nothing_behind(
     name: str,
     quantize: str | None,
-    request: pytest.FixtureRequest,
+    ready: GetReady,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pair = prepared(request, name, quantize)
+    pair = ready(name, quantize)
     interrupt_apply(pair.live, monkeypatch)
     assert pair.live.alpha is None
     pair.check((0.3,))
@@ -356,7 +352,7 @@ def interrupt_apply(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
         model.apply(0.9, progress=stop)
 
 
-def test_progress_adds_up_to_what_alpha_changes(ready: Callable[..., Ready]) -> None:
+def test_progress_adds_up_to_what_alpha_changes(ready: GetReady) -> None:
     pair = ready("qwen2_vl-ov")
     seen: list[int] = []
     pair.live.apply(0.3, progress=seen.append)
@@ -364,7 +360,7 @@ def test_progress_adds_up_to_what_alpha_changes(ready: Callable[..., Ready]) -> 
     assert sum(seen) == sum(step.nbytes for step in changed)
 
 
-def test_an_alpha_out_of_range_changes_nothing(ready: Callable[..., Ready]) -> None:
+def test_an_alpha_out_of_range_changes_nothing(ready: GetReady) -> None:
     pair = ready("qwen2_vl-ov")
     pair.live.apply(0.3)
     with pytest.raises(RecipeError):
@@ -385,7 +381,7 @@ def test_an_alpha_out_of_range_changes_nothing(ready: Callable[..., Ready]) -> N
     ],
 )
 def test_vision_names_are_all_parameters_outside_the_decoder(
-    name: str, inside: tuple[str, ...], ready: Callable[..., Ready]
+    name: str, inside: tuple[str, ...], ready: GetReady
 ) -> None:
     live = ready(name).live
     names = {key for key, _ in live.model.named_parameters() if key.startswith(inside)}
@@ -409,9 +405,7 @@ def test_without_a_placement_one_is_chosen(make: Make) -> None:
 
 @pytest.mark.parametrize("window", [1000, 1 << 30])
 @pytest.mark.parametrize("name", ["donor of fewer rows", "mixed-bf16"])
-def test_the_size_of_the_windows_changes_no_bit(
-    name: str, window: int, ready: Callable[..., Ready]
-) -> None:
+def test_the_size_of_the_windows_changes_no_bit(name: str, window: int, ready: GetReady) -> None:
     pair = ready(name)
     for alpha in (1, 0.3):
         loop.run(pair.plan, alpha, pair.live._sink, window=window)
@@ -458,9 +452,9 @@ def files() -> Iterator[MappedFiles]:
     ],
 )
 def test_no_more_is_staged_than_a_window_or_the_tensors_to_quantize_in_it(
-    name: str, quantize: str | None, most: int, request: pytest.FixtureRequest, files: MappedFiles
+    name: str, quantize: str | None, most: int, ready: GetReady, files: MappedFiles
 ) -> None:
-    pair = prepared(request, name, quantize)
+    pair = ready(name, quantize)
     sink = own_sink(pair.live, files, Watching)
     loop.run(pair.plan, 0.3, sink, source=files, window=4096)
     assert (sink.most, sink.staged_bytes()) == (most, 0)
@@ -479,7 +473,7 @@ def test_no_more_is_staged_than_a_window_or_the_tensors_to_quantize_in_it(
     ],
 )
 def test_sources_on_a_device_change_no_bit(
-    name: str, shares: tuple[float, float], ready: Callable[..., Ready], files: MappedFiles
+    name: str, shares: tuple[float, float], ready: GetReady, files: MappedFiles
 ) -> None:
     pair = ready(name)
     where = pair.live.placement
@@ -519,26 +513,6 @@ def as_loaded(quantize: str) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": "cpu"}}
 
 
-@pytest.fixture(scope="module")
-def quantized(
-    make: Make, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Ready]]:
-    pytest.importorskip("bitsandbytes")
-
-    with ExitStack() as stack:
-
-        @functools.cache
-        def prepared(name: str, quantize: str) -> Ready:
-            pair = QUANTIZED[name]
-            plan = pair.planned(make)
-            root = tmp_path_factory.mktemp("merged")
-            model = live_of(plan, pair.dtype, quantize)
-            made = Ready(plan, model, root, TORCH[pair.dtype], as_loaded(quantize))
-            return stack.enter_context(made)
-
-        yield prepared
-
-
 INPUT = torch.arange(1, 9).reshape(1, -1)
 
 
@@ -558,10 +532,10 @@ def logits(model: Any) -> torch.Tensor:
     ],
 )
 def test_a_quantized_model_is_the_merged_checkpoint_quantized(
-    quantize: str, name: str, quantized: Callable[..., Ready]
+    quantize: str, name: str, ready: GetReady
 ) -> None:
     """Also after answers: a forward pass moves and repacks weights, and casts biases."""
-    pair = quantized(name, quantize)
+    pair = ready(name, quantize)
     assert sum(map(transformers_model.is_quantized, pair.live.model.parameters())) >= 2 * 7
     fresh = load(pair.merged(0.3), pair.dtype, **pair.options)
     seen = []
