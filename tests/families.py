@@ -24,7 +24,7 @@ Shapes: TypeAlias = dict[str, Shape]
 Tensors: TypeAlias = dict[str, tuple[str, Shape]]
 Config: TypeAlias = dict[str, Any]
 
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 CLIP_HIDDEN = 1024
 SIGLIP_HIDDEN = 1152
