@@ -29,18 +29,16 @@ def recognise(
     prefix. MappingError if nothing fits, or if several decoders fit and none stands out.
     """
     announced = _announced_classes(checkpoint)
-    own = [(arch, replace(layout, declared=True)) for arch, layout in _fits(checkpoint, declared)]
-    if layout := _of_announced(own, announced):
-        return layout
+    if layout := _of_class(checkpoint, declared, announced):
+        return replace(layout, declared=True)
     _check_declared_class(checkpoint, declared, announced)
-    of_class = [arch for arch in archs if announced & set(arch.classes)]
-    if layout := _of_announced(_fits(checkpoint, of_class), announced):
+    if layout := _of_class(checkpoint, archs, announced):
         return layout
     config = f"config.json announces {', '.join(sorted(announced))}" if announced else ""
     config = config or "no config.json"
-    known = _fits(checkpoint, archs)
-    by_names = [layout for _, layout in (*own, *known) if not layout.unknown]
-    by_names += sorted((layout for _, layout in own), key=lambda layout: layout.unknown)
+    own = [replace(layout, declared=True) for layout in _fits(checkpoint, declared)]
+    by_names = [layout for layout in (*own, *_fits(checkpoint, archs)) if not layout.unknown]
+    by_names += sorted(own, key=lambda layout: layout.unknown)
     if by_names:
         layout = by_names[0]
         by = ", declared by --arch," if layout.declared else ""
@@ -55,19 +53,20 @@ def _announced_classes(checkpoint: Checkpoint) -> set[str]:
     return {name for name in classes if isinstance(name, str)}
 
 
-def _fits(checkpoint: Checkpoint, archs: Iterable[Arch]) -> list[tuple[Arch, Layout]]:
+def _fits(checkpoint: Checkpoint, archs: Iterable[Arch]) -> list[Layout]:
     """The layout under each spelling of each declaration whose decoder is all there."""
     return [
-        (arch, layout)
+        layout
         for arch in archs
         for prefix, head in arch.spellings
-        if (layout := read_layout(checkpoint, arch, prefix, head)) is not None
+        if (layout := read_layout(checkpoint, arch, prefix, head))
     ]
 
 
-def _of_announced(fits: Iterable[tuple[Arch, Layout]], announced: set[str]) -> Layout | None:
-    layouts = [layout for arch, layout in fits if announced & set(arch.classes)]
-    return min(layouts, key=lambda layout: layout.unknown, default=None)
+def _of_class(checkpoint: Checkpoint, archs: Iterable[Arch], announced: set[str]) -> Layout | None:
+    """Of the declarations of an announced class, the layout that explains most."""
+    of_class = [arch for arch in archs if announced & set(arch.classes)]
+    return min(_fits(checkpoint, of_class), key=lambda layout: layout.unknown, default=None)
 
 
 def _check_declared_class(
