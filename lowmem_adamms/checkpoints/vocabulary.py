@@ -17,7 +17,6 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -61,26 +60,14 @@ def read_vocabulary(folder: Path | None) -> array[int] | None:
     """
     if folder is None:
         return None
-    path = next((folder / name for name in FORMS if (folder / name).is_file()), None)
-    if path is None:
+    forms = [folder / name for name in FORMS if (folder / name).is_file()]
+    if not forms:
         return None
     hashes = array("q")
-    with _errors_name(path):
-        if path.name == "tokenizer.json":
-            _add_tokenizer_json(hashes, path.read_bytes())
-        elif path.name == "vocab.json":
-            _add_tokens(hashes, json.loads(path.read_bytes()))
-        else:
-            special = _QWEN_SPECIAL if path.name == "qwen.tiktoken" else ()
-            _add_tokenizer_model(hashes, path.read_bytes(), special)
-    # Files of the slow tokenizer, which may mention tokens that its vocabulary lacks
-    if (path := folder / "added_tokens.json").is_file():
-        with _errors_name(path):
-            _add_tokens(hashes, json.loads(path.read_bytes()))
-    if (path := folder / "tokenizer_config.json").is_file():
-        with _errors_name(path):
-            decoder = json.loads(path.read_bytes()).get("added_tokens_decoder", {})
-            _add_tokens(hashes, {token["content"]: int(i) for i, token in decoder.items()})
+    # Those after the first are the slow tokenizer's, which may have tokens its vocabulary lacks
+    for path in (forms[0], folder / "added_tokens.json", folder / "tokenizer_config.json"):
+        if path.is_file():
+            _read_file(hashes, path)
     return hashes
 
 
@@ -120,14 +107,24 @@ def _side_by_side(base: array[int], donor: array[int]) -> Iterator[tuple[int, in
     return zip(base, chain(donor, repeat(_ABSENT)), strict=False)
 
 
-@contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with the content of a file becomes one FormatError that names it."""
+def _read_file(hashes: array[int], path: Path) -> None:
+    """Enter the tokens of a file; whatever is wrong in it becomes one FormatError that names it."""
     refuse_lfs_pointer(path)
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise FormatError(f"{path}: {size} bytes; a tokenizer's file has at most {MAX_FILE_BYTES}")
     try:
-        yield
+        data = path.read_bytes()
+        match path.name:
+            case "tokenizer.json":
+                _add_tokenizer_json(hashes, data)
+            case "vocab.json" | "added_tokens.json":
+                _add_tokens(hashes, json.loads(data))
+            case "tokenizer_config.json":
+                decoder = json.loads(data).get("added_tokens_decoder", {})
+                _add_tokens(hashes, {token["content"]: int(i) for i, token in decoder.items()})
+            case _:
+                _add_tokenizer_model(hashes, data)
+                hashes.extend(map(_hash, _QWEN_SPECIAL if path.name == "qwen.tiktoken" else ()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.200}"
         raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again") from None
@@ -154,8 +151,8 @@ def _hash(token: str) -> int:
 # tokenizer.model and qwen.tiktoken
 
 
-def _add_tokenizer_model(hashes: array[int], data: bytes, special: tuple[str, ...]) -> None:
-    """Enter a SentencePiece model, or tiktoken's lines of base64 and rank, then `special`."""
+def _add_tokenizer_model(hashes: array[int], data: bytes) -> None:
+    """Enter a SentencePiece model, or tiktoken's lines of base64 and rank."""
     if data[:1] == bytes([_PROTOBUF_PIECE]):
         hashes.extend(map(_hash, _sentence_pieces(data)))
         return
@@ -165,7 +162,6 @@ def _add_tokenizer_model(hashes: array[int], data: bytes, special: tuple[str, ..
             raise ValueError(f"token {len(hashes)} has rank {int(rank)}")
         token = base64.b64decode(word, validate=True).decode("latin-1").translate(_BYTE_LEVEL)
         hashes.append(_hash(token))
-    hashes.extend(map(_hash, special))
 
 
 def _sentence_pieces(data: bytes) -> Iterator[str]:
