@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint
 from lowmem_adamms.comparing.comparison import Comparison, compare
-from lowmem_adamms.comparing.page import render_comparison_page
+from lowmem_adamms.comparing.page import describe_similarity, render_comparison_page
 from lowmem_adamms.comparing.pairing import pair_checkpoints
 from lowmem_adamms.comparing.similarity import Similarity
 from lowmem_adamms.comparing.table import (
@@ -26,6 +27,7 @@ from lowmem_adamms.comparing.table import (
     draw_strip,
     format_cosine,
     format_ratio,
+    list_remarks,
     strip_legend,
 )
 
@@ -109,6 +111,15 @@ def test_where_room_is_short_a_sign_stands_for_the_furthest(graded: Comparison) 
     assert draw_strip([many[0], equal, equal], 2, ASCII_SIGNS).plain == "1="
     narrow = printed(graded, width=72)
     assert max(map(len, narrow[narrow.index("┏") :].split("\n= equal")[0].splitlines())) <= 72
+
+
+def test_what_is_not_finite_is_said(graded: Comparison) -> None:
+    nothing = Similarity(elements=3, read=3, nonfinite_a=3, nonfinite_b=1)
+    assert draw_strip([nothing], 1, ASCII_SIGNS).plain == "?"
+    assert describe_similarity(nothing) == "nothing finite"
+    similarities = (nothing, *graded.similarities[1:])
+    remarks = list_remarks(replace(graded, similarities=similarities))
+    assert "not finite, left out: 3 elements of A, 1 of B" in list(remarks)
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,10 @@ def test_a_tied_side_lends_its_embedding_as_head(
         assert "embed" in roles
         names = [*roles["head"].names(0), *roles["head"].names(1)]
         assert sorted(names) == ["lm_head.weight", "model.embed_tokens.weight"]
+    tensors = tiny.load(tied)
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    (left,) = sampled(rewritten(tied, tmp_path / "copied", tensors | copy), own).a.unpaired
+    assert (left.what, left.why) == ("head", "a copy of the embedding it is tied to")
 
 
 def test_what_is_outside_the_decoder_is_paired_by_name(tiny_models: Models, tmp_path: Path) -> None:

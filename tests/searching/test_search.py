@@ -138,10 +138,13 @@ def test_embedding_scores_sum_the_distances_given() -> None:
         return [abs(len(a) - len(b)) / 10 for a, b in zip(first, second, strict=True)]
 
     table = {0.0: ["a", "b"], 0.1: ["aaa", "b"], 0.2: ["aaa", "bbbb"], 0.3: ["aaa", "bbbb"]}
-    result = choose(table, measure="embedding", distance=distance)
+    result = search_table(
+        table, measure="embedding", distance=distance, noise=lambda *_: ["aaa", "b"]
+    )
     assert scores(result) == {0.0: None, 0.1: 0.5, 0.2: 0.3, 0.3: None}
     assert (result.alpha, result.candidates[1].diff_previous) == (0.2, 0.2)
-    assert sorted(seen) == [("a", "aaa"), ("b", "bbbb")]
+    assert sorted(seen) == [("a", "aaa"), ("b", "bbbb"), ("bbbb", "b")]
+    assert is_noted(result, "differ in 1 of 2 answers. That alone makes a score of 0.6, and")
 
 
 @pytest.mark.parametrize("found", [[0.1], [0.1, 0.2, 0.3], [0.1, -0.5], [0.1, float("nan")]])
