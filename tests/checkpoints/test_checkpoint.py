@@ -565,11 +565,17 @@ def test_links_within_the_folder_and_into_the_hubs_cache_are_carried(tmp_path: P
     ]
 
 
-@pytest.mark.parametrize("target", ["../token", "/proc/self/environ", ".git/config", "../by/token"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("../token", "/proc/self/environ", ".git/config", "../by/token"),
+        *("../blobs/token", "../models--org--m/token"),
+    ],
+)
 def test_links_out_of_the_folder_are_refused(tmp_path: Path, target: str) -> None:
     """A cloned repository may bring any link, and its target would be copied and published."""
     folder = put_one(tmp_path / "m")
-    touch(tmp_path, "token", "m/.git/config")
+    touch(tmp_path, "token", "m/.git/config", "blobs/token", "models--org--m/token")
     (tmp_path / "by").symlink_to(tmp_path)
     checkpoint = open_checkpoint(folder)
     (folder / "NOTICE").symlink_to(target)

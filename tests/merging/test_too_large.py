@@ -118,9 +118,13 @@ def interrupt(_: Path) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("dtype", [None, "F16"])
 @pytest.mark.parametrize("alpha", [0, 1])
-def test_what_is_copied_is_not_counted(alpha: float, tmp_path: Path) -> None:
+def test_what_is_copied_or_cast_is_not_counted(
+    alpha: float, dtype: str | None, tmp_path: Path
+) -> None:
     base, donor = (put(tmp_path / name, torch.nan, torch.bfloat16) for name in ("base", "donor"))
-    out = merge(make_plan(base, donor), alpha, tmp_path / "out", force=True)
+    plan = make_plan(base, donor, dtype=dtype)
+    out = merge(plan, alpha, tmp_path / "out", force=True)
     assert "nonfinite" not in json.loads((out / "adamms.json").read_bytes())
     assert not verify(out).notes
