@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,14 +99,19 @@ def answers_at(alpha: float) -> list[str]:
     return [f"{prompt.text} at {alpha}" for prompt in PROMPTS]
 
 
-def opened(model: FakeModel | None, journal: AnswerJournal | None = None, **hooks: Any) -> Session:
-    """A session on the model; None: it must not be loaded."""
+@contextmanager
+def opened(
+    model: FakeModel | None, path: Path | None = None, batch_size: int = BATCH_SIZE, **hooks: Any
+) -> Iterator[Session]:
+    """A session on the model, with a journal if a path is given; None: it must not be loaded."""
 
     def load() -> Any:
         assert model is not None, "the model is loaded, though everything is known"
         return model
 
-    return Session(load, SETTINGS, BATCH_SIZE, journal, **hooks)
+    with ExitStack() as stack:
+        journal = stack.enter_context(AnswerJournal(path, "mine")) if path else None
+        yield stack.enter_context(Session(load, SETTINGS, batch_size, journal, **hooks))
 
 
 def ask_everything(session: Session) -> None:
@@ -148,10 +154,7 @@ def test_what_is_all_known_needs_no_model(tmp_path: Path) -> None:
     told: list[tuple[float, int]] = []
     for model in (FakeModel(), None):
         told.clear()
-        with (
-            AnswerJournal(tmp_path / "a", "mine") as journal,
-            opened(model, journal, answered=lambda *one: told.append(one)) as session,
-        ):
+        with opened(model, tmp_path / "a", answered=lambda *one: told.append(one)) as session:
             ask_everything(session)
             assert session.again(0.2, PROMPTS) == answers_at(0.2)
     assert session.timings == []
@@ -160,17 +163,13 @@ def test_what_is_all_known_needs_no_model(tmp_path: Path) -> None:
 
 def test_only_what_is_missing_of_an_alpha_is_asked(tmp_path: Path) -> None:
     path, model = tmp_path / "answers.jsonl", FakeModel()
-    with AnswerJournal(path, "mine") as journal, opened(model, journal) as session:
+    with opened(FakeModel(), path) as session:
         ask_everything(session)
     # All of the first alpha, and of the second two batches of three but for the last line's end
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[: 1 + 6 + 3]) + lines[10][:-5])
-    model = FakeModel()
     told: list[tuple[float, int]] = []
-    with (
-        AnswerJournal(path, "mine") as journal,
-        opened(model, journal, answered=lambda *found: told.append(found)) as session,
-    ):
+    with opened(model, path, answered=lambda *one: told.append(one)) as session:
         ask_everything(session)
     assert model.applied == [timing.alpha for timing in session.timings] == list(ALPHAS[1:])
     assert model.batches[:2] == [(2, 3), (4, 5)]
@@ -184,15 +183,13 @@ def test_noise_is_the_same_alpha_in_batches_of_half_the_size(
     tmp_path: Path, batch_size: int, batches: int
 ) -> None:
     """Its own answers are the drafts, also after a search that was resumed."""
-    with AnswerJournal(tmp_path / "a", "mine") as journal, opened(FakeModel(), journal) as session:
+    model = FakeModel()
+    with opened(FakeModel(), tmp_path / "a") as session:
         ask_everything(session)
-    model: Any = FakeModel()
-    with (
-        AnswerJournal(tmp_path / "a", "mine") as journal,
-        Session(lambda: model, SETTINGS, batch_size, journal) as session,
-    ):
+    with opened(model, tmp_path / "a", batch_size) as session:
         ask_everything(session)
         assert session.again(0.4, PROMPTS) == answers_at(0.4)
+    with AnswerJournal(tmp_path / "a", "mine") as journal:
         assert journal.again == {0.4: dict(enumerate(answers_at(0.4)))}
         assert list(journal.answers) == list(ALPHAS)
     assert (model.applied, model.drafts) == ([0.4], [all_tokens(0.4)])
@@ -225,7 +222,7 @@ def test_a_live_model_answers_as_it_does_without_a_session(
 
 def run(out: Path, model: FakeModel, **hooks: Any) -> Result:
     """A whole search with a journal."""
-    with AnswerJournal(out, "key") as journal, opened(model, journal, **hooks) as session:
+    with opened(model, out, **hooks) as session:
         return search(session, PROMPTS, ALPHAS, noise=session.again)
 
 
