@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hub_server import TOKEN, File, HubServer, make_certificate, use
@@ -58,7 +60,7 @@ def test_a_range_is_the_files_bytes(
 
 def test_more_bytes_than_were_asked_for_are_left_alone(server: HubServer) -> None:
     file = weights()
-    server.fail(NETWORK, "long", after=50)
+    server.fail(NETWORK, "long", after=50, times=99)
     assert file.read(10, 1000) == CONTENT[WEIGHTS][10:1000]
 
 
@@ -121,6 +123,13 @@ def test_only_attempts_in_a_row_that_bring_nothing_are_counted(server: HubServer
     with pytest.raises(HubError, match=r"closed connection.*; run the same command again"):
         file.read(0, 50_000)
     assert not server.faults[-1].times
+
+
+def test_an_error_of_this_machines_disk_is_left_as_it_is() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError) as raised:
+        client.ask("org/name", Mock(side_effect=full))
+    assert raised.value is full
 
 
 def test_an_address_that_expires_is_asked_for_anew(server: HubServer) -> None:
