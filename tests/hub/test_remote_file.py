@@ -132,6 +132,15 @@ def test_an_error_of_this_machines_disk_is_left_as_it_is() -> None:
     assert raised.value is full
 
 
+def test_pauses_grow_to_a_limit() -> None:
+    stop = Mock()
+    stop.wait.return_value = False
+    with pytest.raises(HubError, match=r"^org/name: x; run the same command again"):
+        client.ask("org/name", Mock(side_effect=client.TemporaryError("x")), attempts=9, stop=stop)
+    pauses = [call.args[0] for call in stop.wait.call_args_list]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 20, 20]
+
+
 def test_an_address_that_expires_is_asked_for_anew(server: HubServer) -> None:
     file = weights()
     assert file.read(0, 10) == CONTENT[WEIGHTS][:10]
