@@ -58,10 +58,6 @@ class Page(HTMLParser):
     def of_class(self, tag: str, name: str) -> list[Attributes]:
         return [a for t, a in self.tags if t == tag and name in a.get("class", "").split()]
 
-    def row(self, first: str) -> str:
-        """The text of the answers' cells that begin with an alpha range, one after another."""
-        return " | ".join(text for _, text in self.cells if text.startswith(first))
-
     def foreign_references(self) -> list[str]:
         """What refers to anything outside the page, or runs code that is not the script's."""
         found = [tag for tag, _ in self.tags if tag in ("link", "iframe", "object", "base", "form")]
