@@ -119,8 +119,6 @@ class BatchDecoder:
         outputs, kwargs = self._forward(
             input_ids, kwargs, input_ids.numel(), is_first_iteration=True
         )
-        if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = 1
         can_resume = _can_cut_cache(outputs)
         if self._draft_width and not can_resume:
             raise CannotResumeError(
