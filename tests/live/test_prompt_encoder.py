@@ -96,24 +96,10 @@ def test_batches_hold_every_prompt_once_the_longest_first_equals_in_order(
 _encoders: dict[str, Encoder] = {}
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows by each image that is opened."""
-    found: list[Any] = []
-
-    def noted(image: Any) -> Any:
-        found.append(image)
-        return open_image(image)
-
-    monkeypatch.setattr(prompt_encoder, "open_image", noted)
-    return found
-
-
 @pytest.mark.parametrize(("batches", "openings"), [(0, [4, 4, 4]), (1, [4, 2, 2]), (2, [4, 0, 0])])
 def test_encoded_batches_are_kept_as_far_as_memory_allows(
     talking: dict[str, Path],
     images: tuple[Path, ...],
-    opened: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     batches: int,
     openings: list[int],
@@ -124,13 +110,18 @@ def test_encoded_batches_are_kept_as_far_as_memory_allows(
     encoder = Encoder(Stub(), talking["llava"])
     # Finding the batches, prompt by prompt, must not use the room up
     assert [batch.places for batch in encoder.split_into_batches(prompts, 2)] == [(0, 1), (2, 3)]
-    found = []
-    for _ in openings:
+    opened: list[Any] = []
+
+    def open_and_note(image: Any) -> Any:
+        opened.append(image)
+        return open_image(image)
+
+    monkeypatch.setattr(prompt_encoder, "open_image", open_and_note)
+    for count in openings:
         opened.clear()
         encoder.encode(prompts[:2])
         encoder.encode(prompts[2:])
-        found.append(len(opened))
-    assert found == openings
+        assert len(opened) == count
 
 
 # Templates
@@ -278,33 +269,26 @@ def test_another_library_that_is_missing_is_not_passed_over(
         load_processor(talking["llava"])
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "llama", "cogvlm"])
-def test_a_folder_without_a_tokenizer_is_refused_in_one_line(
-    copied: Callable[[str], Path], family: str
-) -> None:
-    folder = copied(family)
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(FormatError, match=str(folder)) as caught:
-        load_processor(folder, trust_remote_code=True)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("family", "file"),
+    ("family", "pattern", "content"),
     [
-        ("llava", "preprocessor_config.json"),
-        ("llava", "tokenizer.json"),
-        ("llama", "tokenizer_config.json"),
+        *((family, "tokenizer*", None) for family in ("qwen2_vl", "llama", "cogvlm")),
+        ("llava", "preprocessor_config.json", "{"),
+        ("llava", "tokenizer.json", "{"),
+        ("llama", "tokenizer_config.json", "{"),
     ],
 )
-def test_a_broken_file_is_refused_in_one_line(
-    copied: Callable[[str], Path], family: str, file: str
+def test_a_file_that_is_broken_or_lacks_is_refused_in_one_line(
+    copied: Callable[[str], Path], family: str, pattern: str, content: str | None
 ) -> None:
     folder = copied(family)
-    (folder / file).write_text("{", encoding="utf-8")
+    for path in folder.glob(pattern):
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content, encoding="utf-8")
     with pytest.raises(FormatError, match=str(folder)) as caught:
-        load_processor(folder)
+        load_processor(folder, trust_remote_code=True)
     assert "\n" not in str(caught.value)
 
 
