@@ -270,7 +270,7 @@ def test_the_same_weights_come_of_merging_at_the_alpha_that_was_found(
     ("base", "donor"),
     [
         ("qwen2_vl", "llava_onevision"),
-        ("cogvlm", "llava"),
+        ("mplug_owl2", "llava"),
         ("qwen2", "llava_onevision"),
     ],
 )
