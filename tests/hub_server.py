@@ -459,6 +459,7 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(stop, start + fault.after)
             self.close_connection = True
         self.wfile.flush()
+        self.request_seen.sent = stop - start  # before the client can have it and ask us
         with _open(file.source) as source, contextlib.suppress(ConnectionError):
             source.seek(start)
             try:
