@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,7 +37,7 @@ class SampledReader(AbstractContextManager["SampledReader"]):
 
     def __init__(self, remote: Remote | None = None) -> None:
         self._remote = remote or {}
-        self._open: dict[Path, FileIO] = {}
+        self._open: dict[Path, BufferedReader] = {}
         self._stack = ExitStack()
         # One after the other from a disk, many requests at once to the Hub
         self._pool = ThreadPoolExecutor(PARALLEL_REQUESTS if remote else 1)
@@ -56,7 +56,7 @@ class SampledReader(AbstractContextManager["SampledReader"]):
         if path in self._remote:
             return self._remote[path].read(span.start, span.stop)
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(FileIO(path))
+            self._open[path] = self._stack.enter_context(path.open("rb"))
         return _read_uncached(self._open[path], span.start, span.nbytes)
 
     def read_bits(self, span: Span) -> Bits:
@@ -74,7 +74,7 @@ class SampledReader(AbstractContextManager["SampledReader"]):
         return reference.widen(self.read_bits(span), span.dtype.name)
 
 
-def _read_uncached(file: FileIO, start: int, nbytes: int) -> bytearray:
+def _read_uncached(file: BufferedReader, start: int, nbytes: int) -> bytearray:
     """Bytes of a file, not left in the page cache where the system can.
 
     A lone page in the cache would split the large request that reads around it later.
@@ -86,7 +86,7 @@ def _read_uncached(file: FileIO, start: int, nbytes: int) -> bytearray:
                 return raw
         except (OSError, AttributeError, NotImplementedError):
             pass
-    file.seek(start)
+    file.seek(start)  # a buffered read goes on where the system gives less than it was asked for
     if file.readinto(raw) != nbytes:
         raise FormatError(
             f"{file.name}: ends before byte {start + nbytes}; cut since it was opened?"

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
-from ..checkpoints.sampled_reads import evenly_spread
-from ..errors import FormatError
+from ..checkpoints.sampled_reads import SampledReader, evenly_spread
+from ..checkpoints.span import Span
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_lines
 from ..mapping.kinship import Kinship
 from ..mapping.plan import Plan
@@ -213,13 +213,11 @@ def digest_input(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
         return {"file": path.name, "size": listed.size, "sha256": listed.sha256}
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb", buffering=_SAMPLE_BYTES) as file:  # buffered: a raw read may be short
-        for start in evenly_spread(size, _SAMPLE_BYTES, _SAMPLES):
-            file.seek(start)
-            sample = file.read(_SAMPLE_BYTES)
-            if len(sample) < min(_SAMPLE_BYTES, size):
-                raise FormatError(f"{path}: ends before byte {size}; is it being written to?")
-            digest.update(sample)
+    length = min(_SAMPLE_BYTES, size)
+    with SampledReader() as reader:
+        for start in evenly_spread(size, length, _SAMPLES):
+            stretch = Span(path, DTYPES["U8"], start, start + length, (length,))
+            digest.update(reader.read_bytes(stretch))
     noted = _hub_sha256(path)
     return {
         "file": path.name,

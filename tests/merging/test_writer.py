@@ -732,26 +732,14 @@ def test_samples_of_an_input_are_read_whole(
         def readinto(self, buffer: Any) -> int:
             return super().readinto(memoryview(buffer)[:1000]) or 0
 
-        def read(self, size: int | None = -1) -> bytes:
-            return super().read(min(size or 0, 1000)) or b""
-
-    def open_short(path: Path, mode: str, buffering: int) -> Any:
-        raw = ShortFile(path, mode)
-        return io.BufferedReader(raw, buffering) if buffering else raw
+    def read_short(fd: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+        return len(os.pread(fd, 1000, offset))
 
     plan = make_plan(*pair)
     before = digest_inputs(plan)
-    monkeypatch.setattr(Path, "open", open_short)
+    monkeypatch.setattr(os, "preadv", read_short)
+    monkeypatch.setattr(Path, "open", lambda path, mode: io.BufferedReader(ShortFile(path, mode)))
     assert digest_inputs(plan) == before
-
-
-def test_an_input_that_ends_too_early_for_its_digest_is_an_error(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = make_plan(*pair)
-    monkeypatch.setattr(Path, "open", lambda *_, **__: io.BytesIO(b"short"))
-    with pytest.raises(FormatError, match=r"\.safetensors: ends before byte \d+; is it being"):
-        digest_inputs(plan)
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"merge": "12'])
