@@ -10,6 +10,7 @@ frozen dataclass of `settings.py` that declares them.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ class FoundAlpha:
 
     result: every candidate with its score, the answers, and notes on what weakens the choice.
     facts: sections of key and value for the report. prompts: what was asked, in order.
+    donor_answers: those at alpha 1, if they were asked for. command: what merges at an alpha, which
+    is to follow as its last word.
     """
 
     result: Result
@@ -133,6 +136,8 @@ class FoundAlpha:
     title: str
     facts: Mapping[str, Mapping[str, str]]
     timings: tuple[Timing, ...] = ()
+    donor_answers: tuple[str, ...] = ()
+    command: str = ""
 
     @property
     def alpha(self) -> float:
@@ -150,6 +155,8 @@ class FoundAlpha:
             timings=self.timings,
             facts=self.facts,
             title=self.title,
+            donor_answers=self.donor_answers,
+            command=self.command,
         )
 
     def write_page(self, path: str | Path) -> None:
@@ -243,6 +250,9 @@ def find_alpha(
             progress=progress.candidates if progress else None,
         )
         _check_collapse(result)
+        donor_answers: Sequence[str] = ()
+        if settings.donor_answers:
+            donor_answers = result.answers.get(1.0) or session.ask_donor(prompts)
         for line in session.notes if note else ():
             note(line)  # type: ignore[misc]
         return FoundAlpha(
@@ -251,6 +261,8 @@ def find_alpha(
             f"{plan.base.name} \N{LEFTWARDS ARROW} {plan.donor.name}",
             _facts(plan, prompts, settings, placement),
             tuple(session.timings),
+            tuple(donor_answers),
+            _merge_command(plan),
         )
 
 
@@ -280,6 +292,15 @@ def _check_collapse(result: Result) -> None:
             f" same ({share:.0%} at alpha {alpha:g}), so none can be chosen. The base may lack its"
             " chat template, or the questions may leave no choice; try its answers by hand"
         )
+
+
+def _merge_command(plan: Plan) -> str:
+    """The command that merges the pair at an alpha, up to that."""
+    words = [plan.base.ref, plan.donor.ref, "-o", "merged"]
+    words += ["--embeddings", "keep"] if plan.options["embeddings"] == "keep" else []
+    words += ["--dtype", plan.options["dtype"].lower()] if plan.options["dtype"] else []
+    words += ["--arch", "FILE"] if plan.declared else []
+    return shlex.join(["python", "-m", "lowmem_adamms", *words, "--alpha"])
 
 
 def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:

@@ -243,6 +243,9 @@ class GridSettings:
         "do not ask twice at the chosen alpha, to see how many answers differ by chance",
         off=True,
     )
+    donor_answers: bool = setting(
+        False, "ask at alpha 1 too, and show the donor's answers in the report; one more pass"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

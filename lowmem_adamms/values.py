@@ -45,6 +45,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def format_count(number: int, noun: str) -> str:
+    """A number and its noun, in the plural unless it is one: `1,200 prompts`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def parse_size(text: str | int) -> int:
     """Bytes: a number, or text such as `5GB`, `500 MB` and `7.5GiB`."""
     nbytes = parse_size_or_zero(text)

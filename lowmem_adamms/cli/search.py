@@ -128,7 +128,7 @@ def find_alpha(
     for line in placement.lines:
         print_info(line)
     download(plan, show_bars=shows_progress())
-    counts = len(settings.alphas), len(prompts)
+    counts = len(settings.alphas) + settings.donor_answers, len(prompts)
     if shows_progress():
         progress = terminal.SearchProgress(*counts)
     else:

@@ -1,7 +1,9 @@
-"""A comparison as one HTML page that needs neither a network, nor a script, nor a second file."""
+"""A comparison as one HTML page that needs neither a network nor a second file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..mapping.kinship import THRESHOLD
@@ -19,22 +21,24 @@ _CLASSES = ("eq", *(f"h{step}" for step in range(len(table.STEPS) + 1)), "hx", "
 
 def render_comparison_page(comparison: Comparison) -> str:
     """Render the page of a comparison."""
-    steps = [f"below {table.format_ratio(step)}" for step in table.STEPS]
-    meanings = ("equal", *steps, "more", f"x cosine below {THRESHOLD}")
+    steps = table.choose_steps(comparison)
+    bounds = [f"below {table.format_ratio(step)}" for step in steps]
+    meanings = ("equal", *bounds, "more", f"x cosine below {THRESHOLD}")
     return render_page(
         "compare.html",
+        scripts=("tables.js",),
         title=f"{comparison.a.name} \N{LEFT RIGHT ARROW} {comparison.b.name}",
         comparison=comparison,
         sides=[("A", comparison.a), ("B", comparison.b)],
         sample=table.describe_sample(comparison),
-        remarks=list(table.list_remarks(comparison)),
+        remarks=[*table.list_remarks(comparison), *comparison.pairing.notes],
         cells=comparison.cells,
         legend=list(zip(_CLASSES, meanings, strict=False)),
         kinds=_list_kinds(comparison),
         share_headings=table.SHARE_HEADINGS,
         shares=[table.format_shares(side) for side in (comparison.a, comparison.b)],
         # What the templates call
-        class_of=class_of,
+        class_of=partial(class_of, steps=steps),
         describe=describe_similarity,
         format_cell=format_cell,
         format_cosine=table.format_cosine,
@@ -43,9 +47,9 @@ def render_comparison_page(comparison: Comparison) -> str:
     )
 
 
-def class_of(similarity: Similarity) -> str:
+def class_of(similarity: Similarity, steps: Sequence[float]) -> str:
     """The style of a cell of the heat map."""
-    return _CLASSES[table.level_of(similarity)]
+    return _CLASSES[table.level_of(similarity, steps)]
 
 
 def describe_similarity(similarity: Similarity) -> str:
@@ -61,11 +65,12 @@ def describe_similarity(similarity: Similarity) -> str:
 
 
 def format_cell(similarity: Similarity) -> str:
-    """A distance for a cell of a table."""
-    level = table.level_of(similarity)
+    """A distance for a cell of the heat map, in per cent; `x` marks one that is unrelated."""
+    level = table.level_of(similarity, table.STEPS)
     if level in (table.EQUAL, table.UNKNOWN):
         return table.SIGNS[level]
-    return table.format_ratio(similarity.distance)
+    number = table.format_ratio(similarity.distance).removesuffix(" %")
+    return f"{number} x" if level == table.UNRELATED else number
 
 
 def _list_kinds(comparison: Comparison) -> list[tuple[str, Similarity]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .pairing import CheckpointSummary
 
 STEPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""Upper bounds of the distances that one sign stands for."""
+"""Upper bounds of the distances that one sign stands for, where those of a comparison give none."""
 SIGNS, ASCII_SIGNS = "=▁▂▃▄▅▆▇x?", "=1234567x?"
 """By level, from near to far: equal, the distances between STEPS, unrelated, nothing finite."""
 EQUAL, UNRELATED, UNKNOWN = 0, len(SIGNS) - 2, len(SIGNS) - 1
@@ -38,7 +38,18 @@ _MIN_STRIP_WIDTH = 12
 # Numbers and words
 
 
-def level_of(similarity: Similarity) -> int:
+def choose_steps(comparison: Comparison) -> tuple[float, ...]:
+    """The bounds between which about as many layers and kinds of this comparison lie each."""
+    outside = (EQUAL, UNRELATED, UNKNOWN)
+    graded = [s for s in comparison.cells.values() if level_of(s, STEPS) not in outside]
+    distances = sorted(s.distance for s in graded if s.distance)
+    count = len(STEPS) + 1
+    places = [len(distances) * i // count for i in range(1, count)]
+    steps = tuple(float(f"{distances[place]:.2g}") for place in places) if distances else ()
+    return steps if len(set(steps)) == len(STEPS) else STEPS
+
+
+def level_of(similarity: Similarity, steps: Sequence[float]) -> int:
     """The place of a distance in SIGNS."""
     if similarity.is_identical:
         return EQUAL
@@ -46,7 +57,7 @@ def level_of(similarity: Similarity) -> int:
         return UNKNOWN
     if similarity.cosine < THRESHOLD:
         return UNRELATED
-    return 1 + sum(similarity.distance >= step for step in STEPS)
+    return 1 + sum(similarity.distance >= step for step in steps)
 
 
 def format_ratio(value: float | None) -> str:
@@ -93,8 +104,6 @@ def list_remarks(comparison: Comparison) -> Iterator[str]:
         yield (
             f"not finite, left out: {total.nonfinite_a:,} elements of A, {total.nonfinite_b:,} of B"
         )
-    for note in comparison.pairing.notes:
-        yield f"note: {note}"
 
 
 def format_shares(side: CheckpointSummary) -> list[str]:
@@ -126,8 +135,9 @@ def draw_comparison(
     yield describe_sample(comparison)
     if comparison.similarities:
         signs = ASCII_SIGNS if ascii_only else SIGNS
-        yield strip_table(comparison, width, signs)
-        yield strip_legend(signs)
+        steps = choose_steps(comparison)
+        yield strip_table(comparison, width, signs, steps)
+        yield strip_legend(signs, steps)
     shares = Table("", title="shares of the parameters", title_justify="left")
     for heading in SHARE_HEADINGS:
         shares.add_column(heading, justify="right")
@@ -140,6 +150,7 @@ def draw_comparison(
     for letter, side in sides:
         yield f"only in {letter}: {_describe_unpaired(side)}"
     yield from list_remarks(comparison)
+    yield from (f"note: {note}" for note in comparison.pairing.notes)
 
 
 def _describe_unpaired(side: CheckpointSummary) -> str:
@@ -151,7 +162,7 @@ def _describe_unpaired(side: CheckpointSummary) -> str:
     return "; ".join(f"{', '.join(held)}: {why}" for why, held in reasons.items()) or "nothing"
 
 
-def strip_table(comparison: Comparison, width: int, signs: str) -> Table:
+def strip_table(comparison: Comparison, width: int, signs: str, steps: Sequence[float]) -> Table:
     """One row for each kind: the heat strip over the layers, then the numbers of all of them.
 
     Where there are more layers than columns, a sign stands for the furthest of several.
@@ -167,21 +178,24 @@ def strip_table(comparison: Comparison, width: int, signs: str) -> Table:
         row = [cells.get((f"layers.{layer}", kind)) for layer in layers]
         total = sum((similarity for similarity in row if similarity), Similarity())
         distance, cosine, equal = format_numbers(total)
-        strip = draw_strip(row, per_sign, signs)
+        strip = draw_strip(row, per_sign, signs, steps)
         table.add_row(kind, strip, distance, cosine, _furthest(row, layers), equal)
     table.add_section()
     outer = {group: comparison.groups[group] for group in comparison.outer_groups}
     for name, similarity in {**outer, **comparison.by_name}.items():
         distance, cosine, equal = format_numbers(similarity)
-        table.add_row(name, draw_strip([similarity], 1, signs), distance, cosine, "", equal)
+        strip = draw_strip([similarity], 1, signs, steps)
+        table.add_row(name, strip, distance, cosine, "", equal)
     return table
 
 
-def draw_strip(row: Sequence[Similarity | None], per_sign: int, signs: str) -> Text:
+def draw_strip(
+    row: Sequence[Similarity | None], per_sign: int, signs: str, steps: Sequence[float]
+) -> Text:
     """A sign for every `per_sign` layers; a blank where there is nothing to compare."""
     text = Text()
     for first in range(0, len(row), per_sign):
-        levels = [level_of(s) for s in row[first : first + per_sign] if s]
+        levels = [level_of(s, steps) for s in row[first : first + per_sign] if s]
         if levels:
             text.append(signs[max(levels)], _STYLES[max(levels)])
         else:
@@ -189,11 +203,13 @@ def draw_strip(row: Sequence[Similarity | None], per_sign: int, signs: str) -> T
     return text
 
 
-def strip_legend(signs: str) -> str:
+def strip_legend(signs: str, steps: Sequence[float]) -> str:
     """What the signs of the strip mean."""
-    steps = [f"{sign} < {format_ratio(step)}" for sign, step in zip(signs[1:], STEPS, strict=False)]
+    bounds = [
+        f"{sign} < {format_ratio(step)}" for sign, step in zip(signs[1:], steps, strict=False)
+    ]
     return (
-        f"{signs[EQUAL]} equal  {'  '.join(steps)}  {signs[UNRELATED - 1]} more"
+        f"{signs[EQUAL]} equal  {'  '.join(bounds)}  {signs[UNRELATED - 1]} more"
         f"  {signs[UNRELATED]} cosine < {THRESHOLD}  {signs[UNKNOWN]} nothing finite"
     )
 

@@ -24,7 +24,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ..errors import OutputError
 
@@ -177,6 +177,7 @@ class AnswerJournal(_Journal):
         self.answers: dict[float, dict[int, str]] = {}
         self.tokens: dict[float, dict[int, list[int]]] = {}
         self.again: dict[float, dict[int, str]] = {}
+        self.donor: dict[int, str] = {}
         conflict = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
             " settings); give the same options, --batch-size too, or delete it or choose another"
@@ -185,11 +186,21 @@ class AnswerJournal(_Journal):
         super().__init__(path, "search", fingerprint, conflict)
 
     def note(
-        self, alpha: float, index: int, answer: str, tokens: list[int], *, again: bool = False
+        self,
+        alpha: float,
+        index: int,
+        answer: str,
+        tokens: list[int],
+        *,
+        aside: Literal["again", "donor"] | None = None,
     ) -> None:
-        """Append one answer; survives a kill of this process."""
+        """Append one answer; survives a kill of this process.
+
+        aside: for an answer that is not scored: from a second run at the chosen alpha, or the
+        donor's.
+        """
         line = {"alpha": alpha, "index": index, "answer": answer, "tokens": tokens}
-        self._append(line | {"again": True} if again else line)
+        self._append(line | {aside: True} if aside else line)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "answer" not in line:
@@ -197,6 +208,8 @@ class AnswerJournal(_Journal):
         alpha, index = line["alpha"], line["index"]
         if line.get("again"):
             self.again.setdefault(alpha, {})[index] = line["answer"]
+        elif line.get("donor"):
+            self.donor[index] = line["answer"]
         else:
             self.answers.setdefault(alpha, {})[index] = line["answer"]
             self.tokens.setdefault(alpha, {})[index] = line["tokens"]

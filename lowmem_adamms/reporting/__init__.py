@@ -1,7 +1,7 @@
 """Results for people: tables on the terminal, and the page of a search.
 
 terminal     tables and sentences for the terminal, with rich
-text         text shortened, counted, and made safe to show
+text         text shortened, and made safe to show
 page         a page of ours: templates/ rendered into one file, and that file written
 curve        the chart of scores over alpha: where its marks go
 answers      the answers of a search: what changes along the grid, with thumbnails

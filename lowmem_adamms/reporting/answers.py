@@ -12,11 +12,13 @@ from pathlib import Path
 from ..errors import PromptError
 from ..prompts import Prompt, open_image
 from ..searching.answer_text import normalise
+from ..searching.search import Result
 from .text import Excerpt, make_excerpt
 
 MAX_IMAGES = 4  # of one prompt
 ANSWER_LIMIT, PROMPT_LIMIT = 160, 260  # characters shown at once
-THUMBNAIL_PIXELS = 96  # the longer side
+FEW_IMAGES, LARGE_PIXELS, SMALL_PIXELS = 200, 480, 200
+"""Pixels of the longer side of a page's images: large ones up to so many, of more all are small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,36 @@ class PromptAnswers:
     number: int
     prompt: Prompt
     runs: tuple[AnswerRun, ...]
+    texts: tuple[int, ...] = ()  # by position of the grid: equal numbers for equal answers
+    degenerate: frozenset[int] = frozenset()  # positions of the grid
+    donor: str | None = None
 
     @property
     def changes(self) -> bool:
         """Whether not all alphas give one answer."""
         return len(self.runs) > 1
+
+    def list_chips(self, position: int) -> list[str]:
+        """What is remarkable about the answer at a position of the grid; the script does the same.
+
+        changed: it is not that of a neighbouring alpha. differs: it is not the base's.
+        """
+        neighbours = self.texts[max(position - 1, 0) : position + 2]
+        chips = {
+            "changed": len(set(neighbours)) > 1,
+            "differs": self.texts[position] != self.texts[0],
+            "degenerate": position in self.degenerate,
+        }
+        return [name for name, applies in chips.items() if applies]
+
+    @property
+    def donor_excerpt(self) -> Excerpt | None:
+        """The donor's answer, cut where it departs from the base's; None if it was not asked."""
+        if self.donor is None:
+            return None
+        return make_excerpt(
+            self.donor, ANSWER_LIMIT, _common_length(self.donor, self.runs[0].answer)
+        )
 
     @property
     def text(self) -> Excerpt | None:
@@ -83,20 +110,36 @@ class PromptAnswers:
 
 
 def collect_answers(
-    answers: Sequence[Sequence[str]], prompts: Sequence[Prompt], chosen: int | None
+    result: Result, prompts: Sequence[Prompt], donor_answers: Sequence[str] = ()
 ) -> list[PromptAnswers]:
     """Put the answers of each alpha together by prompt, those that change most first.
 
-    answers: by alpha of the grid, then by prompt. prompts: in the order of the answers; may be
-    fewer. chosen: position of the chosen alpha, whose spelling of an answer is shown.
+    prompts, donor_answers: in the order of the answers; may be fewer.
     """
-    count = min(map(len, answers), default=0)
-    known = [*prompts[:count], *(Prompt("") for _ in range(count - len(prompts)))]
-    collected = [
-        PromptAnswers(i + 1, prompt, find_answer_runs([row[i] for row in answers], chosen))
-        for i, prompt in enumerate(known)
-    ]
+    alphas = [candidate.alpha for candidate in result.candidates]
+    answers = [result.answers.get(alpha, ()) for alpha in alphas]
+    degenerate = [result.degenerate.get(alpha, frozenset()) for alpha in alphas]
+    chosen = alphas.index(result.alpha) if result.alpha in alphas else None
+    collected = []
+    for i in range(min(map(len, answers), default=0)):
+        texts = [row[i] for row in answers]
+        collected.append(
+            PromptAnswers(
+                i + 1,
+                prompts[i] if i < len(prompts) else Prompt(""),
+                find_answer_runs(texts, chosen),
+                _number_texts(texts),
+                frozenset(p for p, places in enumerate(degenerate) if i in places),
+                donor_answers[i] if i < len(donor_answers) else None,
+            )
+        )
     return sorted(collected, key=_by_change)
+
+
+def _number_texts(texts: Sequence[str]) -> tuple[int, ...]:
+    """A number for each text; those that are equal once normalised have the same."""
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(normalise(text), len(numbers)) for text in texts)
 
 
 def _by_change(item: PromptAnswers) -> tuple[int, int, int]:
@@ -125,13 +168,16 @@ def _common_length(text: str, other: str) -> int:
     return min(len(text), len(other))
 
 
-def make_thumbnail(image: Path | bytes) -> str:
-    """A small JPEG as a data URI; empty where the image cannot be read: its name will do."""
+def make_thumbnail(image: Path | bytes, pixels: int) -> str:
+    """A JPEG with at most so many pixels a side as a data URI; empty if the image cannot be read.
+
+    The page shows it small, and whole once it is enlarged.
+    """
     try:
         small = open_image(image)
     except PromptError:
         return ""
-    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    small.thumbnail((pixels, pixels))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from ..searching.search import Candidate
 from .view import SearchView, count_decimals
@@ -107,12 +107,12 @@ class Chart:
         return f"{alpha:.{count_decimals(self.ticks)}f}"
 
     @property
-    def band(self) -> tuple[float, float]:
-        """The left edge and the width of the band behind the chosen alpha."""
-        x = self.x(self.view.result.alpha)
-        gaps = (abs(self.x(alpha) - x) for alpha in self.view.alphas)
-        half = min([22.0, *(0.4 * gap for gap in gaps if gap)])
-        return x - half, 2 * half
+    def columns(self) -> list[tuple[float, float]]:
+        """The left edge and the width of what is around each alpha, halfway to its neighbours."""
+        places = [self.x(alpha) for alpha in self.view.alphas]
+        outer = PADDING / 2
+        edges = [places[0] - outer, *map(_mean, places, places[1:]), places[-1] + outer]
+        return [(left, right - left) for left, right in pairwise(edges)]
 
     @property
     def bars(self) -> list[Bar]:
@@ -147,6 +147,10 @@ class Chart:
         scored = [c for c in self.view.result.rounds if c.score is not None]
         for _, group in groupby(scored, key=lambda candidate: candidate.round):
             yield list(group)
+
+
+def _mean(first: float, second: float) -> float:
+    return (first + second) / 2
 
 
 def _lies_inside(inner: tuple[float, float], outer: tuple[float, float]) -> bool:

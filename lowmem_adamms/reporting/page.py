@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
-from .text import format_count, show_hidden
+from ..values import format_count
+from .text import show_hidden
 
 if TYPE_CHECKING:
     import jinja2
@@ -22,16 +24,18 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render_page(template: str, *, script: str = "", **values: Any) -> str:
+def render_page(template: str, *, scripts: Sequence[str], **values: Any) -> str:
     """Render a template of `templates/` with the values that it prints.
 
-    script: name of the file with the only script that the page's policy allows to run, even if a
-    value should ever get past the escaping. Empty: none may.
+    scripts: names of the files with the only code that the page's policy allows to run, even if a
+    value should ever get past the escaping.
     """
-    code = (TEMPLATES / script).read_text(encoding="utf-8") if script else ""
+    code = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in scripts)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    allowed = f"'sha256-{digest}'" if script else "'none'"
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
+        f" script-src 'sha256-{digest}'"
+    )
     return _environment().get_template(template).render(values, policy=policy, script=code)
 
 

@@ -1,4 +1,4 @@
-"""Text for people: shortened, counted, and made safe to show.
+"""Text for people: shortened, and made safe to show.
 
 Text that comes from checkpoints, prompts and models is hostile: `show_hidden` makes visible what
 is invisible or reorders its neighbours. Templates escape the rest.
@@ -68,11 +68,6 @@ def _find_cut(text: str, position: int) -> int:
         return len(text)
     space = text.rfind(" ", max(position - 24, 0), position + 1)
     return space if space > 0 else max(position, 0)
-
-
-def format_count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural unless it is one: `1,200 prompts`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_percent(part: float, whole: float = 1.0) -> str:

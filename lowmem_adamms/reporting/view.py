@@ -7,20 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..searching.resampling import RESAMPLES
 from ..searching.scoring import MARKEDLY
 from ..searching.search import Candidate, Result
-from .text import DASH, format_count, format_percent
+from ..values import format_count
+from .text import DASH, format_percent
 
 if TYPE_CHECKING:
     from ..searching.session import Timing
     from .answers import AnswerRun
 
 SCORE_MEANINGS = {
-    "pairwise": "differing answers, to the previous alpha plus to the next",
-    "joint": "answers that differ from either neighbour's",
-    "embedding": "distances to both neighbours' answers, added up",
-    "relative": "differing answers, to the previous alpha plus to the next, in per cent of those"
-    " that have left the base's",
+    "pairwise": "answers that differ from the previous alpha's, plus those that differ from the"
+    " next one's",
+    "joint": "answers that differ from the previous alpha's or the next one's",
+    "embedding": "distances in meaning to the answers at the previous alpha and at the next",
+    "relative": "answers that differ from the previous alpha's, plus those that differ from the"
+    " next one's, in per cent of those that are no longer the base's",
 }
 """What a score adds up, by measure."""
 
@@ -61,6 +64,29 @@ class SearchView:
         return ", ".join(
             DASH if alpha is None else self.format_alpha(alpha) for alpha in candidate.neighbours
         )
+
+    # Chips, of answers at the alpha that is marked
+
+    @property
+    def chip_labels(self) -> dict[str, str]:
+        """What each chip is called."""
+        usual = (
+            "base" if self.alphas[0] == 0 else f"alpha {self.format_short_alpha(self.alphas[0])}"
+        )
+        return {
+            "changed": "changed",
+            "differs": f"differs from {usual}",
+            "degenerate": "degenerate",
+        }
+
+    @property
+    def chip_meanings(self) -> dict[str, str]:
+        """What each chip means."""
+        return {
+            "changed": "The answer is not that of the alpha before or after",
+            "differs": f"The answer is not that at alpha {self.format_short_alpha(self.alphas[0])}",
+            "degenerate": "The answer is empty, repeats itself, or is the same to nearly all",
+        }
 
     # Candidates
 
@@ -110,7 +136,7 @@ class SearchView:
         return " to ".join(map(self.format_score, candidate.interval))
 
     def format_share(self, share: float | None) -> str:
-        """How often an alpha wins the resamples."""
+        """How often an alpha has the lowest score."""
         return DASH if share is None else format_percent(share)
 
     # Sentences
@@ -139,11 +165,14 @@ class SearchView:
         result = self.result
         if result.wins:
             share = format_percent(result.wins.get(result.alpha, 0.0))
-            yield f"It wins {share} of the resamples."
+            yield (
+                "If the prompts are drawn again from these, at random, this alpha has the lowest D"
+                f" in {share} of {RESAMPLES:,} draws."
+            )
         if result.noise is not None:
             yield (
-                f"Noise floor: {result.noise:,.0f} of {format_count(result.prompts, 'answer')}"
-                " differed between two runs at this alpha."
+                f"Chance alone: asked twice at this alpha, {result.noise:,.0f} of"
+                f" {format_count(result.prompts, 'answer')} differed."
             )
 
     def _compare_scores(self) -> Iterator[str]:
@@ -161,9 +190,10 @@ class SearchView:
         yield self._describe_score(chosen, len(scores), is_lowest=not lower)
         for candidate in lower:
             yield (
-                f"Alpha {self.format_short_alpha(candidate.alpha)} scores"
+                f"Alpha {self.format_short_alpha(candidate.alpha)} has a lower D,"
                 f" {self.format_score(candidate.score)}, but {candidate.degenerate:,} of"
-                f" {format_count(result.prompts, 'answer')} there are degenerate."
+                f" {format_count(result.prompts, 'answer')} there are empty, repeating or all the"
+                " same."
             )
         if higher:
             second = min(higher, key=lambda candidate: higher[candidate])
@@ -180,9 +210,8 @@ class SearchView:
             rank = "the lowest but for the degenerate"
         others = [self.format_short_alpha(a) for a in self.result.ties if a != chosen.alpha]
         tied = f", tied with {' and '.join(others)}" if others else ""
-        interval = f" (95 % interval {self.format_interval(chosen)})" if chosen.interval else ""
         meaning = SCORE_MEANINGS[self.result.measure]
-        return f"Score {self.format_score(chosen.score)}, {rank}{tied}{interval}: {meaning}."
+        return f"D is {self.format_score(chosen.score)} here, {rank}{tied}. It adds up {meaning}."
 
 
 def count_decimals(alphas: Iterable[float]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..values import format_count
 from .resampling import RESAMPLES, Wins
 from .scoring import AnswerComparison, GridPoint, Rounds, best_points, eligible_points
 
@@ -19,14 +20,15 @@ def write_notes(
 ) -> Iterator[str]:
     """All notes on a finished search. noise: None if it was not measured."""
     if comparison.prompt_count < FEW_PROMPTS:
-        yield f"Only {comparison.prompt_count} prompts: chance decides much; the paper takes 100."
+        count = format_count(comparison.prompt_count, "prompt")
+        yield f"Only {count}: chance decides much; the paper takes 100."
     yield from _note_grid(comparison, rounds)
     yield from _note_quiet_ends(comparison, rounds[0])
     yield from _note_ineligible(comparison)
     best = best_points(comparison, rounds)
     if not best:
         smallest = comparison.smallest
-        yield f"No alpha between two others is eligible: the smallest, {smallest}, is taken."
+        yield f"No alpha between two others can be chosen, so {smallest}, the smallest, is taken."
         return
     yield from _note_collapse(comparison, best[0].alpha)
     yield from _note_equal_scores(comparison, rounds)
@@ -38,7 +40,7 @@ def write_notes(
 def _note_grid(comparison: AnswerComparison, rounds: Rounds) -> Iterator[str]:
     alphas = [point.alpha for point in rounds[0]]
     if len(rounds) == 1 and len(alphas) == 3:
-        yield f"Only alpha {alphas[1]} lies between two others, so no other can win."
+        yield f"Only alpha {alphas[1]} lies between two others, so no other can be chosen."
     if comparison.measure == "relative" and alphas[0] > 0:
         yield f"The answers at alpha {alphas[0]} are taken for the base's; begin the grid with 0."
     steps = [second - first for first, second in itertools.pairwise(alphas)]
@@ -61,9 +63,11 @@ def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) ->
         if difference is None or not comparison.is_eligible(end):
             continue
         if 2 * difference < lowest:
+            further = "; a grid that goes on would give it one" if end > neighbour else ""
             yield (
-                f"Alpha {end} differs from its one neighbour by {_format(difference)}, less than"
-                f" half of the grid's best score, {_format(lowest)}; but an end cannot win."
+                f"Alpha {end} differs from its only neighbour by {_format(difference)}, less than"
+                f" half of the best D, {_format(lowest)}. It cannot be chosen: it has no D, without a"
+                f" neighbour on either side{further}."
             )
 
 
@@ -71,12 +75,12 @@ def _note_ineligible(comparison: AnswerComparison) -> Iterator[str]:
     for alpha in sorted(comparison.answers):
         if not comparison.is_sound(alpha):
             yield (
-                f"Alpha {alpha} is not eligible: {comparison.degenerate[alpha]} of"
-                f" {comparison.prompt_count} answers are empty, repeating or constant,"
+                f"Alpha {alpha} cannot be chosen: {comparison.degenerate[alpha]} of"
+                f" {comparison.prompt_count} answers are empty, repeating or all the same,"
                 f" {_usual(comparison)}."
             )
         elif alpha != comparison.smallest and not comparison.is_eligible(alpha):
-            yield f"Alpha {alpha} is not eligible: no answer there has left the base's."
+            yield f"Alpha {alpha} cannot be chosen: its answers are still the base's."
 
 
 def _note_collapse(comparison: AnswerComparison, chosen: float) -> Iterator[str]:
@@ -84,7 +88,7 @@ def _note_collapse(comparison: AnswerComparison, chosen: float) -> Iterator[str]
     if 2 * degenerate >= comparison.prompt_count:
         yield (
             f"{degenerate} of {comparison.prompt_count} answers at the chosen alpha are empty,"
-            f" repeating or constant, {_usual(comparison)}: their consistency says little."
+            f" repeating or all the same, {_usual(comparison)}: that they agree says little."
         )
 
 
@@ -109,8 +113,9 @@ def _note_close_call(
         )
     elif wins[chosen] < 0.5:
         yield (
-            f"Alpha {chosen} wins in only {wins[chosen]:.0%} of {RESAMPLES} resamples of the"
-            " prompts: more prompts may choose another."
+            f"If the prompts are drawn again from these, at random, alpha {chosen} has the lowest D"
+            f" in only {wins[chosen]:.0%} of {RESAMPLES} draws: with more prompts another may be"
+            " chosen."
         )
 
 
@@ -119,9 +124,9 @@ def _note_noise(comparison: AnswerComparison, chosen: GridPoint, noise: Noise) -
     score = comparison.score(chosen) or 0
     if count and noise_score >= score:
         yield (
-            f"Two runs at alpha {chosen.alpha} differ in {count} of {comparison.prompt_count}"
-            f" answers. That alone makes a score of {_format(noise_score)}, and the best score is"
-            f" {_format(score)}: it may be noise."
+            f"Asked twice at alpha {chosen.alpha}, {count} of {comparison.prompt_count} answers"
+            f" differed by chance. That alone makes a D of {_format(noise_score)}, and the best D"
+            f" is {_format(score)}: it may be chance too."
         )
 
 

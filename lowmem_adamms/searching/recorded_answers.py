@@ -107,8 +107,8 @@ def _read_file(path: Path, given_alpha: float | None) -> Iterator[Answer]:
         where = f"{path}, {place}"
         if not isinstance(record, dict):
             raise PromptError(f"{where}: found {show_value(record)}, expected an object")
-        # Our own first line, and answers that measure noise
-        if record.keys() == {"search"} or record.get("again"):
+        # Our own first line, and answers that are not scored
+        if record.keys() == {"search"} or record.get("again") or record.get("donor"):
             continue
         id, alpha, text = _parse_record(record, where)
         yield Answer(_only_alpha(alpha, given_alpha, where), _id_text(id, where), text, path, where)

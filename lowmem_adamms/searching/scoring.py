@@ -66,6 +66,7 @@ class AnswerComparison:
         self._distance = distance
         self._distinct_prompts = distinct_prompts
         self._normalised: dict[float, tuple[str, ...]] = {}
+        self.degenerate_places: dict[float, frozenset[int]] = {}
         self.degenerate: dict[float, int] = {}  # answers that are empty, repeating or constant
         self._differences: dict[tuple[float, float], list[float]] = {}
 
@@ -73,7 +74,8 @@ class AnswerComparison:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
         self.answers[alpha] = answers
         self._normalised[alpha] = tuple(map(normalise, answers))
-        self.degenerate[alpha] = self._count_degenerate(alpha)
+        self.degenerate_places[alpha] = self._find_degenerate(alpha)
+        self.degenerate[alpha] = len(self.degenerate_places[alpha])
 
     @property
     def prompt_count(self) -> int:
@@ -101,7 +103,7 @@ class AnswerComparison:
         pairs = zip(self._normalised[self.smallest], self._normalised[alpha], strict=True)
         return [first != second for first, second in pairs]
 
-    def _count_degenerate(self, alpha: float) -> int:
+    def _find_degenerate(self, alpha: float) -> frozenset[int]:
         degenerate = {i for i, answer in enumerate(self.answers[alpha]) if is_degenerate(answer)}
         common, share = self._commonest_answer(alpha)
         usual_share = self._commonest_answer(self.smallest)[1]
@@ -109,7 +111,7 @@ class AnswerComparison:
         if enough_prompts and share >= CONSTANT and usual_share < CONSTANT - MARKEDLY:
             normalised = self._normalised[alpha]
             degenerate |= {i for i, answer in enumerate(normalised) if answer == common}
-        return len(degenerate)
+        return frozenset(degenerate)
 
     def _commonest_answer(self, alpha: float) -> tuple[str, float]:
         """The answer that most of the different prompts get, and their share."""

@@ -70,6 +70,7 @@ class Result:
     notes: what weakens the choice.
     wins: how often (0..1) each alpha of the last round wins when prompts are resampled.
     earlier: candidates that a refinement scored anew, as they were before.
+    degenerate: by alpha, the places of the answers that are empty, repeating or constant.
     """
 
     alpha: float
@@ -82,6 +83,7 @@ class Result:
     notes: tuple[str, ...] = ()
     wins: Mapping[float, float] = field(default_factory=dict)
     earlier: tuple[Candidate, ...] = ()
+    degenerate: Mapping[float, frozenset[int]] = field(default_factory=dict)
 
     @property
     def rounds(self) -> tuple[Candidate, ...]:
@@ -273,6 +275,7 @@ def _conclude(
         notes=tuple(write_notes(comparison, rounds, wins, noise)),
         wins=wins,
         earlier=candidates(earlier_points(rounds)),
+        degenerate=dict(comparison.degenerate_places),
     )
 
 

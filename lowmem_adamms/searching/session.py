@@ -110,8 +110,27 @@ class Session(AbstractContextManager["Session"]):
         live.apply(alpha)
         answerer = live.make_answerer(self._settings, batch_size=max(1, self._batch_size // 2))
         answerer.set_drafts(prompts, self._tokens[alpha])
-        note = partial(self._journal.note, alpha, again=True) if self._journal else None
+        note = partial(self._journal.note, alpha, aside="again") if self._journal else None
         return answerer.answer(prompts, known, note)
+
+    def ask_donor(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers at alpha 1, which are shown beside the others and not scored."""
+        if self._asked:
+            self._asked(1.0)
+        known = dict(self._journal.donor) if self._journal else {}
+        for _ in known:
+            self._report_answer(1.0, 0)
+        if len(known) == len(prompts):
+            return [known[place] for place in range(len(prompts))]
+
+        def record(place: int, answer: str, tokens: list[int]) -> None:
+            if self._journal:
+                self._journal.note(1.0, place, answer, tokens, aside="donor")
+            self._report_answer(1.0, len(tokens))
+
+        live, answerer = self._model()
+        live.apply(1.0)
+        return answerer.answer(prompts, known, record)
 
     def _ask(self, alpha: float, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
         live, answerer = self._model()

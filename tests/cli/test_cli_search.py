@@ -693,6 +693,23 @@ def test_the_noise_floor_need_not_be_measured(
     assert len(journalled(tmp_path / "journal.jsonl")) == 30
 
 
+def test_the_donors_answers_are_shown_and_change_nothing_else(
+    small: tuple[dict[str, Any], Path], exact: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    journal, page = tmp_path / "journal.jsonl", tmp_path / "report.html"
+    words = ("--donor-answers", "--report", page)
+    assert searched(exact, prompts, journal, *words) == small[0]
+    assert searched(exact, prompts, journal, *words) == small[0], "also once they are known"
+    asked = [line for line in journalled(journal) if line.get("donor")]
+    assert len(asked) == 10 and {line["alpha"] for line in asked} == {1}
+    text = page.read_text(encoding="utf-8")
+    cells = re.findall('<td class="donor"><span class="range">donor</span>(.+?)</td>', text, re.S)
+    assert len(cells) == text.count("data-texts=") > 0
+    base, donor = exact
+    command = f"python -m lowmem_adamms {base} {donor} -o merged --alpha"
+    assert command in text
+
+
 def test_the_live_model_may_have_another_dtype(
     pair: tuple[Path, Path], prompts: Path, capsys: Capture
 ) -> None:
@@ -818,7 +835,7 @@ def test_what_does_not_fit_is_not_fetched(
 
 
 SEARCHING = (PromptSettings, GridSettings, AnswerSettings, PlacementSettings)
-SWITCHES = ("no-drafts", "no-vision-cache", "no-noise")
+SWITCHES = ("no-drafts", "no-vision-cache", "no-noise", "donor-answers")
 WISHES = {"device": "cpu", "live-quantize": "int8", "live-dtype": "fp16", "alphas": "0:1:0.5"}
 WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0"}
 

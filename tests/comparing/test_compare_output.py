@@ -23,6 +23,8 @@ from lowmem_adamms.comparing.pairing import pair_checkpoints
 from lowmem_adamms.comparing.similarity import Similarity
 from lowmem_adamms.comparing.table import (
     ASCII_SIGNS,
+    STEPS,
+    choose_steps,
     draw_comparison,
     draw_strip,
     format_cosine,
@@ -30,6 +32,7 @@ from lowmem_adamms.comparing.table import (
     list_remarks,
     strip_legend,
 )
+from lowmem_adamms.demo.pair import export_demo
 
 Models = dict[str, Path]
 Capture = pytest.CaptureFixture[str]
@@ -101,21 +104,21 @@ def test_colour_changes_no_sign_and_plain_terminals_get_digits(graded: Compariso
     assert "\x1b[" in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == printed(graded)
     assert "1=246x" in printed(graded, ascii_only=True)
-    assert strip_legend(ASCII_SIGNS).isascii()
+    assert strip_legend(ASCII_SIGNS, STEPS).isascii()
 
 
 def test_where_room_is_short_a_sign_stands_for_the_furthest(graded: Comparison) -> None:
     many = [Similarity(1, 1, 1, 0, 0, 0, 1.0, 1.0, 1.0, d * d) for d in (0.0005, 0.2, 0.002, 0.0)]
-    assert draw_strip([*many, None], 2, ASCII_SIGNS).plain == "62 "
+    assert draw_strip([*many, None], 2, ASCII_SIGNS, STEPS).plain == "62 "
     equal = Similarity(1, 1, 1, 1, 0, 0, 1.0, 1.0, 1.0, 0.0)
-    assert draw_strip([many[0], equal, equal], 2, ASCII_SIGNS).plain == "1="
+    assert draw_strip([many[0], equal, equal], 2, ASCII_SIGNS, STEPS).plain == "1="
     narrow = printed(graded, width=72)
     assert max(map(len, narrow[narrow.index("┏") :].split("\n= equal")[0].splitlines())) <= 72
 
 
 def test_what_is_not_finite_is_said(graded: Comparison) -> None:
     nothing = Similarity(elements=3, read=3, nonfinite_a=3, nonfinite_b=1)
-    assert draw_strip([nothing], 1, ASCII_SIGNS).plain == "?"
+    assert draw_strip([nothing], 1, ASCII_SIGNS, STEPS).plain == "?"
     assert describe_similarity(nothing) == "nothing finite"
     similarities = (nothing, *graded.similarities[1:])
     remarks = list_remarks(replace(graded, similarities=similarities))
@@ -140,15 +143,17 @@ def test_a_cosine_near_one_shows_its_difference(cosine: float | None, text: str)
 # The page
 
 
-def test_the_page_refers_to_nothing_runs_nothing_and_escapes_names(
+def test_the_page_refers_to_nothing_and_escapes_names(
     graded: Comparison, graded_pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Names of tensors, and of folders."""
     text = render_comparison_page(graded)
     page = Page(text)
     assert page.foreign_references() == []
-    assert "default-src 'none'" in str(page.tags) and "script-src 'none'" in str(page.tags)
-    assert "<script" not in text and "\u202e" not in text
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    assert "default-src 'none'" in str(page.tags)
+    assert f"script-src '{Page.digest(script)}'" in str(page.tags)
+    assert "\u202e" not in text
     assert "alert(1)" in page.text and "[U+202E]" in page.text
     evil = tmp_path / HOSTILE.replace("/", "").replace("\x00", "").replace("\ud800", "")
     evil.symlink_to(graded_pair[0], target_is_directory=True)
@@ -161,12 +166,28 @@ def test_every_cell_of_the_heat_says_what_it_is(graded: Comparison) -> None:
     text = render_comparison_page(graded)
     page = Page(text)
     kinds = [*"qkvo", "gate", "up", "down", "norms", "biases"]
-    assert sum(tag == "rect" for tag, _ in page.tags) == LAYERS * len(kinds)
+    heat = [(a, cell) for a, cell in page.cells if a.get("title", "").startswith("layer ")]
+    assert len(heat) == LAYERS * len(kinds)
     assert "layer 1, gate: equal" in text
     assert re.search(r"layer 4, gate: distance (19|20|21) %, cosine 0\.98", text)
-    for name, count in (("hx", 7), ("h5", 7), ("h0", 7)):
-        assert len(page.of_class("rect", name)) == len(page.of_class("td", name)) == count
-    assert {cell for a, cell in page.cells if a.get("class") == "eq"} == {"="}
+    assert {cell for a, cell in heat if a["class"] == "eq"} == {"="}
+    strangers = [cell for a, cell in heat if a["class"] == "hx"]
+    assert len(strangers) == 7 and all(re.fullmatch(r"1[34]\d x", cell) for cell in strangers)
+    numbers = {a["title"]: float(cell) for a, cell in heat if a["class"] not in ("eq", "hx")}
+    assert all(f"distance {number:.10g} %" in title for title, number in numbers.items())
+
+
+def test_the_colours_are_spread_over_what_there_is(tmp_path: Path) -> None:
+    """The demo's matrices lie 31 to 44 % apart."""
+    demo = export_demo(tmp_path)
+    comparison = compare(pair_checkpoints(demo.base, demo.donor))
+    steps = choose_steps(comparison)
+    assert steps != STEPS and list(steps) == sorted(set(steps)) and len(steps) == len(STEPS)
+    page = Page(render_comparison_page(comparison))
+    heat = [a["class"] for a, _ in page.cells if a.get("title", "").startswith("layer ")]
+    assert len(set(heat)) > 4
+    legend = page.text.partition("||A - B|| / ||A||:")[2]
+    assert all(f"below {format_ratio(step)}" in legend for step in steps)
 
 
 def test_the_page_lists_pairs_and_what_either_has_alone(tiny_models: Models) -> None:

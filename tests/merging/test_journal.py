@@ -16,17 +16,19 @@ def write(path: Path) -> None:
         journal.note(0.1, 1, "zwölf\n\u2028<b>", [1, 2])
         journal.note(0.1, 0, "", [])
         journal.note(0.2, 1, "ten", [3])
-        journal.note(0.1, 1, "eleven", [4], again=True)
+        journal.note(0.1, 1, "eleven", [4], aside="again")
+        journal.note(1.0, 0, "the donor's", [5], aside="donor")
 
 
 def test_answers_are_there_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "answers.jsonl"
     write(path)
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 6
     with AnswerJournal(path, "mine") as journal:
         assert journal.answers == {0.1: {1: "zwölf\n\u2028<b>", 0: ""}, 0.2: {1: "ten"}}
         assert journal.tokens == {0.1: {1: [1, 2], 0: []}, 0.2: {1: [3]}}
         assert journal.again == {0.1: {1: "eleven"}}
+        assert journal.donor == {0: "the donor's"}
 
 
 @pytest.mark.parametrize("alpha", [0.1 + 0.2, 1 / 3, 0.0, 1.0, 0.025])

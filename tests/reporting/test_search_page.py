@@ -73,7 +73,7 @@ def test_sections_stand_in_their_order() -> None:
     timings = [Timing(0.1, 0.5, 2.0, 10, 20, 40)]
     facts = {"Placement": {"model": "cpu"}, "Recipe": {"base": "b"}}
     text = page_of(SOME, timings=timings, facts=facts, title="Base-7B <- Donor-7B").text
-    marks = ["Base-7B ← Donor-7B", "Merge at alpha", "Disagreement", "Candidates"]
+    marks = ["Base-7B ← Donor-7B", "Merge at alpha", "Disagreement", "Alphas that were tried"]
     marks += ["Answers that change", "at every alpha", "Timings", "Placement", "Recipe"]
     places = [text.find(mark, text.find("measure")) for mark in marks]
     assert -1 not in places and places == sorted(places)
@@ -128,11 +128,12 @@ def test_the_chosen_alpha_is_said_and_marked() -> None:
     page = page_of(result)
     assert result.alpha == 0.25
     assert "Merge at alpha 0.25: the language weights are 75 % base and 25 % donor" in page.text
-    assert "Score 20, the lowest of 3" in page.text
+    assert "D is 20 here, the lowest of 3" in page.text
     assert "Next best: alpha 0.3 with 40" in page.text
     assert len(page.of_class("tr", "chosen")) == 1
     assert len(page.of_class("circle", "chosen")) == 1
-    assert f"It wins {100 * result.wins[0.25]:.0f}" in page.text
+    share = 100 * result.wins[0.25]
+    assert f"this alpha has the lowest D in {share:.0f} % of 1,000 draws" in page.text
 
 
 def test_ties_noise_and_notes_are_said() -> None:
@@ -146,8 +147,8 @@ def test_ties_noise_and_notes_are_said() -> None:
     page = page_of(
         Result(0.1, "pairwise", 50, candidates, {}, ties=(0.1, 0.2), noise=3, notes=notes)
     )
-    assert "Score 5, the lowest of 2, tied with 0.2 (95 % interval 2 to 9)" in page.text
-    assert "Noise floor: 3 of 50 answers" in page.text
+    assert "D is 5 here, the lowest of 2, tied with 0.2." in page.text and "2 to 9" in page.text
+    assert "asked twice at this alpha, 3 of 50 answers differed" in page.text
     assert set(notes) <= set(page.texts)
     assert len(page.of_class("li", "note")) == 2
     assert len(page.of_class("circle", "tie")) == 2
@@ -160,7 +161,7 @@ def test_a_lower_score_of_degenerate_answers_is_explained() -> None:
     page = page_of(result)
     assert result.alpha == 0.1
     assert "the lowest but for the degenerate" in page.text
-    assert "Alpha 0.4 scores 0, but 20 of 20 answers there are degenerate." in page.text
+    assert "Alpha 0.4 has a lower D, 0, but 20 of 20 answers there are empty" in page.text
     assert len(page.of_class("circle", "degenerate")) == 2
     assert len(page.of_class("td", "warn")) == 3
     assert "\N{MULTIPLICATION SIGN} 20" in page.text
@@ -222,7 +223,7 @@ def test_points_lie_as_their_scores_and_inside_the_chart() -> None:
 def test_relative_scores_are_per_cent_and_the_bars_beside_them_too() -> None:
     table = {0.1 * i: [f"{q}: {q % 8 < i}" for q in range(50)] for i in range(6)}
     page = page_of(choose(table, measure="relative"))
-    assert "score D (%)" in page.text and "per cent of those that have left the base's" in page.text
+    assert "score D (%)" in page.text and "per cent of those that are no longer" in page.text
     (points,) = (a["points"] for a in page.of_class("polyline", "line"))
     heights = [float(point.split(",")[1]) for point in points.split()]
     assert heights == sorted(heights)  # lower scores lie lower, at greater y
@@ -269,10 +270,12 @@ def test_a_fine_grid_names_only_alphas_that_do_not_collide() -> None:
     ticks = sorted(float(a["x"]) for a in page.of_class("text", "tick"))
     assert len(ticks) > 4
     assert all(b - a >= 50 for a, b in pairwise(ticks))
-    (band,) = page.of_class("rect", "band")
-    points = page.of_class("circle", "point")
-    left, right = float(band["x"]), float(band["x"]) + float(band["width"])
-    assert sum(left <= float(point["cx"]) <= right for point in points) == 1
+    columns = [a for t, a in page.tags if t == "rect" and "rx" in a]
+    edges = [(float(a["x"]), float(a["x"]) + float(a["width"])) for a in columns]
+    assert len(edges) == 31
+    assert all(a[1] == pytest.approx(b[0], abs=0.11) for a, b in pairwise(edges))
+    for point in page.of_class("circle", "point"):
+        assert sum(left < float(point["cx"]) < right for left, right in edges) == 1
 
 
 # Answers
@@ -309,9 +312,9 @@ def test_equal_answers_share_a_cell_and_the_chosen_alphas_is_marked() -> None:
     cells = [(a["colspan"], a["class"], text) for a, text in page.cells if "colspan" in a]
     assert cells == [
         ("1", "", "0.01"),
-        ("1", "chosen", "0.12"),
+        ("1", "marked", "0.12"),
         ("2", "", f"0.2{DASH}0.33"),
-        ("3", "chosen", f"0.0{DASH}0.2A cat."),
+        ("3", "marked", f"0.0{DASH}0.2A cat."),
         ("1", "", "0.3a dog"),
     ]
     assert "2 prompts of 3" in page.text
@@ -371,8 +374,72 @@ def test_images_become_small_jpegs_inside_the_page_or_leave_their_names(tmp_path
     assert len(sources) == 2
     for source in sources:
         image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-        assert image.format == "JPEG" and image.size == (96, 64)
+        assert image.format == "JPEG" and image.size == (300, 200), "enlarged it is as it was"
     assert {"broken <1>.png", "gone.png", "image 3"} <= set(page.texts)
+
+
+# What the script works with
+
+
+BACK_AND_FORTH = result_of(
+    *[["a", "b", "a", ""], ["x", "X.", "y", "y"]], *[[f"{i}"] * 4 for i in range(20)]
+)
+
+
+def test_chips_tell_what_is_remarkable_at_the_chosen_alpha() -> None:
+    page = page_of(replace(BACK_AND_FORTH, alpha=0.2), ["first", "second"])
+    rows = [a for t, a in page.tags if t == "tr" and "data-texts" in a]
+    assert [(a["data-texts"], a["data-degenerate"]) for a in rows] == [
+        ("0 1 0 2", "3"),
+        ("0 0 1 1", ""),
+    ]
+    chips = [a for a in page.of_class("span", "chip") if "hidden" not in a]
+    assert [a["class"].removeprefix("chip ") for a in chips] == ["changed", "changed", "differs"]
+    at_the_end = page_of(replace(BACK_AND_FORTH, alpha=0.3), ["first", "second"])
+    chips = [a for a in at_the_end.of_class("span", "chip") if "hidden" not in a]
+    names = [a["class"].removeprefix("chip ") for a in chips]
+    assert names == ["changed", "differs", "degenerate", "differs"]
+
+
+def test_constant_answers_are_degenerate_one_by_one() -> None:
+    rows = [[f"{i}", f"{i}", "same", f"{i}"] for i in range(20)]
+    result = result_of(*rows)
+    assert result.degenerate[0.2] == frozenset(range(20)) and not result.degenerate[0.1]
+    page = page_of(result)
+    assert {a["data-degenerate"] for t, a in page.tags if "data-texts" in a} == {"2"}
+
+
+def test_every_alpha_has_buttons_that_the_keyboard_reaches() -> None:
+    page = page_of(SOME, ["p"])
+    buttons = [a for t, a in page.tags if t == "button" and "data-position" in a]
+    in_table, in_head = buttons[:4], buttons[4:]
+    picks = page.of_class("g", "pick")
+    for group in (in_table, in_head, picks):
+        assert [a["data-position"] for a in group] == list("0123")
+        assert [a["aria-pressed"] for a in group] == ["false", "true", "false", "false"]
+    assert {(a["role"], a["tabindex"]) for a in picks} == {("button", "0")}
+    assert [a["data-alpha"] for a in picks] == ["0.0", "0.1", "0.2", "0.3"]
+
+
+def test_images_are_buttons_with_a_name() -> None:
+    page = page_of(SOME, [Prompt("p", (picture(),))])
+    assert [a["aria-label"] for a in page.of_class("button", "enlarge")] == ["Enlarge image 1"]
+
+
+def test_the_donors_answers_are_the_last_column() -> None:
+    page = page_of(SOME, ["p", "q", "r"], donor_answers=["a bird", "", "no"])
+    donor = [text for a, text in page.cells if a.get("class") == "donor"]
+    assert donor == ["donor(empty)", "donora bird"], "in the order of the rows"
+    assert page.text.count("donor (1.0)") == 1
+    assert [text for _, text in page.cells][-2:] == ["yes", "no"], "also where nothing changes"
+    assert "donor (1.0)" not in page_of(SOME).text
+
+
+def test_the_command_ends_in_the_alpha() -> None:
+    page = page_of(SOME, command="python -m lowmem_adamms 'a <b>' c -o merged --alpha")
+    assert "python -m lowmem_adamms 'a <b>' c -o merged --alpha 0.1" in page.text
+    assert [a["id"] for t, a in page.tags if t == "button" and "id" in a] == ["copy"]
+    assert not [a for t, a in page_of(SOME).tags if t == "button" and "id" in a]
 
 
 # Size

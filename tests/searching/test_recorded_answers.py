@@ -108,7 +108,8 @@ def test_a_journal_is_read_as_the_search_writes_it(tmp_path: Path) -> None:
         for alpha in (0.0, 0.1):
             written.note(alpha, 1, f"b {alpha}", [5, 6])
             written.note(alpha, 0, "ä\n", [7])
-        written.note(0.1, 0, "other", [8], again=True)
+        written.note(0.1, 0, "other", [8], aside="again")
+        written.note(1.0, 0, "the donor's", [8], aside="donor")
     assert read_answers([path]) == ({0.0: ["ä\n", "b 0.0"], 0.1: ["ä\n", "b 0.1"]}, ["0", "1"])
 
 

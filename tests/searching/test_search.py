@@ -99,7 +99,7 @@ def test_relative_scores_see_no_merit_in_standing_still_near_the_base() -> None:
     assert (result.alpha, result.noise) == (0.4, 7)
     assert scores(result)[0.4] == pytest.approx(100 * 12 / 34)
     assert result.wins[0.4] > 0.7
-    assert is_noted(result, "makes a score of 41.18, and the best score is 35.29")
+    assert is_noted(result, "makes a D of 41.18, and the best D is 35.29")
 
 
 def test_relative_scores_take_the_smallest_alpha_for_the_base_and_say_so() -> None:
@@ -115,7 +115,7 @@ def test_an_alpha_at_which_nothing_has_moved_cannot_win_by_relative_scores() -> 
     result = choose(table, measure="relative")
     assert scores(result)[0.1] is None and result.alpha == 0.4
     assert 0.1 not in result.ties and result.wins[0.1] == 0
-    assert is_noted(result, "Alpha 0.1 is not eligible: no answer there has left the base's")
+    assert is_noted(result, "Alpha 0.1 cannot be chosen: its answers are still the base's")
     still = choose(with_changes(0, 0, 0, 0), measure="relative")
     assert still.alpha == 0.0 and set(still.wins.values()) == {0.0}
 
@@ -144,7 +144,7 @@ def test_embedding_scores_sum_the_distances_given() -> None:
     assert scores(result) == {0.0: None, 0.1: 0.5, 0.2: 0.3, 0.3: None}
     assert (result.alpha, result.candidates[1].diff_previous) == (0.2, 0.2)
     assert sorted(seen) == [("a", "aaa"), ("b", "bbbb"), ("bbbb", "b")]
-    assert is_noted(result, "differ in 1 of 2 answers. That alone makes a score of 0.6, and")
+    assert is_noted(result, "1 of 2 answers differed by chance. That alone makes a D of 0.6, and")
 
 
 @pytest.mark.parametrize("found", [[0.1], [0.1, 0.2, 0.3], [0.1, -0.5], [0.1, float("nan")]])
@@ -202,7 +202,7 @@ def test_a_collapsed_alpha_cannot_win_however_consistent_it_is() -> None:
     assert scores(result)[0.5] == 0
     assert degenerate(result) == [0, 0, 0, 0, 40, 40, 40]
     assert result.alpha == 0.1
-    assert is_noted(result, "Alpha 0.5 is not eligible: 40 of 40 answers")
+    assert is_noted(result, "Alpha 0.5 cannot be chosen: 40 of 40 answers")
     assert result.wins[0.5] == result.wins[0.4] == 0
 
 
@@ -244,16 +244,18 @@ def test_a_few_degenerate_answers_do_not_exclude() -> None:
     table[0.2][:4] = [""] * 4
     result = choose(table)
     assert by_alpha(result.candidates)[0.2].degenerate == 4
-    assert not is_noted(result, "not eligible")
+    assert not is_noted(result, "cannot be chosen:")
     table[0.2][4] = ""
-    assert is_noted(choose(table), "Alpha 0.2 is not eligible: 5 of 40")
+    assert is_noted(choose(table), "Alpha 0.2 cannot be chosen: 5 of 40")
 
 
 def test_degenerate_answers_that_the_base_gives_too_do_not_exclude() -> None:
     result = choose({alpha: ["x " * 20] * 30 + [f"{alpha}"] * 10 for alpha in DEFAULT_ALPHAS})
-    assert not is_noted(result, "not eligible")
+    assert not is_noted(result, "cannot be chosen:")
     assert result.alpha == 0.1
-    assert is_noted(result, "30 of 40 answers at the chosen alpha are empty, repeating or constant")
+    assert is_noted(
+        result, "30 of 40 answers at the chosen alpha are empty, repeating or all the same"
+    )
 
 
 def test_without_an_eligible_alpha_the_smallest_is_taken() -> None:
@@ -262,7 +264,9 @@ def test_without_an_eligible_alpha_the_smallest_is_taken() -> None:
     result = search(generate, range(40), refine=3)
     assert (result.alpha, result.ties) == (0.0, ())
     assert set(result.wins.values()) == {0.0}
-    assert is_noted(result, "No alpha between two others is eligible: the smallest, 0.0, is taken")
+    assert is_noted(
+        result, "No alpha between two others can be chosen, so 0.0, the smallest, is taken"
+    )
     assert [alpha for alpha, _ in generate.calls] == list(DEFAULT_ALPHAS)
 
 
@@ -281,11 +285,11 @@ def test_ties_go_to_the_smaller_alpha_and_are_said() -> None:
 def test_ends_never_win_but_a_quieter_end_is_noted() -> None:
     result = choose(with_changes(1, 9, 9, 9))
     assert result.alpha == 0.1
-    assert is_noted(result, "Alpha 0.0 differs from its one neighbour by 1, less than half")
+    assert is_noted(result, "Alpha 0.0 differs from its only neighbour by 1, less than half")
     assert not is_noted(result, "Alpha 0.4 differs")
     result = choose(with_changes(9, 9, 9, 2))
-    assert is_noted(result, "Alpha 0.4 differs from its one neighbour by 2")
-    assert not is_noted(choose(with_changes(5, 5, 5, 5)), "one neighbour")
+    assert is_noted(result, "Alpha 0.4 differs from its only neighbour by 2")
+    assert not is_noted(choose(with_changes(5, 5, 5, 5)), "only neighbour")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +313,7 @@ def test_what_a_refined_search_may_choose_is_not_said_to_be_out_of_reach() -> No
     table = Playback({alpha: [answer] * 40 for alpha, answer in answers.items()})
     result = search(table, range(40), (0, 0.2, 0.4), refine=1)
     assert result.alpha == 0.3
-    assert not is_noted(result, "no other can win")
+    assert not is_noted(result, "no other can be chosen")
 
 
 def test_a_clear_result_needs_no_notes() -> None:
@@ -342,7 +346,7 @@ def test_wins_are_shares_that_follow_the_scores() -> None:
     narrow = choose(with_changes(11, 10, 12, 11, 12, 12, prompts=100))
     share = narrow.wins[narrow.alpha]
     assert share < 0.5
-    assert is_noted(narrow, f"Alpha {narrow.alpha} wins in only {share:.0%}")
+    assert is_noted(narrow, f"alpha {narrow.alpha} has the lowest D in only {share:.0%}")
 
 
 def test_the_seed_decides_the_bootstrap_and_nothing_else() -> None:
@@ -451,13 +455,13 @@ def test_noise_is_asked_once_at_the_chosen_alpha_and_counted() -> None:
     four = Playback({0.2: [*table[0.2][:96], *["other"] * 4]})
     result = search_table(table, noise=three)
     assert [alpha for alpha, _ in three.calls] == [result.alpha] == [0.2]
-    assert result.noise == 3 and not is_noted(result, "noise")
+    assert result.noise == 3 and not is_noted(result, "by chance")
     result = search_table(table, noise=four)
     assert result.noise == 4
-    assert is_noted(result, "Two runs at alpha 0.2 differ in 4 of 100 answers")
+    assert is_noted(result, "Asked twice at alpha 0.2, 4 of 100 answers differed by chance")
     joint = search_table(table, measure="joint", noise=four)
     assert joint.noise == 4
-    assert not is_noted(joint, "noise"), "one comparison makes a joint score, not two"
+    assert not is_noted(joint, "by chance"), "one comparison makes a joint score, not two"
     assert choose(table).noise is None
 
 

@@ -196,6 +196,24 @@ def test_noise_is_the_same_alpha_in_batches_of_half_the_size(
     assert len(model.batches) == batches
 
 
+def test_the_donors_answers_are_asked_aside_and_kept(tmp_path: Path) -> None:
+    """They are at alpha 1, which the search's own answers know nothing of."""
+    for model in (FakeModel(), None):
+        told: list[tuple[float, int]] = []
+        begun: list[float] = []
+
+        def answered(*one: Any, told: list[tuple[float, int]] = told) -> None:
+            told.append((one[0], one[1]))
+
+        with opened(model, tmp_path / "a", asked=begun.append, answered=answered) as session:
+            assert session.ask_donor(PROMPTS) == answers_at(1.0)
+        assert begun == [1.0]
+        assert told == [(1.0, 2 if model else 0) for _ in PROMPTS]
+    with AnswerJournal(tmp_path / "a", "mine") as journal:
+        assert journal.donor == dict(enumerate(answers_at(1.0)))
+        assert not journal.answers and not journal.again
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_live_model_answers_as_it_does_without_a_session(
     talker: Talkers, images: tuple[Path, ...], tmp_path: Path
