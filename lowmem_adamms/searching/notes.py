@@ -66,8 +66,8 @@ def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) ->
             further = "; a grid that goes on would give it one" if end > neighbour else ""
             yield (
                 f"Alpha {end} differs from its only neighbour by {_format(difference)}, less than"
-                f" half of the best D, {_format(lowest)}. Without a neighbour on either side it has no"
-                f" D and cannot be chosen{further}."
+                f" half of the best D, {_format(lowest)}. Without a neighbour on either side it has"
+                f" no D and cannot be chosen{further}."
             )
 
 
