@@ -29,6 +29,7 @@ from llvmlite import ir
 from numba import get_num_threads, njit, prange, types
 from numba.extending import intrinsic, overload
 
+from .compile_cache import keep_compiled
 from .reference import Triple, without_ends
 
 BLOCK = 1 << 15
@@ -230,7 +231,8 @@ def _keep_any(base, donor, out):
     return lambda base, donor, out: base if base == donor else out
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@keep_compiled
+@njit(parallel=True, nogil=True, error_model="numpy")
 def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag):
     """Every block of every part; addresses is (parts, 3), owner and first are per block."""
     beta = 1.0 - alpha
