@@ -11,7 +11,7 @@ frozen dataclass of `settings.py` that declares them.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -198,7 +198,7 @@ def place_search(
 
 def find_alpha(
     plan: Plan,
-    prompts: str | Path | Prompts,
+    prompts: str | Path | Iterable[Prompt | str | Mapping[str, Any]],
     settings: SearchSettings | None = None,
     *,
     journal: str | Path | None = None,
@@ -214,7 +214,8 @@ def find_alpha(
 
     Args:
         plan: From `make_plan`.
-        prompts: A prompt set: JSON Lines, a folder of images, Parquet, a Hub dataset; or loaded.
+        prompts: A prompt set as for `load_prompts`: a file, a folder of images, a Hub dataset, or
+            a list of texts or of dicts with a `prompt` and an `image`; or loaded.
         settings: Or its fields as keywords: `alphas`, `refine`, `measure`, `samples`, `device`, ….
         journal: File that keeps the answers; the same call then resumes from them.
         placement: From `place_search`, if it was decided before.

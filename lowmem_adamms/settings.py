@@ -196,12 +196,14 @@ class PromptSettings:
     )
     text_column: str | None = setting(
         None,
-        "of Parquet or a Hub dataset; default: prompt, question, query, instruction or text",
+        "of CSV, TSV, Parquet or a Hub dataset; default: prompt, question, query, instruction or"
+        " text",
         metavar="NAME",
     )
     image_column: tuple[str, ...] = setting(
         (),
-        "of Parquet or a Hub dataset; may be repeated; default: image, images, image_1, ...",
+        "of CSV, TSV, Parquet or a Hub dataset; may be repeated; default: image, images, image_1,"
+        " ...",
         metavar="NAME",
         repeated=True,
     )

@@ -34,8 +34,8 @@ def prompts_option() -> str | None:
     """The option --prompts."""
     text: str | None = setting(
         None,
-        "unlabelled questions: JSON Lines, a folder of images, Parquet, or a Hub dataset"
-        " (org/name[:config][@revision])",
+        "unlabelled questions: JSON or JSON Lines (prompt and image, or conversations or messages),"
+        " CSV, TSV, Parquet, a folder of images, or a Hub dataset (org/name[:config][@revision])",
         metavar="SET",
         parse=expanduser,
     )

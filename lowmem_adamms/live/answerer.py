@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..prompts import Prompt
+from ..prompts import Prompt, as_prompt
 from ..settings import AnswerSettings
 from .draft_decoding import BatchDecoder, CannotResumeError, Cost, Tokens
 from .prompt_encoder import Batch, Encoder, Inputs
@@ -58,7 +58,7 @@ class Answerer:
 
     def answer(
         self,
-        prompts: Sequence[Prompt | str],
+        prompts: Sequence[Prompt | str | Mapping[str, Any]],
         known: Mapping[int, str] | None = None,
         answered: Answered | None = None,
     ) -> list[str]:
@@ -67,7 +67,7 @@ class Answerer:
         known: answers by place that need not be made again; a batch is left out if all of it is
         known. answered: called for each new answer as soon as it is there.
         """
-        asked = tuple(p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
+        asked = tuple(map(as_prompt, prompts))
         self.cost = Cost()
         start = time.perf_counter()
         answers = dict(known or {})

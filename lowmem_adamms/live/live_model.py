@@ -6,7 +6,7 @@ for bit. Base values come from the base's own files, never from the live paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -171,7 +171,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
 
     def generate(
         self,
-        prompts: Sequence[Prompt | str],
+        prompts: Sequence[Prompt | str | Mapping[str, Any]],
         settings: AnswerSettings | None = None,
         *,
         batch_size: int | None = None,
@@ -179,7 +179,8 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         """Answer prompts greedily at the alpha applied last.
 
         Args:
-            prompts: Texts, or `Prompt` with images.
+            prompts: Texts, `Prompt`s, or dicts such as `{"prompt": "Is it?", "image": image}`
+                with a path or a Pillow image.
             settings: How long answers may be, and what is remembered from call to call; None: as in
                 the last call, at first the defaults.
             batch_size: Prompts answered at a time; None: as in the last call, at first that of the

@@ -14,16 +14,19 @@ from ..errors import PromptError
 _URL = re.compile(r"(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
 
+Image = Path | bytes
+"""A path, or the bytes of an encoded image file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One unlabelled question.
 
-    images: in order; each is a path or the bytes of an encoded image file. id: where the prompt
-    stands, for people: "prompts.jsonl:3".
+    images: in order. id: where the prompt stands, for people: "prompts.jsonl:3".
     """
 
     text: str
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[Image, ...] = ()
     id: str = ""
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import re
 import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PromptError
-from .entry import Prompt, one_line
+from .entry import Prompt, check_path, one_line, show_value
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names. Not all that it reads: it hands EPS, for one, to Ghostscript to run."""
@@ -31,6 +36,34 @@ def open_image(image: Path | bytes) -> Image.Image:
     return _decode(
         image, f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
     )
+
+
+def read_image(value: object, folder: Path, where: str) -> Path | bytes:
+    """An image as it is given: a path, a data: URL, or from Python bytes or a Pillow image.
+
+    Paths are relative to `folder`. The image is not decoded; PromptError names the place.
+    """
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str) and value[:5].lower() == "data:":
+        return _read_data_url(value, where)
+    if isinstance(value, Path):
+        return folder / value.expanduser()
+    if hasattr(value, "getbands"):
+        file = io.BytesIO()
+        _to_rgb(_turn_upright(value)).save(file, "PNG")  # type: ignore[arg-type]
+        return file.getvalue()
+    return check_path(value, folder, where)
+
+
+def _read_data_url(url: str, where: str) -> bytes:
+    head = _DATA_URL.match(url[:200])
+    try:
+        if head:
+            return base64.b64decode(url[head.end() :], validate=True)
+    except (ValueError, binascii.Error):
+        pass
+    raise PromptError(f"{where}: {show_value(url)} is no data: URL in base64; write it so")
 
 
 def check_images(prompt: Prompt, where: str, checked: set[Path]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import PromptError
 from ..settings import PromptSettings
-from .entry import Prompt, check_path, check_text, show_value
+from .entry import Image, Prompt, check_text, show_value
+from .images import read_image
 
 TEXT_COLUMNS = ("prompt", "question", "query", "instruction", "text")
 """Where a table's prompts are looked for; the first that exists is taken."""
@@ -45,13 +46,13 @@ def row_prompt(row: Mapping[str, object], columns: Sequence[str], folder: Path, 
     where = str(folder / id)
     text_column, *image_columns = columns
     text = check_text(row[text_column], text_column, where)
-    images: list[Path | bytes] = []
+    images: list[Image] = []
     for name in image_columns:
         images += _cell_images(row[name], name, folder, where)
     return Prompt(text, tuple(images), id)
 
 
-def _cell_images(value: object, name: str, folder: Path, where: str) -> Iterator[Path | bytes]:
+def _cell_images(value: object, name: str, folder: Path, where: str) -> Iterator[Image]:
     """The images in one cell: none, one, or a list of them."""
     if isinstance(value, dict):  # how the Hub stores an image; the bytes count if both are there
         value = (
@@ -63,7 +64,7 @@ def _cell_images(value: object, name: str, folder: Path, where: str) -> Iterator
     elif isinstance(value, bytes):
         yield value
     elif isinstance(value, str):
-        yield check_path(value, folder, where)
+        yield read_image(value, folder, where)
     elif value is not None:
         raise PromptError(
             f'{where}: "{name}" is {show_value(value)}; expected an image:'

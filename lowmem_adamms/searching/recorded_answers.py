@@ -6,8 +6,6 @@ VLMEvalKit's predictions (one file for each alpha). The fields of a record tell 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError, RecipeError
+from ..prompts.csv_file import read_csv
 from ..prompts.entry import import_library, one_line, show_value
-from ..prompts.json_lines import parse_json
-
-_LONGEST_CELL = 1 << 28  # prediction tables may hold whole images in base64
+from ..prompts.json_files import parse_json
 
 Record = Mapping[str, Any]
 
@@ -200,7 +197,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
     is_xlsx = path.suffix.lower() == ".xlsx"
-    rows: Sequence[Sequence[Any]] = _xlsx_rows(path) if is_xlsx else _csv_rows(path)
+    rows: Sequence[Sequence[Any]] = _xlsx_rows(path) if is_xlsx else read_csv(path)
     header = [str(cell) for cell in rows[0]] if rows else []
     if not {"index", "prediction"} <= set(header):
         raise PromptError(
@@ -215,26 +212,6 @@ def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{path}, row {number}: found {len(cells)} cells, expected {len(header)}"
             )
         yield f"row {number}", dict(zip(header, cells, strict=True))
-
-
-def _csv_rows(path: Path) -> list[list[str]]:
-    raw = path.read_bytes()
-    try:
-        text = io.StringIO(raw.decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise PromptError(f"{path}, line {line}: not UTF-8; save the file as that") from None
-    dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
-    reader = csv.reader(text, dialect, strict=True)
-    usual_limit = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise PromptError(
-            f"{path}, line {reader.line_num}: not a row of a table ({error})"
-        ) from None
-    finally:
-        csv.field_size_limit(usual_limit)
 
 
 def _xlsx_rows(path: Path) -> list[tuple[Any, ...]]:

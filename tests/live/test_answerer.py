@@ -14,6 +14,7 @@ import talk
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lowmem_adamms.live import answerer as answering
 from lowmem_adamms.live.answerer import Answerer
@@ -256,6 +257,13 @@ def test_without_drafts_all_rows_stay_and_every_position_is_counted(
 
 
 # Vision features
+
+
+def test_a_dict_with_a_pillow_image_is_a_prompt(talker: Talkers, images: tuple[Path, ...]) -> None:
+    answerer = answerer_of(talker("qwen3_vl"))
+    with Image.open(images[0]) as image:
+        given = {"prompt": "What?", "image": image}
+        assert answerer.answer([given]) == answerer.answer([Prompt("What?", (images[0],))])
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "cogvlm", "mplug_owl2"])

@@ -130,12 +130,13 @@ def test_byte_order_mark_and_line_ends_do_not_matter(tmp_path: Path) -> None:
         ('{"prompt": null}', ['"prompt" is None', "a text"]),
         ('{"prompt": "\\ud83d"}', ["surrogate"]),
         ('{"prompt": "x", "image": "a.png", "images": ["a.png"]}', ["both", "keep one"]),
-        ('{"prompt": "x", "image": ["a.png"]}', ["is [", "path"]),
+        ('{"prompt": "x", "image": {"path": "a.png"}}', ["is {", "path"]),
         ('{"prompt": "x", "image": ""}', ["is ''", "path"]),
         ('{"prompt": "x", "images": "a.png"}', ["is 'a.png'", "list of paths"]),
         ('{"prompt": "x", "images": ["a.png", null]}', ["None", "path"]),
         ('{"prompt": "x", "image": "HTTPS://host/a.png"}', ["HTTPS://host/a.png", "download"]),
-        ('{"prompt": "x", "image": "data:image/png;base64,' + "A" * 9999 + '"}', ["download"]),
+        ('{"prompt": "x", "image": "data:image/png;base64,' + "A" * 9999 + '"}', ["in base64"]),
+        ('{"prompt": "x", "image": "data:image/png,AAAA"}', ["in base64"]),
     ],
 )
 def test_every_line_is_checked_also_outside_the_sample(
@@ -490,7 +491,11 @@ def test_hub_dataset_is_asked_for_by_name_config_and_revision(
     [
         ("a/missing.parquet", None, "no such file"),
         ("missing", None, "no such file"),
-        ("p.json", b'{"prompt": "x"}', "expected .jsonl"),
+        ("p.json", b'{"prompt": "x"}', "call it .jsonl"),
+        ("p.json", b"[]", "no prompts"),
+        ("p.csv", b"", "no column called prompt"),
+        ("p.csv", b"prompt\n", "no prompts"),
+        ("p.txt", b"What is this?", "expected .jsonl"),
         ("p.jsonl", b"\n \n\n", "no prompts"),
     ],
 )
@@ -508,6 +513,7 @@ def test_what_is_no_prompt_set_is_refused(
     [
         ("p.jsonl", {"question": "What?"}),
         ("p.jsonl", {"text_column": "text"}),
+        ("p.csv", {"split": "test"}),
         ("set.parquet", {"split": "test"}),
         ("pics", {"image_column": ("image",)}),
         ("acme/set", {"question": "What?"}),
@@ -519,6 +525,7 @@ def test_settings_must_fit_the_set(
     monkeypatch.chdir(tmp_path)
     lines(tmp_path / "p.jsonl", [{"prompt": "x"}])
     put(tmp_path / "set.parquet", b"")
+    put(tmp_path / "p.csv", b"prompt\nx\n")
     put(tmp_path / "pics" / "a.png", encode())
     assert next(iter(settings)) in refused(source, RecipeError, **settings)
 
@@ -542,7 +549,7 @@ def test_sample_of_a_seed_is_the_same_on_every_machine(tmp_path: Path) -> None:
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("lowmem_adamms.prompts.load")
-    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=3)
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=4)
 
 
 # Images

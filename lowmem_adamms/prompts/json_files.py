@@ -1,0 +1,80 @@
+"""Prompts from JSON: an object on each line, or one array of objects. All of them are checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import PromptError
+from ..settings import PromptSettings
+from .entry import Prompt, PromptSet, one_line, show_value
+from .records import read_record
+
+
+def open_json_lines(ref: str, settings: PromptSettings) -> PromptSet:
+    """The prompts of a file with an object on each line; blank lines are skipped."""
+    path = Path(ref)
+    places: list[tuple[int, int]] = []  # of each prompt: number of its line, and where it begins
+
+    def parse(line: bytes, number: int) -> Prompt:
+        where = f"{path}:{number}"
+        record = parse_json(line, where)
+        return read_record(record, path.parent, where, f"{path.name}:{number}")
+
+    def read(picks: Sequence[int]) -> Iterator[Prompt]:
+        with path.open("rb") as file:
+            for pick in picks:
+                number, start = places[pick]
+                file.seek(start)
+                yield parse(file.readline(), number)
+
+    try:
+        with path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    parse(line, number)
+                    places.append((number, start))
+                start += len(line)
+    except OSError as error:
+        raise PromptError(f"{path}: {error.strerror}") from None
+    return PromptSet(len(places), path.parent, read)
+
+
+def open_json_array(ref: str, settings: PromptSettings) -> PromptSet:
+    """The prompts of a file that is one array of objects."""
+    path = Path(ref)
+    try:
+        records = parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise PromptError(f"{path}: {error.strerror}") from None
+    if not isinstance(records, list):
+        raise PromptError(
+            f"{path}: found {show_value(records)}, expected an array of objects; with an object on"
+            " each line, call it .jsonl"
+        )
+
+    def read(picks: Sequence[int]) -> Iterator[Prompt]:
+        for pick in picks:
+            id = f"{path.name}[{pick}]"
+            yield read_record(records[pick], path.parent, str(path.parent / id), id)
+
+    for _ in read(range(len(records))):
+        pass
+    return PromptSet(len(records), path.parent, read)
+
+
+def parse_json(raw: bytes, where: str) -> Any:
+    """Parse a JSON document in UTF-8; PromptError that names the place."""
+    try:
+        return json.loads(raw.decode("utf-8-sig"))  # without a byte order mark
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not UTF-8; save it as such"
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        reason = f"not JSON: {error.msg} at {line}column {error.colno}"
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
+        reason = f"not JSON that can be read: {one_line(error)}"
+    raise PromptError(f"{where}: {reason}")
