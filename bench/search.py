@@ -35,6 +35,7 @@ import torch
 from measure import anonymous_and_resident
 
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
+from lowmem_adamms.checkpoints.span import Span
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -114,7 +115,7 @@ def bare_kernel(plan: Plan) -> Callable[[float], None]:
     calls = []
     for step in plan.steps:
         for part in step.parts:
-            if part.donor is not None:
+            if isinstance(part.donor, Span):
                 dtypes = (part.base.dtype.name, part.donor.dtype.name, step.dtype.name)
                 views = files.view(part.base), files.view(part.donor)
                 size = part.base.nbytes // part.base.dtype.itemsize * step.dtype.itemsize

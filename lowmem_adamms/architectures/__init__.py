@@ -1,5 +1,7 @@
 """Architectures: which role in the common decoder each tensor of a checkpoint has.
 
+block        which part of a tensor holds a role
+experts      what experts are called, and whose part of a stack is which expert's
 layout       what an architecture is, and a checkpoint's layout read with one
 families/    the known architectures, as data
 recognise    which of them a checkpoint is of

@@ -7,20 +7,24 @@ else it is (vision tower, connector, …). Nothing here knows a family by name.
 Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
 `attn.{q,k,v,o}.{weight,bias}`, `attn.{q,k}_norm.weight`, `mlp.{gate,up,down}.{weight,bias}`,
 `attn_norm.weight`, `mlp_norm.weight` (and `attn_post_norm.weight`, `mlp_post_norm.weight` where a
-layer norms what it adds as well). A stream may follow: `@text`, `@vision` (a copy that only those
-tokens use).
+layer norms what it adds as well). Of experts, for each expert K:
+`mlp.experts.K.{gate,up,down}.{weight,bias}`, beside `mlp.router.{weight,bias,correction_bias}`,
+`mlp.shared_expert.{gate,up,down}.weight` and `mlp.shared_expert_gate.weight`. A stream may follow:
+`@text`, `@vision` (a copy that only those tokens use).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
 from ..errors import MappingError
+from .block import Block
+from .experts import EXPERT, EXPERT_ROLES, ROUTER_ROLES, sees_transposed_router, split_stacks
 
 BUFFER = "rotary buffer"
 UNKNOWN = "no known role"
@@ -32,6 +36,11 @@ ESSENTIAL = (
 )
 """What every layer of a decoder has."""
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})(\..+)")
+_EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.")
+_EXPERT_NAMES = {
+    f"layers.#.{name}": " ".join(f"layers.#.{role}" for role in roles.split())
+    for name, roles in {**EXPERT_ROLES, **{role: role for role in ROUTER_ROLES}}.items()
+}
 _Layer = tuple[str, int]
 """The name of a stack of layers, such as `layers.`, and the number of one of them."""
 
@@ -45,12 +54,15 @@ class Arch:
         source: Where its names come from.
         classes: What `architectures` in config.json may say.
         spellings: Pairs of the decoder's prefix and the head's full name, as found on disk.
-        decoder: Tensor name after the prefix, layer number written `#`, to the roles it holds in
-            memory order: space-separated when fused, empty for a buffer that is never blended.
+        decoder: Tensor name after the prefix, layer number written `#` and expert number `*`, to
+            the roles it holds in memory order: space-separated when fused, empty for a buffer that
+            is never blended. Several names may stand for one role. A name without `*` whose roles
+            have it is a stack of all experts.
         others: Prefixes of all other tensors, and what they are.
         shared_ids: How many leading token ids all descendants of its ancestor share.
-        interleaved: Those fused names of `decoder` in which q, k and v alternate head by head: the
-            query rows of one key-value head, its key's, its value's, then the next head's.
+        interleaved: Those fused names of `decoder` in which q, k and v alternate head by head (the
+            query rows of one key-value head, its key's, its value's, then the next head's), or gate
+            and up of stacked experts row by row.
         head_dim: Rows of a head, for these, where config.json does not tell.
         foreign_layers: A name as in `decoder` to what a layer is that has it; such layers lie
             between those of the ancestor, which are numbered without them.
@@ -87,21 +99,6 @@ def _to_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return [_to_lists(item) for item in value] if isinstance(value, tuple) else value
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows `start` to `stop` (dim 0) of a tensor hold `role`, from its row `first` on."""
-
-    role: str
-    start: int
-    stop: int
-    first: int = 0
-
-    @property
-    def last(self) -> int:
-        """The row of `role` after the block's last one."""
-        return self.first + self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +159,47 @@ def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> L
         span = checkpoint.tensors[name]
         if ".attn.o.weight" in roles[0] and len(span.shape) == 2:
             query_rows = span.shape[1]  # the output projection has a column per query row
-    blocks: dict[str, tuple[Block, ...]] = {}
+    width = checkpoint.tensors[prefix + arch.embed_name].shape[-1]
+    blocks = _split_experts(checkpoint, arch, prefix, roles_of, width)
     for name, roles in roles_of.items():
-        key, _ = _declared_name(arch, prefix, name)
+        if name in blocks:
+            continue
+        key, _, _ = _declared_name(arch, prefix, name)
         head_dim = _head_dim(checkpoint, arch, query_rows) if key in arch.interleaved else None
         blocks[name] = _split(checkpoint, name, roles, query_rows, head_dim)
-    return Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
+    layout = Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
+    _check_held_once(checkpoint, layout)
+    return layout
+
+
+def _check_held_once(checkpoint: Checkpoint, layout: Layout) -> None:
+    """MappingError where two tensors hold the same rows of a role: a declaration names both."""
+    for role, pieces in layout.pieces().items():
+        if len({block.first for _, block in pieces}) < len(pieces):
+            first, second, *_ = (name for name, _ in pieces)
+            raise MappingError(f"{checkpoint.path}: both {first} and {second} hold {role}")
+
+
+def _split_experts(
+    checkpoint: Checkpoint,
+    arch: Arch,
+    prefix: str,
+    roles_of: Mapping[str, Sequence[str]],
+    width: int,
+) -> dict[str, tuple[Block, ...]]:
+    """The blocks of stacked experts, and of routers, which may be transposed."""
+    stacks: dict[str, tuple[Sequence[str], tuple[int, ...], bool]] = {}
+    blocks: dict[str, tuple[Block, ...]] = {}
+    for name, roles in roles_of.items():
+        shape = checkpoint.tensors[name].shape
+        if EXPERT in roles[0]:
+            key, _, _ = _declared_name(arch, prefix, name)
+            stacks[name] = (roles, shape, key in arch.interleaved)
+        elif ".router.weight" in roles[0] and sees_transposed_router(shape, width):
+            blocks[name] = (Block(roles[0], 0, shape[1], transposed=True),)
+    # In the order of the file
+    blocks |= split_stacks(checkpoint.path, stacks, width)
+    return {name: blocks[name] for name in roles_of if name in blocks}
 
 
 def find_missing(checkpoint: Checkpoint, arch: Arch, prefix: str) -> tuple[int, str]:
@@ -191,8 +223,8 @@ def _read_roles(
     roles_of: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
     for name in checkpoint.tensors:
-        key, layer = _declared_name(arch, prefix, name)
-        roles = "head" if name == head else arch.decoder.get(key)
+        key, layer, expert = _declared_name(arch, prefix, name)
+        roles = "head" if name == head else arch.decoder.get(key, _EXPERT_NAMES.get(key))
         if layer in foreign:
             kinds[name] = foreign[layer]
         elif roles is None:
@@ -200,7 +232,8 @@ def _read_roles(
         elif not roles.strip():
             kinds[name] = BUFFER
         else:
-            roles_of[name] = roles.replace("#", _ancestors_number(layer, foreign)).split()
+            roles = roles.replace("#", _ancestors_number(layer, foreign))
+            roles_of[name] = roles.replace(EXPERT, expert or EXPERT).split()
     return roles_of, kinds
 
 
@@ -212,22 +245,28 @@ def _first_missing(roles: Collection[str]) -> str | None:
         if role not in plain:
             return role
     for layer in range(max(len(layers), 1)):
+        is_sparse = f"layers.{layer}.mlp.router.weight" in plain
         for part in ESSENTIAL:
+            if is_sparse and part.startswith("mlp."):
+                continue
             if f"layers.{layer}.{part}" not in plain:
                 return f"layers.{layer}.{part}"
     return None
 
 
-def _declared_name(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None]:
-    """A tensor's name as the declaration would spell it, and the layer it is in, if it is."""
+def _declared_name(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None, str]:
+    """A tensor's name as the declaration would spell it; the layer and the expert it is of."""
     if not name.startswith(prefix):
-        return "", None
+        return "", None, ""
     suffix = name[len(prefix) :]
     layer = None if suffix in arch.decoder else _LAYER.match(suffix)
     if layer is None:
-        return suffix, None
+        return suffix, None, ""
     stack, number, rest = layer.groups()
-    return f"{stack}#{rest}", (stack, int(number))
+    expert = _EXPERT.search(rest)
+    if expert:
+        rest = rest[: expert.start(1)] + EXPERT + rest[expert.end(1) :]
+    return f"{stack}#{rest}", (stack, int(number)), expert[1] if expert else ""
 
 
 def _find_foreign_layers(
@@ -237,7 +276,7 @@ def _find_foreign_layers(
     if not arch.foreign_layers:
         return {}
     keys = (_declared_name(arch, prefix, name) for name in checkpoint.tensors)
-    return {layer: arch.foreign_layers[key] for key, layer in keys if key in arch.foreign_layers}
+    return {layer: arch.foreign_layers[key] for key, layer, _ in keys if key in arch.foreign_layers}
 
 
 def _ancestors_number(layer: _Layer | None, foreign: Iterable[_Layer | None]) -> str:

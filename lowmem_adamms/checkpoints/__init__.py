@@ -3,6 +3,7 @@
 dtypes              names and sizes of element types
 safetensors_header  one file's header: parse, validate, build
 span                a run of bytes in a file, and the tensor it stands for
+arranged            elements of spans in another order
 torch_bin           the spans of a torch `.bin` file, found without running its code
 weight_files        which files of a folder or repository hold the weights
 checkpoint          a folder, file or Hub id opened as a whole

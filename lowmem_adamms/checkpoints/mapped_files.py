@@ -181,7 +181,8 @@ def read_ahead(
 ) -> Iterator[W]:
     """The same windows, each with its pages read; those of the `count` after it are on their way.
 
-    spans: what a window reads, in groups; the nth span of each group goes to the nth reader.
+    spans: what a window reads, in groups; the nth span of each group goes to the nth reader, and to
+    the last one those for which there is none.
     prefetch: how a span's pages are read, as calls that may run in any order.
     """
     queue: deque[tuple[W, list[Future[None]]]] = deque()
@@ -195,7 +196,8 @@ def read_ahead(
     for window in windows:
         reads: list[Future[None]] = []
         for group in spans(window):
-            for reader, span in zip(readers, group, strict=False):
+            for i, span in enumerate(group):
+                reader = readers[min(i, len(readers) - 1)]
                 reads += map(reader.submit, prefetch(span))
         queue.append((window, reads))
         if len(queue) > count:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import FormatError
 from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
+from .arranged import Arranged
 from .span import Span
 
 if TYPE_CHECKING:
     from ..kernels.reference import Bits, Floats
+    from .mapped_files import Bytes
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -50,8 +52,10 @@ class SampledReader(AbstractContextManager["SampledReader"]):
         """What `work`, which reads here, makes of each item, in their order."""
         return self._pool.map(work, items)
 
-    def read_bytes(self, span: Span) -> bytes | bytearray:
+    def read_bytes(self, span: Span | Arranged) -> bytes | bytearray:
         """A span's bytes."""
+        if isinstance(span, Arranged):
+            return bytes(span.assemble(self._read_array).tobytes())
         path = span.path
         if path in self._remote:
             return self._remote[path].read(span.start, span.stop)
@@ -59,7 +63,12 @@ class SampledReader(AbstractContextManager["SampledReader"]):
             self._open[path] = self._stack.enter_context(path.open("rb"))
         return _read_uncached(self._open[path], span.start, span.nbytes)
 
-    def read_bits(self, span: Span) -> Bits:
+    def _read_array(self, span: Span) -> Bytes:
+        import numpy as np
+
+        return np.frombuffer(self.read_bytes(span), np.uint8)
+
+    def read_bits(self, span: Span | Arranged) -> Bits:
         """A span of a blendable dtype as a flat array of its storage type, such as uint16."""
         import numpy as np
 
@@ -67,7 +76,7 @@ class SampledReader(AbstractContextManager["SampledReader"]):
 
         return np.frombuffer(self.read_bytes(span), reference.STORAGE[span.dtype.name])
 
-    def read_floats(self, span: Span) -> Floats:
+    def read_floats(self, span: Span | Arranged) -> Floats:
         """A span of a blendable dtype as a flat float64 array."""
         from ..kernels import reference
 

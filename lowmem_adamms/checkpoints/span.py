@@ -24,6 +24,11 @@ class Span:
         return self.stop - self.start
 
     @property
+    def spans(self) -> tuple[Span, ...]:
+        """What is read: itself. An `Arranged` is read from several."""
+        return (self,)
+
+    @property
     def elements(self) -> int:
         """Number of elements."""
         return self.nbytes * 8 // self.dtype.bits

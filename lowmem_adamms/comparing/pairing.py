@@ -15,27 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..architectures.layout import BUFFER, Layout
+from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
 from ..mapping.join import make_plan
-from ..mapping.kinship import group_of
+from ..mapping.kinship import group_of, is_expert
 from ..mapping.plan import Plan
 
 if TYPE_CHECKING:
     from ..hub.remote_file import RemoteFile
 
-LAYER_KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norms", "biases")
+LAYER_KINDS = (
+    *("q", "k", "v", "o", "gate", "up", "down", "router", "experts", "shared_expert"),
+    *("norms", "biases"),
+)
 """The kinds of tensors in a layer, in the order they are shown; a stream may follow: `q@vision`."""
-SIZE_TRAITS = ("decoder layers", "width", "query rows", "key and value rows", "MLP rows")
+SIZE_TRAITS = (
+    *("decoder layers", "width", "query rows", "key and value rows", "MLP rows", "experts"),
+)
 """The traits that are lengths of matrices, or their number."""
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EACH_EXPERT = re.compile(r"(\.experts)\.[^@]*")
 
 
 @dataclass(frozen=True, slots=True)
 class SpanPair:
     """Spans of both sides with equally many elements, and the tensors that they lie in."""
 
-    spans: tuple[Span, Span]
+    spans: tuple[Span | Arranged, Span | Arranged]
     names: tuple[str, str]
 
     @property
@@ -62,7 +69,8 @@ class RolePair:
     @property
     def shows_descent(self) -> bool:
         """Whether it is a matrix of the decoder; norms are near one in any model."""
-        return not self.by_name and len(self.pieces[0].spans[0].shape) > 1
+        a, _ = self.pieces[0].spans
+        return not self.by_name and (isinstance(a, Arranged) or len(a.shape) > 1)
 
     def names(self, side: int) -> list[str]:
         """The tensors that hold it in A (0) or B (1)."""
@@ -162,20 +170,24 @@ def _pair_by_role(forth: Plan, back: Plan) -> Iterator[RolePair]:
     for role, piece in _blended_pieces(forth):
         pieces.setdefault(role, []).append(piece)
     seen = {(_without_stream(role), p.names) for role, held in pieces.items() for p in held}
+    complete = {role for role in pieces if is_expert(role)}  # whatever tensors they lie in
     for role, piece in _blended_pieces(back):
         (b, a), (b_name, a_name) = piece.spans, piece.names
-        if (_without_stream(role), (a_name, b_name)) not in seen:
+        if role not in complete and (_without_stream(role), (a_name, b_name)) not in seen:
             pieces.setdefault(role, []).append(SpanPair((a, b), (a_name, b_name)))
     for role, held in pieces.items():
         yield RolePair(role, group_of(_without_stream(role)), kind_of_role(role), tuple(held))
 
 
 def _blended_pieces(plan: Plan) -> Iterator[tuple[str, SpanPair]]:
-    """What a plan blends, base first, with its role; the text's stream counts as none."""
+    """What a plan blends, base first, with its role; the text's stream counts as none.
+
+    The experts of a layer are one role: one side may have them in one tensor.
+    """
     for step, part in plan.parts:
         if part.donor and part.donor_name and part.role and part.base.nbytes:
             piece = SpanPair((part.base, part.donor), (step.name, part.donor_name))
-            yield part.role.removesuffix("@text"), piece
+            yield _EACH_EXPERT.sub(r"\1", part.role).removesuffix("@text"), piece
 
 
 def _pair_by_name(plan: Plan) -> Iterator[RolePair]:
@@ -202,7 +214,7 @@ def _summarize(plan: Plan, other: Plan, by_name: set[str]) -> CheckpointSummary:
     whole = {name: [span] for name, span in checkpoint.tensors.items()}
     mapped: dict[str, list[Span]] = {}
     for _, piece in _blended_pieces(plan):
-        mapped.setdefault(piece.names[0], []).append(piece.spans[0])
+        mapped.setdefault(piece.names[0], []).extend(piece.spans[0].spans)
     return CheckpointSummary(
         checkpoint.name,
         checkpoint.ref if checkpoint.repo else str(checkpoint.path),
@@ -286,6 +298,7 @@ def _describe_traits(plan: Plan) -> dict[str, str]:
         "query rows": str(rows["layers.0.attn.q.weight"]),
         "key and value rows": str(rows["layers.0.attn.k.weight"]),
         "MLP rows": str(rows["layers.0.mlp.gate.weight"]),
+        "experts": str(_count_experts(plan.base_layout) or "none"),
         "embedding rows": str(rows["embed"]),
         "head": f"{rows['head']} rows" if rows["head"] else "tied to the embedding",
         "attention biases": "yes" if rows["layers.0.attn.q.bias"] else "no",
@@ -294,12 +307,18 @@ def _describe_traits(plan: Plan) -> dict[str, str]:
     }
 
 
+def _count_experts(layout: Layout) -> int:
+    """How many experts a layer has, at most."""
+    experts = (re.search(r"\.experts\.(\d+)\.", role) for role in layout.roles())
+    return max((int(expert[1]) + 1 for expert in experts if expert), default=0)
+
+
 def _list_layers(plan: Plan) -> dict[int, dict[str, tuple[Span, ...]]]:
     """The spans of each layer's matrices by role, to look for a layer at any number."""
     layers: dict[int, dict[str, tuple[Span, ...]]] = {}
     for _, part in plan.parts:
         layer = _LAYER.fullmatch((part.role or "").removesuffix("@text"))
-        if layer and len(part.base.shape) > 1:
+        if layer and len(part.base.shape) > 1 and not is_expert(layer[2]):
             roles = layers.setdefault(int(layer[1]), {})
             roles[layer[2]] = (*roles.get(layer[2], ()), part.base)
     return layers

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.arranged import Arranged, take_alike
 from ..checkpoints.sampled_reads import Remote, SampledReader, evenly_spread
 from ..checkpoints.span import Span
 from ..mapping.kinship import RUN_ELEMENTS, cosine_of
@@ -149,7 +150,7 @@ def sample_directions(
 
 def _choose_runs(
     pieces: Sequence[SpanPair], sample: int, run_elements: int
-) -> Iterator[tuple[Span, Span]]:
+) -> Iterator[tuple[Span | Arranged, ...]]:
     """The stretches of both sides to read: `sample` elements of the pieces, taken as one long row.
 
     Runs are spread from start to end; a single one lies in the middle, where kinship looks.
@@ -168,13 +169,12 @@ def _choose_runs(
 
 def _slice_pieces(
     pieces: Sequence[SpanPair], first: int, count: int
-) -> Iterator[tuple[Span, Span]]:
+) -> Iterator[tuple[Span | Arranged, ...]]:
     """Elements `first` to `first + count` of the row, cut where a piece ends."""
     start = 0
     for piece in pieces:
         stop = start + piece.elements
         low, high = max(first, start), min(first + count, stop)
         if low < high:
-            a, b = piece.spans
-            yield a.flat_slice(low - start, high - low), b.flat_slice(low - start, high - low)
+            yield take_alike(piece.spans, low - start, high - low)
         start = stop

@@ -37,8 +37,8 @@ class DeviceSource:
         self._held: defaultdict[Path, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         vram_bytes, pinned_bytes = placement.vram_source_bytes, placement.pinned_source_bytes
         for part, _, location in locate_sources(plan, vram_bytes, pinned_bytes):
-            for span in (part.base, part.donor):
-                if location == "cache" or span is None or self._find(span) is not None:
+            for span in (part.base, *(part.donor.spans if part.donor else ())):
+                if location == "cache" or self._find(span) is not None:
                     continue
                 content = as_tensor(files.view(span))
                 if location == "vram":

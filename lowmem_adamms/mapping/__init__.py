@@ -1,6 +1,7 @@
 """The first step: which donor tensor is blended into which of the base's.
 
 plan                what a merge does, as pure data: Part, Step, Plan
+arrange             what the donor has in another order than the base
 join                make_plan: match the base's roles with the donor's
 side                one of the two checkpoints, read by role
 tied_head           whether a checkpoint's head is its embedding

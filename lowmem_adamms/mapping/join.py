@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..architectures.layout import BUFFER, Arch, Block
+from ..architectures.block import Block
+from ..architectures.layout import BUFFER, Arch
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES, DType
 from ..checkpoints.span import Span
@@ -20,6 +21,7 @@ from ..checkpoints.vocabulary import RowRun
 from ..errors import MappingError
 from ..settings import Embeddings
 from ..values import parse_dtype
+from .arrange import arrange_parts
 from .config_differences import describe_differences
 from .plan import Part, Plan, Step
 from .side import Piece, Side, read_side
@@ -34,12 +36,14 @@ class Match:
     """What the donor has for one role of the base, and the rule by which it was found.
 
     runs: rows of the role and the rows of `donor_name` that belong to them, ascending; other rows
-    stay the base's. misfit: what does not fit, if that is why there are none.
+    stay the base's. pieces: where the donor has the role, if all of it is blended. misfit: what
+    does not fit, if that is why there are none.
     """
 
     reason: str
     donor_name: str = ""
     runs: Sequence[RowRun] = ()
+    pieces: Sequence[Piece] = ()
     misfit: str | None = None
 
 
@@ -79,8 +83,8 @@ def make_plan(
         for name in ours.tensors
         if name not in tied_heads
     )
-    donor_names = {part.donor_name for step in steps for part in step.parts}
-    if not (allow_misfits or donor_names - {None}):
+    donor_names = {name for step in steps for part in step.parts for name in part.donor_names}
+    if not (allow_misfits or donor_names):
         raise MappingError(f"{ours.path} and {theirs.path} have no parameter in common")
     return Plan(
         ours.checkpoint,
@@ -142,7 +146,7 @@ def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None
         misfit = f"shapes differ for {role}: {_compare_shapes(role, base, donor_role, donor)}"
         return Match("another shape in the donor", misfit=misfit)
     runs = [RowRun(block.first, block.start, block.stop - block.start) for _, block in pieces]
-    return Match(reason, donor_name, runs)
+    return Match(reason, donor_name, runs, pieces)
 
 
 def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
@@ -181,9 +185,15 @@ def _make_step(
         return _copy_tensor(base, name, dtype)
     base.require_blendable(name)
     span, blocks = base.tensors[name], base.blocks[name]
-    parts = [
-        part for block in blocks for part in _split_block(span, block, matches[block.role], donor)
-    ]
+    lent = {block.role: matches[block.role].pieces for block in blocks}
+    if all(block.is_plain for block in (*blocks, *(b for held in lent.values() for _, b in held))):
+        parts = [
+            part
+            for block in blocks
+            for part in _split_block(span, block, matches[block.role], donor)
+        ]
+    else:
+        parts = list(arrange_parts(name, base, donor, lent))
     reasons = dict.fromkeys(matches[block.role].reason for block in blocks)
     kind = step_kind(blocks[0].role)
     return Step(name, dtype or span.dtype, span.shape, kind, "; ".join(reasons), tuple(parts))

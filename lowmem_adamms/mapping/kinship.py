@@ -7,11 +7,13 @@ cosine 1, strangers near 0. Only matrices count: norm weights are all near one i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.sampled_reads import SampledReader
+from ..checkpoints.arranged import take_alike
+from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..errors import MappingError
 from .plan import Part, Plan
 
@@ -19,6 +21,8 @@ THRESHOLD = 0.5
 """Two models with a layer below this cosine are taken for unrelated."""
 RUN_ELEMENTS = 512
 """Elements sampled from the middle of each matrix: some 3600 a layer."""
+EXPERT_PARTS = 6
+"""Of a layer's experts, which may be hundreds, so many matrices or stacks are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ def measure(plan: Plan) -> Kinship:
     """Sample every interpolated matrix of a plan; a second or less on cold 7B checkpoints."""
     sums: dict[str, Any] = {}
     blank: list[tuple[Path, str]] = []
-    parts = [part for _, part in plan.parts if part.donor and len(part.base.shape) > 1]
+    parts = list(_choose_parts(plan))
     with SampledReader(plan.base.remote_files() | plan.donor.remote_files()) as reader:
         samples = reader.map(lambda part: _sample(part, reader), parts)
         for part, (products, paths) in zip(parts, samples, strict=True):
@@ -60,6 +64,19 @@ def measure(plan: Plan) -> Kinship:
             sums[group_of(role)] = sums.get(group_of(role), 0) + products
             blank += [(path, role) for path in paths]
     return Kinship({group: cosine_of(*total) for group, total in sums.items()}, tuple(blank))
+
+
+def _choose_parts(plan: Plan) -> Iterator[Part]:
+    """Every interpolated matrix, but of a layer's experts no more than EXPERT_PARTS parts."""
+    experts: dict[str, list[Part]] = {}
+    for _, part in plan.parts:
+        if part.donor and len(part.base.shape) > 1:
+            if is_expert(part.role or ""):
+                experts.setdefault(group_of(part.role or ""), []).append(part)
+            else:
+                yield part
+    for parts in experts.values():
+        yield from (parts[i] for i in evenly_spread(len(parts), 1, EXPERT_PARTS))
 
 
 def check(plan: Plan) -> Kinship:
@@ -75,6 +92,11 @@ def check(plan: Plan) -> Kinship:
             " Merge models of one ancestor, or --force"
         )
     return kinship
+
+
+def is_expert(role: str) -> bool:
+    """Whether a role is one expert's of several, or several experts'."""
+    return ".experts" in role
 
 
 def group_of(role: str) -> str:
@@ -99,10 +121,10 @@ def _sample(part: Part, reader: SampledReader) -> tuple[Any, list[Path]]:
     import numpy as np
 
     assert part.donor is not None
-    spans = (part.base, part.donor)
     count = min(part.base.elements, RUN_ELEMENTS)
     first = (part.base.elements - count) // 2
-    values = [reader.read_floats(span.flat_slice(first, count)) for span in spans]
+    spans = take_alike((part.base, part.donor), first, count)
+    values = [reader.read_floats(span) for span in spans]
     finite = [np.isfinite(side) for side in values]
     blank = [
         span.path for span, side in zip(spans, finite, strict=True) if count and not side.any()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..architectures.layout import Arch, Layout
+from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DType
 from ..checkpoints.span import Span
@@ -25,18 +26,28 @@ MAX_LISTED_PARTS = 16
 class Part:
     """Some rows of one output tensor, all treated alike.
 
-    rows: first row and the row behind the last, in the output (a scalar has one row).
-    role: what the rows are to the decoder; None outside of it.
+    rows: first row and the row behind the last, in the output (a scalar has one row; of stacked
+    experts, the rows of each come after those of the one before).
+    role: what the rows are to the decoder; None outside of it. Of a part that holds several, the
+    leading parts that their names share, such as `layers.3.mlp.experts`.
     donor: what is blended in, as many elements as `base`; None copies the base. Then
     donor_name and donor_rows, which say where it is from, are None too.
+    donor_rows: None also where the donor has these elements in another order.
     """
 
     rows: tuple[int, int]
     role: str | None
     base: Span
-    donor: Span | None = None
+    donor: Span | Arranged | None = None
     donor_name: str | None = None
     donor_rows: tuple[int, int] | None = None
+
+    @property
+    def donor_names(self) -> tuple[str, ...]:
+        """The donor's tensors that are blended in."""
+        if isinstance(self.donor, Arranged):
+            return self.donor.names
+        return (self.donor_name,) if self.donor_name else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +127,7 @@ class Plan:
         for _, part in self.parts:
             yield part.base
             if part.donor:
-                yield part.donor
+                yield from part.donor.spans
 
     @property
     def dtypes(self) -> set[tuple[str, str, str]]:
@@ -141,8 +152,13 @@ class Plan:
         """Plain data that differs between any two plans, or after either checkpoint changed."""
         spans = hashlib.sha256()  # the document of a step may sum up its parts
         for _, part in self.parts:
-            donor = part.donor and (part.donor.start, part.donor.stop)
-            spans.update(repr((part.base.start, part.base.stop, donor)).encode())
+            donor = part.donor
+            if isinstance(donor, Span):
+                spans.update(
+                    repr((part.base.start, part.base.stop, donor.start, donor.stop)).encode()
+                )
+            else:
+                spans.update(repr((part.base.start, part.base.stop, donor)).encode())
         return [
             [self.base.identity(), self.donor.identity()],
             [_step_to_json(step) for step in self.steps],

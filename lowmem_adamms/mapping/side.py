@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.block import Block
 from ..architectures.families import ARCHS
-from ..architectures.layout import Arch, Block, Layout
+from ..architectures.layout import Arch, Layout
 from ..architectures.recognise import recognise
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
@@ -59,12 +60,12 @@ class Side:
 
     def rows_of(self, role: str) -> int:
         """How many rows a role has, in all its pieces."""
-        return sum(block.stop - block.start for _, block in self.pieces[role])
+        return sum(block.rows for _, block in self.pieces[role])
 
     def shape_of(self, role: str) -> tuple[int, ...]:
         """The shape of a role, all its pieces together."""
-        name, _ = self.pieces[role][0]
-        shape = self.tensors[name].shape
+        name, block = self.pieces[role][0]
+        shape = block.shape_in(self.tensors[name].shape)
         return (self.rows_of(role), *shape[1:]) if shape else ()
 
     def require_blendable(self, name: str) -> None:

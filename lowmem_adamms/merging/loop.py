@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..checkpoints.arranged import Arranged
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.mapped_files import MappedFiles, read_ahead
 from ..checkpoints.span import Span
@@ -89,15 +90,22 @@ class Blend:
 
     step: Step
     offset: int
-    base: Span
-    donor: Span | None
+    base: Span | Arranged
+    donor: Span | Arranged | None
     nbytes: int
     alpha: float
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The input bytes it needs."""
-        return (self.base, self.donor) if self.donor else (self.base,)
+        """The input bytes it needs and no stretch before it did."""
+        donor = _begun(self.donor) if self.donor else ()
+        return (*_begun(self.base), *donor)
+
+    @property
+    def ended(self) -> tuple[Span, ...]:
+        """The input bytes that no stretch after it needs."""
+        donor = _ended(self.donor) if self.donor else ()
+        return (*_ended(self.base), *donor)
 
     @property
     def dtypes(self) -> tuple[str, str, str]:
@@ -120,12 +128,26 @@ class Copy:
         return (self.span,)
 
     @property
+    def ended(self) -> tuple[Span, ...]:
+        """The same, which no other stretch needs."""
+        return (self.span,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of output."""
         return self.span.nbytes
 
 
 Window = Sequence[Blend] | Copy
+
+
+def _begun(side: Span | Arranged) -> tuple[Span, ...]:
+    """What is to be read for a stretch: all of an arranged part at once, by its first stretch."""
+    return side.spans if isinstance(side, Span) or side.is_first else ()
+
+
+def _ended(side: Span | Arranged) -> tuple[Span, ...]:
+    return side.spans if isinstance(side, Span) or side.is_last else ()
 
 
 def run(
@@ -174,7 +196,7 @@ def run(
             else:
                 _blend_window(todo, sink, source, kernel, nonfinite)
             pieces = _pieces(todo)
-            for span in (span for piece in pieces for span in piece.spans):
+            for span in (span for piece in pieces for span in piece.ended):
                 if release := source.release(span, evict=evict):
                     releaser.submit(_release_after, written, release)
             if progress:
@@ -213,8 +235,8 @@ def _blend_window(
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Any, Any, Any]]] = {}
     checked: list[tuple[Blend, tuple[Any, Any, Any]]] = []
     for piece in window:
-        base = source.view(piece.base)
-        donor = source.view(piece.donor) if piece.donor else base
+        base = _view(source, piece.base)
+        donor = _view(source, piece.donor) if piece.donor else base
         buffers = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
         calls.setdefault((piece.dtypes, piece.alpha), []).append(buffers)
         if piece.dtypes in _MAY_OVERFLOW or (nonfinite and piece.donor):
@@ -226,6 +248,11 @@ def _blend_window(
         if count and nonfinite and piece.donor:
             nonfinite(piece.step.name, count)
     sink.commit()
+
+
+def _view(source: Source, side: Span | Arranged) -> Any:
+    """The bytes of one side of a blend, put together where they are in another order."""
+    return source.view(side) if isinstance(side, Span) else side.assemble(source.view)
 
 
 def _count_nonfinite(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> int:
@@ -275,7 +302,7 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
         for part in step.parts:
             weight = alpha_of(alpha, part.role)
             base, donor = _sides(part, weight)
-            if donor is None and base.dtype == step.dtype:
+            if donor is None and isinstance(base, Span) and base.dtype == step.dtype:
                 if window:
                     yield window
                     window, free_bytes = [], size
@@ -284,6 +311,10 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
                 continue
             nbytes = step.dtype.nbytes(base.elements)
             whole = Blend(step, offset, base, donor, nbytes, weight if donor else 0.0)
+            is_arranged = isinstance(base, Arranged) or isinstance(donor, Arranged)
+            if is_arranged and window and free_bytes < nbytes:  # put together at once if it can be
+                yield window
+                window, free_bytes = [], size
             for piece in _cut_blend(whole, free_bytes, size):
                 window.append(piece)
                 free_bytes -= piece.nbytes
@@ -295,7 +326,7 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
         yield window
 
 
-def _sides(part: Part, alpha: float) -> tuple[Span, Span | None]:
+def _sides(part: Part, alpha: float) -> tuple[Span | Arranged, Span | Arranged | None]:
     """What a part is made of at this alpha: at 0 the base alone, at 1 the donor alone."""
     if part.donor is None or alpha == 0:
         return part.base, None

@@ -7,12 +7,13 @@ that wrote them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..architectures.declare import parse_declaration
+from ..checkpoints.arranged import Arranged, take_alike
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.safetensors_header import read_header
@@ -30,6 +31,8 @@ from .sources import remote_shards
 SAMPLES = 4
 SAMPLE_ELEMENTS = 4096
 """Of each part, at most this many elements at each of SAMPLES places."""
+SQUARE_ELEMENTS = 1024
+"""The same of a part whose donor is in another order: to read a square takes the rows around it."""
 _DIGESTS = ("sample_sha256", "sha256")
 
 Say = Callable[[str], None]
@@ -235,11 +238,16 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reader: SampledReader) -> i
         )
     rows, part_start = 0, 0
     for part in step.parts:
+        written = out.flat_slice(part_start, part.base.elements)
         count = min(part.base.elements, SAMPLE_ELEMENTS)
+        if isinstance(part.donor, Arranged):
+            count = min(count, SQUARE_ELEMENTS)
         for first in evenly_spread(part.base.elements, count, SAMPLES):
-            start = part_start + first
-            found = reader.read_bytes(out.flat_slice(start, count))
-            if found != _expected(reader, step, part, first, count, alpha):
+            sides = (written, part.base, *((part.donor,) if part.donor else ()))
+            found, *inputs = take_alike(sides, first, count)
+            expected = _recompute(reader, step, part, inputs, alpha)
+            if reader.read_bytes(found) != expected:
+                start = part_start + first
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
                     f" {start} to {start + count}"
@@ -249,15 +257,20 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reader: SampledReader) -> i
     return rows
 
 
-def _expected(
-    reader: SampledReader, step: Step, part: Part, first: int, count: int, alpha: Alpha
-) -> bytes | bytearray:
-    """What the reference makes of `count` elements of a part from element `first`."""
+def _recompute(
+    reader: SampledReader,
+    step: Step,
+    part: Part,
+    inputs: Sequence[Span | Arranged],
+    alpha: Alpha,
+) -> bytes:
+    """What the reference makes of a part's sample: `inputs` are base and, if any, donor."""
     from ..kernels import reference
 
-    if part.donor is None and part.base.dtype == step.dtype:
-        return reader.read_bytes(part.base.flat_slice(first, count))
-    donor, weight = (part.donor, alpha_of(alpha, part.role)) if part.donor else (part.base, 0.0)
-    dtypes = (part.base.dtype.name, donor.dtype.name, step.dtype.name)
-    sides = [reader.read_bits(span.flat_slice(first, count)) for span in (part.base, donor)]
+    base, donor = inputs[0], inputs[-1]
+    if part.donor is None and base.dtype == step.dtype:
+        return bytes(reader.read_bytes(base))
+    weight = alpha_of(alpha, part.role) if part.donor else 0.0
+    dtypes = (base.dtype.name, donor.dtype.name, step.dtype.name)
+    sides = [reader.read_bits(side) for side in (base, donor)]
     return bytes(reference.blend(*sides, dtypes, weight).tobytes())

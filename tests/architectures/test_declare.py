@@ -157,7 +157,6 @@ MISTAKES = [
     (SHORT + '[decoder]\n"a.0.b.#.c" = ""', "decoder: 'a.0.b.#.c': expected its first number"),
     (SHORT + '[decoder]\nx = "head"', "decoder: 'x': unknown role 'head'"),
     (SHORT + '[decoder]\nx = "embed@image"', "unknown role 'embed@image'"),
-    (SHORT + '[decoder]\na = "norm"\nb = "norm"', "decoder: 2 names hold norm"),
     (SHORT + '[decoder]\n"norm.weight" = ""', "decoder: no name holds norm"),
     (SHORT + '[decoder]\na = "embed norm"', "decoder: no name holds embed, alone"),
     ("name = 'x'\nname = 'y'", "not TOML: "),

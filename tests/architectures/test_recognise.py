@@ -34,6 +34,7 @@ SHAPES = {
     "attn.k.weight": (4, 8),
     "attn.v.weight": (4, 8),
     "attn.o.weight": (8, 8),
+    "attn.sinks": (2,),
     "attn.q_norm.weight": (4,),
     "attn.k_norm.weight": (4,),
     "mlp.gate.weight": (12, 8),
@@ -68,9 +69,11 @@ def shape(role: str) -> tuple[int, ...]:
 
 
 def spelled(decoder: Mapping[str, str], prefix: str, head: str) -> Tensors:
-    """A decoder of two layers with every tensor that its declaration knows."""
+    """A decoder of two layers with every tensor that its declaration knows, but no experts."""
     tensors: Tensors = {head: ("BF16", (20, 8))}
     for name, held in decoder.items():
+        if "*" in held:
+            continue
         shapes = [shape(role) for role in held.split()] or [(4,)]
         joined = (sum(one[0] for one in shapes), *shapes[0][1:])
         for layer in ("0", "1") if "#" in name else ("",):

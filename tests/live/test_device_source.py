@@ -82,7 +82,7 @@ def test_every_span_has_the_bytes_of_its_file_which_what_is_held_needs_no_more(
     held = placement.vram_source_bytes, placement.pinned_source_bytes
     for part, _, location in locate_sources(plan, *held):
         found.add(location)
-        assert part.donor is not None
+        assert isinstance(part.donor, Span)
         for span in (part.base, part.donor):
             assert source.view(span).dtype == torch.uint8
             assert bytes(source.view(span).numpy()) == bytes_on_disk(span)

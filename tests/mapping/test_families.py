@@ -20,6 +20,7 @@ from families import (
 
 from lowmem_adamms.architectures.layout import UNKNOWN
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.mapping.join import make_plan
 from lowmem_adamms.mapping.plan import Plan
 
@@ -259,6 +260,7 @@ def check_plan(plan: Plan) -> None:
             assert part.donor_name and part.donor_rows
             first, last = part.donor_rows
             theirs = plan.donor.tensors[part.donor_name]
+            assert isinstance(part.donor, Span)
             assert 0 <= first < last <= theirs.shape[0]
             assert part.donor.start == theirs.start + first * (theirs.nbytes // theirs.shape[0])
             assert part.donor.shape == part.base.shape == (stop - start, *step.shape[1:])

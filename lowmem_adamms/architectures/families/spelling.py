@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+
+def fused(*parts: str, kind: str = "weight", stream: str = "") -> str:
+    """The roles of a fused tensor, in memory order."""
+    return " ".join(f"{part}.{kind}{stream}" for part in parts)
+
+
 _NORMS = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "mlp_norm.weight",
@@ -21,11 +27,6 @@ _MLP = {
 }
 _BUFFER = {"self_attn.rotary_emb.inv_freq": ""}
 _BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_BUFFER}
-
-
-def fused(*parts: str, kind: str = "weight", stream: str = "") -> str:
-    """The roles of a fused tensor, in memory order."""
-    return " ".join(f"{part}.{kind}{stream}" for part in parts)
 
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -50,20 +51,20 @@ LLAMA = decoder(_BLOCK)
 """Llama, Vicuna, Mistral, Qwen2 (biases) and Qwen3 (q and k norms) spell their layers alike:
 transformers, models/llama/modeling_llama.py and its copies. Gemma too."""
 
-_EXPERTS = (("language", "text"), ("vision", "vision"))
+_STREAMS = (("language", "text"), ("vision", "vision"))
 _COGVLM = {
     **_NORMS,
     **{
         f"self_attn.{expert}_expert_query_key_value.weight": fused(*QKV, stream=f"@{stream}")
-        for expert, stream in _EXPERTS
+        for expert, stream in _STREAMS
     },
     **{
         f"self_attn.{expert}_expert_dense.weight": f"attn.o.weight@{stream}"
-        for expert, stream in _EXPERTS
+        for expert, stream in _STREAMS
     },
     **{
         f"mlp.{expert}_mlp.{part}_proj.weight": f"mlp.{part}.weight@{stream}"
-        for expert, stream in _EXPERTS
+        for expert, stream in _STREAMS
         for part in ("gate", "up", "down")
     },
     **_BUFFER,
@@ -147,6 +148,17 @@ PHI3 = decoder(
         **_BUFFER,
     }
 )
+
+_GATE_UP = "layers.#.mlp.experts.gate_up_proj"
+GPT_OSS = LLAMA | {
+    "layers.#.self_attn.sinks": "layers.#.attn.sinks",
+    **{
+        f"{_GATE_UP}{suffix}": f"layers.#.{fused('mlp.experts.*.gate', kind=kind)}"
+        f" layers.#.{fused('mlp.experts.*.up', kind=kind)}"
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
+    },
+}
+GPT_OSS_INTERLEAVED = (_GATE_UP, f"{_GATE_UP}_bias")
 
 GEMMA2 = decoder(
     {

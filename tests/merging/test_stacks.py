@@ -1,0 +1,176 @@
+"""Experts in any form on disk merged with experts in any other, against an oracle of forms alone.
+
+The oracle writes the donor in the base's form, and blends byte for byte what lies in one place.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stacks
+from lowmem_adamms.kernels import reference
+from stacks import Arrays
+
+from lowmem_adamms import merge
+from lowmem_adamms.architectures.families import ARCHS
+from lowmem_adamms.checkpoints.arranged import Arranged
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
+from lowmem_adamms.checkpoints.span import Span
+from lowmem_adamms.errors import FormatError
+from lowmem_adamms.mapping import join, kinship
+from lowmem_adamms.mapping.alphas import Alpha
+from lowmem_adamms.mapping.plan import Plan, Step
+from lowmem_adamms.merging import loop
+from lowmem_adamms.merging.verify import verify
+
+FORMS = sorted(stacks.FORMS)
+NAMES = {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+ROWS = replace(
+    next(arch for arch in ARCHS if arch.name == "gpt-oss"),
+    name="rows",
+    classes=(stacks.CLASSES["interleaved_rows"],),
+)
+"""gpt-oss's names in a stack that is not transposed."""
+make_plan = functools.partial(join.make_plan, declared=[ROWS])
+Write = Callable[..., Path]
+
+
+@functools.cache
+def text(seed: int) -> Arrays:
+    return stacks.descend(stacks.ancestor(), seed)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """Write base (seed 1) or donor (seed 2) in a form and dtype, once."""
+
+    @functools.cache
+    def write(seed: int, form: str, dtype: str = "float32") -> Path:
+        tensors = {n: a.astype(dtype) for n, a in stacks.spell(text(seed), form).items()}
+        return stacks.write(tmp_path_factory.mktemp(form) / str(seed), tensors, form)
+
+    return write
+
+
+def blended(
+    form: str, alpha: float, dtypes: tuple[str, str] = ("float32", "float32")
+) -> dict[str, bytes]:
+    """Every tensor of the merge, with the donor written in the base's form."""
+    base, donor = (
+        {name: array.astype(dtype) for name, array in stacks.spell(text(seed), form).items()}
+        for seed, dtype in zip((1, 2), dtypes, strict=True)
+    )
+    out = {}
+    for name, array in base.items():
+        triple = (NAMES[array.dtype], NAMES[donor[name].dtype], NAMES[array.dtype])
+        sides = (side[name].view(f"u{side[name].itemsize}") for side in (base, donor))
+        out[name] = reference.blend(*sides, triple, alpha).tobytes()
+    return out
+
+
+class Memory:
+    """A sink of byte arrays."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, bytearray] = {}
+
+    def wants(self, step: Step) -> bool:
+        self.content[step.name] = bytearray(step.nbytes)
+        return True
+
+    def copy(self, step: Step, offset: int, content: Any) -> None:
+        self.content[step.name][offset : offset + len(content)] = bytes(content)
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Any:
+        return np.frombuffer(self.content[step.name], np.uint8)[offset : offset + nbytes]
+
+    def commit(self) -> None:
+        pass
+
+
+class Counted(MappedFiles):
+    """Mapped files that note which spans they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefetched: Counter[Span] = Counter()
+        self.released: Counter[Span] = Counter()
+
+    def view(self, span: Span) -> Any:
+        assert self.prefetched[span] > self.released[span]
+        return super().view(span)
+
+    def prefetch(self, span: Span) -> list[Callable[[], None]]:
+        self.prefetched[span] += 1
+        return super().prefetch(span)
+
+    def release(self, span: Span, *, evict: bool) -> Callable[[], None] | None:
+        self.released[span] += 1
+        return super().release(span, evict=evict)
+
+
+def merged(plan: Plan, alpha: Alpha, **options: Any) -> dict[str, bytes]:
+    sink = Memory()
+    loop.run(plan, alpha, sink, **options)
+    return {name: bytes(content) for name, content in sink.content.items()}
+
+
+@pytest.mark.parametrize("donor", FORMS)
+@pytest.mark.parametrize("base", FORMS)
+def test_each_form_takes_each_other(base: str, donor: str, write: Write) -> None:
+    """At 0 the base's bytes, at 1 the donor's in the base's form, between them the reference's."""
+    plan = make_plan(write(1, base), write(2, donor))
+    assert not plan.leftover
+    assert plan.counts["copy"] == 0
+    for alpha in (0, 0.3, 1):
+        assert merged(plan, alpha) == blended(base, alpha), alpha
+    assert kinship.check(plan).lowest[1] > 0.9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_alike_forms_stay_whole(form: str, write: Write) -> None:
+    """No tensor is cut, and nothing is put together that lies together already."""
+    plan = make_plan(write(1, form), write(2, form))
+    assert all(len(step.parts) == 1 for step in plan.steps)
+    assert not any(isinstance(part.donor, Arranged) for _, part in plan.parts)
+    assert all(part.donor_rows == part.rows for _, part in plan.parts)
+
+
+@pytest.mark.parametrize("window", [8, 20, 100, 1000])
+@pytest.mark.parametrize(("base", "donor"), [("transposed", "each"), ("stacked", "interleaved")])
+def test_a_slab_is_cut_by_any_window(base: str, donor: str, window: int, write: Write) -> None:
+    """Windows end within the rows of a slab; each span is read once and let go of once."""
+    plan = make_plan(write(1, base), write(2, donor))
+    for alpha in (0.3, 1.0):
+        source = Counted()
+        with source:
+            assert merged(plan, alpha, source=source, window=window) == blended(base, alpha)
+        assert source.prefetched == source.released
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float32", "float16")])
+def test_dtypes_mix(dtypes: tuple[str, str], write: Write) -> None:
+    plan = make_plan(write(1, "transposed", dtypes[0]), write(2, "each", dtypes[1]))
+    assert merged(plan, 0.3) == blended("transposed", 0.3, dtypes)
+
+
+@pytest.mark.parametrize("pair", [("transposed", "each"), ("stacked", "transposed")])
+def test_a_written_merge_is_verified(pair: tuple[str, str], write: Write, tmp_path: Path) -> None:
+    """Every part is recomputed: a single changed element is found."""
+    base, donor = write(1, pair[0]), write(2, pair[1])
+    out = tmp_path / "out"
+    merge(make_plan(base, donor), 0.3, out)
+    assert verify(out, deep=True, base=base, donor=donor).rows
+    recipe = json.loads((out / "adamms.json").read_text())
+    changed = recipe | {"alpha": 0.31}
+    (out / "adamms.json").write_text(json.dumps(changed))
+    with pytest.raises(FormatError, match="differs from its recipe"):
+        verify(out, deep=True, base=base, donor=donor)
