@@ -159,7 +159,7 @@ def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> L
         span = checkpoint.tensors[name]
         if ".attn.o.weight" in roles[0] and len(span.shape) == 2:
             query_rows = span.shape[1]  # the output projection has a column per query row
-    width = checkpoint.tensors[prefix + arch.embed_name].shape[-1]
+    *_, width = (0, *checkpoint.tensors[prefix + arch.embed_name].shape)
     blocks = _split_experts(checkpoint, arch, prefix, roles_of, width)
     for name, roles in roles_of.items():
         if name in blocks:
