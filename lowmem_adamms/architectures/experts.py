@@ -58,6 +58,11 @@ ROUTER_ROLES = ("mlp.router.weight", "mlp.router.bias", "mlp.shared_expert_gate.
 Shape = tuple[int, ...]
 
 
+def is_expert(role: str) -> bool:
+    """Whether a role is an expert's, or what several experts have in common."""
+    return ".mlp.experts" in role
+
+
 def split_stacks(
     path: Path, stacks: Mapping[str, tuple[Sequence[str], Shape, bool]], width: int
 ) -> dict[str, tuple[Block, ...]]:

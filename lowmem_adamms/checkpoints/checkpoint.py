@@ -33,8 +33,9 @@ _LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_co
 """What the part of a config about the language model may be called; language_config is Janus's."""
 _QUANTIZED_NAME = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale(_inv)?)$"
+    r"|\.experts\.\w+_(blocks|scales)$"
 )
-"""How tensors of GPTQ, AWQ, bitsandbytes and FP8 with block scales are called."""
+"""How tensors of GPTQ, AWQ, bitsandbytes, FP8 with block scales and MXFP4 are called."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,8 @@ class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchS
         None,
         "by layer: 0.1,0.3,0.5 is interpolated from the first layer to the last (the embedding"
         " takes the first, norm and head the last, or --alpha); 0-9:0.2,10-27:0.5,head:0 names"
-        " layers, embed, norm and head, and the rest takes --alpha",
+        " layers, embed, norm and head, or attn, mlp, router, experts and shared_expert of all"
+        " layers, and the rest takes --alpha",
         metavar="ALPHAS",
     )
     config: Path | None = setting(

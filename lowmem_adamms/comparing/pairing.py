@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architectures.experts import is_expert
 from ..architectures.layout import BUFFER, Layout
 from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
 from ..mapping.join import make_plan
-from ..mapping.kinship import group_of, is_expert
+from ..mapping.kinship import group_of
 from ..mapping.plan import Plan
 
 if TYPE_CHECKING:

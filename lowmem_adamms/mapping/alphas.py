@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 UNLAYERED = ("embed", "norm", "head")
 """The roles that belong to no layer."""
+ANY_LAYER = "layers.*"
+LAYER_PARTS = {
+    "attn": f"{ANY_LAYER}.attn",
+    "mlp": f"{ANY_LAYER}.mlp",
+    "router": f"{ANY_LAYER}.mlp.router",
+    "experts": f"{ANY_LAYER}.mlp.experts",
+    "shared_expert": f"{ANY_LAYER}.mlp.shared_expert",
+}
+"""What parts of all layers may be called in `--alpha-layers`; `mlp` includes the three below it."""
 COMPUTED_DECIMALS = 12
 """Computed alphas are rounded to so many, or 0.1 + 0.2 would not be 0.3."""
 MAX_LINES = 40
@@ -31,7 +40,8 @@ class Alphas:
     Args:
         default: Weight, 0 to 1, of everything that `values` does not name.
         values: Weights by role, or by the leading parts of roles, such as "layers.3",
-            "layers.3.attn" or "embed". The longest name that fits a role counts.
+            "layers.3.attn" or "embed"; "layers.*.mlp.router" is of all layers. The longest name
+            that fits a role counts.
 
     Raises:
         RecipeError: A weight is not in 0..1.
@@ -90,6 +100,7 @@ def _names_for(role: str) -> Iterator[str]:
     name = role.partition("@")[0]
     while name:
         yield name
+        yield re.sub(r"^layers\.\d+", ANY_LAYER, name)
         name = name.rpartition(".")[0]
 
 
@@ -177,12 +188,13 @@ def parse_alpha_layers(text: str, layers: int, alpha: float | None = None) -> Al
     """Read `--alpha-layers` for a decoder of `layers` layers; RecipeError if it makes no sense.
 
     `0.1,0.3,0.5` is interpolated over depth; the embedding has the first weight, final norm and
-    head have the last, or all three have `alpha`. `0-9:0.2,10-27:0.5,embed:0` names layers, ends
-    included, and what is outside of them; the rest has `alpha`.
+    head have the last, or all three have `alpha`. `0-9:0.2,10-27:0.5,embed:0,router:0` names
+    layers, ends included, what is outside of them, and LAYER_PARTS; the rest has `alpha`. `=` may
+    stand for `:`.
     """
-    words = [word.strip() for word in text.split(",")]
+    words = [word.strip().replace("=", ":") for word in text.split(",")]
     try:
-        if ":" in text:
+        if any(":" in word for word in words):
             return _parse_ranges(words, layers, alpha)
         weights = [parse_alpha(word) for word in words]
     except RecipeError as error:
@@ -209,15 +221,17 @@ def _parse_ranges(words: Sequence[str], layers: int, alpha: float | None) -> Alp
 
 
 def _names_in(where: str, layers: int) -> list[str]:
-    """The names that `3`, `0-9` or `embed` stands for."""
+    """The names that `3`, `0-9`, `embed` or `router` stands for."""
     if where in UNLAYERED:
         return [where]
+    if where in LAYER_PARTS:
+        return [LAYER_PARTS[where]]
     bounds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", where)
     first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (0, -1)
     if not first <= last < layers:
         raise RecipeError(
-            f"{where!r} is neither one of {', '.join(UNLAYERED)} nor within layers 0-{layers - 1};"
-            " expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
+            f"{where!r} is neither one of {', '.join((*UNLAYERED, *LAYER_PARTS))} nor within layers"
+            f" 0-{layers - 1}; expected 0.1,0.3,0.5 (over depth) or 0-9:0.2,10-27:0.5"
         )
     return [f"layers.{i}" for i in range(first, last + 1)]
 

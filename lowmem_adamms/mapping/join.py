@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..architectures.block import Block
+from ..architectures.experts import is_expert
 from ..architectures.layout import BUFFER, Arch
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES, DType
@@ -237,6 +238,10 @@ def _split_block(span: Span, block: Block, match: Match, donor: Side) -> Iterato
 def step_kind(role: str) -> str:
     """The group a role is shown under: embedding, head, attention, MLP or norm."""
     plain = role.partition("@")[0]
+    if is_expert(plain):
+        return "experts"
+    if ".mlp.router." in plain:
+        return "router"
     first = re.sub(r"^layers\.\d+\.", "", plain).split(".")[0]
     kinds = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLP"}
     return kinds.get(first, "norm")
@@ -255,6 +260,11 @@ def _notes(
         yield from describe_ties(side.checkpoint, side.layout, side.tied)
     if token_rows and token_rows.assumption:
         yield token_rows.assumption
+    if any(is_expert(role) for role in base.pieces.keys() & donor.pieces.keys()):
+        yield (
+            "averaging experts can change which of them a token is sent to (HARC, arXiv"
+            " 2606.03391): look at the answers; --alpha-layers router:0 keeps the base's routers"
+        )
     for name in base.tied_heads:
         yield f"{name} is left out: the base ties its head to the embedding"
     yield from describe_differences(base.checkpoint, donor.checkpoint)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..architectures.experts import is_expert
 from ..checkpoints.arranged import take_alike
 from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..errors import MappingError
@@ -92,11 +93,6 @@ def check(plan: Plan) -> Kinship:
             " Merge models of one ancestor, or --force"
         )
     return kinship
-
-
-def is_expert(role: str) -> bool:
-    """Whether a role is one expert's of several, or several experts'."""
-    return ".experts" in role
 
 
 def group_of(role: str) -> str:

@@ -7,6 +7,9 @@ the span of the donor to blend into it. There is no alpha in it and no tensor da
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ from ..checkpoints.dtypes import DType
 from ..checkpoints.span import Span
 from ..values import format_size
 
+_EXPERT_NUMBER = re.compile(r"(\bexperts\.)\d+\b")
 MAX_LISTED_PARTS = 16
 """An embedding or head with more blended parts is summed up in `plan --json`, not listed."""
 
@@ -179,8 +183,8 @@ class Plan:
             "tokens": {
                 step.name: _count_rows(step.parts) for step in self.steps if _has_token_rows(step)
             },
-            "steps": [_step_to_json(step) for step in self.steps],
-            "leftover": dict(self.leftover),
+            "steps": _steps_to_json(self.steps),
+            "leftover": _leftover_to_json(self.leftover),
             "notes": list(self.notes),
         }
 
@@ -211,6 +215,8 @@ def _step_to_json(step: Step) -> dict[str, Any]:
         donor = {"name": blended[0].donor_name, "rows": "tokens"}
         shared = _count_rows(step.parts)["shared"]
         parts = [{"rows": "tokens", "count": shared, "role": blended[0].role, "donor": donor}]
+    elif len(parts) > MAX_LISTED_PARTS and _any_expert(parts[0]["role"] or "") != parts[0]["role"]:
+        parts = _sum_up_experts(parts)
     return {
         "name": step.name,
         "dtype": step.dtype.name,
@@ -222,5 +228,61 @@ def _step_to_json(step: Step) -> dict[str, Any]:
 
 
 def _part_to_json(part: Part) -> dict[str, Any]:
-    donor = {"name": part.donor_name, "rows": list(part.donor_rows)} if part.donor_rows else None
+    donor: dict[str, Any] | None = None
+    if part.donor:
+        donor = {"name": part.donor_name, "rows": part.donor_rows and list(part.donor_rows)}
+        if isinstance(part.donor, Arranged):
+            donor["names"] = list(part.donor_names)
     return {"rows": list(part.rows), "role": part.role, "donor": donor}
+
+
+# Experts, which may be tens of thousands
+
+
+def _any_expert(name: str) -> str:
+    """A tensor's name or a role with `*` for the number of its expert."""
+    return _EXPERT_NUMBER.sub(r"\1*", name)
+
+
+def _sum_up_experts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One part for all that differ in nothing but expert and rows."""
+    counts: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        alike = json.loads(_any_expert(json.dumps(part | {"rows": "experts"})))
+        if alike["donor"]:
+            alike["donor"]["rows"] = "experts"
+        counts.setdefault(json.dumps(alike), {**alike, "count": 0})["count"] += 1
+    return list(counts.values())
+
+
+def _steps_to_json(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    """Each step; of more than MAX_LISTED_PARTS that differ in nothing but the expert, one for all.
+
+    Such a step has `*` for the expert in its names, and `tensors` says for how many it stands.
+    """
+    alike: dict[tuple[Any, ...], list[Step]] = {}
+    for step in steps:
+        key = _any_expert(step.name), step.action, step.reason, step.dtype, step.shape
+        alike.setdefault(key, []).append(step)
+    documents: list[dict[str, Any]] = []
+    for (pattern, *_), group in alike.items():
+        if pattern == group[0].name or len(group) <= MAX_LISTED_PARTS:
+            documents += map(_step_to_json, group)
+            continue
+        parts = [
+            {**part, "rows": "experts"} for step in group for part in _step_to_json(step)["parts"]
+        ]
+        documents.append(
+            _step_to_json(group[0])
+            | {"name": pattern, "tensors": len(group), "parts": _sum_up_experts(parts)}
+        )
+    return documents
+
+
+def _leftover_to_json(leftover: Mapping[str, str]) -> dict[str, str]:
+    """What the donor's tensors are that are not used; many experts under one name."""
+    patterns = Counter(map(_any_expert, leftover))
+    return {
+        name if patterns[pattern := _any_expert(name)] <= MAX_LISTED_PARTS else pattern: kind
+        for name, kind in leftover.items()
+    }

@@ -310,13 +310,29 @@ def test_ranges_name_layers_and_the_rest_takes_alpha() -> None:
     assert [whole.of(role) for role in ("embed", "norm", "head")] == [0, 0.1, 0.5]
 
 
+def test_parts_of_all_layers_can_be_named() -> None:
+    """The longest name counts: experts go before the MLP they are of, and that before its layer."""
+    found = parse_alpha_layers("2:0.9,mlp=0.5,experts:0.2,router=0", 6, 0.3)
+    parts = {
+        "attn.q.weight": (0.3, 0.9),
+        "mlp.up.weight": (0.5, 0.5),
+        "mlp.shared_expert_gate.weight": (0.5, 0.5),
+        "mlp.experts": (0.2, 0.2),
+        "mlp.experts.7.gate.weight": (0.2, 0.2),
+        "mlp.router.correction_bias": (0.0, 0.0),
+    }
+    for part, weights in parts.items():
+        assert tuple(found.of(f"layers.{i}.{part}") for i in (1, 2)) == weights, part
+    assert found.of("embed") == 0.3
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("", "'': expected a number"),
         ("a", "'a': expected a number"),
         ("0.1,2", "alpha is 2.0, expected"),
-        ("0.1,3:0.5", "'0.1' is neither one of embed, norm, head nor within layers 0-5"),
+        ("0.1,3:0.5", "'0.1' is neither one of embed, norm, head, attn,"),
         ("0-6:0.5", "'0-6' is neither"),
         ("4-2:0.5", "'4-2' is neither"),
         ("1:", "'': expected a number"),

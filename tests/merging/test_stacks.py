@@ -24,9 +24,11 @@ from lowmem_adamms.architectures.families import ARCHS
 from lowmem_adamms.checkpoints.arranged import Arranged
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.checkpoints.span import Span
-from lowmem_adamms.errors import FormatError
+from lowmem_adamms.comparing.comparison import compare
+from lowmem_adamms.comparing.pairing import pair_checkpoints
+from lowmem_adamms.errors import FormatError, MappingError, RecipeError
 from lowmem_adamms.mapping import join, kinship
-from lowmem_adamms.mapping.alphas import Alpha
+from lowmem_adamms.mapping.alphas import Alpha, parse_alpha_layers, resolve
 from lowmem_adamms.mapping.plan import Plan, Step
 from lowmem_adamms.merging import loop
 from lowmem_adamms.merging.verify import verify
@@ -174,3 +176,73 @@ def test_a_written_merge_is_verified(pair: tuple[str, str], write: Write, tmp_pa
     (out / "adamms.json").write_text(json.dumps(changed))
     with pytest.raises(FormatError, match="differs from its recipe"):
         verify(out, deep=True, base=base, donor=donor)
+
+
+def test_routers_and_experts_have_alphas_of_their_own(write: Write) -> None:
+    plan = make_plan(write(1, "transposed"), write(2, "each"))
+    alpha = resolve(parse_alpha_layers("router:0,experts:1", stacks.LAYERS, 0.3), plan)
+    found = merged(plan, alpha)
+    for name, content in found.items():
+        weight = 0 if ".mlp.gate." in name else 1 if ".experts." in name else 0.3
+        assert content == blended("transposed", weight)[name], name
+    for unknown in ("shared_expert:0.1",):
+        with pytest.raises(RecipeError, match=r"shared_expert: .* has no such role"):
+            resolve(parse_alpha_layers(unknown, stacks.LAYERS, 0.3), plan)
+
+
+def test_experts_that_only_one_side_has_are_named(write: Write, tmp_path: Path) -> None:
+    """One of those that lie interwoven in a stack cannot be left to the base."""
+    tensors = stacks.spell(text(2), "each")
+    del tensors["model.layers.1.mlp.experts.1.up_proj.weight"]
+    donor = stacks.write(tmp_path / "donor", tensors, "each")
+    with pytest.raises(MappingError, match=r"layers\.1\.mlp\.experts\.1"):
+        make_plan(write(1, "transposed"), donor)
+
+
+def test_pieces_of_two_dtypes_are_named(write: Write, tmp_path: Path) -> None:
+    tensors = stacks.spell(text(2), "each")
+    odd = "model.layers.1.mlp.experts.1.up_proj.weight"
+    tensors[odd] = tensors[odd].astype(np.float16)
+    donor = stacks.write(tmp_path / "donor", tensors, "each")
+    with pytest.raises(
+        MappingError, match=r"experts\.1\.gate_proj\.weight is F32, .*up_proj.* F16"
+    ):
+        make_plan(write(1, "transposed"), donor)
+    assert merged(make_plan(write(1, "stacked"), donor), 0.3)
+
+
+def test_many_experts_are_summed_up(tmp_path: Path) -> None:
+    """In `plan --json`, whichever side has them one by one."""
+    many = stacks.ancestor(experts=20)
+    folders = {
+        form: stacks.write(tmp_path / form, stacks.spell(many, form), form)
+        for form in ("each", "transposed")
+    }
+    document = make_plan(folders["each"], folders["transposed"]).to_json()
+    (gate,) = (step for step in document["steps"] if step["name"].endswith("*.gate_proj.weight"))
+    assert gate["tensors"] == gate["parts"][0]["count"] == 20
+    assert gate["parts"][0]["role"] == "layers.1.mlp.experts.*.gate.weight"
+    assert len(document["steps"]) == 2 + 1 + 2 * 6 + 3 + 1 + 6
+    document = make_plan(folders["transposed"], folders["each"]).to_json()
+    (gate_up,) = (step for step in document["steps"] if step["name"].endswith("gate_up_proj"))
+    (part,) = gate_up["parts"]
+    stem = "model.layers.1.mlp.experts.*"
+    assert part["donor"]["names"] == [f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"]
+    assert (part["count"], part["role"]) == (20, "layers.1.mlp.experts.*")
+    assert any("HARC" in note for note in document["notes"])
+
+
+@pytest.mark.parametrize("pair", [("transposed", "each"), ("each", "stacked"), ("apart", "each")])
+def test_a_comparison_counts_experts_once(pair: tuple[str, str], write: Write) -> None:
+    """Whatever forms the two sides have, and whichever comes first."""
+    both = (pair_checkpoints(write(1, a), write(2, b)) for a, b in (pair, pair[::-1]))
+    for pairing in both:
+        (experts,) = (each for each in pairing.pairs if each.kind == "experts")
+        sizes = stacks.HIDDEN * stacks.INNER * 3 + stacks.INNER * 2 + stacks.HIDDEN
+        assert experts.elements == stacks.EXPERTS * sizes
+        assert experts.role == "layers.1.mlp.experts"
+        assert not [left for side in (pairing.a, pairing.b) for left in side.unpaired]
+        found = compare(pairing)
+        assert found.ancestry.word == "same ancestor"
+        cosine = found.cells["layers.1", "experts"].cosine
+        assert cosine and 0.98 < cosine < 0.999
