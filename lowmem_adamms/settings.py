@@ -28,6 +28,7 @@ Embeddings = Literal["merge", "keep"]
 Measure = Literal["pairwise", "joint", "embedding", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
+Engine = Literal["transformers", "vllm"]
 
 DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
@@ -187,6 +188,36 @@ class PlacementSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What runs the search's model. vLLM batches and spreads it by itself."""
+
+    engine: Engine = setting(
+        "transformers",
+        "that answers the questions: transformers (default) or vllm",
+        choices=("transformers", "vllm"),
+    )
+    tensor_parallel: int = setting(
+        1, "of vLLM: cards a layer is split over; default: 1", metavar="N", parse=parse_count
+    )
+    pipeline_parallel: int = setting(
+        1, "of vLLM: groups of layers on cards of their own", metavar="N", parse=parse_count
+    )
+    data_parallel: int = setting(
+        1,
+        "of vLLM: copies of the model, where its version takes it",
+        metavar="N",
+        parse=parse_count,
+    )
+    ray: bool = setting(False, "of vLLM: workers on other machines, through Ray")
+    vllm_options: tuple[str, ...] = setting(
+        (),
+        "NAME=VALUE, handed on to vllm.LLM, such as max_model_len=4096; may be repeated",
+        metavar="NAME=VALUE",
+        repeated=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptSettings:
     """Which unlabelled questions are asked."""
 
@@ -267,7 +298,12 @@ class AnswerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(
-    PromptSettings, GridSettings, AnswerSettings, PlacementSettings, PermissionSettings
+    PromptSettings,
+    GridSettings,
+    AnswerSettings,
+    EngineSettings,
+    PlacementSettings,
+    PermissionSettings,
 ):
     """A search for alpha on a live model."""
 

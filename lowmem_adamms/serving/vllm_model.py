@@ -1,0 +1,232 @@
+"""A search's model served by vLLM: loaded once, blended anew at each alpha, asked all at once.
+
+It looks like a `LiveModel` to the search. What was evaluated is what is written, weight for weight;
+the forward pass is vLLM's, whose sums are not bit for bit those of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import time
+from ast import literal_eval
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from ..errors import FormatError, RecipeError, SearchError, first_line
+from ..live.draft_decoding import Cost, Tokens
+from ..mapping import kinship
+from ..mapping.plan import Plan
+from ..merging.sources import download
+from ..prompts import Prompt, open_image
+from ..settings import AnswerSettings, EngineSettings
+from .vllm_worker import plan_recipe
+
+WORKER = "lowmem_adamms.serving.vllm_worker.BlendingWorker"
+_FIRST_GPU = (9, 0)
+"""The compute capability from which vLLM can make answers independent of their batch."""
+
+
+class VllmModel(AbstractContextManager["VllmModel"]):
+    """A plan's base in a vLLM engine, at whatever alpha was applied last.
+
+    Args:
+        plan: From `make_plan`.
+        settings: How vLLM spreads the model, and its own options.
+        trust_remote_code: Let vLLM run Python code that comes with the base.
+        force: Load also two models that look unrelated.
+
+    Raises:
+        RecipeError: vLLM is not installed, does not know the base, or refuses an option.
+        MappingError: Base and donor look unrelated.
+        SearchError: The engine does not start.
+
+    Example:
+        >>> with VllmModel(plan, EngineSettings(engine="vllm")) as model:
+        ...     model.apply(0.3)
+        ...     model.make_answerer(AnswerSettings(), batch_size=100).answer(prompts)
+
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: EngineSettings,
+        *,
+        trust_remote_code: bool = False,
+        force: bool = False,
+    ) -> None:
+        check_engine(plan)
+        if not force:
+            kinship.check(plan)
+        download(plan)
+        self.plan = plan
+        if plan.base.folder is None:
+            raise FormatError(f"{plan.base.path}: a bare file cannot be run; give its folder")
+        self._llm = _start_engine(plan, settings, trust_remote_code=trust_remote_code)
+        with _named_failures():
+            self._llm.collective_rpc("set_merge_plan", args=(plan_recipe(plan),))
+
+    def apply(self, alpha: float) -> None:
+        """Blend base and donor into the weights of every worker. alpha: the donor's weight."""
+        with _named_failures():
+            self._llm.collective_rpc("apply_alpha", args=(alpha,))
+            self._llm.reset_prefix_cache()
+
+    def make_answerer(self, settings: AnswerSettings, *, batch_size: int) -> VllmAnswerer:
+        """What asks the engine. batch_size: prompts handed over at a time; vLLM batches them."""
+        return VllmAnswerer(self._llm, settings, batch_size=batch_size)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_engine(plan: Plan) -> None:
+    """RecipeError if vLLM is missing or does not know the base; nothing is loaded for it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError("the engine vllm is not installed; pip install vllm")
+    names = plan.base.config.get("architectures") or []
+    known = importlib.import_module("vllm").ModelRegistry.get_supported_archs()
+    if not set(names) & set(known):
+        raise RecipeError(
+            f"{plan.base.path}: vLLM {version('vllm')} does not know {' or '.join(names)};"
+            " search with the engine transformers"
+        )
+
+
+def _start_engine(plan: Plan, settings: EngineSettings, *, trust_remote_code: bool) -> Any:
+    vllm = importlib.import_module("vllm")
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if platform.is_cuda() and platform.has_device_capability(_FIRST_GPU):
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    options: dict[str, Any] = {
+        "max_model_len": -1,  # as long as the cache allows
+        "seed": 0,
+        "dtype": _torch_name(plan),
+        "tensor_parallel_size": settings.tensor_parallel,
+        "pipeline_parallel_size": settings.pipeline_parallel,
+        "data_parallel_size": settings.data_parallel,
+        **({"distributed_executor_backend": "ray"} if settings.ray else {}),
+        **dict(map(_parse_option, settings.vllm_options)),
+    }
+    try:
+        return vllm.LLM(
+            str(plan.base.folder),
+            worker_extension_cls=WORKER,
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+            **options,
+        )
+    except (TypeError, ValueError) as error:  # what it says of options, before anything is loaded
+        raise RecipeError(f"vLLM refuses its options: {first_line(error)}") from None
+    except RuntimeError as error:
+        raise SearchError(
+            f"vLLM did not start: {first_line(error)}; what its workers said stands above."
+            " Where memory is short, --vllm-option max_model_len=4096 or gpu_memory_utilization=0.8"
+        ) from None
+
+
+def _torch_name(plan: Plan) -> str:
+    """The dtype of the output, which vLLM calls as torch does; else what the config says."""
+    from ..checkpoints.dtypes import DTYPES
+
+    name = plan.options["dtype"]
+    return (DTYPES[name].torch if name else None) or "auto"
+
+
+def _parse_option(word: str) -> tuple[str, Any]:
+    """`name=value` as vLLM takes it: numbers, True, lists and the like by Python's rules."""
+    name, equals, value = word.partition("=")
+    if not (name.isidentifier() and equals):
+        raise RecipeError(f"vllm_options {word!r}: expected NAME=VALUE, such as max_model_len=4096")
+    try:
+        return name, literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """SearchError for an engine that dies or refuses a call. Its own traceback is in its output."""
+    dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
+    failures: tuple[type[Exception], ...] = (RuntimeError, OSError, dead)
+    try:
+        yield
+    except failures as error:
+        raise SearchError(
+            f"vLLM failed: {first_line(error)}; what its workers said stands above. Answers that"
+            " were finished are kept; start the same command again"
+        ) from None
+
+
+class VllmAnswerer:
+    """Greedy answers of a vLLM engine, in the words of the base's chat template.
+
+    `cost` is what the last call took; `notes` are what the user should know of the answers.
+    """
+
+    def __init__(self, llm: Any, settings: AnswerSettings, *, batch_size: int) -> None:
+        self._llm, self._batch_size = llm, batch_size
+        self._sampling = importlib.import_module("vllm").SamplingParams(
+            temperature=0.0, max_tokens=settings.max_new_tokens
+        )
+        self.cost = Cost()
+        self.notes: list[str] = []
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        known: Mapping[int, str] | None = None,
+        answered: Callable[[int, str, Tokens], None] | None = None,
+    ) -> list[str]:
+        """One answer for each prompt, in their order; see `Answerer.answer`."""
+        start, self.cost = time.perf_counter(), Cost()
+        answers = dict(known or {})
+        places = [place for place in range(len(prompts)) if place not in answers]
+        for first in range(0, len(places), self._batch_size):
+            batch = places[first : first + self._batch_size]
+            for place, text, tokens in self._ask(batch, prompts):
+                answers[place] = text
+                self.cost.answer_tokens += len(tokens)
+                if answered:
+                    answered(place, text, tokens)
+        self.cost.forward_tokens = self.cost.plain_tokens = self.cost.answer_tokens
+        self.cost.seconds = time.perf_counter() - start
+        return [answers[place] for place in range(len(prompts))]
+
+    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
+        """Drafts are of no use here: the engine batches what they would save."""
+
+    def _ask(
+        self, places: Sequence[int], prompts: Sequence[Prompt]
+    ) -> Iterator[tuple[int, str, Tokens]]:
+        """Each answer as soon as it is finished."""
+        engine = self._llm.llm_engine
+        with _named_failures():
+            ids = self._llm.enqueue_chat(
+                [_message(prompts[place]) for place in places], self._sampling, use_tqdm=False
+            )
+            # An output is called by the number before the dash of what its request is called
+            numbers = [request_id.partition("-")[0] for request_id in ids]
+            place_of = dict(zip(numbers, places, strict=True))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        answer = output.outputs[0]
+                        place = place_of[output.request_id]
+                        yield place, answer.text.strip(), list(answer.token_ids)
+
+
+def _message(prompt: Prompt) -> list[dict[str, Any]]:
+    images = [{"type": "image_pil", "image_pil": open_image(image)} for image in prompt.images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": prompt.text}]}]
