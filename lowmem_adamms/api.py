@@ -48,8 +48,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .hub.upload import Upload
-    from .live.live_model import LiveModel
-    from .searching.session import Session, Timing
+    from .searching.session import AnyPlacement, SearchedModel, Session, Timing
 
 
 _COLLAPSED, _FEWEST_TO_COLLAPSE = 0.9, 10
@@ -185,13 +184,18 @@ def place_search(
     *,
     quantize: Quantization | None = None,
     **fields: Any,
-) -> Placement:
+) -> AnyPlacement:
     """Where the model of a search goes: device, precision and batch, as asked for or as fits.
 
     quantize: of the output; the model is loaded so too unless `live_quantize` says otherwise.
-    Raises PlacementError if the model does not fit into the memory that is free.
+    Raises PlacementError if the model does not fit into the memory that is free, and RecipeError
+    if vLLM is to run it and cannot.
     """
     settings = combine(PlacementSettings, settings, fields)
+    if isinstance(settings, SearchSettings) and settings.engine == "vllm":
+        from .serving.vllm_model import place_in_engine
+
+        return place_in_engine(plan, settings, quantize)
     memory = measure_memory(ram=settings.ram, vram=settings.vram)
     return place(plan, memory, settings, quantize=quantize, dtype=plan.options["dtype"])
 
@@ -202,7 +206,7 @@ def find_alpha(
     settings: SearchSettings | None = None,
     *,
     journal: str | Path | None = None,
-    placement: Placement | None = None,
+    placement: AnyPlacement | None = None,
     progress: SearchProgress | None = None,
     note: Callable[[str], object] | None = None,
     **fields: Any,
@@ -317,7 +321,7 @@ def _session(
     plan: Plan,
     prompts: Prompts,
     settings: SearchSettings,
-    placement: Placement,
+    placement: AnyPlacement,
     journal: str | Path | None,
     progress: SearchProgress | None,
 ) -> Iterator[Session]:
@@ -339,8 +343,14 @@ def _session(
         yield session
 
 
-def _load(plan: Plan, settings: SearchSettings, placement: Placement) -> LiveModel:
-    """The live model, which takes a while."""
+def _load(plan: Plan, settings: SearchSettings, placement: AnyPlacement) -> SearchedModel:
+    """The model, which takes a while."""
+    if settings.engine == "vllm":
+        from .serving.vllm_model import VllmModel
+
+        trust = settings.trust_remote_code
+        return VllmModel(plan, settings, trust_remote_code=trust, force=settings.force)
+    assert isinstance(placement, Placement)
     from .live.live_model import LiveModel
     from .live.processor import load_processor
 
@@ -373,7 +383,7 @@ def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
 
 
 def _facts(
-    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: Placement
+    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: AnyPlacement
 ) -> dict[str, dict[str, str]]:
     recipe = {
         "base": f"{plan.base.ref} ({plan.base_layout.arch})",

@@ -209,7 +209,7 @@ class EngineSettings:
         parse=parse_count,
     )
     ray: bool = setting(False, "of vLLM: workers on other machines, through Ray")
-    vllm_options: tuple[str, ...] = setting(
+    vllm_option: tuple[str, ...] = setting(
         (),
         "NAME=VALUE, handed on to vllm.LLM, such as max_model_len=4096; may be repeated",
         metavar="NAME=VALUE",

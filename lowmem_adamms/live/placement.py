@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoints.dtypes import DTYPES, DType
 from ..errors import PlacementError, RecipeError
@@ -75,6 +75,10 @@ class Placement:
     cached_source_bytes: int = 0
     sources_stay_cached: bool = False
     lines: tuple[str, ...] = ()
+
+    def identity(self) -> list[Any]:
+        """Plain data that differs where answers may."""
+        return [self.device, self.quantize, self.dtype, self.batch_size]
 
     @property
     def activation_bytes(self) -> int:

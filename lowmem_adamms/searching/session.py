@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..merging.journal import AnswerJournal
 from ..prompts import Prompt, digest
@@ -21,10 +21,43 @@ from ..settings import AnswerSettings
 from ..version import __version__
 
 if TYPE_CHECKING:
-    from ..live.answerer import Answerer
-    from ..live.live_model import LiveModel
+    from ..live.draft_decoding import Cost, Tokens
     from ..live.placement import Placement
     from ..mapping.plan import Plan
+    from ..serving.vllm_model import EnginePlacement
+
+    AnyPlacement = Placement | EnginePlacement
+
+
+class SearchedModel(Protocol):
+    """A model that a search asks: a `LiveModel`, or one that vLLM serves."""
+
+    def apply(self, alpha: float) -> None:
+        """Blend at an alpha."""
+
+    def make_answerer(self, settings: AnswerSettings, *, batch_size: int) -> SearchedAnswerer:
+        """What asks it."""
+
+    def close(self) -> None:
+        """Drop it."""
+
+
+class SearchedAnswerer(Protocol):
+    """What asks such a model; see `live.answerer.Answerer`."""
+
+    cost: Cost
+    notes: list[str]
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        known: Mapping[int, str] | None = None,
+        answered: Callable[[int, str, Tokens], None] | None = None,
+    ) -> list[str]:
+        """One answer for each prompt, in their order."""
+
+    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
+        """What the next answers may be like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +85,7 @@ class Session(AbstractContextManager["Session"]):
 
     def __init__(
         self,
-        load: Callable[[], LiveModel],
+        load: Callable[[], SearchedModel],
         settings: AnswerSettings,
         batch_size: int,
         journal: AnswerJournal | None = None,
@@ -73,7 +106,7 @@ class Session(AbstractContextManager["Session"]):
         self._asked, self._answered = asked, answered
         self._tokens = {**journal.tokens} if journal else {}
         self._last_alpha: float | None = None
-        self._loaded: tuple[LiveModel, Answerer] | None = None
+        self._loaded: tuple[SearchedModel, SearchedAnswerer] | None = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -153,7 +186,7 @@ class Session(AbstractContextManager["Session"]):
         self.notes = answerer.notes
         return answers
 
-    def _model(self) -> tuple[LiveModel, Answerer]:
+    def _model(self) -> tuple[SearchedModel, SearchedAnswerer]:
         """The live model and what asks it, loaded at the first call."""
         if self._loaded is None:
             live = self._load()
@@ -171,14 +204,14 @@ class Session(AbstractContextManager["Session"]):
 
 
 def fingerprint(
-    plan: Plan, prompts: Sequence[Prompt], settings: AnswerSettings, placement: Placement
+    plan: Plan, prompts: Sequence[Prompt], settings: AnswerSettings, placement: AnyPlacement
 ) -> str:
     """A digest of everything that decides the answers at an alpha."""
     folder = plan.base.path
     sidecars = [(str(name), (folder / name).stat()) for name in plan.base.sidecars()]
     document = [
         [__version__, version("transformers")],
-        [placement.device, placement.quantize, placement.dtype, placement.batch_size],
+        placement.identity(),
         [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sidecars],
         plan.identity(),
         digest(prompts),

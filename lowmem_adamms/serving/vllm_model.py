@@ -13,7 +13,7 @@ import time
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import FormatError, RecipeError, SearchError, first_line
@@ -22,12 +22,67 @@ from ..mapping import kinship
 from ..mapping.plan import Plan
 from ..merging.sources import download
 from ..prompts import Prompt, open_image
-from ..settings import AnswerSettings, EngineSettings
+from ..settings import (
+    AnswerSettings,
+    EngineSettings,
+    PlacementSettings,
+    Quantization,
+    SearchSettings,
+    changed,
+)
 from .vllm_worker import plan_recipe
 
 WORKER = "lowmem_adamms.serving.vllm_worker.BlendingWorker"
 _FIRST_GPU = (9, 0)
 """The compute capability from which vLLM can make answers independent of their batch."""
+_ALL = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlacement:
+    """That the search's model is served by vLLM, which places it by itself.
+
+    batch_size: prompts handed to the engine at a time. lines: the decision, for people.
+    """
+
+    settings: EngineSettings
+    version: str
+    batch_size: int
+    lines: tuple[str, ...]
+
+    def identity(self) -> list[Any]:
+        """Plain data that differs where answers may."""
+        return [self.version, asdict(self.settings)]
+
+
+def place_in_engine(
+    plan: Plan, settings: SearchSettings, quantize: Quantization | None
+) -> EnginePlacement:
+    """Check what can be checked before vLLM starts.
+
+    RecipeError if vLLM is missing or does not know the base, or for settings that are not its own.
+    """
+    given = {item.name for item in changed(settings, PlacementSettings)} - {"batch_size"}
+    if quantize not in (None, "none"):
+        given.add("quantize")
+    if given:
+        raise RecipeError(f"vLLM loads the model its own way; leave out {', '.join(sorted(given))}")
+    version = _check_known(plan)
+    engine = EngineSettings(
+        **{item.name: getattr(settings, item.name) for item in fields(EngineSettings)}
+    )
+    groups = (
+        ("tensor parallel", engine.tensor_parallel),
+        ("pipeline parallel", engine.pipeline_parallel),
+        ("data parallel", engine.data_parallel),
+    )
+    spread = "".join(f", {name} {count}" for name, count in groups if count > 1)
+    return EnginePlacement(
+        engine,
+        version,
+        settings.batch_size or _ALL,
+        (f"answered by vLLM {version}{spread}, which takes the memory it is given",),
+    )
 
 
 class VllmModel(AbstractContextManager["VllmModel"]):
@@ -40,7 +95,7 @@ class VllmModel(AbstractContextManager["VllmModel"]):
         force: Load also two models that look unrelated.
 
     Raises:
-        RecipeError: vLLM is not installed, does not know the base, or refuses an option.
+        RecipeError: vLLM refuses an option.
         MappingError: Base and donor look unrelated.
         SearchError: The engine does not start.
 
@@ -59,7 +114,6 @@ class VllmModel(AbstractContextManager["VllmModel"]):
         trust_remote_code: bool = False,
         force: bool = False,
     ) -> None:
-        check_engine(plan)
         if not force:
             kinship.check(plan)
         download(plan)
@@ -90,17 +144,19 @@ class VllmModel(AbstractContextManager["VllmModel"]):
         self.close()
 
 
-def check_engine(plan: Plan) -> None:
-    """RecipeError if vLLM is missing or does not know the base; nothing is loaded for it."""
+def _check_known(plan: Plan) -> str:
+    """The version of vLLM. RecipeError if it is missing or does not know the base."""
     if importlib.util.find_spec("vllm") is None:
-        raise RecipeError("the engine vllm is not installed; pip install vllm")
+        raise RecipeError("vLLM is not installed; pip install vllm")
+    vllm = importlib.import_module("vllm")
+    version: str = vllm.__version__
     names = plan.base.config.get("architectures") or []
-    known = importlib.import_module("vllm").ModelRegistry.get_supported_archs()
-    if not set(names) & set(known):
+    if not set(names) & set(vllm.ModelRegistry.get_supported_archs()):
         raise RecipeError(
-            f"{plan.base.path}: vLLM {version('vllm')} does not know {' or '.join(names)};"
-            " search with the engine transformers"
+            f"{plan.base.path}: vLLM {version} does not know {' or '.join(names)}; search with the"
+            " engine transformers"
         )
+    return version
 
 
 def _start_engine(plan: Plan, settings: EngineSettings, *, trust_remote_code: bool) -> Any:
@@ -109,6 +165,7 @@ def _start_engine(plan: Plan, settings: EngineSettings, *, trust_remote_code: bo
     if platform.is_cuda() and platform.has_device_capability(_FIRST_GPU):
         os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     options: dict[str, Any] = {
         "max_model_len": -1,  # as long as the cache allows
         "seed": 0,
@@ -117,7 +174,7 @@ def _start_engine(plan: Plan, settings: EngineSettings, *, trust_remote_code: bo
         "pipeline_parallel_size": settings.pipeline_parallel,
         "data_parallel_size": settings.data_parallel,
         **({"distributed_executor_backend": "ray"} if settings.ray else {}),
-        **dict(map(_parse_option, settings.vllm_options)),
+        **dict(map(_parse_option, settings.vllm_option)),
     }
     try:
         return vllm.LLM(
@@ -148,7 +205,7 @@ def _parse_option(word: str) -> tuple[str, Any]:
     """`name=value` as vLLM takes it: numbers, True, lists and the like by Python's rules."""
     name, equals, value = word.partition("=")
     if not (name.isidentifier() and equals):
-        raise RecipeError(f"vllm_options {word!r}: expected NAME=VALUE, such as max_model_len=4096")
+        raise RecipeError(f"vllm_option {word!r}: expected NAME=VALUE, such as max_model_len=4096")
     try:
         return name, literal_eval(value)
     except (ValueError, SyntaxError):
