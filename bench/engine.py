@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ def main() -> None:
     figures: dict[str, Any] = {"bytes": plan.bytes_written, "prompts": len(prompts)}
     start, vllm = timed(lambda: VllmModel(plan, settings))
     with vllm:
-        applies = [timed(lambda alpha=alpha: vllm.apply(alpha))[0] for alpha in ALPHAS]
+        applies = [timed(partial(vllm.apply, alpha))[0] for alpha in ALPHAS]
         figures |= {"vllm_start_s": start, "vllm_apply_s": statistics.median(applies)}
         figures |= measure_answers("vllm", vllm, prompts, arguments.tokens)
     figures["vllm_start_on_merged_s"] = start_on_merged(plan, settings)
     start, live = timed(lambda: LiveModel(plan, device="cpu"))
     with live:
-        applies = [timed(lambda alpha=alpha: live.apply(alpha))[0] for alpha in ALPHAS]
+        applies = [timed(partial(live.apply, alpha))[0] for alpha in ALPHAS]
         figures |= {"transformers_start_s": start}
         figures |= {"transformers_apply_s": statistics.median(applies)}
         figures |= measure_answers("transformers", live, prompts, arguments.tokens)
@@ -81,7 +82,7 @@ def measure_answers(
         answerer = model.make_answerer(AnswerSettings(max_new_tokens=tokens), batch_size=8)
         for alpha in (0.3, 0.4):
             model.apply(alpha)
-            seconds, _ = timed(lambda: answerer.answer(prompts))
+            seconds, _ = timed(partial(answerer.answer, prompts))
         rates[f"{name}_answers_per_s_{tokens}_tokens"] = len(prompts) / seconds
     return rates
 
