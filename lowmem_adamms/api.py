@@ -72,7 +72,7 @@ def make_plan(
     Args:
         base: Folder, file or `org/name[@revision]` of the model that is kept.
         donor: The same of the model whose language weights are blended in.
-        settings: Or its fields as keywords: `embeddings`, `dtype`, `arch`.
+        settings: Or its fields as keywords: `embeddings`, `unmatched`, `dtype`, `arch`.
         declared: Architectures declared in Python, before those of the files in `arch`.
         stream: Leave nothing of a Hub id in the cache; its weights must be safetensors.
         bins: Download a repository that has only `.bin` files, whose tensors cannot be located
@@ -94,6 +94,7 @@ def make_plan(
         _opened(donor, cache=not stream, bins=bins and not stream),
         embeddings=settings.embeddings,
         dtype=settings.dtype,
+        unmatched=settings.unmatched,
         declared=(*declared, *read_declarations(settings.arch)),
     )
 

@@ -25,6 +25,7 @@ from .values import (
 
 S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
+Unmatched = Literal["stop", "keep"]
 Measure = Literal["pairwise", "joint", "embedding", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
@@ -106,6 +107,11 @@ class PlanSettings:
         "merge",
         "join embedding and head rows by token (default), or keep the base's",
         choices=("merge", "keep"),
+    )
+    unmatched: Unmatched = setting(
+        "stop",
+        "stop where only one of the two language models has a weight (default), or keep the base's",
+        choices=("stop", "keep"),
     )
     dtype: str | None = setting(
         None,

@@ -18,20 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from .experts import EXPERT_ROLES
-from .families import ARCHS
-from .layout import ESSENTIAL
-
-_KNOWN_ROLES = {
-    role.partition("@")[0] + stream
-    for roles in (
-        *(roles for arch in ARCHS for roles in arch.decoder.values()),
-        *(f"layers.#.{role}" for roles in EXPERT_ROLES.values() for role in roles.split()),
-    )
-    for role in roles.split()
-    for stream in ("", "@text", "@vision")
-}
-"""Every role that some declaration of ours knows; any other could only be a mistake."""
+_ROLE = re.compile(r"(?:layers\.#\.)?[\w.*-]+(?:@text|@vision)?", re.ASCII)
 _NAME = re.compile(r"(?:[A-Za-z_.]+\.#\.)?[^#]+")
 
 
@@ -82,16 +69,14 @@ class Declaration(BaseModel):
         None, description="how many leading token ids all descendants of its ancestor share"
     )
     interleaved: Annotated[tuple[Text, ...], List] = Field(
-        (),
-        description="names of the decoder in which q, k and v alternate head by head, or gate and"
-        " up of stacked experts row by row",
+        (), description="names of the decoder in which q, k and v alternate head by head"
     )
     head_dim: Count | None = Field(
         None, description="rows of a head, for these, where config.json does not tell"
     )
     decoder: dict[Text, Text] = Field(
-        description="name after the prefix, layer number written # and expert number *: the roles"
-        " it holds, in memory order"
+        description="name after the prefix, layer number written #: the roles it holds, in memory"
+        " order"
     )
     others: dict[FilledText, FilledText] = Field(
         {}, description="prefixes of all other tensors, and what they are"
@@ -107,15 +92,10 @@ class Declaration(BaseModel):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"decoder: {name!r}: expected its first number written .#.")
             for role in roles.split():
-                if role not in _KNOWN_ROLES:
-                    raise ValueError(f"decoder: {name!r}: unknown role {role!r}")
+                if not _ROLE.fullmatch(role) or role == "head":
+                    raise ValueError(f"decoder: {name!r}: {role!r} cannot be a role")
                 if ("#" in role) != ("#" in name):
                     raise ValueError(f"decoder: {name!r}: # in the name or the role, not in both")
-        found = {role for roles in self.decoder.values() for role in roles.split()}
-        held = {role.partition("@")[0] for role in found}
-        for role in ("norm", *(f"layers.#.{part}" for part in ESSENTIAL)):
-            if role not in held:
-                raise ValueError(f"decoder: no name holds {role}")
         if "embed" not in self.decoder.values():
             raise ValueError("decoder: no name holds embed, alone")
         if unknown := set(self.interleaved) - self.decoder.keys():

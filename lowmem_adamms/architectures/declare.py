@@ -114,16 +114,23 @@ def _inherit(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rename(arch: Arch, changes: Mapping[str, str]) -> Arch:
-    """The declaration with text replaced in the names of its decoder, in the changes' order."""
+    """The declaration with text replaced in the names of its decoder, in the changes' order.
+
+    RecipeError if two names become one.
+    """
 
     def renamed(name: str) -> str:
         for old, new in changes.items():
             name = name.replace(old, new)
         return name
 
+    decoder: dict[str, str] = {}
+    for name, roles in arch.decoder.items():
+        if decoder.setdefault(renamed(name), roles) != roles:
+            raise RecipeError(f"rename: two names of {arch.name} become {renamed(name)!r}")
     return replace(
         arch,
-        decoder={renamed(name): roles for name, roles in arch.decoder.items()},
+        decoder=decoder,
         interleaved=tuple(map(renamed, arch.interleaved)),
         foreign_layers={renamed(name): kind for name, kind in arch.foreign_layers.items()},
     )

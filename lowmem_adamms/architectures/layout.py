@@ -9,15 +9,18 @@ Roles: `embed`, `norm`, `head`, and for each layer `layers.N.` + one of
 `attn_norm.weight`, `mlp_norm.weight` (and `attn_post_norm.weight`, `mlp_post_norm.weight` where a
 layer norms what it adds as well). Of experts, for each expert K:
 `mlp.experts.K.{gate,up,down}.{weight,bias}`, beside `mlp.router.{weight,bias,correction_bias}`,
-`mlp.shared_expert.{gate,up,down}.weight` and `mlp.shared_expert_gate.weight`. A stream may follow:
-`@text`, `@vision` (a copy that only those tokens use).
+`mlp.shared_expert.{gate,up,down}.weight` and `mlp.shared_expert_gate.weight`. Any other tensor of
+the decoder is a role by its own name, such as `layers.N.linear_attn.A_log`: two decoders that are
+spelled alike need no declaration. A stream may follow: `@text`, `@vision` (a copy that only those
+tokens use).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -34,13 +37,31 @@ ESSENTIAL = (
     *(f"attn.{part}.weight" for part in "qkvo"),
     *(f"mlp.{part}.weight" for part in ("gate", "up", "down")),
 )
-"""What every layer of a decoder has."""
-_LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})(\..+)")
-_EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.")
+"""What nearly every layer has: a decoder is read in the way that finds most of these."""
+FOREIGN_LAYERS = {
+    "layers.#.eh_proj.weight": "multi-token prediction",
+    "layers.#.cross_attn.q_proj.weight": "cross-attention layer",
+    "layers.#.encoder_attn.q_proj.weight": "cross-attention layer",
+}
+"""What no layer of a decoder-only ancestor has, whatever the family: see `Arch.foreign_layers`."""
+OTHER_PARTS = (
+    ("multi-token prediction", re.compile(r"(^|\.)mtp\b")),
+    ("talker", re.compile(r"talker|token2wav|code2wav|codec|depth_decoder")),
+    ("connector", re.compile(r"projector|connector|merger|resampler|mm_|newline|view_sep")),
+    ("audio tower", re.compile(r"audio|speech|acoustic")),
+    ("vision tower", re.compile(r"vision|visual|image|video|patch|\bvit|\bsam_|siglip|clip")),
+)
+"""What a tensor outside the decoder is by a word in its name, where no declaration tells."""
 _EXPERT_NAMES = {
     f"layers.#.{name}": " ".join(f"layers.#.{role}" for role in roles.split())
     for name, roles in {**EXPERT_ROLES, **{role: role for role in ROUTER_ROLES}}.items()
 }
+_EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.")
+_LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})\.(.+)")
+_BESIDE_LAYERS = re.compile(r"\w+(\.\w+)?|\w+\.\d+\.\w+")
+"""A tensor beside the layers, such as `per_layer_projection_norm.weight`; what has a longer name is
+part of a tower, unless the decoder has a prefix of its own."""
+_SHARED_PREFIX = re.compile(r"(model\.|transformer\.)*")
 _Layer = tuple[str, int]
 """The name of a stack of layers, such as `layers.`, and the number of one of them."""
 
@@ -57,8 +78,9 @@ class Arch:
         decoder: Tensor name after the prefix, layer number written `#` and expert number `*`, to
             the roles it holds in memory order: space-separated when fused, empty for a buffer that
             is never blended. Several names may stand for one role. A name without `*` whose roles
-            have it is a stack of all experts.
-        others: Prefixes of all other tensors, and what they are.
+            have it is a stack of all experts. What is not named is a role by its own name.
+        others: Prefixes of all other tensors, and what they are; with `#`, of what layers have
+            that the ancestor's lack.
         shared_ids: How many leading token ids all descendants of its ancestor share.
         interleaved: Those fused names of `decoder` in which q, k and v alternate head by head (the
             query rows of one key-value head, its key's, its value's, then the next head's), or gate
@@ -80,9 +102,23 @@ class Arch:
     foreign_layers: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def embed_name(self) -> str:
-        """The embedding's name after the prefix."""
-        return next(name for name, roles in self.decoder.items() if roles == "embed")
+    def embed_names(self) -> list[str]:
+        """What the embedding may be called after the prefix."""
+        return [name for name, roles in self.decoder.items() if roles == "embed"]
+
+    def roles_of(self, key: str) -> str | None:
+        """The roles that a name of `decoder`, or one that all families share, holds."""
+        return self.decoder.get(key, _EXPERT_NAMES.get(key))
+
+    def respelled(self, other: Arch) -> Arch:
+        """The same family around a decoder that is spelled as another's."""
+        return replace(
+            self,
+            decoder=other.decoder,
+            interleaved=other.interleaved,
+            head_dim=other.head_dim,
+            foreign_layers=other.foreign_layers,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `declare.parse_declaration` reads. What has its default is left out."""
@@ -144,29 +180,164 @@ def block_span(checkpoint: Checkpoint, name: str, block: Block) -> Span:
     return checkpoint.tensors[name].rows(block.start, block.stop)
 
 
-def read_layout(checkpoint: Checkpoint, arch: Arch, prefix: str, head: str) -> Layout | None:
-    """The layout under one spelling, or None if its decoder is not all there.
+# The names under a prefix
 
-    MappingError if it is, but a fused tensor's rows do not divide into its roles.
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A tensor's name after a prefix, taken apart.
+
+    key: as a declaration would spell it, its first number written `#`, an expert's EXPERT. stack
+    and number: such as `layers.` and 3, or an empty stack outside of layers. rest: what follows
+    them. expert: its number, if it is of one.
     """
-    if prefix + arch.embed_name not in checkpoint.tensors:
+
+    full: str
+    key: str
+    stack: str = ""
+    number: int = 0
+    rest: str = ""
+    expert: str = EXPERT
+
+
+@dataclass(frozen=True, slots=True)
+class Stem:
+    """What of a checkpoint begins with a prefix.
+
+    counts: how many names have a key. layers: the numbers that occur in each stack.
+    """
+
+    prefix: str
+    names: Sequence[Name]
+    counts: Mapping[str, int]
+    layers: Mapping[str, frozenset[int]]
+
+    def find_embedding(self, arch: Arch) -> str | None:
+        """The first of the names that an Arch gives the embedding which is there."""
+        return next((name for name in arch.embed_names if name in self.counts), None)
+
+    def stacks_of(self, arch: Arch) -> frozenset[str]:
+        """The stacks of layers that an Arch declares, or else the one of the most names."""
+        declared = {key.partition("#")[0] for key in arch.decoder if "#" in key}
+        beside = [stack for stack in self.layers if stack.count(".") == 1]
+        if declared or not beside:
+            return frozenset(declared)
+        return frozenset([max(beside, key=lambda stack: len(self.layers[stack]))])
+
+
+def read_stem(checkpoint: Checkpoint, prefix: str) -> Stem:
+    """Take apart the names that begin with a prefix."""
+    names = []
+    for full in checkpoint.tensors:
+        if full.startswith(prefix):
+            suffix = full[len(prefix) :]
+            layer = _LAYER.match(suffix)
+            if layer is None:
+                names.append(Name(full, suffix))
+            else:
+                stack, number, rest = layer.groups()
+                key, expert = rest, _EXPERT.search(rest)
+                if expert:
+                    key = f"{rest[: expert.start(1)]}{EXPERT}{rest[expert.end(1) :]}"
+                key = f"{stack}#.{key}"
+                names.append(
+                    Name(full, key, stack, int(number), rest, expert[1] if expert else EXPERT)
+                )
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        if name.stack:
+            layers.setdefault(name.stack, set()).add(name.number)
+    numbers = {stack: frozenset(found) for stack, found in layers.items()}
+    return Stem(prefix, names, Counter(name.key for name in names), numbers)
+
+
+# How an Arch reads them
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well an Arch explains the names under a prefix.
+
+    essential: how many of the ESSENTIAL roles it finds. undeclared: how many tensors of the layers
+    it does not name. unused: how many names it has that do not occur. missing: the first that is
+    not there of what no decoder can do without.
+    """
+
+    essential: int
+    undeclared: int
+    unused: int
+    layers: int
+    missing: str | None
+
+    @property
+    def score(self) -> tuple[int, int, int]:
+        """The greater, the better."""
+        return self.essential, -self.undeclared, -self.unused
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each layer has all that is essential."""
+        return self.essential >= self.layers * len(ESSENTIAL)
+
+
+def measure_fit(stem: Stem, arch: Arch) -> Fit:
+    """Tell how well an Arch explains what is under a prefix."""
+    stacks = stem.stacks_of(arch)
+    foreign = _find_foreign_layers(stem, arch)
+    layers = {
+        _ancestors_number(stack, number, foreign)
+        for stack in stacks
+        for number in stem.layers.get(stack, ())
+        if (stack, number) not in foreign
+    }
+    essential = undeclared = 0
+    counts = stem.counts
+    if foreign:
+        counts = Counter(
+            name.key for name in stem.names if (name.stack, name.number) not in foreign
+        )
+    for key, count in counts.items():
+        roles = arch.roles_of(key)
+        if roles is not None:
+            plain = (role.partition("@")[0].removeprefix("layers.#.") for role in roles.split())
+            essential += count * sum(role in ESSENTIAL for role in plain)
+        elif key.partition("#")[0] in stacks and _own_kind(arch, key) is None:
+            undeclared += count
+    missing = None
+    if stem.find_embedding(arch) is None:
+        missing = f"{stem.prefix}{arch.embed_names[0]}"
+    elif gaps := set(range(max(layers, default=0) + 1)) - layers:
+        missing = f"{stem.prefix}{min(stacks, default='layers.')}{min(gaps)}."
+    unused = len(arch.decoder.keys() - stem.counts.keys())
+    return Fit(essential, undeclared, unused, len(layers), missing)
+
+
+def read_layout(
+    checkpoint: Checkpoint, arch: Arch, prefix: str, head: str, stem: Stem | None = None
+) -> Layout | None:
+    """The layout under one spelling, or None if there is no embedding, or a layer is missing.
+
+    MappingError if a fused tensor's rows do not divide into its roles. stem: of the prefix, if it
+    was read before.
+    """
+    stem = stem or read_stem(checkpoint, prefix)
+    if measure_fit(stem, arch).missing:
         return None
-    roles_of, kinds = _read_roles(checkpoint, arch, prefix, head)
-    if _first_missing({role for roles in roles_of.values() for role in roles}):
-        return None
-    query_rows = 0
+    roles_of, kinds = _read_roles(checkpoint, arch, stem, head)
+    query_rows = {}  # by layer: the output projection has a column per query row
     for name, roles in roles_of.items():
         span = checkpoint.tensors[name]
         if ".attn.o.weight" in roles[0] and len(span.shape) == 2:
-            query_rows = span.shape[1]  # the output projection has a column per query row
-    *_, width = (0, *checkpoint.tensors[prefix + arch.embed_name].shape)
-    blocks = _split_experts(checkpoint, arch, prefix, roles_of, width)
+            query_rows[_layer_of(roles[0])] = span.shape[1]
+    keys = {name.full: name.key for name in stem.names}
+    interleaved = {name for name in roles_of if keys.get(name) in arch.interleaved}
+    *_, width = (0, *checkpoint.tensors[f"{prefix}{stem.find_embedding(arch)}"].shape)
+    blocks = _split_experts(checkpoint, roles_of, interleaved, width)
     for name, roles in roles_of.items():
-        if name in blocks:
-            continue
-        key, _, _ = _declared_name(arch, prefix, name)
-        head_dim = _head_dim(checkpoint, arch, query_rows) if key in arch.interleaved else None
-        blocks[name] = _split(checkpoint, name, roles, query_rows, head_dim)
+        if name not in blocks:
+            rows = query_rows.get(_layer_of(roles[0]), 0)
+            head_dim = _head_dim(checkpoint, arch, rows) if name in interleaved else None
+            blocks[name] = _split(checkpoint, name, roles, rows, head_dim)
     layout = Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
     _check_held_once(checkpoint, layout)
     return layout
@@ -182,9 +353,8 @@ def _check_held_once(checkpoint: Checkpoint, layout: Layout) -> None:
 
 def _split_experts(
     checkpoint: Checkpoint,
-    arch: Arch,
-    prefix: str,
     roles_of: Mapping[str, Sequence[str]],
+    interleaved: Collection[str],
     width: int,
 ) -> dict[str, tuple[Block, ...]]:
     """The blocks of stacked experts, and of routers, which may be transposed."""
@@ -193,8 +363,7 @@ def _split_experts(
     for name, roles in roles_of.items():
         shape = checkpoint.tensors[name].shape
         if EXPERT in roles[0]:
-            key, _, _ = _declared_name(arch, prefix, name)
-            stacks[name] = (roles, shape, key in arch.interleaved)
+            stacks[name] = (roles, shape, name in interleaved)
         elif ".router.weight" in roles[0] and sees_transposed_router(shape, width):
             blocks[name] = (Block(roles[0], 0, shape[1], transposed=True),)
     # In the order of the file
@@ -202,90 +371,73 @@ def _split_experts(
     return {name: blocks[name] for name in roles_of if name in blocks}
 
 
-def find_missing(checkpoint: Checkpoint, arch: Arch, prefix: str) -> tuple[int, str]:
-    """How many roles an incomplete decoder has, and the first tensor that it lacks."""
-    roles_of, _ = _read_roles(checkpoint, arch, prefix, head="")
-    found = {role for roles in roles_of.values() for role in roles}
-    missing = _first_missing(found)
-    assert missing is not None
-    layer = missing.split(".")[1] if "." in missing else ""
-    for name, roles in arch.decoder.items():
-        if missing in [role.partition("@")[0] for role in roles.replace("#", layer).split()]:
-            return len(found), prefix + name.replace("#", layer)
-    raise AssertionError(f"no name for {missing}")
-
-
 def _read_roles(
-    checkpoint: Checkpoint, arch: Arch, prefix: str, head: str
+    checkpoint: Checkpoint, arch: Arch, stem: Stem, head: str
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The roles in each tensor of the decoder, and what each other tensor is."""
-    foreign = _find_foreign_layers(checkpoint, arch, prefix)
+    foreign = _find_foreign_layers(stem, arch)
+    stacks = stem.stacks_of(arch)
+    embedding = stem.find_embedding(arch)
+    bias = f"{head.removesuffix('weight')}bias"
+    names = {name.full: name for name in stem.names}
     roles_of: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        key, layer, expert = _declared_name(arch, prefix, name)
-        roles = "head" if name == head else arch.decoder.get(key, _EXPERT_NAMES.get(key))
-        if layer in foreign:
-            kinds[name] = foreign[layer]
-        elif roles is None:
-            kinds[name] = _kind(arch, name)
-        elif not roles.strip():
-            kinds[name] = BUFFER
+    for full in checkpoint.tensors:
+        name = names.get(full)
+        if full in (head, bias):
+            roles_of[full] = ["head" if full == head else "head.bias"]
+        elif name is None:
+            kinds[full] = _kind(arch, full)
+        elif (name.stack, name.number) in foreign:
+            kinds[full] = foreign[name.stack, name.number]
+        elif roles := _find_roles(arch, name, stacks, stem.prefix, embedding):
+            number = _ancestors_number(name.stack, name.number, foreign) if name.stack else ""
+            roles = roles.replace("#", str(number)).replace(EXPERT, name.expert)
+            roles_of[full] = roles.split()
         else:
-            roles = roles.replace("#", _ancestors_number(layer, foreign))
-            roles_of[name] = roles.replace(EXPERT, expert or EXPERT).split()
+            kinds[full] = BUFFER if roles == "" else _own_kind(arch, name.key) or _kind(arch, full)
     return roles_of, kinds
 
 
-def _first_missing(roles: Collection[str]) -> str | None:
-    """The first essential role of a decoder of layers 0 to n-1 that is not among these."""
-    plain = {role.partition("@")[0] for role in roles}
-    layers = {role.split(".")[1] for role in plain if role.startswith("layers.")}
-    for role in ("embed", "norm"):
-        if role not in plain:
-            return role
-    for layer in range(max(len(layers), 1)):
-        is_sparse = f"layers.{layer}.mlp.router.weight" in plain
-        for part in ESSENTIAL:
-            if is_sparse and part.startswith("mlp."):
-                continue
-            if f"layers.{layer}.{part}" not in plain:
-                return f"layers.{layer}.{part}"
+def _find_roles(
+    arch: Arch, name: Name, stacks: Collection[str], prefix: str, embedding: str | None
+) -> str | None:
+    """The roles a name under the prefix holds: as declared, or its own name; None if it is none."""
+    roles = arch.roles_of(name.key)
+    if roles is not None and (roles != "embed" or name.key == embedding):
+        return roles
+    if _own_kind(arch, name.key) or name.full.endswith("rotary_emb.inv_freq"):
+        return None
+    if name.stack in stacks:
+        return f"layers.#.{name.rest}"
+    suffix = name.full[len(prefix) :]
+    is_own_prefix = not _SHARED_PREFIX.fullmatch(prefix)
+    if is_own_prefix or (_BESIDE_LAYERS.fullmatch(suffix) and not guess_kind(name.full)):
+        return suffix if _kind(arch, name.full) == UNKNOWN else None
     return None
 
 
-def _declared_name(arch: Arch, prefix: str, name: str) -> tuple[str, _Layer | None, str]:
-    """A tensor's name as the declaration would spell it; the layer and the expert it is of."""
-    if not name.startswith(prefix):
-        return "", None, ""
-    suffix = name[len(prefix) :]
-    layer = None if suffix in arch.decoder else _LAYER.match(suffix)
-    if layer is None:
-        return suffix, None, ""
-    stack, number, rest = layer.groups()
-    expert = _EXPERT.search(rest)
-    if expert:
-        rest = rest[: expert.start(1)] + EXPERT + rest[expert.end(1) :]
-    return f"{stack}#{rest}", (stack, int(number)), expert[1] if expert else ""
+def _own_kind(arch: Arch, key: str) -> str | None:
+    """What a tensor of a layer is that the ancestor's layers lack, if `others` says so."""
+    kinds = (kind for name, kind in arch.others.items() if "#" in name and key.startswith(name))
+    return next(kinds, None)
 
 
-def _find_foreign_layers(
-    checkpoint: Checkpoint, arch: Arch, prefix: str
-) -> dict[_Layer | None, str]:
+def _find_foreign_layers(stem: Stem, arch: Arch) -> dict[_Layer, str]:
     """The layers that are none of the ancestor's, and what each is."""
-    if not arch.foreign_layers:
+    signs = {**FOREIGN_LAYERS, **arch.foreign_layers}
+    if signs.keys().isdisjoint(stem.counts):
         return {}
-    keys = (_declared_name(arch, prefix, name) for name in checkpoint.tensors)
-    return {layer: arch.foreign_layers[key] for key, layer, _ in keys if key in arch.foreign_layers}
+    return {(name.stack, name.number): signs[name.key] for name in stem.names if name.key in signs}
 
 
-def _ancestors_number(layer: _Layer | None, foreign: Iterable[_Layer | None]) -> str:
+def _ancestors_number(stack: str, number: int, foreign: Collection[_Layer]) -> int:
     """The layer's number in the ancestor, which has no foreign layers."""
-    if layer is None:
-        return "#"
-    stack, number = layer
-    before = [other for other in foreign if other and other[0] == stack and other[1] < number]
-    return str(number - len(before))
+    return number - sum(other[0] == stack and other[1] < number for other in foreign)
+
+
+def _layer_of(role: str) -> str:
+    return role.split(".")[1] if role.startswith("layers.") else ""
 
 
 def _kind(arch: Arch, name: str) -> str:
@@ -294,6 +446,11 @@ def _kind(arch: Arch, name: str) -> str:
         return BUFFER
     prefixes = [prefix for prefix in arch.others if name.startswith(prefix)]
     return arch.others[max(prefixes, key=len)] if prefixes else UNKNOWN
+
+
+def guess_kind(name: str) -> str | None:
+    """What a tensor outside the decoder may be by a word in its name."""
+    return next((kind for kind, words in OTHER_PARTS if words.search(name)), None)
 
 
 def _split(

@@ -1,22 +1,52 @@
-"""Which declaration a checkpoint is of: by its config's class, by its names, else by structure.
+"""Which declaration a checkpoint is of, and where in it the language model is.
 
-By structure means: any decoder that some declaration spells, under any prefix. What was taken for
-granted then stands in the layout's `assumed`; where that would be a guess, it is an error.
+What is in the file decides how its decoder is spelled: of all declarations, the one that explains
+most. The announced class then gives the family's name and what is around the decoder. A decoder of
+an unknown class is looked for under any prefix; what was taken for granted stands in the layout's
+`assumed`, and where that would be a guess, it is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import prod
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MappingError
-from .layout import Arch, Layout, find_missing, read_layout
+from .layout import (
+    UNKNOWN,
+    Arch,
+    Fit,
+    Layout,
+    Stem,
+    guess_kind,
+    measure_fit,
+    read_layout,
+    read_stem,
+)
 
 ANOTHER = "another decoder"
 """The kind of what belongs to a decoder that was not taken for the language model."""
+UNDECLARED = Arch(
+    name="undeclared",
+    source="",
+    classes=(),
+    spellings=(("", "embed_out.weight"),),
+    decoder=dict.fromkeys(
+        (
+            *("embed_tokens.weight", "embeddings.weight", "embed_in.weight"),
+            *("word_embeddings.weight", "wte.weight", "tok_embeddings.weight"),
+        ),
+        "embed",
+    ),
+    others={},
+)
+"""A decoder that no declaration spells: all it holds is a role by its own name."""
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+"""What config.json may call the number of layers and the width of a decoder."""
 
 
 def recognise(
@@ -25,25 +55,39 @@ def recognise(
     """The layout of a checkpoint. `declared`: the user's own declarations, which go before `archs`.
 
     In this order: a declared class, a known class, names that a declared or a known spelling
-    explains altogether, a declared spelling that leaves some unexplained, a known decoder under any
+    explains altogether, a declared spelling that leaves some unexplained, a decoder under any
     prefix. MappingError if nothing fits, or if several decoders fit and none stands out.
     """
+    _refuse_encoder_decoder(checkpoint)
+    stems = _Stems(checkpoint, archs)
+    layout = _recognise(stems, archs, declared)
+    _check_depth(stems, layout)
+    kinds = {
+        name: (guess_kind(name) or UNKNOWN) if kind == UNKNOWN else kind
+        for name, kind in layout.kinds.items()
+    }
+    return replace(layout, kinds=kinds)
+
+
+def _recognise(stems: _Stems, archs: Sequence[Arch], declared: Sequence[Arch]) -> Layout:
+    checkpoint = stems.checkpoint
     announced = _announced_classes(checkpoint)
-    if layout := _of_class(checkpoint, declared, announced):
+    if layout := _of_class(stems, declared, announced, as_declared=True):
         return replace(layout, declared=True)
-    _check_declared_class(checkpoint, declared, announced)
-    if layout := _of_class(checkpoint, archs, announced):
+    _check_declared_class(stems, declared, announced)
+    if layout := _of_class(stems, archs, announced):
         return layout
     config = f"config.json announces {', '.join(sorted(announced))}" if announced else ""
     config = config or "no config.json"
-    own = [replace(layout, declared=True) for layout in _fits(checkpoint, declared)]
-    by_names = [layout for layout in (*own, *_fits(checkpoint, archs)) if not layout.unknown]
+    own = [replace(layout, declared=True) for layout in _fits(stems, declared, as_declared=True)]
+    known = (layout for layout in _fits(stems, archs, exactly=True))
+    by_names = [layout for layout in (*own, *known) if not layout.unknown]
     by_names += sorted(own, key=lambda layout: layout.unknown)
     if by_names:
         layout = by_names[0]
         by = ", declared by --arch," if layout.declared else ""
         return replace(layout, assumed=f"{config}; taken for {layout.arch}{by} by its tensor names")
-    layout = _by_structure(checkpoint, (*declared, *archs))
+    layout = _by_structure(stems, (*declared, *archs, UNDECLARED), declared)
     return replace(layout, assumed=f"{config}; {layout.assumed}")
 
 
@@ -53,35 +97,98 @@ def _announced_classes(checkpoint: Checkpoint) -> set[str]:
     return {name for name in classes if isinstance(name, str)}
 
 
-def _fits(checkpoint: Checkpoint, archs: Iterable[Arch]) -> list[Layout]:
-    """The layout under each spelling of each declaration whose decoder is all there."""
-    return [
-        layout
-        for arch in archs
-        for prefix, head in arch.spellings
-        if (layout := read_layout(checkpoint, arch, prefix, head))
-    ]
+class _Stems:
+    """The names of a checkpoint under each prefix that is asked for, and how they are spelled."""
+
+    def __init__(self, checkpoint: Checkpoint, archs: Iterable[Arch]) -> None:
+        self.checkpoint = checkpoint
+        self._archs = list({_spelling(arch): arch for arch in archs}.values())
+        self._stems: dict[str, Stem] = {}
+
+    def __getitem__(self, prefix: str) -> Stem:
+        if prefix not in self._stems:
+            self._stems[prefix] = read_stem(self.checkpoint, prefix)
+        return self._stems[prefix]
+
+    def ranked(self, prefix: str, first: Sequence[Arch] = ()) -> list[tuple[Arch, Fit]]:
+        """The spellings that fit under a prefix, the best first; of equals, those of `first`."""
+        archs = {_spelling(arch): arch for arch in reversed((*first, *self._archs, UNDECLARED))}
+        fits = [(arch, measure_fit(self[prefix], arch)) for arch in reversed(archs.values())]
+        fits = [(arch, fit) for arch, fit in fits if not fit.missing]
+        return sorted(fits, key=lambda each: each[1].score, reverse=True)
 
 
-def _of_class(checkpoint: Checkpoint, archs: Iterable[Arch], announced: set[str]) -> Layout | None:
+def _spelling(arch: Arch) -> tuple[object, ...]:
+    """What two families that spell their decoders alike have in common."""
+    return id(arch.decoder), arch.interleaved, arch.head_dim, *arch.foreign_layers
+
+
+def _fits(
+    stems: _Stems, archs: Iterable[Arch], *, as_declared: bool = False, exactly: bool = False
+) -> list[Layout]:
+    """The layout under each spelling of each declaration that has a decoder there.
+
+    as_declared: read with this declaration even where another explains more. exactly: only where
+    none explains more, and nothing in the layers is left to its own name. Those that are spelled as
+    their declaration has it come first.
+    """
+    layouts: list[Layout] = []
+    respelled: list[Layout] = []
+    for arch in archs:
+        for prefix, head in arch.spellings:
+            best = None if as_declared else _read_best(stems, prefix, [arch])
+            if exactly and (best is None or best.fit.undeclared or not best.is_of(arch)):
+                continue
+            family = arch.respelled(best.arch) if best else arch
+            if layout := read_layout(stems.checkpoint, family, prefix, head, stems[prefix]):
+                (layouts if best is None or best.is_of(arch) else respelled).append(layout)
+    return layouts + respelled
+
+
+def _of_class(
+    stems: _Stems, archs: Iterable[Arch], announced: set[str], *, as_declared: bool = False
+) -> Layout | None:
     """Of the declarations of an announced class, the layout that explains most."""
     of_class = [arch for arch in archs if announced & set(arch.classes)]
-    return min(_fits(checkpoint, of_class), key=lambda layout: layout.unknown, default=None)
+    layouts = _fits(stems, of_class, as_declared=as_declared)
+    return min(layouts, key=lambda layout: layout.unknown, default=None)
 
 
-def _check_declared_class(
-    checkpoint: Checkpoint, declared: Iterable[Arch], announced: set[str]
-) -> None:
-    """MappingError where the user declared this very class, but its decoder is not all there."""
+def _check_declared_class(stems: _Stems, declared: Iterable[Arch], announced: set[str]) -> None:
+    """MappingError where the user declared this very class, but its decoder is not there."""
     for arch in declared:
         for name in sorted(announced & set(arch.classes)):
-            places = [(arch, prefix) for prefix, _ in arch.spellings]
-            prefix, missing = _nearest_miss(checkpoint, places)
+            fits = [measure_fit(stems[prefix], arch) for prefix, _ in arch.spellings]
+            fit = max(fits, key=lambda fit: fit.score)
             raise MappingError(
-                f"{checkpoint.path}: config.json announces {name}, which --arch declares as"
-                f" {arch.name}, but its decoder is not all there: under {prefix!r} there is no"
-                f" {missing}; mend spellings or decoder of the declaration"
+                f"{stems.checkpoint.path}: config.json announces {name}, which --arch declares as"
+                f" {arch.name}, but its decoder is not there: there is no {fit.missing}; mend"
+                " spellings or decoder of the declaration"
             )
+
+
+def _check_depth(stems: _Stems, layout: Layout) -> None:
+    """Raise MappingError if config.json speaks of more layers in a decoder of this width."""
+    checkpoint = stems.checkpoint
+    depth, *width = _depth_and_width(stems, layout)
+    for level in checkpoint.config_levels:
+        layers = _first_number(level, _LAYERS)
+        if layers and layers > depth and [_first_number(level, _WIDTHS)] == width:
+            raise MappingError(
+                f"{checkpoint.path}: holds {depth} decoder layers under {layout.prefix!r},"
+                f" config.json says {layers}; get the files that lack"
+            )
+
+
+def _depth_and_width(stems: _Stems, layout: Layout) -> tuple[int, ...]:
+    """How many layers a decoder has, foreign ones included, and the length of a token's row."""
+    numbers = [
+        name.number
+        for name in stems[layout.prefix].names
+        if name.stack and name.full in layout.blocks
+    ]
+    embedding, _ = layout.roles()["embed"]
+    return max(numbers) + 1, *stems.checkpoint.tensors[embedding].shape[1:]
 
 
 # By structure
@@ -89,10 +196,14 @@ def _check_declared_class(
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A decoder found in a checkpoint. elements: without its head; head: its name or ``."""
+    """A decoder found in a checkpoint.
+
+    sizes: depth and width. elements: without its head; head: its name or ``.
+    """
 
     arch: Arch
     layout: Layout
+    sizes: tuple[int, ...]
     elements: int
     head: str = ""
 
@@ -109,24 +220,33 @@ def _last_parts(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _by_structure(checkpoint: Checkpoint, archs: Sequence[Arch]) -> Layout:
+def _by_structure(stems: _Stems, archs: Sequence[Arch], first: Sequence[Arch]) -> Layout:
     """The layout of the decoder that stands out; `assumed` says which it was, and what else is."""
+    checkpoint = stems.checkpoint
     heads = {_last_parts(head) for arch in archs for _, head in arch.spellings if head}
-    bare = [replace(arch, name=f"{arch.name}-style", others={}, shared_ids=None) for arch in archs]
-    places = [
-        (arch, name.removesuffix(arch.embed_name))
-        for arch in bare
-        for name in checkpoint.tensors
-        if name.endswith(arch.embed_name)
-    ]
+    embeddings = {name for arch in archs for name in arch.embed_names}
+    prefixes = {
+        full[: -len(name)]
+        for full in checkpoint.tensors
+        for name in embeddings
+        if full.endswith(name) and full[: -len(name)][-1:] in ("", ".")
+    }
     candidates: list[_Candidate] = []
-    for prefix in sorted({prefix for _, prefix in places}, key=len):
-        if found := _find_under(checkpoint, prefix, [arch for arch, at in places if at == prefix]):
-            candidates.append(found)
+    for prefix in sorted(prefixes, key=len):
+        if best := _read_best(stems, prefix, first):
+            arch = replace(best.arch, name=f"{best.arch.name}-style", others={}, shared_ids=None)
+            found = replace(best.layout, arch=arch.name)
+            elements = sum(
+                prod(checkpoint.tensors[name].shape)
+                for name, blocks in found.blocks.items()
+                if blocks[0].role.startswith(("embed", "layers."))
+            )
+            candidates.append(_Candidate(arch, found, _depth_and_width(stems, found), elements))
     if not candidates:
-        raise _no_decoder(checkpoint, places)
+        raise _no_decoder(stems, prefixes, archs)
     chosen, others = _choose(checkpoint, _assign_heads(checkpoint, candidates, heads))
-    layout = read_layout(checkpoint, chosen.arch, chosen.layout.prefix, chosen.head)
+    prefix = chosen.layout.prefix
+    layout = read_layout(checkpoint, chosen.arch, prefix, chosen.head, stems[prefix])
     assert layout is not None  # it was read before, without its head
     assumed = f"a {layout.arch} decoder under {layout.prefix!r} by its tensor names"
     kinds = dict(layout.kinds)
@@ -138,30 +258,40 @@ def _by_structure(checkpoint: Checkpoint, archs: Sequence[Arch]) -> Layout:
     return replace(layout, kinds=kinds, assumed=assumed)
 
 
-def _find_under(checkpoint: Checkpoint, prefix: str, archs: Iterable[Arch]) -> _Candidate | None:
-    """The decoder under a prefix: of those that are all there, the one that explains most.
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a decoder is read best: with this Arch, which explains so much, into this layout."""
 
-    MappingError if two explain as much, but not the same; or if the only one's sizes do not fit.
+    arch: Arch
+    fit: Fit
+    layout: Layout
+
+    def is_of(self, arch: Arch) -> bool:
+        """Whether a family spells its decoder so."""
+        return _spelling(arch) == _spelling(self.arch)
+
+
+def _read_best(stems: _Stems, prefix: str, first: Sequence[Arch] = ()) -> _Reading | None:
+    """Read what is under a prefix with the declaration that explains most of it.
+
+    Of equals, those of `first`. MappingError if two others explain as much, but not the same; or if
+    the sizes of fused tensors do not fit the only one that finds all that is essential.
     """
-    found: list[_Candidate] = []
-    misfit: MappingError | None = None
-    for arch in archs:
+    best: _Reading | None = None
+    for arch, fit in stems.ranked(prefix, first):
+        if best and (fit.score < best.fit.score or any(best.is_of(own) for own in first)):
+            break
         try:
-            layout = read_layout(checkpoint, arch, prefix, "")
-        except MappingError as error:
-            misfit = misfit or error
+            layout = read_layout(stems.checkpoint, arch, prefix, "", stems[prefix])
+        except MappingError:
+            if fit.is_complete:
+                raise
             continue
-        if layout:
-            elements = sum(prod(checkpoint.tensors[name].shape) for name in layout.blocks)
-            found.append(_Candidate(arch, layout, elements))
-    if not found:
-        if misfit:
-            raise misfit
-        return None
-    best = min(found, key=lambda candidate: candidate.layout.unknown)
-    for other in found:
-        if other.layout.unknown == best.layout.unknown:
-            _check_same(checkpoint, best.layout, other.layout)
+        assert layout is not None  # else it would not be ranked
+        if best:
+            _check_same(stems.checkpoint, best.layout, layout)
+        else:
+            best = _Reading(arch, fit, layout)
     return best
 
 
@@ -202,14 +332,19 @@ def _assign_heads(
 def _possible_heads(
     checkpoint: Checkpoint, candidate: _Candidate, heads: Collection[str]
 ) -> list[str]:
-    """What is named like a head and as wide as the embedding, with most of its rows."""
+    """What is named like a head, lies around the decoder, and is as wide as the embedding.
+
+    It has most of the embedding's rows as well: CSM's head is of audio codes.
+    """
     layout = candidate.layout
-    rows, *width = checkpoint.tensors[layout.prefix + candidate.arch.embed_name].shape
+    embedding, _ = layout.roles()["embed"]
+    rows, *width = checkpoint.tensors[embedding].shape
     return [
         name
         for name, span in checkpoint.tensors.items()
-        if name not in layout.blocks
-        and _last_parts(name) in heads
+        if (leaf := _last_parts(name)) in heads
+        and layout.prefix.startswith(name.removesuffix(leaf))
+        and (name not in layout.blocks or layout.blocks[name][0].role == leaf)
         and len(span.shape) == 2
         and [*span.shape[1:]] == width
         and 2 * span.shape[0] > rows
@@ -227,15 +362,17 @@ def _choose(
 ) -> tuple[_Candidate, list[_Candidate]]:
     """The language model among several decoders, and the others.
 
-    If the config ties heads, or none has one, it is more than twice as large as any other; else it
-    has a head, is more than twice as large as any other that has one, and none without is larger.
-    MappingError names those between which it would be a guess.
+    It has the depth and width that config.json gives the language model; where that fits none or
+    several, size decides. If the config ties heads, or none has one, it is more than twice as large
+    as any other; else it has a head, is more than twice as large as any other that has one, and
+    none without is larger. MappingError names those between which it would be a guess.
     """
 
     def has_head(candidate: _Candidate) -> bool:
         return bool(candidate.head) or checkpoint.tied is True
 
-    chosen, *others = sorted(candidates, key=lambda it: (has_head(it), it.elements), reverse=True)
+    fitting = _of_config_sizes(checkpoint, candidates) or candidates
+    chosen, *others = sorted(fitting, key=lambda it: (has_head(it), it.elements), reverse=True)
     for other in others:
         alike = has_head(other) == has_head(chosen)
         if other.elements > (chosen.elements / 2 if alike else chosen.elements):
@@ -244,31 +381,52 @@ def _choose(
                 f"{checkpoint.path}: which decoder is the language model? {chosen} or {other};"
                 f' declare it with --arch, such as spellings = [["{prefix}", "{head}"]]'
             )
-    return chosen, others
+    return chosen, [candidate for candidate in candidates if candidate is not chosen]
+
+
+def _of_config_sizes(checkpoint: Checkpoint, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The decoders that are as deep and wide as the outermost level of the config that fits any."""
+    for level in checkpoint.config_levels:
+        sizes = _first_number(level, _LAYERS), _first_number(level, _WIDTHS)
+        fitting = [candidate for candidate in candidates if candidate.sizes == sizes]
+        if fitting:
+            return fitting
+    return []
+
+
+def _first_number(level: Mapping[str, object], names: Sequence[str]) -> int | None:
+    """The first of these settings that is a number."""
+    values = (level.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 # What is missing
 
 
-def _no_decoder(checkpoint: Checkpoint, places: Sequence[tuple[Arch, str]]) -> MappingError:
+def _no_decoder(stems: _Stems, prefixes: Collection[str], archs: Sequence[Arch]) -> MappingError:
+    """Say what comes nearest to a decoder, and what it lacks."""
+    tensors = stems.checkpoint.tensors
     found = (
-        f"{checkpoint.path}: no decoder found among its {len(checkpoint.tensors)} tensors"
-        f" (first: {next(iter(checkpoint.tensors))})"
+        f"{stems.checkpoint.path}: no decoder found among its {len(tensors)} tensors"
+        f" (first: {next(iter(tensors))})"
     )
-    if not places:
+    fits = [(measure_fit(stems[prefix], arch), prefix) for prefix in prefixes for arch in archs]
+    if not fits:
         return MappingError(
             f"{found}; expected names such as model.embed_tokens.weight or those of a known family"
             " (see `archs`), or a declaration with --arch"
         )
-    prefix, missing = _nearest_miss(checkpoint, places)
+    fit, prefix = max(fits, key=lambda each: each[0].score)
     return MappingError(
-        f"{found}; what comes nearest, under {prefix!r}, has no {missing}; get the files that"
+        f"{found}; what comes nearest, under {prefix!r}, has no {fit.missing}; get the files that"
         " lack, or declare with --arch how it is spelled"
     )
 
 
-def _nearest_miss(checkpoint: Checkpoint, places: Sequence[tuple[Arch, str]]) -> tuple[str, str]:
-    """Of (declaration, prefix), the prefix that has most of a decoder, and what it lacks first."""
-    misses = [(*find_missing(checkpoint, arch, prefix), prefix) for arch, prefix in places]
-    _, missing, prefix = max(misses, key=lambda miss: miss[0])
-    return prefix, missing
+def _refuse_encoder_decoder(checkpoint: Checkpoint) -> None:
+    """Raise MappingError if config.json says that the decoder attends to an encoder."""
+    if any(level.get("is_encoder_decoder") is True for level in checkpoint.config_levels):
+        raise MappingError(
+            f"{checkpoint.path}: an encoder-decoder, by its config.json; it descends from no"
+            " language model that is a decoder alone, as both sides of a merge must"
+        )

@@ -1,8 +1,8 @@
 """AdaMMS's mapping step (arXiv 2503.23733, section 3.1): two checkpoints -> a plan, by headers.
 
 A role of the base is blended with the same role of the donor, a duplicated role (`q@vision`) with
-the weight it was duplicated from, rows of embedding and head with the row of the same token. What
-has no counterpart stays the base's.
+the weight it was duplicated from, rows of embedding and head with the row of the same token. A role
+that only one side has stops the plan, unless the user says that the base's is to be kept.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ from ..checkpoints.dtypes import DTYPES, DType
 from ..checkpoints.span import Span
 from ..checkpoints.vocabulary import RowRun
 from ..errors import MappingError
-from ..settings import Embeddings
+from ..settings import Embeddings, Unmatched
 from ..values import parse_dtype
 from .arrange import arrange_parts
 from .config_differences import describe_differences
 from .plan import Part, Plan, Step
 from .side import Piece, Side, read_side
 from .tied_head import describe_ties
-from .token_rows import TOKEN_ROLES, TokenRows, find_token_rows
+from .token_rows import TokenRows, find_token_rows, has_token_rows
 
 SAME_ROLE = "same role"
+MAX_NAMED = 4
+"""So many tensors that have no counterpart are named."""
+
+
+_KIND_WORDS = (
+    ("norm", re.compile("norm")),
+    ("attention", re.compile("attn|attention")),
+    ("MLP", re.compile("mlp|feed_forward|expert|moe|^fc")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,7 @@ def make_plan(
     *,
     embeddings: Embeddings = "merge",
     dtype: str | None = None,
+    unmatched: Unmatched = "stop",
     declared: Sequence[Arch] = (),
     allow_misfits: bool = False,
 ) -> Plan:
@@ -67,15 +77,20 @@ def make_plan(
     token_rows = None
     if embeddings == "merge" and ours.row_shape == theirs.row_shape:
         token_rows = find_token_rows(ours, theirs)
-    kept = TOKEN_ROLES if embeddings == "keep" else ()
     matches = {
         role: Match("--embeddings keep")
-        if role in kept
+        if embeddings == "keep" and has_token_rows(role)
         else _match_role(role, ours, theirs, token_rows)
         for role in ours.pieces
     }
     misfits = list(_compare_sizes(ours, theirs))
     misfits += [match.misfit for match in matches.values() if match.misfit]
+    alone = _list_unmatched(ours, theirs)
+    if alone and unmatched == "stop":
+        misfits.append(
+            f"{alone}; declare with --arch how they are spelled if they belong together, or keep"
+            " the base's with --unmatched keep"
+        )
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
     tied_heads = ours.tied_heads
@@ -98,8 +113,15 @@ def make_plan(
             for name in theirs.tensors
             if name not in donor_names
         },
-        notes=tuple(_notes(ours, theirs, token_rows, declared)),
-        options={"embeddings": embeddings, "dtype": output_dtype.name if output_dtype else None},
+        notes=(
+            *_notes(ours, theirs, token_rows, declared),
+            *([f"{alone}: the base's are kept"] if alone and unmatched == "keep" else []),
+        ),
+        options={
+            "embeddings": embeddings,
+            "dtype": output_dtype.name if output_dtype else None,
+            "unmatched": unmatched,
+        },
         declared=tuple(declared),
         misfits=tuple(misfits),
     )
@@ -141,7 +163,7 @@ def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None
     donor_name, _ = pieces[0]
     donor.require_blendable(donor_name)
     base_shape, donor_shape = base.shape_of(role), donor.shape_of(donor_role)
-    if token_rows and role in TOKEN_ROLES and base_shape[1:] == donor_shape[1:]:
+    if token_rows and has_token_rows(role) and base_shape[1:] == donor_shape[1:]:
         return _match_tokens(base.rows_of(role), pieces[0], token_rows, reason)
     if base_shape != donor_shape:
         misfit = f"shapes differ for {role}: {_compare_shapes(role, base, donor_role, donor)}"
@@ -158,6 +180,40 @@ def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
     if stream:
         return [(role, SAME_ROLE), (plain, f"{stream} copy takes the plain weight")]
     return [(role, SAME_ROLE), (f"{role}@text", "takes the donor's text copy")]
+
+
+def _list_unmatched(base: Side, donor: Side) -> str:
+    """Say which roles of the decoder one side has and the other lacks; empty if none.
+
+    A head is not among them (a tied side has none), nor what only visual tokens use.
+    """
+    base_only = [
+        role
+        for role in base.pieces
+        if _needs_match(role)
+        and not any(name in donor.pieces for name, _ in _donor_roles(role, donor))
+    ]
+    taken = {name for role in base.pieces for name, _ in _donor_roles(role, donor)}
+    donor_only = [role for role in donor.pieces if _needs_match(role) and role not in taken]
+    sides = ((base, base_only, donor), (donor, donor_only, base))
+    return "; ".join(
+        f"{side.path} has {_name_some(side, roles)}, {other.path} lacks that"
+        for side, roles, other in sides
+        if roles
+    )
+
+
+def _needs_match(role: str) -> bool:
+    return not role.startswith("head") and not role.endswith("@vision")
+
+
+def _name_some(side: Side, roles: Sequence[str]) -> str:
+    """The first tensors of these roles, alike ones of other layers left out, and how many more."""
+    names = dict.fromkeys(side.pieces[role][0][0] for role in roles)
+    kinds = {re.sub(r"\.\d+\.", ".#.", name): name for name in reversed(names)}
+    shown = list(reversed(kinds.values()))[:MAX_NAMED]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _match_tokens(base_rows: int, piece: Piece, token_rows: TokenRows, reason: str) -> Match:
@@ -236,15 +292,20 @@ def _split_block(span: Span, block: Block, match: Match, donor: Side) -> Iterato
 
 
 def step_kind(role: str) -> str:
-    """The group a role is shown under: embedding, head, attention, MLP or norm."""
+    """The group a role is shown under: experts, router, attention, MLP, norm and so on."""
+    if has_token_rows(role):
+        return "head" if role.startswith("head") else "embedding"
     plain = role.partition("@")[0]
     if is_expert(plain):
         return "experts"
     if ".mlp.router." in plain:
         return "router"
-    first = re.sub(r"^layers\.\d+\.", "", plain).split(".")[0]
-    kinds = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLP"}
-    return kinds.get(first, "norm")
+    name = re.sub(r"^layers\.\d+\.", "", plain)
+    first = name.split(".")[0]
+    for kind, words in _KIND_WORDS:
+        if words.search(first):
+            return kind
+    return "norm" if "norm" in name else "other decoder"
 
 
 def _notes(

@@ -91,7 +91,8 @@ class Plan:
     steps: one for each output tensor, in the order of the base's bytes.
     leftover: the donor's tensors that are not used, and what they are.
     notes: what a user should know before merging.
-    options: the arguments `embeddings` and `dtype` (a name such as "BF16") it was made with.
+    options: the arguments `embeddings`, `unmatched` and `dtype` (a name such as "BF16") it was made
+        with.
     declared: the user's own declarations.
     misfits: why some tensors stay the base's that a merge would refuse; see `make_plan`.
     """

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from ..checkpoints.vocabulary import FORMS, RowRun, join_rows, read_vocabulary
 from .side import Side
 
-TOKEN_ROLES = ("embed", "head")
-"""The roles that have a row for each token."""
+_TOKEN_ROLES = ("embed", "head", "head.bias", "embed_tokens_per_layer.weight")
+
+
+def has_token_rows(role: str) -> bool:
+    """Whether a role has a row for each token."""
+    return role in _TOKEN_ROLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class TokenRows:
 def find_token_rows(base: Side, donor: Side) -> TokenRows:
     """Join the rows by the tokenizers beside the two checkpoints, as far as there are any."""
     base_rows, donor_rows = (
-        max(side.rows_of(role) for role in TOKEN_ROLES if role in side.pieces)
+        max(side.rows_of(role) for role in _TOKEN_ROLES if role in side.pieces)
         for side in (base, donor)
     )
     base_tokens, donor_tokens = (read_vocabulary(side.checkpoint.folder) for side in (base, donor))

@@ -128,6 +128,7 @@ def _is_recipe(document: Any) -> bool:
         and isinstance(document.get("nonfinite", {}), dict)
         and all(isinstance(digest, str) for digest in document.get("sidecars", {}).values())
         and options["embeddings"] in ("merge", "keep")
+        and options.get("unmatched", "keep") in ("stop", "keep")
         and (options["dtype"] is None or DTYPES[options["dtype"]].blendable)
         and {"base", "donor"} <= set(inputs)
         and all(set(item) & set(_DIGESTS) for side in inputs.values() for item in side)
@@ -215,6 +216,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         recipe["donor"],
         embeddings=options["embeddings"],
         dtype=options["dtype"],
+        unmatched=options.get("unmatched", "keep"),  # earlier versions kept them without a word
         declared=declared,
     )
     for side, checkpoint in (("base", plan.base), ("donor", plan.donor)):

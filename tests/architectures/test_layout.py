@@ -287,10 +287,13 @@ def test_names_decide_where_the_announced_class_is_spelled_otherwise(tmp_path: P
     assert "LlavaForConditionalGeneration" in layout.assumed
 
 
-def test_a_tensor_outside_any_known_part_is_of_unknown_role(tmp_path: Path) -> None:
-    tensors = under("model.", "lm_head") | {"model.layers.0.lora.A": ("BF16", (2, 8))}
+def test_what_nobody_knows_is_a_role_by_its_own_name_in_the_decoder_alone(tmp_path: Path) -> None:
+    names = ("layers.0.mamba.A_log", "per_layer_norm.weight", "altup.1.weight")
+    strange = [f"model.{name}" for name in (*names, "strange.deep.weight", "vision_scale")]
+    tensors = under("model.", "lm_head") | dict.fromkeys(strange, ("BF16", (2, 8)))
     layout = layout_of(hollow(tmp_path, tensors, {"architectures": ["LlamaForCausalLM"]}))
-    assert layout.kinds == {"model.layers.0.lora.A": UNKNOWN}
+    assert layout.kinds == {strange[3]: UNKNOWN, strange[4]: TOWER}
+    assert set(layout.roles()) == {*names, *LLAMA_ROLES}
     assert layout.assumed is None
 
 

@@ -115,7 +115,7 @@ def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) ->
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.5", *words) == 0
     recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
     assert recipe["alpha"] == 0.5
-    assert recipe["options"] == {"embeddings": "keep", "dtype": "F32"}
+    assert recipe["options"] == {"embeddings": "keep", "dtype": "F32", "unmatched": "stop"}
     assert len(recipe["outputs"]) > 4
     assert run("verify", tmp_path / "out", "--deep", "--base", pair[0], "--donor", pair[1]) == 0
     assert ": ok, " in capsys.readouterr().out
@@ -320,7 +320,7 @@ def nothing_there(base: Path, donor: Path) -> None:
 BAD: dict[Callable[[Path, Path], None], str] = {
     truncated: "truncated",
     index_leaves_the_folder: "outside the folder",
-    shorter: "layer counts differ",
+    shorter: "config.json says 3; get the files that lack",
     odd_shape: r"shapes differ for layers\.1\.attn\.k\.weight",
     unrelated: "look unrelated",
     no_decoder: "no decoder found",

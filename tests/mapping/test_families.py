@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from described import NO_TAKER, Described, described, leftover, step_of, whole
@@ -206,7 +207,14 @@ def shallow(name: str) -> Family:
         for tensor, spec in FAMILIES[name].tensors.items()
         if all(int(number) < depth for number in re.findall(r"\.([0-9]+)\.", tensor))
     }
-    return replace(FAMILIES[name], tensors=tensors)
+    return replace(FAMILIES[name], tensors=tensors, config=_without_depth(FAMILIES[name].config))
+
+
+def _without_depth(config: Any) -> Any:
+    """A config that does not say how many layers there are, at any level."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _without_depth(v) for k, v in config.items() if k != "num_hidden_layers"}
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])

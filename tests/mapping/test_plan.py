@@ -245,8 +245,23 @@ def test_sizes_that_differ_are_refused_with_names(
         small(donor=change)
 
 
-def test_biases_and_norms_on_one_side_only_stay_the_bases(small: Small) -> None:
-    plan = small({"bias": True}, {"qk_norm": True})
+def test_what_only_one_side_has_stops_the_plan(small: Small) -> None:
+    with pytest.raises(MappingError) as caught:
+        small({"bias": True}, {"qk_norm": True})
+    found = re.sub(r"/\S+/", "", str(caught.value))
+    name = "model.layers.0.self_attn."
+    assert found == (
+        f"base has {name}q_proj.bias, {name}k_proj.bias, {name}v_proj.bias and 3 more, donor lacks"
+        f" that; donor has {name}q_norm.weight, {name}k_norm.weight and 2 more, base lacks that;"
+        " declare with --arch how they are spelled if they belong together, or keep the base's"
+        " with --unmatched keep"
+    )
+
+
+def test_what_only_one_side_has_stays_the_bases_if_the_user_says_so(small: Small) -> None:
+    plan = small({"bias": True}, {"qk_norm": True}, unmatched="keep")
+    assert any("and 3 more" in note and "the base's are kept" in note for note in plan.notes)
+    assert plan.options["unmatched"] == "keep"
     name = "model.layers.0.self_attn.q_proj.bias"
     assert described(plan, name) == [((0, 8), "layers.0.attn.q.bias", None, None)]
     assert step_of(plan, name).reason == "no counterpart in the donor"

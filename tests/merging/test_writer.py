@@ -188,7 +188,7 @@ def test_adamms_json_holds_recipe_versions_and_digests(pair: Pair, merged: Path)
         if name not in PAPERS and content != b"(folder)" and not name.endswith(".safetensors")
     }
     assert recipe["version"] == __version__
-    assert recipe["options"] == {"embeddings": "merge", "dtype": None}
+    assert recipe["options"] == {"embeddings": "merge", "dtype": None, "unmatched": "stop"}
     for side, folder in zip(("base", "donor"), pair, strict=True):
         assert {item["file"]: item["size"] for item in recipe["inputs"][side]} == {
             path.name: path.stat().st_size for path in folder.glob("*.safetensors")

@@ -18,8 +18,6 @@ from .spelling import (
 _IDEFICS3 = (("model.text_model.", "lm_head.weight"), ("text_model.", "lm_head.weight"))
 _IDEFICS3_VISION = parts("vision_model.", "connector.")
 _COGVLM_VISION = parts("vision.", "vision.linear_proj.", prefixes=("model.",))
-_CROSS = {"layers.#.cross_attn.q_proj.weight": "cross-attention layer"}
-"""Mllama's layers 3, 8, 13, … look at the image; Llama's layer j is the j-th of the others."""
 
 ARCHS = (
     Arch(
@@ -132,7 +130,6 @@ ARCHS = (
         decoder=LLAMA,
         others=parts("vision_model.", "multi_modal_projector."),
         shared_ids=128256,
-        foreign_layers=_CROSS,
     ),
     Arch(
         name="Mllama's text model",
@@ -142,6 +139,5 @@ ARCHS = (
         decoder=LLAMA,
         others={},
         shared_ids=128256,
-        foreign_layers=_CROSS,
     ),
 )
