@@ -270,9 +270,9 @@ class Fit:
     missing: str | None
 
     @property
-    def score(self) -> tuple[int, int, int]:
-        """The greater, the better."""
-        return self.essential, -self.undeclared, -self.unused
+    def score(self) -> tuple[int, int]:
+        """How much it explains: the greater, the better."""
+        return self.essential, -self.undeclared
 
     @property
     def is_complete(self) -> bool:

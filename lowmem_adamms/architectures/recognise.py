@@ -110,12 +110,25 @@ class _Stems:
             self._stems[prefix] = read_stem(self.checkpoint, prefix)
         return self._stems[prefix]
 
-    def ranked(self, prefix: str, first: Sequence[Arch] = ()) -> list[tuple[Arch, Fit]]:
-        """The spellings that fit under a prefix, the best first; of equals, those of `first`."""
-        archs = {_spelling(arch): arch for arch in reversed((*first, *self._archs, UNDECLARED))}
-        fits = [(arch, measure_fit(self[prefix], arch)) for arch in reversed(archs.values())]
-        fits = [(arch, fit) for arch, fit in fits if not fit.missing]
-        return sorted(fits, key=lambda each: each[1].score, reverse=True)
+    def ranked(
+        self, prefix: str, first: Sequence[Arch] = ()
+    ) -> list[tuple[tuple[int, ...], Arch, Fit]]:
+        """The rank of each spelling that fits under a prefix, the best first.
+
+        Of those that explain as much, one of `first` is best, then one that names least in vain.
+        """
+        archs = {_spelling(arch): arch for arch in (*self._archs, UNDECLARED)}
+        own = {_spelling(arch): arch for arch in reversed(first)}
+        fits = [
+            (arch, spelling in own, measure_fit(self[prefix], arch))
+            for spelling, arch in (archs | own).items()
+        ]
+        ranked = [
+            ((*fit.score, is_own, -fit.unused), arch, fit)
+            for arch, is_own, fit in fits
+            if not fit.missing
+        ]
+        return sorted(ranked, key=lambda each: each[0], reverse=True)
 
 
 def _spelling(arch: Arch) -> tuple[object, ...]:
@@ -262,6 +275,7 @@ def _by_structure(stems: _Stems, archs: Sequence[Arch], first: Sequence[Arch]) -
 class _Reading:
     """How a decoder is read best: with this Arch, which explains so much, into this layout."""
 
+    rank: tuple[int, ...]
     arch: Arch
     fit: Fit
     layout: Layout
@@ -278,20 +292,24 @@ def _read_best(stems: _Stems, prefix: str, first: Sequence[Arch] = ()) -> _Readi
     the sizes of fused tensors do not fit the only one that finds all that is essential.
     """
     best: _Reading | None = None
-    for arch, fit in stems.ranked(prefix, first):
-        if best and (fit.score < best.fit.score or any(best.is_of(own) for own in first)):
+    misfit: MappingError | None = None
+    for rank, arch, fit in stems.ranked(prefix, first):
+        if best and rank < best.rank:
             break
         try:
             layout = read_layout(stems.checkpoint, arch, prefix, "", stems[prefix])
-        except MappingError:
+        except MappingError as error:
             if fit.is_complete:
                 raise
+            misfit = misfit or error
             continue
         assert layout is not None  # else it would not be ranked
         if best:
             _check_same(stems.checkpoint, best.layout, layout)
         else:
-            best = _Reading(arch, fit, layout)
+            best = _Reading(rank, arch, fit, layout)
+    if misfit and not best:
+        raise misfit
     return best
 
 
