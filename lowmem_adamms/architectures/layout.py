@@ -45,6 +45,7 @@ FOREIGN_LAYERS = {
 }
 """What no layer of a decoder-only ancestor has, whatever the family: see `Arch.foreign_layers`."""
 OTHER_PARTS = (
+    ("cross-attention layer", re.compile("cross_attn")),
     ("multi-token prediction", re.compile(r"(^|\.)mtp\b")),
     ("talker", re.compile(r"talker|token2wav|code2wav|codec|depth_decoder")),
     ("connector", re.compile(r"projector|connector|merger|resampler|mm_|newline|view_sep")),

@@ -435,9 +435,11 @@ def _no_decoder(stems: _Stems, prefixes: Collection[str], archs: Sequence[Arch])
             " (see `archs`), or a declaration with --arch"
         )
     fit, prefix = max(fits, key=lambda each: each[0].score)
+    what_to_do = "declare with --arch how it is spelled"
+    if fit.layers:
+        what_to_do = f"get the files that lack, or {what_to_do}"
     return MappingError(
-        f"{found}; what comes nearest, under {prefix!r}, has no {fit.missing}; get the files that"
-        " lack, or declare with --arch how it is spelled"
+        f"{found}; what comes nearest, under {prefix!r}, has no {fit.missing}; {what_to_do}"
     )
 
 

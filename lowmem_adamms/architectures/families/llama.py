@@ -140,4 +140,16 @@ ARCHS = (
         others={},
         shared_ids=128256,
     ),
+    Arch(
+        name="Evolla",
+        source="transformers, models/evolla: every few layers of Llama read the protein",
+        classes=("EvollaForProteinText2Text", "EvollaModel"),
+        spellings=PLAIN,
+        decoder=LLAMA,
+        others={
+            "model.protein_encoder.": "protein encoder",
+            "layers.#.adapter.": "cross-attention to the protein",
+        },
+        shared_ids=128256,
+    ),
 )
