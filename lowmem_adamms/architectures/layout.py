@@ -413,7 +413,7 @@ def _find_roles(
         return f"layers.#.{name.rest}"
     suffix = name.full[len(prefix) :]
     is_own_prefix = not _SHARED_PREFIX.fullmatch(prefix)
-    if is_own_prefix or (_BESIDE_LAYERS.fullmatch(suffix) and not guess_kind(name.full)):
+    if (is_own_prefix or _BESIDE_LAYERS.fullmatch(suffix)) and not guess_kind(suffix):
         return suffix if _kind(arch, name.full) == UNKNOWN else None
     return None
 

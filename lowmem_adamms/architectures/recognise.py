@@ -436,7 +436,7 @@ def _no_decoder(stems: _Stems, prefixes: Collection[str], archs: Sequence[Arch])
         )
     fit, prefix = max(fits, key=lambda each: each[0].score)
     what_to_do = "declare with --arch how it is spelled"
-    if fit.layers:
+    if fit.layers and str(fit.missing).endswith("."):  # some layers are there
         what_to_do = f"get the files that lack, or {what_to_do}"
     return MappingError(
         f"{found}; what comes nearest, under {prefix!r}, has no {fit.missing}; {what_to_do}"
