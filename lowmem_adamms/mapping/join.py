@@ -208,11 +208,18 @@ def _needs_match(role: str) -> bool:
 
 
 def _name_some(side: Side, roles: Sequence[str]) -> str:
-    """The first tensors of these roles, alike ones of other layers left out, and how many more."""
-    names = dict.fromkeys(side.pieces[role][0][0] for role in roles)
-    kinds = {re.sub(r"\.\d+\.", ".#.", name): name for name in reversed(names)}
+    """The first tensors of these roles, alike ones of other layers left out, and how many more.
+
+    Of a tensor that holds several roles, the role is named as well.
+    """
+    found: dict[str, str] = {}
+    for role in roles:
+        name, _ = side.pieces[role][0]
+        is_shared = len(side.blocks[name]) > 1
+        found.setdefault(name, f"{role} in {name}" if is_shared else name)
+    kinds = {re.sub(r"\.\d+\.", ".#.", name): found[name] for name in reversed(found)}
     shown = list(reversed(kinds.values()))[:MAX_NAMED]
-    more = len(names) - len(shown)
+    more = len(found) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
