@@ -33,9 +33,11 @@ from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, fin
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
-from .searching.answer_text import collapsed_share
+from .searching.answer_text import collapsed_share, drop_reasoning
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
+    DEFAULT_TAGS,
+    Measure,
     OutputSettings,
     PlacementSettings,
     PlanSettings,
@@ -44,6 +46,7 @@ from .settings import (
     UploadSettings,
     combine,
 )
+from .values import Tags
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -253,12 +256,16 @@ def find_alpha(
             refine=settings.refine,
             noise=session.again if settings.noise else None,
             seed=settings.seed,
+            reasoning_tags=settings.reasoning_tags,
             progress=progress.candidates if progress else None,
         )
         _check_collapse(result)
         donor_answers: Sequence[str] = ()
         if settings.donor_answers:
-            donor_answers = result.answers.get(1.0) or session.ask_donor(prompts)
+            donor_answers = result.answers.get(1.0) or [
+                answer or ""
+                for answer in drop_reasoning(session.ask_donor(prompts), settings.reasoning_tags)
+            ]
         for line in session.notes if note else ():
             note(line)  # type: ignore[misc]
         return FoundAlpha(
@@ -273,7 +280,11 @@ def find_alpha(
 
 
 def choose_alpha(
-    files: Sequence[Path | tuple[float | None, Path]], *, measure: str = "pairwise", seed: int = 0
+    files: Sequence[Path | tuple[float | None, Path]],
+    *,
+    measure: Measure = "pairwise",
+    seed: int = 0,
+    reasoning_tags: Tags | None = DEFAULT_TAGS,
 ) -> FoundAlpha:
     """Choose alpha by answers that were recorded before; no model is loaded.
 
@@ -283,7 +294,7 @@ def choose_alpha(
     from .searching import recorded_answers
 
     answers, ids = recorded_answers.read_answers(files)
-    result = choose(answers, measure=measure, seed=seed)  # type: ignore[arg-type]
+    result = choose(answers, measure=measure, seed=seed, reasoning_tags=reasoning_tags)
     _check_collapse(result)
     return FoundAlpha(result, [Prompt(name, id=name) for name in ids], "Recorded answers", {})
 

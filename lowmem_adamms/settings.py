@@ -15,12 +15,14 @@ from typing import Any, Literal, TypeVar
 
 from .errors import RecipeError
 from .values import (
+    Tags,
     parse_count,
     parse_dtype,
     parse_grid,
     parse_natural,
     parse_size,
     parse_size_or_zero,
+    parse_tags,
 )
 
 S = TypeVar("S")
@@ -32,6 +34,7 @@ Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
 
 DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+DEFAULT_TAGS = ("<think>", "</think>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +303,13 @@ class AnswerSettings:
         off=True,
     )
     vision_cache: bool = setting(True, "encode the images again at every alpha", off=True)
+    reasoning_tags: Tags | None = setting(
+        DEFAULT_TAGS,
+        "compare what follows the reasoning between these two; default: '<think> </think>'; '':"
+        " compare whole answers",
+        metavar="TAGS",
+        parse=parse_tags,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

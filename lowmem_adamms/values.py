@@ -15,6 +15,8 @@ from fractions import Fraction
 
 from .errors import RecipeError
 
+Tags = tuple[str, str]
+"""An opening and a closing one."""
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", re.IGNORECASE)
 _SMALLEST_PLAIN_SIZE = 10_000  # a smaller number without a unit is a unit forgotten
 _MOST_ALPHAS = 1001
@@ -112,6 +114,18 @@ def parse_alpha(text: str | float) -> float:
     if not 0 <= alpha <= 1:  # NaN, too, is refused here
         raise RecipeError(f"alpha is {alpha}, expected a number in 0..1")
     return alpha
+
+
+def parse_tags(tags: str | Iterable[str]) -> Tags | None:
+    """The tags around a model's reasoning, such as `<think> </think>`; None for an empty text."""
+    words = tuple(tags.split() if isinstance(tags, str) else tags)
+    if not words:
+        return None
+    if len(words) != 2 or words[0] == words[1]:
+        raise RecipeError(
+            f"{tags!r}: expected an opening and a closing tag, such as '<think> </think>', or ''"
+        )
+    return words
 
 
 def parse_grid(alphas: str | Iterable[float]) -> tuple[float, ...]:

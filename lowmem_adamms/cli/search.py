@@ -84,7 +84,12 @@ def run(options: SearchOptions) -> int:
     refs: dict[str, str | None] = {"base": None, "donor": None}
     if answers:
         _check_recorded(options)
-        found = api.choose_alpha(answers, measure=options.measure, seed=options.seed)
+        found = api.choose_alpha(
+            answers,
+            measure=options.measure,
+            seed=options.seed,
+            reasoning_tags=options.reasoning_tags,
+        )
     else:
         if not (options.base and options.donor and options.prompts):
             raise RecipeError("search needs BASE, DONOR and --prompts, or --answers")
@@ -104,7 +109,7 @@ def run(options: SearchOptions) -> int:
 
 def _check_recorded(options: SearchOptions) -> None:
     """RecipeError where something is given that only a search on a model has a use for."""
-    used = ("answers", "json", "report", "measure", "seed")
+    used = ("answers", "json", "report", "measure", "seed", "reasoning_tags")
     if unused := [item for item in changed(options, SearchOptions) if item.name not in used]:
         raise RecipeError(
             f"--answers scores what is recorded and asks no model; leave out {spelled(unused)}"

@@ -97,6 +97,7 @@ class Answerer:
         self, batch: Batch, asked: Sequence[Prompt]
     ) -> Iterator[tuple[int, str, Tokens]]:
         prompts = [asked[place] for place in batch.places]
+        tags = self.settings.reasoning_tags
         inputs = self._encoder.encode(prompts)
         no_drafts: list[Tokens] = [[] for _ in prompts]
         drafts = no_drafts
@@ -110,7 +111,7 @@ class Answerer:
             decoded = self._decode(inputs, no_drafts)
         for place, prompt, tokens in zip(batch.places, prompts, decoded, strict=True):
             self._drafts[prompt] = tokens
-            yield place, self._encoder.decode(tokens), tokens
+            yield place, self._encoder.read_answer(prompt, tokens, tags), tokens
 
     def _decode(self, inputs: Inputs, drafts: Sequence[Tokens]) -> list[Tokens]:
         tokenizer = self._encoder.tokenizer

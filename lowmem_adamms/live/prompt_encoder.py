@@ -17,6 +17,7 @@ import torch
 
 from ..errors import FormatError, PromptError, first_line
 from ..prompts import Prompt, open_image
+from ..values import Tags
 from .processor import load_processor
 from .transformers_model import quiet
 
@@ -108,9 +109,19 @@ class Encoder:
             self._free_bytes -= nbytes
         return inputs
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of an answer's tokens, without special ones."""
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    def read_answer(self, prompt: Prompt, tokens: Sequence[int], tags: Tags | None = None) -> str:
+        """The text of an answer's tokens, without special ones other than the tags of reasoning.
+
+        It begins with the opening tag also where the chat template has written that already.
+        """
+        tokenizer = self.tokenizer
+        special = set(tokenizer.all_special_ids)
+        kept = special.intersection(map(tokenizer.convert_tokens_to_ids, tags or ()))
+        if kept:
+            tokens = [token for token in tokens if token in kept or token not in special]
+        text: str = tokenizer.decode(list(tokens), skip_special_tokens=not kept)
+        if tags and self._write_text(prompt).rstrip().endswith(tags[0]):
+            text = f"{tags[0]}\n{text.strip()}"
         return text.strip()
 
     def _encode_by_processor(self, prompts: Sequence[Prompt]) -> Inputs:

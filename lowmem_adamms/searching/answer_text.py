@@ -7,6 +7,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from ..values import Tags
+
 _QUOTES = dict(
     zip("\"'`\u201c\u201e\u2018\u00ab\u300c", "\"'`\u201d\u201c\u2019\u00bb\u300d", strict=True)
 )
@@ -27,6 +29,27 @@ def normalise(answer: str) -> str:
         if shorter == text:
             return text
         text = shorter
+
+
+def drop_reasoning(answers: Sequence[str], tags: Tags | None) -> list[str | None]:
+    """What follows the reasoning of each answer; None for one that ends inside its reasoning.
+
+    Some chat templates open the reasoning themselves. Where a tenth of the answers or more close
+    what they did not open, all of them are taken to begin inside.
+    """
+    if tags is None:
+        return list(answers)
+    opening, closing = tags
+    unopened = [closing in a and opening not in a.partition(closing)[0] for a in answers]
+    start = opening if sum(unopened) >= max(1, len(answers) / 10) else ""
+    return [_after_reasoning(start + answer, opening, closing) for answer in answers]
+
+
+def _after_reasoning(answer: str, opening: str, closing: str) -> str | None:
+    _, closed, rest = answer.rpartition(closing)
+    if opening in rest:
+        return None
+    return rest.strip() if closed else answer
 
 
 def collapsed_share(answers: Sequence[str]) -> float:

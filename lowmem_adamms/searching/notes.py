@@ -22,6 +22,12 @@ def write_notes(
     if comparison.prompt_count < FEW_PROMPTS:
         count = format_count(comparison.prompt_count, "prompt")
         yield f"Only {count}: chance decides much; the paper takes 100."
+    if comparison.repeated_count:
+        yield (
+            f"{comparison.repeated_count} of {comparison.prompt_count} prompts repeat others, white"
+            " space aside: what they ask counts several times."
+        )
+    yield from _note_unfinished(comparison)
     yield from _note_grid(comparison, rounds)
     yield from _note_quiet_ends(comparison, rounds[0])
     yield from _note_ineligible(comparison)
@@ -35,6 +41,15 @@ def write_notes(
     yield from _note_close_call(comparison, best, wins)
     if noise:
         yield from _note_noise(comparison, best[0], noise)
+
+
+def _note_unfinished(comparison: AnswerComparison) -> Iterator[str]:
+    if counts := comparison.unfinished:
+        listed = ", ".join(f"{counts[alpha]} at alpha {alpha}" for alpha in sorted(counts))
+        yield (
+            f"Answers that end inside their reasoning count as empty: {listed}. Allow more tokens"
+            " for an answer."
+        )
 
 
 def _note_grid(comparison: AnswerComparison, rounds: Rounds) -> Iterator[str]:

@@ -68,6 +68,7 @@ class AnswerComparison:
         self._normalised: dict[float, tuple[str, ...]] = {}
         self.degenerate_places: dict[float, frozenset[int]] = {}
         self.degenerate: dict[float, int] = {}  # answers that are empty, repeating or constant
+        self.unfinished: dict[float, int] = {}  # answers that end inside their reasoning, if any
         self._differences: dict[tuple[float, float], list[float]] = {}
 
     def add(self, alpha: float, answers: tuple[str, ...]) -> None:
@@ -81,6 +82,11 @@ class AnswerComparison:
     def prompt_count(self) -> int:
         """How many answers there are at each alpha."""
         return len(self.answers[self.smallest])
+
+    @property
+    def repeated_count(self) -> int:
+        """How many prompts ask what an earlier one asks."""
+        return self.prompt_count - len(self._distinct_prompts)
 
     @property
     def smallest(self) -> float:

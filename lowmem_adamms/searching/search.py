@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, get_args
 
-from ..errors import PromptError, RecipeError
-from ..settings import DEFAULT_ALPHAS, Measure
-from ..values import check_grid
+from ..errors import PromptError, RecipeError, SearchError
+from ..settings import DEFAULT_ALPHAS, DEFAULT_TAGS, Measure
+from ..values import Tags, check_grid
+from .answer_text import drop_reasoning
 from .notes import write_notes
 from .resampling import resample
 from .scoring import (
@@ -29,6 +30,8 @@ from .scoring import (
 )
 from .sentence_distance import Distance
 
+_UNFINISHED = 0.9
+"""The share of answers without an end at which a search makes no sense."""
 P = TypeVar("P")
 Generate = Callable[[float, Sequence[P]], Sequence[str]]
 """generate(alpha, prompts): one answer for each prompt, in their order."""
@@ -71,6 +74,8 @@ class Result:
     wins: how often (0..1) each alpha of the last round wins when prompts are resampled.
     earlier: candidates that a refinement scored anew, as they were before.
     degenerate: by alpha, the places of the answers that are empty, repeating or constant.
+    unfinished: by alpha, how many answers end inside their reasoning, where any do; in `answers`
+        these are empty, and of the others there is what follows the reasoning.
     """
 
     alpha: float
@@ -84,6 +89,7 @@ class Result:
     wins: Mapping[float, float] = field(default_factory=dict)
     earlier: tuple[Candidate, ...] = ()
     degenerate: Mapping[float, frozenset[int]] = field(default_factory=dict)
+    unfinished: Mapping[float, int] = field(default_factory=dict)
 
     @property
     def rounds(self) -> tuple[Candidate, ...]:
@@ -101,6 +107,7 @@ class Result:
             "wins": {str(alpha): share for alpha, share in self.wins.items()},
             "ties": list(self.ties),
             "noise": self.noise,
+            "unfinished": {str(alpha): count for alpha, count in self.unfinished.items()},
             "notes": list(self.notes),
         }
 
@@ -115,6 +122,7 @@ def search(
     refine: int = 0,
     noise: Generate[P] | None = None,
     seed: int = 0,
+    reasoning_tags: Tags | None = DEFAULT_TAGS,
     progress: Callable[[float, tuple[Candidate, ...]], None] | None = None,
 ) -> Result:
     """Ask for the answers at every alpha and choose where they change least.
@@ -132,12 +140,15 @@ def search(
         noise: Called once, at the chosen alpha. The same model in another batch size shows how
             many differences mean nothing.
         seed: Of the bootstrap.
+        reasoning_tags: Answers are compared by what follows the reasoning between these; one that
+            ends inside it counts as empty. None: whole answers are compared.
         progress: Called after each alpha with it and the candidates as far as they are known.
 
     Raises:
         RecipeError: An argument is out of range, or the embedding model cannot be loaded. As the
             next one, it is raised before the first call of `generate`.
         PromptError: There are no prompts.
+        SearchError: Nearly all answers at the smallest alpha end inside their reasoning.
         ValueError: `generate` or `distance` broke its contract.
 
     Example:
@@ -159,7 +170,7 @@ def search(
     def ask(alpha: float, answered: Sequence[float]) -> None:
         """Ask at one alpha. answered: the alphas of this round whose answers are there then."""
         answers = _check_answers(generate(alpha, prompts), len(prompts), alpha)
-        comparison.add(alpha, answers)
+        _add_answers(comparison, alpha, answers, reasoning_tags)
         if progress is not None:
             known = latest_points([*rounds, round_points(answered, len(rounds))])
             progress(alpha, tuple(_candidate(comparison, point) for point in known))
@@ -174,7 +185,8 @@ def search(
     again = None
     if noise is not None:
         alpha = choose_alpha(comparison, rounds)
-        again = _check_answers(noise(alpha, prompts), len(prompts), alpha)
+        answers = _check_answers(noise(alpha, prompts), len(prompts), alpha)
+        again = tuple(answer or "" for answer in drop_reasoning(answers, reasoning_tags))
     return _conclude(comparison, rounds, seed, again)
 
 
@@ -184,6 +196,7 @@ def choose(
     measure: Measure = "pairwise",
     distance: Distance | None = None,
     seed: int = 0,
+    reasoning_tags: Tags | None = DEFAULT_TAGS,
 ) -> Result:
     """What `search` makes of answers that exist already.
 
@@ -192,6 +205,7 @@ def choose(
         measure: As for `search`, as are distance and seed.
         distance: Instead of `minilm_distance()`.
         seed: Of the bootstrap.
+        reasoning_tags: As for `search`.
 
     Raises:
         RecipeError: The alphas are no grid, or the measure cannot be had.
@@ -210,7 +224,8 @@ def choose(
         raise PromptError("no answers to choose by; give at least one for each alpha")
     comparison = AnswerComparison(measure, _check_measure(measure, distance), range(count))
     for alpha in grid:
-        comparison.add(alpha, _check_answers(by_alpha[alpha], count, alpha))
+        found = _check_answers(by_alpha[alpha], count, alpha)
+        _add_answers(comparison, alpha, found, reasoning_tags)
     return _conclude(comparison, [round_points(grid, 0)], seed, None)
 
 
@@ -238,15 +253,40 @@ def _check_answers(answers: Sequence[str], count: int, alpha: float) -> tuple[st
     return tuple(answers)
 
 
+def _add_answers(
+    comparison: AnswerComparison, alpha: float, answers: Sequence[str], tags: Tags | None
+) -> None:
+    """Compare answers by what follows their reasoning, and count those that end inside it.
+
+    SearchError if that is so of nearly all at the smallest alpha: there is nothing to compare.
+    """
+    finals = drop_reasoning(answers, tags)
+    if count := finals.count(None):
+        comparison.unfinished[alpha] = count
+    if not comparison.answers and count >= _UNFINISHED * len(answers):
+        raise SearchError(
+            f"{count} of {len(answers)} answers at alpha {alpha} end inside their reasoning, before"
+            f" {tags[1] if tags else ''}: allow more tokens for an answer (max_new_tokens)"
+        )
+    comparison.add(alpha, tuple(final or "" for final in finals))
+
+
 def _first_of_each(prompts: Sequence[P]) -> list[int]:
     """Where each different prompt stands first. Those without a hash count as different."""
     first: dict[Any, int] = {}
     try:
         for i, prompt in enumerate(prompts):
-            first.setdefault(prompt, i)
+            first.setdefault(_asked(prompt), i)
     except TypeError:
         return list(range(len(prompts)))
     return list(first.values())
+
+
+def _asked(prompt: Any) -> Any:
+    """What a prompt asks: its text but for white space, and its images, wherever it stands."""
+    text = getattr(prompt, "text", prompt)
+    words = " ".join(text.split()) if isinstance(text, str) else text
+    return words, getattr(prompt, "images", ())
 
 
 # Conclusion
@@ -276,6 +316,7 @@ def _conclude(
         wins=wins,
         earlier=candidates(earlier_points(rounds)),
         degenerate=dict(comparison.degenerate_places),
+        unfinished=dict(sorted(comparison.unfinished.items())),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_adamms.searching.answer_text import is_degenerate, normalise
+from lowmem_adamms.searching.answer_text import drop_reasoning, is_degenerate, normalise
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,33 @@ def test_empty_and_looping_answers_are_degenerate(answer: str) -> None:
 )
 def test_short_and_honest_answers_are_not(answer: str) -> None:
     assert not is_degenerate(answer)
+
+
+# Reasoning
+
+TAGS = ("<think>", "</think>")
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [
+        ("Yes", "Yes"),
+        ("  Yes ", "  Yes "),
+        ("<think>\nIs it?\n</think>\n\nYes", "Yes"),
+        ("<think></think>", ""),
+        ("First <think>hm</think> then", "then"),
+        ("<think>a</think>b<think>c</think>d", "d"),
+        ("<think>It is", None),
+        ("<think>a</think>b<think>c", None),
+    ],
+)
+def test_what_follows_the_reasoning(answer: str, final: str | None) -> None:
+    assert drop_reasoning([answer], TAGS) == [final]
+    assert drop_reasoning([answer], None) == [answer]
+
+
+def test_reasoning_that_the_template_opened() -> None:
+    """One in ten shows it; one in more may be a slip."""
+    answers = ["hm</think>Yes", *["well, if"] * 9]
+    assert drop_reasoning(answers, TAGS) == ["Yes", *[None] * 9]
+    assert drop_reasoning([*answers, "No"], TAGS) == ["Yes", *["well, if"] * 9, "No"]

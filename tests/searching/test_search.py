@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_adamms.errors import PromptError, RecipeError
+from lowmem_adamms.errors import PromptError, RecipeError, SearchError
+from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.searching.search import Candidate, Result, choose, search
 from lowmem_adamms.settings import DEFAULT_ALPHAS, Measure
 
@@ -500,6 +501,78 @@ def test_answers_that_break_the_contract_are_the_callers_mistake(answers: Any) -
         choose({0.0: good, 0.1: good, 0.2: answers})
 
 
+# Reasoning
+
+
+def test_answers_are_compared_after_their_reasoning() -> None:
+    table = with_changes(4, 3, 5, 3)
+    thought = {
+        alpha: [f"<think>{alpha} {i}</think>\n{answer}" for i, answer in enumerate(answers)]
+        for alpha, answers in table.items()
+    }
+    plain = search_table(table)
+    for result in (search_table(thought), choose(thought)):
+        assert scores(result) == scores(plain)
+        assert result.answers == plain.answers
+        assert result.unfinished == {}
+    whole = search_table(thought, reasoning_tags=None)
+    assert set(scores(whole).values()) == {None, 80}
+    other = {
+        alpha: [answer.replace("<think>", "[T]").replace("</think>", "[/T]") for answer in answers]
+        for alpha, answers in thought.items()
+    }
+    assert scores(search_table(other, reasoning_tags=("[T]", "[/T]"))) == scores(plain)
+
+
+def test_answers_cut_inside_their_reasoning_are_none_and_counted() -> None:
+    table = with_changes(4, 3, 5, 3)
+    table[0.0] = ["<think>hm</think>" + answer for answer in table[0.0]]
+    table[0.2][:7] = [f"<think> well, {i}" for i in range(7)]
+    again = ["<think> well, 0", *table[0.1][1:]]
+    result = search_table(table, noise=lambda *_: again)
+    assert result.unfinished == {0.2: 7}
+    assert result.to_json()["unfinished"] == {"0.2": 7}
+    assert result.answers[0.2][:7] == ("",) * 7
+    assert by_alpha(result.candidates)[0.2].degenerate == 7
+    assert "end inside their reasoning count as empty: 7 at alpha 0.2." in result.notes[0]
+    assert result.noise == 1
+
+
+@pytest.mark.parametrize("how", [search_table, choose])
+@pytest.mark.parametrize(("count", "refused"), [(9, True), (8, False)])
+def test_a_base_whose_reasoning_never_ends_is_refused_at_once(
+    how: Any, count: int, refused: bool
+) -> None:
+    table = with_changes(1, 1, 1, 1, prompts=10)
+    table[0.0] = [*["<think> and"] * count, *["a"] * (10 - count)]
+    if refused:
+        with pytest.raises(SearchError, match=r"9 of 10 answers at alpha 0\.0 .*max_new_tokens"):
+            how(table)
+    else:
+        assert how(table).unfinished == {0.0: 8}
+
+
+# Repeated prompts
+
+
+@pytest.mark.parametrize(
+    ("prompts", "repeated"),
+    [
+        ([Prompt("What?", id=str(i)) for i in range(20)], 19),
+        (["What is it?", "What  is\nit? "] * 10, 19),
+        ([Prompt("What?", (str(i).encode(),)) for i in range(20)], 0),
+        ([f"What is {i}?" for i in range(20)], 0),
+    ],
+)
+def test_prompts_that_repeat_others_are_noted(prompts: Sequence[Any], repeated: int) -> None:
+    table = with_changes(4, 3, 5, 3, prompts=20)
+    notes = [
+        note for note in search(Playback(table), prompts, tuple(table)).notes if "repeat" in note
+    ]
+    expected = f"{repeated} of 20 prompts repeat others"
+    assert [note[: len(expected)] for note in notes] == [expected] * bool(repeated)
+
+
 def test_the_examples_run() -> None:
     module = importlib.import_module("lowmem_adamms.searching.search")
     assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=3)
@@ -518,6 +591,7 @@ def test_the_document_keeps_its_contract() -> None:
         "earlier": [],
         "ties": [],
         "noise": 1,
+        "unfinished": {},
         "notes": list(result.notes),
     }
     low, high = rows[2].pop("interval")
