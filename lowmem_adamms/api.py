@@ -344,7 +344,7 @@ def _session(
     with (
         _journal(Path(journal), key) if journal else nullcontext() as answers,
         Session(
-            partial(_load, plan, settings, placement),
+            partial(_load, plan, prompts, settings, placement),
             settings,
             placement.batch_size,
             answers,
@@ -355,7 +355,9 @@ def _session(
         yield session
 
 
-def _load(plan: Plan, settings: SearchSettings, placement: AnyPlacement) -> SearchedModel:
+def _load(
+    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: AnyPlacement
+) -> SearchedModel:
     """The model, which takes a while."""
     if settings.engine == "vllm":
         from .serving.vllm_model import VllmModel
@@ -364,11 +366,16 @@ def _load(plan: Plan, settings: SearchSettings, placement: AnyPlacement) -> Sear
         return VllmModel(plan, settings, trust_remote_code=trust, force=settings.force)
     assert isinstance(placement, Placement)
     from .live.live_model import LiveModel
-    from .live.processor import load_processor
+    from .live.processor import check_takes_images, check_template, load_processor
 
     # A base that cannot be asked anything is found out before its weights are read
     trust = settings.trust_remote_code
     processor = load_processor(plan.base.path, trust_remote_code=trust)
+    own_code = trust and "auto_map" in plan.base.config  # which need not use a template
+    if not own_code:
+        check_takes_images(processor, prompts, plan.base.path)
+        if not settings.force:
+            check_template(processor, plan.base.path)
     return LiveModel(
         plan,
         dtype=placement.dtype if settings.live_dtype else None,

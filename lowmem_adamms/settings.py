@@ -153,7 +153,9 @@ class StreamSettings:
 class PermissionSettings:
     """What is not done unless the user says so."""
 
-    force: bool = setting(False, "go on with what looks unrelated")
+    force: bool = setting(
+        False, "go on with what looks unrelated, or with a base that has no chat template"
+    )
     trust_remote_code: bool = setting(
         False,
         "run Python code that lies beside the base's weights, where a search or --quantize"

@@ -1,17 +1,23 @@
-"""Load the processor of a checkpoint, or its tokenizer where it has no processor."""
+"""The processor of a checkpoint, or its tokenizer where it has none, and its chat template."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, RecipeError, first_line
+from ..errors import FormatError, PromptError, RecipeError, first_line
+from ..prompts import Prompt
 from .transformers_model import quiet, refuse_remote_code
 
 SMALLEST_VOCABULARY = 64
 """Tokens that any real one has: where there is no file, transformers makes up a smaller one."""
+
+TEMPLATE_SECONDS = 10.0
+"""A chat template that takes longer for one question does not end."""
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TOKENIZER_FILES = "tokenizer_config.json and tokenizer.json or tokenizer.model"
@@ -92,3 +98,74 @@ class _NoVideos:
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+# What it makes of prompts
+
+
+def write_text(processor: Any, prompt: Prompt, folder: Path) -> str:
+    """The prompt in the words of the chat template, ready for the model's answer."""
+    template = _find_template(processor)
+    if not template:
+        marker = getattr(processor, "image_token", "")
+        return f"{marker}\n" * len(prompt.images) + prompt.text
+    content: Any = prompt.text
+    if hasattr(processor, "image_processor"):
+        content = [{"type": "image"} for _ in prompt.images]
+        content.append({"type": "text", "text": prompt.text})
+    try:
+        text: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=template,  # a processor does not look for its tokenizer's
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except importlib.import_module("jinja2").TemplateError as error:
+        raise FormatError(f"{folder}: its chat template fails: {error}") from None
+    return text
+
+
+def check_takes_images(processor: Any, prompts: Sequence[Prompt], folder: Path) -> None:
+    """Raise PromptError if a prompt has an image and there is no processor to take it."""
+    for prompt in prompts:
+        if prompt.images and not hasattr(processor, "image_processor"):
+            raise PromptError(
+                f"{prompt.id}: has an image, but {folder} is text-only"
+                " (there is no preprocessor_config.json in it)"
+            )
+
+
+def check_template(processor: Any, folder: Path) -> None:
+    """Raise FormatError if there is no chat template, or if it does not end.
+
+    It is code that comes with the model: a question is written with it in a thread, which is left
+    behind if it takes longer than TEMPLATE_SECONDS.
+    """
+    if not _find_template(processor):
+        raise FormatError(
+            f"{folder}: no chat template in it, so that its answers would mean little; copy"
+            " chat_template.jinja or tokenizer_config.json from the instruction-tuned model, or"
+            " ask it without one (force)"
+        )
+    errors: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            write_text(processor, Prompt("What is this?"), folder)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    if thread.is_alive():
+        raise FormatError(
+            f"{folder}: its chat template does not end within {TEMPLATE_SECONDS:g} s; replace it"
+        )
+    if errors:
+        raise errors[0]
+
+
+def _find_template(processor: Any) -> Any:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return getattr(processor, "chat_template", None) or tokenizer.chat_template

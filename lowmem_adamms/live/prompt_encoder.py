@@ -7,7 +7,6 @@ name.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..errors import FormatError, PromptError, first_line
+from ..errors import PromptError, first_line
 from ..prompts import Prompt, open_image
 from ..values import Tags
-from .processor import load_processor
+from .processor import check_takes_images, load_processor, write_text
 from .transformers_model import quiet
 
 KEPT_BYTES = 256 << 20
@@ -120,13 +119,13 @@ class Encoder:
         if kept:
             tokens = [token for token in tokens if token in kept or token not in special]
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=not kept)
-        if tags and self._write_text(prompt).rstrip().endswith(tags[0]):
+        if tags and write_text(self.processor, prompt, self._folder).rstrip().endswith(tags[0]):
             text = f"{tags[0]}\n{text.strip()}"
         return text.strip()
 
     def _encode_by_processor(self, prompts: Sequence[Prompt]) -> Inputs:
         """The usual way: a processor with a chat template, or its image token before the text."""
-        texts = [self._write_text(prompt) for prompt in prompts]
+        texts = [write_text(self.processor, prompt, self._folder) for prompt in prompts]
         images = [[open_image(image) for image in prompt.images] for prompt in prompts]
         # A list for each prompt: some families ask for it, the others flatten it
         with_images = [row for row in images if row] or None
@@ -143,15 +142,10 @@ class Encoder:
             return dict(self.processor(text=texts, images=images, **options))
 
     def _encode_by_tokenizer(self, prompts: Sequence[Prompt]) -> Inputs:
-        for prompt in prompts:
-            if prompt.images:
-                raise PromptError(
-                    f"{prompt.id}: has an image, but {self._folder} is text-only"
-                    " (there is no preprocessor_config.json in it)"
-                )
+        check_takes_images(self.processor, prompts, self._folder)
         return dict(
             self.tokenizer(
-                [self._write_text(prompt) for prompt in prompts],
+                [write_text(self.processor, prompt, self._folder) for prompt in prompts],
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=not self.tokenizer.chat_template,  # which writes its own
@@ -180,27 +174,6 @@ class Encoder:
         if any(row.get("images") for row in rows):
             inputs["images"] = [row.get("images") or [] for row in rows]
         return inputs
-
-    def _write_text(self, prompt: Prompt) -> str:
-        """The prompt in the words of the chat template, ready for the model's answer."""
-        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
-        if not template:
-            marker = getattr(self.processor, "image_token", "")
-            return f"{marker}\n" * len(prompt.images) + prompt.text
-        content: Any = prompt.text
-        if hasattr(self.processor, "image_processor"):
-            content = [{"type": "image"} for _ in prompt.images]
-            content.append({"type": "text", "text": prompt.text})
-        try:
-            text: str = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=template,  # a processor does not look for its tokenizer's
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except importlib.import_module("jinja2").TemplateError as error:
-            raise FormatError(f"{self._folder}: its chat template fails: {error}") from None
-        return text
 
 
 def _pad_left(rows: Sequence[torch.Tensor], filler: int) -> torch.Tensor:

@@ -917,6 +917,17 @@ def no_tokenizer(base: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def no_template(base: Path) -> None:
+    (base / "chat_template.json").unlink()
+
+
+def a_long_template(base: Path) -> None:
+    """It does end, after a second or so, as the thread that it runs in is left behind."""
+    spin = "{% for i in range(4000) %}{% for j in range(4000) %}{% endfor %}{% endfor %}"
+    content = json.dumps({"chat_template": spin})
+    (base / "chat_template.json").write_text(content, encoding="utf-8")
+
+
 def no_image_processor(base: Path) -> None:
     (base / "preprocessor_config.json").unlink()
 
@@ -930,6 +941,8 @@ def no_such_type(base: Path) -> None:
     ("spoil", "says"),
     [
         (no_tokenizer, "no .*tokenizer"),
+        (no_template, "no chat template in it.* copy"),
+        (a_long_template, "chat template does not end within 0.02 s"),
         (no_image_processor, "has an image, but .*preprocessor_config"),
         (no_such_type, "nonsense"),
     ],
@@ -941,10 +954,14 @@ def test_a_base_that_cannot_answer_is_one_line(
     prompts: Path,
     tmp_path: Path,
     capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = shutil.copytree(pair[0], tmp_path / "base")
     spoil(base)
     before = seen(tmp_path)
+    if spoil in (no_template, a_long_template):  # found before the weights are loaded
+        monkeypatch.setattr("lowmem_adamms.live.processor.TEMPLATE_SECONDS", 0.02)
+        monkeypatch.setattr("lowmem_adamms.live.transformers_model.load_model", None)
     assert run(base, pair[1], "-o", tmp_path / "out", "--prompts", prompts, *QUICK) == 2
     assert_one_error(capsys, says)
     assert seen(tmp_path) == before
