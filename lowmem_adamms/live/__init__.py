@@ -1,6 +1,7 @@
 """One loaded model at any alpha: where it goes, its parameters, prompts in, answers out.
 
 free_memory         how much RAM and card memory is free
+cpu_4bit            what bitsandbytes cannot run on a CPU
 placement           where the model and the weights it is blended from go
 transformers_model  loading through transformers, and how tensors on disk become parameters
 load_check          that the loaded parameters are those of the files

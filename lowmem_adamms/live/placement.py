@@ -19,6 +19,7 @@ from ..checkpoints.dtypes import DTYPES, DType
 from ..errors import PlacementError, RecipeError
 from ..settings import Device, PlacementSettings, Quantization
 from ..values import format_size, parse_dtype
+from .cpu_4bit import find_obstacle, repacks_4bit
 from .free_memory import Memory
 
 if TYPE_CHECKING:
@@ -119,22 +120,29 @@ def place(
     settings are not read: `memory` has them.
 
     quantize, dtype: used where `live_quantize` and `live_dtype` are None. A dtype that is None
-    becomes that of most of the output's bytes. Where bitsandbytes is missing, a model is quantized
-    only if that was asked for.
+    becomes that of most of the output's bytes. Where bitsandbytes is missing, or cannot run the
+    model in 4 bit on this CPU, nothing is quantized so.
 
-    Raises PlacementError with the sums if nothing that was asked for fits, and RecipeError if a
-    setting is not one of its choices.
+    Raises PlacementError with the sums if nothing that was asked for fits or runs, and RecipeError
+    if a setting is not one of its choices.
     """
     device, quantize = settings.device, settings.live_quantize or quantize
     if device not in (None, *_DEVICES):
         raise RecipeError(f"--device {device}: expected cpu or cuda")
     if quantize not in (None, *_QUANTIZATIONS):
         raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
-    if quantize is None and importlib.util.find_spec("bitsandbytes") is None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        if quantize not in (None, "none"):
+            raise PlacementError(f"{quantize} needs bitsandbytes: pip install bitsandbytes")
         quantize = "none"
     live_dtype = _choose_dtype(plan, settings.live_dtype or dtype)
     batch_sizes = BATCH_SIZES if settings.batch_size is None else (settings.batch_size,)
     options = _list_options(plan, memory, live_dtype, batch_sizes)
+    linear = ((step.name, step.shape) for step in plan.steps if _is_linear(step))
+    if repacks_4bit() and (obstacle := find_obstacle(linear)):
+        options = [each for each in options if (each.device, each.quantize) != ("cpu", "nf4")]
+        if quantize == "nf4" and (device == "cpu" or memory.vram_bytes is None):
+            raise PlacementError(obstacle)
     allowed = [
         option
         for option in options
@@ -233,6 +241,11 @@ def _is_quantizable(step: Step) -> bool:
     which no name or shape tells from a Linear. Such tables are small.
     """
     return len(step.shape) == 2 and step.kind in _LINEAR_KINDS and step.name.endswith(".weight")
+
+
+def _is_linear(step: Step) -> bool:
+    """The same without what is named like a table of positions."""
+    return _is_quantizable(step) and "embed" not in step.name.split(".")[-2]
 
 
 def _kv_cache_bytes_per_sequence(plan: Plan, dtype: DType) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError, PlacementError, RecipeError, first_line
+from .cpu_4bit import find_obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -284,13 +285,11 @@ def quantized_tensors(param: Any) -> list[torch.Tensor]:
 def check_runnable(model: Any) -> None:
     """Raise PlacementError if bitsandbytes would fail in the middle of a forward pass.
 
-    Its 4-bit layers for CPUs with avx512_bf16 take only widths that are multiples of 64.
+    Its 4-bit layers for CPUs with avx512_bf16 take only weights of certain shapes.
     """
     for name, module in model.named_modules():
         packs = getattr(module, "support_avx512bf16_for_cpu", False)
-        if packs and module.weight.device.type == "cpu" and module.in_features % 64:
-            raise PlacementError(
-                f"bitsandbytes cannot run {name} in 4 bit on this CPU: it is"
-                f" {module.in_features} wide, which is no multiple of 64; use --live-quantize"
-                " int8 or none, or a card"
-            )
+        if packs and module.weight.device.type == "cpu":
+            shape = (module.out_features, module.in_features)
+            if obstacle := find_obstacle([(name, shape)]):
+                raise PlacementError(obstacle)

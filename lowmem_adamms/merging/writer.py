@@ -53,6 +53,9 @@ class Quantizer(Protocol):
     def identity(self) -> list[Any]:
         """Plain data that decides the output's bytes."""
 
+    def note_machine(self, plan: Plan) -> str | None:
+        """Why the output cannot be run on this machine, if it cannot."""
+
 
 class ShardUpload(Protocol):
     """An upload that sends each shard as soon as it is durable. The caller commits it."""
@@ -173,6 +176,8 @@ def write(
     kernel, kernel_name = select_kernel(plan.dtypes)
     for line in kin.notes:
         note(line)
+    if output.quantizer and (obstacle := output.quantizer.note_machine(plan)):
+        note(obstacle)
     from_hub = bool(remote_shards(plan))
     plan.base.fetch_sidecars()
     if from_hub and not stream:

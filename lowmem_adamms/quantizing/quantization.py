@@ -13,9 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from ..checkpoints.dtypes import DTYPES, FROM_TORCH, DType
 from ..errors import FormatError, MappingError, RecipeError
 from ..live import transformers_model
+from ..live.cpu_4bit import find_obstacle, repacks_4bit
 from ..mapping.plan import Plan
 from ..merging.disk_sink import DiskSink
 from .quantized_layout import Method, QuantizedLayout
@@ -51,6 +54,14 @@ class Quantization(QuantizedLayout):
         """Plain data that decides the bytes."""
         casts = sorted((name, dtype.name) for name, dtype in self.casts.items())
         return [self.describe(), sorted(self.names), casts]
+
+    def note_machine(self, plan: Plan) -> str | None:
+        """Why bitsandbytes cannot run the output on this machine, if it cannot."""
+        if self.method != "nf4" or torch.cuda.is_available() or not repacks_4bit():
+            return None
+        shapes = ((step.name, step.shape) for step in plan.steps if step.name in self.names)
+        obstacle = find_obstacle(shapes)
+        return obstacle and f"the output is for other machines: {obstacle}"
 
 
 def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quantization:

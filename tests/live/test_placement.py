@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.errors import PlacementError, RecipeError
-from lowmem_adamms.live import placement
+from lowmem_adamms.live import cpu_4bit, placement
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.placement import Placement, locate_sources
 from lowmem_adamms.mapping.join import make_plan
@@ -54,6 +54,12 @@ QWEN_STAGING = 3 * 3584 * 18944 * 2
 
 def place(plan: Plan, memory: Memory, **wishes: Any) -> Placement:
     return placement.place(plan, memory, PlacementSettings(**wishes))
+
+
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever these tests run on."""
+    monkeypatch.setattr(placement, "repacks_4bit", lambda: False)
 
 
 @pytest.fixture
@@ -216,7 +222,45 @@ def test_nothing_is_quantized_unasked_where_bitsandbytes_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     card = Memory(32 * GB, 8 * GIB, "a card")
     assert str(place(qwen, card)) == "cpu BF16 at batch 8"
-    assert str(place(qwen, card, live_quantize="nf4")) == "cuda nf4 at batch 8"
+    for wish in ("int8", "nf4"):
+        with pytest.raises(PlacementError, match=f"{wish} needs bitsandbytes: pip install"):
+            place(qwen, card, live_quantize=wish)
+
+
+def test_four_bits_are_not_chosen_where_this_cpu_cannot_run_them(
+    small: MakePlan, qwen: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small one is 8 wide, Qwen2-VL-7B has multiples of 32 rows and 64 columns throughout."""
+    monkeypatch.setattr(placement, "repacks_4bit", lambda: True)
+    tower = {f"model.vision_tower.{i}.fc.weight": ("BF16", (9600, 100)) for i in range(64)}
+    plan = small(tower)
+    need = place(plan, PLENTY, live_quantize="int8", batch_size=1).required_bytes
+    short = Memory(need - 1, None, None)
+    with pytest.raises(PlacementError, match="does not fit") as refusal:
+        place(plan, short, batch_size=1)
+    assert "nf4 would fit" not in str(refusal.value)
+    for wish in ({}, {"device": "cpu"}):
+        with pytest.raises(PlacementError, match=r"cannot run \S+ in 4 bit .*, expected"):
+            place(plan, PLENTY, live_quantize="nf4", **wish)
+    card = Memory(need - 1, 1000 * GB, "a card")
+    assert place(plan, card, live_quantize="nf4").device == "cuda"
+    assert str(place(qwen, PLENTY, live_quantize="nf4")) == "cpu nf4 at batch 8"
+    monkeypatch.setattr(placement, "repacks_4bit", lambda: False)
+    assert str(place(plan, short, batch_size=1)) == "cpu nf4 at batch 1"
+
+
+def test_the_processors_own_words_tell_whether_it_repacks(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    assert not cpu_4bit.repacks_4bit(info)
+    for flags, expected in (("avx2 avx512f", False), ("avx512_bf16 amx_tile", True)):
+        info.write_text(f"model name : Any\nflags : fpu {flags}\n", encoding="utf-8")
+        assert cpu_4bit.repacks_4bit(info) == expected
+
+
+def test_a_table_of_positions_is_no_linear_layer(small: MakePlan) -> None:
+    plan = small({"model.vision_tower.embeddings.position_embedding.weight": ("BF16", (577, 64))})
+    names = [step.name for step in plan.steps if placement._is_linear(step)]
+    assert names and not any("embed" in name for name in names)
 
 
 def test_a_wish_wins_over_the_order(qwen: Plan) -> None:

@@ -68,16 +68,26 @@ def test_a_model_loads_as_its_class_in_its_dtype_frozen_and_for_evaluation(
 
 
 @pytest.mark.parametrize(
-    ("width", "packs", "refused"), [(96, True, True), (96, False, False), (128, True, False)]
+    ("width", "height", "packs", "refused"),
+    [
+        (96, 32, True, True),
+        (96, 32, False, False),
+        (128, 32, True, False),
+        (128, 48, True, True),
+        (128, 48, False, False),
+    ],
 )
 def test_four_bit_layers_that_this_cpu_cannot_run_are_refused(
-    width: int, packs: bool, refused: bool
+    width: int, height: int, packs: bool, refused: bool
 ) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(width, 8))
+    model = torch.nn.Sequential(torch.nn.Linear(width, height))
     layer: Any = model[0]
     layer.support_avx512bf16_for_cpu = packs  # as bitsandbytes marks its layers
     if refused:
-        with pytest.raises(PlacementError, match=r"cannot run 0 in 4 bit .* 96 wide"):
+        with pytest.raises(
+            PlacementError,
+            match=rf"cannot run 0 in 4 bit .* {height} x {width}, expected multiples",
+        ):
             transformers_model.check_runnable(model)
     else:
         transformers_model.check_runnable(model)

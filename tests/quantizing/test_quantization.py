@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from lowmem_adamms.merging import loop
 from lowmem_adamms.merging.journal import WORK
 from lowmem_adamms.merging.shard_layout import Entry
 from lowmem_adamms.merging.verify import verify
+from lowmem_adamms.quantizing import quantization
 from lowmem_adamms.quantizing.quantization import prepare
 from lowmem_adamms.quantizing.quantized_layout import Method, QuantizedLayout
 from lowmem_adamms.settings import PlacementSettings
@@ -399,6 +401,26 @@ def test_the_command_writes_it_and_the_plan_foretells_its_size(
 
 
 # Refusals
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("repacks", [True, False])
+def test_an_output_that_cannot_run_here_is_noted(
+    method: Method, repacks: bool, plain: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bitsandbytes itself says where this CPU repacks: the tiny tower has 48 rows."""
+    monkeypatch.setattr(quantization, "repacks_4bit", lambda: repacks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan, _ = plain("qwen2_vl")
+    notes: list[str] = []
+    merge(plan, 0.3, tmp_path / "out", quantize=method, note=notes.append)
+    found = [note for note in notes if note.startswith("the output is for other machines")]
+    assert len(found) == (method == "nf4" and repacks)
+    assert all(
+        re.search(r"cannot run \S+ in 4 bit on this CPU: it is \d+ x", note) for note in found
+    )
+    recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
+    assert not set(found) & set(recipe["notes"]), "what is pushed tells nothing of this machine"
 
 
 def test_it_cannot_be_merged_again(outs: dict[str, Path]) -> None:
