@@ -99,10 +99,21 @@ def list_remarks(comparison: Comparison) -> Iterator[str]:
         yield f"a merge is refused: {obstacle}"
     if len(obstacles) > MAX_OBSTACLES:
         yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons; --json has all"
-    total = sum(comparison.similarities, Similarity())
-    if total.nonfinite_a or total.nonfinite_b:
+    for side, letter in enumerate("AB"):
+        yield from _list_nonfinite(comparison, side, letter)
+
+
+def _list_nonfinite(comparison: Comparison, side: int, letter: str) -> Iterator[str]:
+    """Where NaN or infinity was read on one side; the sample may miss others."""
+    counts = {
+        pair.names(side)[0]: (similarity.nonfinite_a, similarity.nonfinite_b)[side]
+        for pair, similarity in comparison.items
+    }
+    found = [name for name, count in counts.items() if count]
+    if found:
         yield (
-            f"not finite, left out: {total.nonfinite_a:,} elements of A, {total.nonfinite_b:,} of B"
+            f"NaN or infinite values read of {letter}, left out: {sum(counts.values()):,}, the"
+            f" first in {found[0]}; a merge refuses them"
         )
 
 

@@ -120,9 +120,28 @@ def test_what_is_not_finite_is_said(graded: Comparison) -> None:
     nothing = Similarity(elements=3, read=3, nonfinite_a=3, nonfinite_b=1)
     assert draw_strip([nothing], 1, ASCII_SIGNS, STEPS).plain == "?"
     assert describe_similarity(nothing) == "nothing finite"
-    similarities = (nothing, *graded.similarities[1:])
+    only_a = Similarity(elements=3, read=3, finite=1, nonfinite_a=2)
+    similarities = (nothing, only_a, *graded.similarities[2:])
     remarks = list_remarks(replace(graded, similarities=similarities))
-    assert "not finite, left out: 3 elements of A, 1 of B" in list(remarks)
+    first_a, first_b = (graded.pairing.pairs[0].names(side)[0] for side in (0, 1))
+    assert [remark for remark in remarks if remark.startswith("NaN or infinite")] == [
+        f"NaN or infinite values read of A, left out: 5, the first in {first_a}; a merge refuses"
+        " them",
+        f"NaN or infinite values read of B, left out: 1, the first in {first_b}; a merge refuses"
+        " them",
+    ]
+
+
+def test_the_command_names_a_tensor_with_nan(
+    tiny_models: Models, tmp_path: Path, capsys: Capture
+) -> None:
+    tensors = tiny.load(tiny_models["qwen2_vl"])
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][0, :3] = float("nan")
+    damaged = tiny.respell(tiny_models["qwen2_vl"], lambda _: None, tmp_path, extra=tensors)
+    assert run("compare", tiny_models["qwen2_vl"], damaged) == 0
+    words = f"values read of B, left out: 3, the first in {name}; a merge refuses them"
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
