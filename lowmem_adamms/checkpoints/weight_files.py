@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
+from ..values import format_size
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+MAX_JSON_BYTES = 32 << 20
+"""The index of a model of 10**12 parameters takes half of that; parsing takes 20 times its size."""
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
     *(".h5", ".msgpack", ".gguf", ".npz", ".tflite", ".pkl", ".pdparams", ".distcp"),
@@ -99,7 +102,12 @@ def _read_weight_map(index: Path, names: Collection[str]) -> dict[str, str]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; FormatError names the file."""
+    """A JSON object from a file of MAX_JSON_BYTES at most; FormatError names the file."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise FormatError(
+            f"{path}: {format_size(size)}, expected at most {format_size(MAX_JSON_BYTES)} of JSON"
+        )
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -18,11 +18,14 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..checkpoints.span import Span
+from ..checkpoints.weight_files import check_own_file
+from ..errors import FormatError
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_lines
 from ..mapping.kinship import Kinship
 from ..mapping.plan import Plan
 
 _SAMPLES = 64
+_FRONT_MATTER_CHARS = 1 << 16
 _SAMPLE_BYTES = 4096
 _QUANTIZED_TO = {
     "nf4": ("4-bit", "4 bit (NF4, double quantization)"),
@@ -130,11 +133,16 @@ def _choice(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _licence(base: Checkpoint) -> list[str]:
-    """The licence lines of the base's own model card, if it has any."""
+    """The licence lines of the base's own model card, if it has any of its own."""
     path = base.folder / "README.md" if base.folder else None
     if path is None or not path.is_file():
         return []
-    front = re.match(r"---\n(.*?)\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
+    try:
+        check_own_file(path, path.parent)
+    except FormatError:  # a link to somewhere else
+        return []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        front = re.match(r"---\n(.*?)\n---", file.read(_FRONT_MATTER_CHARS), re.DOTALL)
     lines = front[1].splitlines() if front else []
     return [line for line in lines if re.match(r"license(_name|_link)?: *\S", line)]
 

@@ -17,6 +17,7 @@ import tiny
 import torch
 from safetensors.numpy import save_file
 
+from lowmem_adamms.checkpoints import weight_files
 from lowmem_adamms.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.safetensors_header import build_header
@@ -302,6 +303,18 @@ def test_an_index_that_names_what_cannot_be_a_shard(tmp_path: Path, file: str) -
     put_one(tmp_path, {})
     write_json(tmp_path / INDEX, {"weight_map": {"a": "model.safetensors", "b": file}})
     refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+def test_an_endless_json_file_is_not_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten million entries took 25 s and 2.5 GB; here the limit is moved instead."""
+    put(tmp_path, {"model.safetensors": {"a": np.zeros(1, np.float32)}})
+    write_json(tmp_path / name, {"weight_map": {"a": "model.safetensors"}, "x": "y" * 100})
+    assert open_checkpoint(tmp_path).tensors
+    monkeypatch.setattr(weight_files, "MAX_JSON_BYTES", 100)
+    assert re.search(rf"{name}: \d+ B, expected at most 100 B of JSON", refused(tmp_path))
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])

@@ -178,6 +178,27 @@ def test_a_text_base_is_tagged_so_and_without_licence_gets_none(tmp_path: Path) 
     assert "license" not in data
 
 
+@pytest.mark.parametrize(("place", "taken"), [("base", True), ("elsewhere", False)])
+def test_a_licence_is_not_read_through_a_link_out_of_the_folder(
+    tmp_path: Path, place: str, taken: bool
+) -> None:
+    parent = tiny.ancestor("qwen2")
+    base, donor = (tiny.make("qwen2", tmp_path / n, ancestor=parent) for n in ("base", "donor"))
+    (tmp_path / place / "docs").mkdir(parents=True)
+    (tmp_path / place / "docs" / "card.md").write_text(LICENCE)
+    (base / "README.md").symlink_to(tmp_path / place / "docs" / "card.md")
+    out = merge(make_plan(base, donor), 0.3, tmp_path / "out")
+    assert ("license: other" in (out / "README.md").read_text()) == taken
+
+
+def test_only_the_beginning_of_the_bases_card_is_read(tmp_path: Path) -> None:
+    parent = tiny.ancestor("qwen2")
+    base, donor = (tiny.make("qwen2", tmp_path / n, ancestor=parent) for n in ("base", "donor"))
+    (base / "README.md").write_text(f"---\nx: {'y' * (1 << 20)}\nlicense: mit\n---\n")
+    out = merge(make_plan(base, donor), 0.3, tmp_path / "out")
+    assert "license" not in (out / "README.md").read_text().split("# ")[0]
+
+
 def test_adamms_json_holds_recipe_versions_and_digests(pair: Pair, merged: Path) -> None:
     recipe = json.loads((merged / "adamms.json").read_bytes())
     assert recipe["alpha"] == 0.3
