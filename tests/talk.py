@@ -39,11 +39,6 @@ DONORS = {
 """A donor of the same line for every base."""
 TEXT_ONLY = ("qwen2", "llama", "mistral")
 REMOTE = ("cogvlm", "mplug_owl2")
-TEXT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Of the text-only bases; the others bring their own."""
 TEXTS = (
     "Is the door open?",
     "Describe this image in detail. A woman with an umbrella walks along the street at night.",
@@ -91,9 +86,6 @@ def complete(folder: Path, out: Path) -> Path:
         start = tiny.KINDS[out.name].tokens - len(SHARED_TOKENS)
         ends = {"bos_token_id": start, "eos_token_id": [start, start + len(SHARED_TOKENS) - 1]}
         (out / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
-        path = out / "tokenizer_config.json"
-        config = json.loads(path.read_bytes()) | {"chat_template": TEXT_TEMPLATE}
-        path.write_text(json.dumps(config), encoding="utf-8")
     return tiny.add_remote_code(out) if out.name in REMOTE else out
 
 

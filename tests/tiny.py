@@ -330,16 +330,24 @@ def add_tokenizer(folder: Path) -> Path:
     return folder
 
 
+_TEXT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def add_processor(folder: Path) -> Path:
     """Complete a checkpoint as on the Hub: tokenizer, processor, chat template, generation config.
 
-    Text-only models get the tokenizer alone, CogVLM no processor. As `add_tokenizer`, to be called
-    before `flat_config`.
+    Text-only models get the tokenizer and a template, CogVLM no processor. As `add_tokenizer`, to
+    be called before `flat_config`.
     """
     add_tokenizer(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = config.get("model_type", "cogvlm")
     if family != "cogvlm" and family not in _PROCESSORS:
+        path = folder / "tokenizer_config.json"
+        _write_json(path, json.loads(path.read_bytes()) | {"chat_template": _TEXT_TEMPLATE})
         return folder
     for name, content in _PROCESSORS.get(family, {}).items():
         if isinstance(content, str):
