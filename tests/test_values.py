@@ -11,6 +11,7 @@ from lowmem_adamms.values import (
     parse_grid,
     parse_size,
     parse_size_or_zero,
+    parse_tags,
 )
 
 GB, GIB = 10**9, 1 << 30
@@ -105,3 +106,12 @@ def test_a_dtype_has_several_names(name: str, words: str) -> None:
 def test_dtypes_that_are_not_written_are_refused_by_name(word: str) -> None:
     with pytest.raises(RecipeError, match=f"{word!r}.*bf16, fp16 or fp32"):
         parse_dtype(word)
+
+
+def test_tags_are_an_opening_and_a_closing_one_or_none() -> None:
+    assert parse_tags(" [THINK]  [/THINK] ") == parse_tags(["[THINK]", "[/THINK]"])
+    assert parse_tags("<think> </think>") == ("<think>", "</think>")
+    assert parse_tags("") is None and parse_tags([]) is None
+    for tags in ("<think>", "<t> <t>", "a b c"):
+        with pytest.raises(RecipeError, match="expected an opening and a closing tag"):
+            parse_tags(tags)
