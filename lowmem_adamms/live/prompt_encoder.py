@@ -108,19 +108,23 @@ class Encoder:
             self._free_bytes -= nbytes
         return inputs
 
-    def read_answer(self, prompt: Prompt, tokens: Sequence[int], tags: Tags | None = None) -> str:
-        """The text of an answer's tokens, without special ones other than the tags of reasoning.
+    def read_answer(self, prompt: Prompt, tokens: Sequence[int], tags: Tags | None) -> str:
+        """The text of an answer, with the tag that opens its reasoning.
 
-        It begins with the opening tag also where the chat template has written that already.
+        Some chat templates write that tag themselves, so that it is none of the answer's tokens.
         """
-        tokenizer = self.tokenizer
-        special = set(tokenizer.all_special_ids)
-        kept = special.intersection(map(tokenizer.convert_tokens_to_ids, tags or ()))
+        text = self.decode(tokens, tags)
+        if tags and write_text(self.processor, prompt, self._folder).rstrip().endswith(tags[0]):
+            text = f"{tags[0]}\n{text}"
+        return text
+
+    def decode(self, tokens: Sequence[int], tags: Tags | None = None) -> str:
+        """The text of tokens, without special ones other than these tags."""
+        special = set(self.tokenizer.all_special_ids)
+        kept = special.intersection(map(self.tokenizer.convert_tokens_to_ids, tags or ()))
         if kept:
             tokens = [token for token in tokens if token in kept or token not in special]
-        text: str = tokenizer.decode(list(tokens), skip_special_tokens=not kept)
-        if tags and write_text(self.processor, prompt, self._folder).rstrip().endswith(tags[0]):
-            text = f"{tags[0]}\n{text.strip()}"
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=not kept)
         return text.strip()
 
     def _encode_by_processor(self, prompts: Sequence[Prompt]) -> Inputs:

@@ -303,8 +303,8 @@ def test_without_a_pad_token_the_end_token_pads(copied: Callable[[str], Path]) -
 def test_special_tokens_are_no_part_of_an_answers_text(talking: dict[str, Path]) -> None:
     encoder = Encoder(Stub(), talking["llava"])
     ids = encoder.tokenizer(" a b <|im_end|>").input_ids
-    assert encoder.read_answer(Prompt("?"), ids) == "a b"
-    assert encoder.read_answer(Prompt("?"), [], ("<think>", "</think>")) == ""
+    assert encoder.decode(ids) == "a b"
+    assert encoder.decode([], ("<think>", "</think>")) == ""
 
 
 def test_tags_of_reasoning_stay_also_where_they_are_special_tokens(
@@ -313,8 +313,8 @@ def test_tags_of_reasoning_stay_also_where_they_are_special_tokens(
     encoder = Encoder(Stub(), talking["llava"])
     ids = encoder.tokenizer("<|im_start|>a<|im_end|> b<|endoftext|>").input_ids
     tags = ("<|im_start|>", "<|im_end|>")
-    assert encoder.read_answer(Prompt("?"), ids, tags) == "<|im_start|>a<|im_end|> b"
-    assert encoder.read_answer(Prompt("?"), ids, ("<think>", "</think>")) == "a b"
+    assert encoder.decode(ids, tags) == "<|im_start|>a<|im_end|> b"
+    assert encoder.decode(ids, ("<think>", "</think>")) == "a b"
 
 
 def test_an_answer_begins_with_the_tag_that_the_template_has_written(
@@ -327,4 +327,4 @@ def test_an_answer_begins_with_the_tag_that_the_template_has_written(
     ids = encoder.tokenizer("a b").input_ids
     assert encoder.read_answer(Prompt("?"), ids, ("<think>", "</think>")) == "<think>\na b"
     assert encoder.read_answer(Prompt("?"), ids, ("[T]", "[/T]")) == "a b"
-    assert encoder.read_answer(Prompt("?"), ids) == "a b"
+    assert encoder.read_answer(Prompt("?"), ids, None) == "a b"
