@@ -13,7 +13,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,10 +26,11 @@ from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
 from .live.placement import Placement, place
 from .mapping import join
-from .mapping.alphas import Alpha, alpha_to_json
+from .mapping.alphas import Alpha, alpha_to_json, resolve
 from .mapping.plan import Plan
-from .merging import writer
+from .merging import replacing, writer
 from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, find_complete
+from .merging.output_folder import check_no_input
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
@@ -429,13 +430,15 @@ class MergeSettings(OutputSettings, UploadSettings):
 class Merge:
     """A merge that was checked as far as possible before alpha is known.
 
-    upload: the upload that belongs to it, or None.
+    upload: the upload that belongs to it, or None. staging: where it is made if it is to replace a
+    complete merge.
     """
 
     plan: Plan
     settings: MergeSettings
     output: writer.Output
     upload: Upload | None
+    staging: Path | None = None
 
     @property
     def answers(self) -> Path:
@@ -443,7 +446,7 @@ class Merge:
 
         OutputError if a merge at a given alpha was begun there: it would be met only after hours.
         """
-        out = self.output.folder
+        out = self.staging or self.output.folder
         final, unfinished = out / ANSWERS, out / WORK / ANSWERS
         if not (final.is_file() or unfinished.is_file()):
             if (out / WORK / JOURNAL).is_file():
@@ -465,9 +468,13 @@ class Merge:
     ) -> Path:
         """Write the checkpoint, with the report of the search if alpha was searched for."""
         found = alpha if isinstance(alpha, FoundAlpha) else None
-        return writer.write(
-            self.output,
-            alpha.alpha if isinstance(alpha, FoundAlpha) else alpha,
+        weight = alpha.alpha if isinstance(alpha, FoundAlpha) else alpha
+        out, staging = self.output.folder, self.staging
+        if find_complete(out) == self.output.fingerprint(resolve(weight, self.plan)):
+            staging = None  # it has been replaced already, by what is asked for
+        writer.write(
+            replace(self.output, folder=staging) if staging else self.output,
+            weight,
             force=self.settings.force,
             stream=self.settings.no_cache,
             allow_nonfinite=self.settings.allow_nonfinite,
@@ -478,6 +485,9 @@ class Merge:
             search=_without_paths(found.to_json()) if found else None,
             extra_files={"report.html": found.page.encode()} if found else None,
         )
+        if staging:
+            replacing.move_into_place(out)
+        return out
 
     def finish_upload(self, progress: Callable[[int], None] | None = None) -> int:
         """Check the output, send what is left of it and commit; returns the number of files."""
@@ -505,12 +515,20 @@ def prepare_merge(
         max_shard_size=settings.max_shard_size,
         quantizer=_quantizer(plan, settings),
     )
-    output.check(push=settings.push_to_hub is not None)
+    staging = None
+    if settings.overwrite:
+        if settings.push_to_hub is not None:
+            raise RecipeError("overwrite and push_to_hub exclude each other; push the result after")
+        check_no_input(plan, out)
+        staging = replacing.find_staging(out)
+    (replace(output, folder=staging) if staging else output).check(
+        push=settings.push_to_hub is not None
+    )
     with ExitStack() as stack:
         upload = None
         if settings.push_to_hub is not None:
             upload = stack.enter_context(_checked_upload(out, settings))
-        yield Merge(plan, settings, output, upload)
+        yield Merge(plan, settings, output, upload, staging)
 
 
 def merge(
@@ -534,7 +552,8 @@ def merge(
             `find_alpha` found; then its report goes beside the weights.
         out: Folder to create. It must be empty or hold the unfinished output of this merge.
         settings: Or its fields as keywords: `quantize`, `max_shard_size`, `force`, `no_cache`,
-            `allow_nonfinite`, `trust_remote_code`, `push_to_hub`, `private`, `replace_repo`.
+            `allow_nonfinite`, `overwrite`, `trust_remote_code`, `push_to_hub`, `private`,
+            `replace_repo`.
         progress: Called with the bytes of output produced since the last call.
         note: Called with each sentence about the inputs that the user should know.
 

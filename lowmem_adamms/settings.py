@@ -334,6 +334,10 @@ class OutputSettings(QuantizeSettings, StreamSettings, PermissionSettings):
         False, "write also what is NaN or infinite after blending, as of a damaged input"
     )
 
+    overwrite: bool = setting(
+        False,
+        "replace a complete merge in OUT, which stays until the new one is complete beside it",
+    )
     max_shard_size: int | None = setting(
         None,
         "of the files of the output, such as 5GB; default: the base's own",

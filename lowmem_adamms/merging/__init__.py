@@ -11,5 +11,6 @@ disk_sink      where the loop's windows go: output files, written in threads
 output_folder  whether it is usable, durable files, the move to final names
 model_card     README.md, adamms.json and config.json of the output
 writer         the merge itself
+replacing      a new merge in the place of a complete one
 verify         whether a merged folder is what it says
 """

@@ -29,9 +29,7 @@ def check_place(plan: Plan, out: Path) -> None:
     nearest = _nearest(out)
     if not nearest.is_dir():
         raise OutputError(f"{out}: {nearest} is a file; -o names a folder")
-    for side in (plan.base, plan.donor):
-        if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
+    check_no_input(plan, out)
     if nearest != out or (out / WORK / JOURNAL).is_file():
         return
     if is_pending(out):
@@ -42,6 +40,13 @@ def check_place(plan: Plan, out: Path) -> None:
     ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
     if not set(out.rglob("*")) <= ours:
         raise OutputError(f"{out} is not empty; choose another -o or empty it")
+
+
+def check_no_input(plan: Plan, out: Path) -> None:
+    """Raise OutputError if `out` is the folder of the base or donor, or inside it."""
+    for side in (plan.base, plan.donor):
+        if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
 
 
 def check_space(plan: Plan, shards: Sequence[ShardLayout], out: Path) -> None:
