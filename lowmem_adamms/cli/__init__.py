@@ -11,10 +11,13 @@ Results go to stdout, everything else to stderr; progress is drawn only on a ter
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,11 @@ _NOT_ACCESSIBLE = (
     errno.ELOOP,
 )
 
+_CUT_SHORT = (
+    b"an input was cut short while it was read, or its disk failed: put it back, and run the same"
+    b" command to resume"
+)
+_kept: list[Any] = []
 _HELP = {
     errno.EIO: "check the disk or the network, and",
     errno.EFAULT: "an input was cut short while it was read: put it back, and",
@@ -77,10 +85,32 @@ def process() -> int:
     Measured on a merge of 16 GB: saves 0.3 s of the start, spent in imports, and 0.3 s of the end.
     """
     gc.set_threshold(100_000, 50, 50)
+    _explain_bus_errors()
     try:
         return main()
     finally:
         gc.freeze()
+
+
+def _explain_bus_errors() -> None:
+    """End in one line where a mapped input is cut short, or its disk fails, while it is read.
+
+    The system then sends SIGBUS to the thread that reads, for which Python's own handlers come too
+    late. What is on the disk is as after any kill.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+
+    once = threading.Lock()  # several threads may meet it
+
+    def explain(_: int) -> None:
+        once.acquire()
+        os.write(2, b"error: " + _CUT_SHORT + b"\n")
+        os._exit(2)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
+    _kept.append(handler)  # for as long as the process lives
+    ctypes.CDLL(None).signal(signal.SIGBUS, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,53 @@
+"""An input that is cut short while it is read: one line, whatever thread meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowmem_adamms.cli import _CUT_SHORT
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import os, sys, threading
+import numpy as np
+from pathlib import Path
+from lowmem_adamms import cli
+from lowmem_adamms.checkpoints.mapped_files import MappedFile
+from lowmem_adamms.kernels import cpu
+
+def lose_an_input():
+    path = Path(sys.argv[1])
+    mapped = MappedFile(path)
+    view = mapped.view(0, path.stat().st_size)
+    os.truncate(path, 0)
+    {read}
+
+cli.main = lose_an_input
+cli.process()
+"""
+READS = {
+    "python": "bytes(view)",
+    "numpy": "view.astype(np.float64).sum()",
+    "kernel": "out = np.zeros(view.size, np.uint8); cpu.blend([(view, view, out)] * 3,"
+    " ('BF16',) * 3, 0.3)",
+    "another thread": "thread = threading.Thread(target=lambda: view.sum()); thread.start();"
+    " thread.join()",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+@pytest.mark.parametrize("read", READS)
+def test_an_input_that_is_cut_short_is_one_line(read: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(16 << 20))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(read=READS[read]), str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, b"error: " + _CUT_SHORT + b"\n")
