@@ -451,11 +451,11 @@ class Merge:
         if not (final.is_file() or unfinished.is_file()):
             if (out / WORK / JOURNAL).is_file():
                 raise OutputError(
-                    f"{out} holds an unfinished merge at a given --alpha; delete {out / WORK} or"
-                    " choose another -o"
+                    f"{out} holds an unfinished merge at a given alpha; delete {out / WORK} or"
+                    " choose another `out`"
                 )
             if find_complete(out):
-                raise OutputError(f"{out} holds a merge at a given --alpha; choose another -o")
+                raise OutputError(f"{out} holds a merge at a given alpha; choose another `out`")
         return final if final.is_file() else unfinished
 
     def write(
@@ -508,7 +508,9 @@ def prepare_merge(
     settings = combine(MergeSettings, settings, fields)
     out = Path(out)
     if settings.push_to_hub is None and (settings.private or settings.replace_repo):
-        raise RecipeError("--private and --replace-repo go with --push-to-hub ORG/NAME")
+        raise RecipeError(
+            "`private` and `replace_repo` go with `push_to_hub`, the repository's name"
+        )
     output = writer.prepare(
         plan,
         out,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from lowmem_adamms import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lowmem_adamms"
@@ -161,3 +163,25 @@ def test_the_docstring_of_a_wing_lists_its_files(folder: Path) -> None:
     words = {word.removesuffix(".py") for word in re.findall(r"[\w.]+", text)}
     files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
     assert files <= words
+
+
+def test_no_message_below_the_command_line_speaks_of_its_options() -> None:
+    """It names the setting, as Python users write it; `cli/` turns that into the option."""
+    own = {f"--{'no-' if item.metadata['option'].off else ''}{item.name.replace('_', '-')}"
+           for kind in vars(settings).values() if is_dataclass(kind)
+           for item in fields(kind) if "option" in item.metadata}  # fmt: skip
+    assert "--batch-size" in own and "--no-drafts" in own
+    found = []
+    for module, file in FILES.items():
+        if module.partition(".")[0] in ("cli", "settings"):
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        not_shown = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if not isinstance(text, str) or id(node) in not_shown or text.startswith("-"):
+                continue  # a docstring, or a word of a command that is shown as a whole
+            words = re.findall(r"(?<!\w)-o\b|--[a-z][a-z-]+", text)
+            found += [f"{module}, line {node.lineno}: {word}" for word in words
+                      if word in own or word == "-o"]  # fmt: skip
+    assert not found

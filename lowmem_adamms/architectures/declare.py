@@ -38,7 +38,7 @@ def read_declarations(paths: Iterable[str | Path]) -> tuple[Arch, ...]:
     archs = tuple(map(read_declaration, paths))
     for name, count in Counter(arch.name for arch in archs).items():
         if count > 1:
-            raise DeclarationError(f"--arch: {count} declarations are named {name!r}")
+            raise DeclarationError(f"`arch`: {count} declarations are named {name!r}")
     return archs
 
 
@@ -51,7 +51,7 @@ def read_declaration(path: str | Path) -> Arch:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise DeclarationError(f"--arch {path}: {error}") from None
+        raise DeclarationError(f"`arch` {path}: {error}") from None
     if len(raw) > MAX_FILE_BYTES:
         raise DeclarationError(f"{path}: more than {MAX_FILE_BYTES} bytes; not a declaration")
     try:

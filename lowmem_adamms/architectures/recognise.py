@@ -85,7 +85,7 @@ def _recognise(stems: _Stems, archs: Sequence[Arch], declared: Sequence[Arch]) -
     by_names += sorted(own, key=lambda layout: layout.unknown)
     if by_names:
         layout = by_names[0]
-        by = ", declared by --arch," if layout.declared else ""
+        by = ", declared by `arch`," if layout.declared else ""
         return replace(layout, assumed=f"{config}; taken for {layout.arch}{by} by its tensor names")
     layout = _by_structure(stems, (*declared, *archs, UNDECLARED), declared)
     return replace(layout, assumed=f"{config}; {layout.assumed}")
@@ -318,7 +318,7 @@ def _check_same(checkpoint: Checkpoint, first: Layout, second: Layout) -> None:
         if second.blocks.get(name) != blocks:
             raise MappingError(
                 f"{checkpoint.path}: fits a {first.arch} and a {second.arch} decoder, which differ"
-                f" in what {name} holds; declare which it is with --arch"
+                f" in what {name} holds; declare which it is with `arch`"
             )
 
 
@@ -397,7 +397,7 @@ def _choose(
             prefix, head = chosen.layout.prefix, chosen.head or "lm_head.weight"
             raise MappingError(
                 f"{checkpoint.path}: which decoder is the language model? {chosen} or {other};"
-                f' declare it with --arch, such as spellings = [["{prefix}", "{head}"]]'
+                f' declare it with `arch`, such as spellings = [["{prefix}", "{head}"]]'
             )
     return chosen, [candidate for candidate in candidates if candidate is not chosen]
 
@@ -432,7 +432,7 @@ def _no_decoder(stems: _Stems, prefixes: Collection[str], archs: Sequence[Arch])
     if not fits:
         return MappingError(
             f"{found}; expected names such as model.embed_tokens.weight or those of a known family"
-            " (see `archs`), or a declaration with --arch"
+            " (see `archs`), or a declaration with `arch`"
         )
     fit, prefix = max(fits, key=lambda each: each[0].score)
     what_to_do = "declare with --arch how it is spelled"

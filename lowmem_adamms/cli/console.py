@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..reporting.text import show_hidden
+from .options import spell_settings
 
 _RED, _YELLOW = 31, 33
 
@@ -41,13 +42,17 @@ def prepare_streams() -> None:
 
 def print_line(text: str) -> None:
     """One line, or several, of a result."""
-    print(show_hidden(text))
+    print(_show(text))
+
+
+def _show(text: str) -> str:
+    return show_hidden(spell_settings(text))
 
 
 def print_errors(messages: Iterable[str]) -> None:
     """Each message as one line on stderr."""
     for message in messages:
-        print(_coloured("error:", _RED), show_hidden(" ".join(message.split())), file=sys.stderr)
+        print(_coloured("error:", _RED), _show(" ".join(message.split())), file=sys.stderr)
 
 
 def print_json(document: Any) -> None:
@@ -58,12 +63,12 @@ def print_json(document: Any) -> None:
 
 def print_note(note: str) -> None:
     """What the user should know and nothing depends on."""
-    print(_coloured("note:", _YELLOW), show_hidden(note), file=sys.stderr)
+    print(_coloured("note:", _YELLOW), _show(note), file=sys.stderr)
 
 
 def print_info(text: str) -> None:
     """What is no part of a result, such as where a search runs."""
-    print(show_hidden(text), file=sys.stderr)
+    print(_show(text), file=sys.stderr)
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -96,7 +101,7 @@ def _console(**options: Any) -> Any:
         """Shows every string as it is: no markup, no control characters."""
 
         def render_str(self, text: str, **options: Any) -> Any:
-            return super().render_str(show_hidden(text), **{**options, "markup": False})
+            return super().render_str(_show(text), **{**options, "markup": False})
 
     return SafeConsole(**options)
 

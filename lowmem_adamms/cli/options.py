@@ -33,6 +33,33 @@ class Command:
     usage: str | None = None
     examples: str | None = None
 
+    def __post_init__(self) -> None:
+        for item in _fields(self.takes):
+            known = _SETTINGS.get(item.name)
+            if known is None or known.metadata["option"].positional:
+                _SETTINGS[item.name] = item
+
+
+QUOTES = "'\""
+_SETTINGS: dict[str, dataclasses.Field[Any]] = {}
+"""Every setting that any command takes, by its name."""
+
+
+def spell_settings(text: str) -> str:
+    """A text of the wings, with the settings it names as they are written on the command line.
+
+    Below `cli/` an error says `batch_size` or `force=True`, as in Python.
+    """
+
+    def spell(named: re.Match[str]) -> str:
+        item, value = _SETTINGS.get(named[1]), named[2]
+        if item is None:
+            return named[0]
+        word = item.metadata["option"].short or _spelled(item)
+        return word if value in (None, "True", "False") else f"{word} {value.strip(QUOTES)}"
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", spell, text)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are RecipeErrors, and whose help keeps the lines of descriptions."""

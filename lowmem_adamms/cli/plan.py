@@ -16,7 +16,7 @@ from ..merging.sources import remote_shards
 from ..settings import PlacementSettings, PlanSettings, QuantizeSettings, StreamSettings
 from ..values import format_size
 from .console import print_json, print_line, screen
-from .options import Command
+from .options import Command, spell_settings
 from .pair import PairOptions, json_option, make_plan, out_option
 
 if TYPE_CHECKING:
@@ -52,9 +52,10 @@ def run(options: PlanOptions) -> int:
     try:
         lines = api.place_search(plan, options, quantize=options.quantize).lines
     except PlacementError as error:
-        lines = (str(error),)
+        lines = (spell_settings(str(error)),)
     if options.json:
-        print_json(plan.to_json() | {"forecast": asdict(forecast), "search": list(lines)})
+        document = plan.to_json() | {"forecast": asdict(forecast), "search": list(lines)}
+        print_json(document | {"notes": [spell_settings(note) for note in plan.notes]})
     else:
         show_plan(plan, screen())
         _show_forecast(plan, forecast, options, lines)

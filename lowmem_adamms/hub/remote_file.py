@@ -122,7 +122,7 @@ class RemoteFile:
             raise TemporaryError(f"the address of its bytes is refused ({status})")
         hf_raise_for_status(response)
         if status != 206 and (start, stop) != (0, self.size):
-            raise HubError(f"{self._subject}: the server ignores ranges; leave out --no-cache")
+            raise HubError(f"{self._subject}: the server ignores ranges; leave out `no_cache`")
         served = response.headers.get("content-range")
         wanted = f"bytes {start}-{stop - 1}/{self.size}"
         if status == 206 and served != wanted:

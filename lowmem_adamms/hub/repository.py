@@ -182,7 +182,7 @@ def download(repo: Repository, paths: Iterable[Path], *, progress_bars: bool = F
     if needed_bytes > free_bytes:
         raise HubError(
             f"{existing}: {format_size(free_bytes)} free, {repo.id} takes"
-            f" {format_size(needed_bytes)}; free some, or --no-cache"
+            f" {format_size(needed_bytes)}; free some, or stream it with `no_cache=True`"
         )
     names = [file.name for file in missing.values()]
     fetch_files(repo, names, progress_bars=progress_bars)

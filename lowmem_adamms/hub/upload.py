@@ -104,7 +104,7 @@ class Upload(AbstractContextManager["Upload"]):
         if self._settings.private and not info.private:
             raise PushError(
                 f"{self.repo} exists on the Hub and is public; make it private in its settings, or"
-                " leave out --private"
+                " leave out `private`"
             )
         self._ask(lambda: self._hub.auth_check(self.repo, write=True))
         self._head = info.sha
@@ -114,7 +114,7 @@ class Upload(AbstractContextManager["Upload"]):
         if self._other_files and not self._settings.replace_repo:
             raise PushError(
                 f"{self.repo} exists on the Hub and holds other files ({min(self._other_files)} and"
-                " so on); choose another name, or replace them with --replace-repo"
+                " so on); choose another name, or replace them with `replace_repo=True`"
             )
 
     def _check_token(self) -> None:

@@ -119,7 +119,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         if placement.device == "cuda" and not torch.cuda.is_available():
             # --vram may plan for any card; to load on it, torch must see one
             raise PlacementError(
-                "the model was placed on a CUDA card, but torch sees none; --vram 0 does without,"
+                "the model was placed on a CUDA card, but torch sees none; `vram=0` does without,"
                 " or install a torch build for CUDA and its driver"
             )
         return transformers_model.load_model(

@@ -128,7 +128,7 @@ def place(
     """
     device, quantize = settings.device, settings.live_quantize or quantize
     if device not in (None, *_DEVICES):
-        raise RecipeError(f"--device {device}: expected cpu or cuda")
+        raise RecipeError(f"`device` {device!r}: expected cpu or cuda")
     if quantize not in (None, *_QUANTIZATIONS):
         raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -370,11 +370,11 @@ def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement])
     help = "a smaller model would help"
     if fitting := next((option for option in options if option.fits), None):
         quantize = fitting.quantize or "none"
-        help = f"--device {fitting.device} --live-quantize {quantize} would fit"
+        help = f"`device={fitting.device!r}` with `live_quantize={quantize!r}` would fit"
     if not allowed:  # there is always an option on the CPU, so a card was asked for
         return (
-            f"no CUDA card was found, or --vram 0 rules it out; {help},"
-            " --vram SIZE plans for a card that nvidia-smi does not show"
+            f"no CUDA card was found, or `vram=0` rules it out; {help},"
+            " `vram` plans for a card that nvidia-smi does not show"
         )
     smallest = {option.device: option for option in allowed}
     shortages = ", ".join(
@@ -382,10 +382,10 @@ def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement])
         f" but {format_size(option.available_bytes)} is free"
         for device, option in smallest.items()
     )
-    free = " and ".join(f"--{_MEMORY_NAMES[device].lower()}" for device in smallest)
+    free = " and ".join(f"`{_MEMORY_NAMES[device].lower()}`" for device in smallest)
     first = allowed[0]  # nothing fits, so that all have the last batch size
     if first.batch_size > 1:
-        help += ", a smaller --batch-size may help"
+        help += ", a smaller `batch_size` may help"
     return (
         f"the model does not fit: {shortages} (with a {_describe_cache(first)}); {help}, or free"
         f" memory ({free} may say how much there will be)"

@@ -154,7 +154,7 @@ def refuse_remote_code(folder: Path, allowed: bool) -> None:
     if config.get("auto_map") and not allowed and config.get("model_type") not in known:
         raise RecipeError(
             f"{folder}: its model is Python code that comes with it (auto_map in config.json);"
-            " read that code, then allow it with --trust-remote-code"
+            " read that code, then allow it with `trust_remote_code=True`"
         )
 
 
@@ -202,7 +202,7 @@ def match_tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
         if pattern is not None:
             raise RecipeError(
                 f"transformers converts {name} as it loads it into {type(model).__name__}, which"
-                " neither a search nor --quantize follows; merge with --alpha, unquantized"
+                " neither a search nor `quantize` follows; merge at a given alpha, unquantized"
             )
         if target in state:
             matched.setdefault(target, name)  # of several for one parameter it takes the first

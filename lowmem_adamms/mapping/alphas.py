@@ -198,7 +198,7 @@ def parse_alpha_layers(text: str, layers: int, alpha: float | None = None) -> Al
             return _parse_ranges(words, layers, alpha)
         weights = [parse_alpha(word) for word in words]
     except RecipeError as error:
-        raise RecipeError(f"--alpha-layers {text!r}: {error}") from None
+        raise RecipeError(f"`alpha_layers` {text!r}: {error}") from None
     first, last = (weights[0], weights[-1]) if alpha is None else (alpha, alpha)
     values = {f"layers.{i}": interpolate(weights, relative_depth(i, layers)) for i in range(layers)}
     return Alphas(first, values | {"embed": first, "norm": last, "head": last})
@@ -215,7 +215,7 @@ def _parse_ranges(words: Sequence[str], layers: int, alpha: float | None) -> Alp
     if alpha is None:
         for name in (*(f"layers.{i}" for i in range(layers)), *UNLAYERED):
             if name not in values:
-                raise RecipeError(f"says nothing of {name}; give --alpha for the rest")
+                raise RecipeError(f"says nothing of {name}; give `alpha` for the rest")
         alpha = 0.0
     return Alphas(alpha, values)
 

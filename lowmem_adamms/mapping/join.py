@@ -323,7 +323,7 @@ def _notes(
         if side.layout.assumed:
             yield f"{label}: {side.layout.assumed}"
         elif side.layout.declared:
-            yield f"{label}: {side.layout.arch}, as --arch declares it"
+            yield f"{label}: {side.layout.arch}, as `arch` declares it"
     for side in (base, donor):
         yield from describe_ties(side.checkpoint, side.layout, side.tied)
     if token_rows and token_rows.assumption:
@@ -340,6 +340,6 @@ def _notes(
     for arch in declared:
         if arch.name not in used:
             yield (
-                f"--arch {arch.name}: neither checkpoint is taken for it, by its classes"
+                f"`arch` {arch.name}: neither checkpoint is taken for it, by its classes"
                 f" ({', '.join(arch.classes) or 'none'}) or by its tensor names"
             )

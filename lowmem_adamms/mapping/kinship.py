@@ -90,7 +90,7 @@ def check(plan: Plan) -> Kinship:
         raise MappingError(
             f"{plan.base.path} and {plan.donor.path} look unrelated: cosine similarity of {group}"
             f" is {cosine:.3f}, expected {THRESHOLD} or more for descendants of one language model."
-            " Merge models of one ancestor, or --force"
+            " Merge models of one ancestor, or set `force=True`"
         )
     return kinship
 

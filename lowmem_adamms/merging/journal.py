@@ -121,7 +121,7 @@ class Journal(_Journal):
         self.nonfinite: dict[str, int] = {}
         self._conflict = (
             f"{out} holds an unfinished merge of other inputs or options;"
-            f" delete {out / WORK} or choose another -o"
+            f" delete {out / WORK} or choose another `out`"
         )
         super().__init__(out / WORK / JOURNAL, "merge", fingerprint, self._conflict)
 
@@ -180,7 +180,7 @@ class AnswerJournal(_Journal):
         self.donor: dict[int, str] = {}
         conflict = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
-            " settings); give the same options, --batch-size too, or delete it or choose another"
+            " settings); give the same options, `batch_size` too, or delete it or choose another"
             " place"
         )
         super().__init__(path, "search", fingerprint, conflict)

@@ -285,8 +285,8 @@ def _count_nonfinite(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> int:
         largest, wider = _LARGEST[out_dtype]
         raise RecipeError(
             f"{piece.step.name}: {lost} or more values do not fit into {out_dtype}, whose largest"
-            f" is {largest}, and would be written as infinite; choose --dtype {wider} and another"
-            " -o"
+            f" is {largest}, and would be written as infinite; choose"
+            f" `dtype` {wider} and another `out`"
         )
     return len(places)
 

@@ -35,11 +35,11 @@ def check_place(plan: Plan, out: Path) -> None:
     if is_pending(out):
         raise OutputError(
             f"{out} is complete and waits for its upload; finish that with `push` or the command"
-            " that began it, or choose another -o"
+            " that began it, or choose another `out`"
         )
     ours = {out / WORK, out / WORK / ANSWERS}  # what a killed search leaves
     if not set(out.rglob("*")) <= ours:
-        raise OutputError(f"{out} is not empty; choose another -o or empty it")
+        raise OutputError(f"{out} is not empty; choose another `out` or empty it")
 
 
 def check_no_input(plan: Plan, out: Path) -> None:
@@ -62,7 +62,7 @@ def check_space(plan: Plan, shards: Sequence[ShardLayout], out: Path) -> None:
     if required_bytes > free_bytes:
         raise OutputError(
             f"{nearest}: {format_size(free_bytes)} free, the output needs"
-            f" {format_size(required_bytes)}; free some or choose another -o"
+            f" {format_size(required_bytes)}; free some or choose another `out`"
         )
 
 
@@ -73,7 +73,7 @@ def check_still_unused(out: Path, journal: Journal) -> None:
     journal.path.unlink()
     with suppress(OSError):  # answers of a search may lie there
         journal.path.parent.rmdir()
-    raise OutputError(f"{out}: another run has just put its result there; choose another -o")
+    raise OutputError(f"{out}: another run has just put its result there; choose another `out`")
 
 
 def write_json(path: Path, document: object) -> None:

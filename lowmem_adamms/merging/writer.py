@@ -242,7 +242,7 @@ def _pair_notes(kin: kinship.Kinship, inputs: Mapping[str, Any]) -> Iterator[str
         group, cosine = kin.lowest
         yield (
             f"base and donor look unrelated (cosine similarity of {group} is {cosine:.3f}); they"
-            " are merged because of --force"
+            " are merged because of `force=True`"
         )
 
 
@@ -290,7 +290,7 @@ def _write_shards(
         if journal.nonfinite and not allow_nonfinite:
             raise FormatError(
                 f"{model_card.describe_nonfinite(journal.nonfinite)}, at least; look for a damaged"
-                " input, or write them with --allow-nonfinite"
+                " input, or write them with `allow_nonfinite=True`"
             )
 
     refuse_nonfinite()

@@ -16,7 +16,7 @@ def open_image_folder(ref: str, settings: PromptSettings) -> PromptSet:
     folder, question = Path(ref), settings.question
     if question is None or not question.strip():
         raise PromptError(
-            f"{folder}: a folder of images needs a question to ask about each: --question TEXT"
+            f"{folder}: a folder of images needs a question to ask about each: `question`"
             " (or name a .jsonl or .parquet file in it)"
         )
     names = sorted(

@@ -73,7 +73,7 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
         FormatError, MappingError: The output is not one that transformers would load.
     """
     if method not in get_args(Method):
-        raise RecipeError(f"--quantize {method}: expected nf4 or int8")
+        raise RecipeError(f"`quantize` {method!r}: expected nf4 or int8")
     base = plan.base
     if base.folder is None:
         raise FormatError(f"{base.path}: a bare file cannot be quantized; give its folder")
@@ -107,7 +107,7 @@ def _check_ignored(plan: Plan, model: Any, matched: Mapping[str, str]) -> None:
         raise MappingError(
             f"{plan.base.path}: transformers does not load {min(lost)} into"
             f" {type(model).__name__}, so a quantized output of it could not be loaded;"
-            " merge without --quantize"
+            " merge without `quantize`"
         )
 
 
@@ -124,7 +124,7 @@ def _quantized_names(
         if module.source_cls.__name__ != "Linear":
             raise RecipeError(
                 f"{plan.base.path}: transformers converts {name} as it loads it, which it does not"
-                " do once it is quantized; merge without --quantize and quantize as you load"
+                " do once it is quantized; merge without `quantize` and quantize as you load"
             )
         shape = (module.out_features, module.in_features)
         if steps[name].shape != shape:

@@ -45,7 +45,7 @@ def parse_spec(text: str) -> tuple[float | None, Path]:
     if not equals:
         return None, Path(text)
     if not 0 <= alpha <= 1 or not file:
-        raise RecipeError(f"--answers {text}: expected ALPHA=FILE with an alpha in 0..1")
+        raise RecipeError(f"`answers` {text}: expected ALPHA=FILE with an alpha in 0..1")
     return round(alpha, 6), Path(file)
 
 

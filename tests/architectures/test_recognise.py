@@ -265,7 +265,7 @@ def test_a_guess_between_decoders_is_refused(tmp_path: Path, first: Any, second:
     checkpoint = hollow(tmp_path, decoders(first, second))
     with pytest.raises(MappingError, match=r"which decoder is the language model\?") as caught:
         recognise(checkpoint, ARCHS)
-    for words in ("layers under 'a.'", "layers under 'b.'", "--arch", str(tmp_path)):
+    for words in ("layers under 'a.'", "layers under 'b.'", "`arch`", str(tmp_path)):
         assert words in str(caught.value)
 
 
@@ -313,7 +313,7 @@ def test_without_a_class_names_that_are_explained_go_to_the_declaration(tmp_path
     layout = recognise(checkpoint, ARCHS, [replace(LLAMA, name="Mine")])
     assert (layout.arch, layout.declared) == ("Mine", True)
     assert (
-        layout.assumed == "no config.json; taken for Mine, declared by --arch, by its tensor names"
+        layout.assumed == "no config.json; taken for Mine, declared by `arch`, by its tensor names"
     )
 
 
@@ -375,7 +375,7 @@ def test_what_comes_nearest_to_a_decoder_is_told(tmp_path: Path, drop: str, lost
     whole = llama_decoder(SMALL, "a.", "a.lm_head")
     tensors = {name: spec for name, spec in whole.items() if not name.startswith(f"a.{drop}")}
     with pytest.raises(
-        MappingError, match=rf"no decoder found.*under 'a\.', has no {lost};.*--arch"
+        MappingError, match=rf"no decoder found.*under 'a\.', has no {lost};.*`arch`"
     ):
         recognise(hollow(tmp_path, tensors), ARCHS)
 
@@ -393,6 +393,6 @@ def test_layers_that_the_config_speaks_of_must_be_there(tmp_path: Path) -> None:
 def test_no_decoder_at_all_is_told(tmp_path: Path, name: str) -> None:
     checkpoint = hollow(tmp_path, {name: ("F32", (2, 2))})
     with pytest.raises(
-        MappingError, match=rf"no decoder found among its 1 tensors.*{name}.*--arch"
+        MappingError, match=rf"no decoder found among its 1 tensors.*{name}.*`arch`"
     ):
         recognise(checkpoint, ARCHS)

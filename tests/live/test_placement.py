@@ -286,13 +286,13 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
                 "cpu nf4 at batch 1 needs 7.30 GB of RAM but 4.00 GB is free",
                 "a 117 MB key-value cache of 1 x 2048 tokens",
                 "smaller model",
-                "--vram and --ram",
+                "`vram` and `ram`",
             ],
         ),
         (
             Memory(12 * GB, None, None),
             {"live_quantize": "none"},
-            ["cpu BF16 at batch 1 needs 17.57 GB", "--device cpu --live-quantize int8 would fit"],
+            ["cpu BF16 at batch 1 needs 17.57 GB", "`device='cpu'` with `live_quantize='int8'` would fit"],
         ),
         (
             Memory(32 * GB, 12 * GB, "a card"),
@@ -300,18 +300,18 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
             [
                 "cuda BF16 at batch 8 needs 18.86 GB of VRAM",
                 "a 940 MB key-value cache of 8 x 2048 tokens",
-                "--device cuda --live-quantize nf4 would fit, a smaller --batch-size may help",
+                "`device='cuda'` with `live_quantize='nf4'` would fit, a smaller `batch_size` may",
             ],
         ),
         (
             Memory(32 * GB, 4 * GB, "a card"),
             {"device": "cuda"},
-            ["cuda nf4 at batch 1 needs", "--device cpu --live-quantize none would fit, or free"],
+            ["cuda nf4 at batch 1 needs", "`device='cpu'` with `live_quantize='none'` would fit, or free"],
         ),
         (
             Memory(32 * GB, None, None),
             {"device": "cuda"},
-            ["no CUDA card", "--device cpu --live-quantize none would fit", "--vram SIZE"],
+            ["no CUDA card", "`device='cpu'` with `live_quantize='none'` would fit", "`vram` plans"],
         ),
     ],
 )
@@ -328,8 +328,8 @@ def test_a_refusal_says_in_one_line_what_lacks_and_what_helps(
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        ({"device": "gpu"}, "--device gpu: expected"),
-        ({"live_quantize": "int4"}, "--quantize int4: expected"),
+        ({"device": "gpu"}, "`device` 'gpu': expected"),
+        ({"live_quantize": "int4"}, "`quantize` 'int4': expected"),
         ({"live_dtype": "int8"}, "int8"),
     ],
 )

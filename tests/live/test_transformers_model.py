@@ -103,7 +103,7 @@ def test_remote_code_is_loaded_only_on_request(
         (folder / "modeling_cogvlm.py").read_text()
         + f"\n__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()\n"
     )
-    with pytest.raises(RecipeError, match=r"auto_map in config\.json.*--trust-remote-code"):
+    with pytest.raises(RecipeError, match=r"auto_map in config\.json.*`trust_remote_code=True`"):
         load(folder)
     assert not (tmp_path / "ran").exists()
     assert type(load(folder, trust_remote_code=True)).__name__ == "CogVLMForCausalLM"
@@ -214,7 +214,7 @@ def test_tensors_that_transformers_converts_are_refused() -> None:
     mapping = library("transformers.conversion_mapping")
     model._weight_conversions = mapping.get_model_conversion_mapping(model, None, None)
     name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    with pytest.raises(RecipeError, match=rf"converts {name} .* MixtralForCausalLM.* --alpha"):
+    with pytest.raises(RecipeError, match=rf"converts {name} .* MixtralForCausalLM.* at a given alpha"):
         transformers_model.match_tensors(model, [name])
 
 

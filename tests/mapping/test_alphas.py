@@ -337,14 +337,14 @@ def test_parts_of_all_layers_can_be_named() -> None:
         ("4-2:0.5", "'4-2' is neither"),
         ("1:", "'': expected a number"),
         ("1-3:0.5,2:0.1", "layers.2 is named twice"),
-        ("1-2:0.2", "says nothing of layers.0; give --alpha"),
+        ("1-2:0.2", "says nothing of layers.0; give `alpha`"),
         ("0-5:0.2,embed:0,norm:0.1", "says nothing of head"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(text: str, says: str) -> None:
     with pytest.raises(RecipeError) as error:
         parse_alpha_layers(text, 6)
-    assert str(error.value).startswith(f"--alpha-layers {text!r}: ")
+    assert str(error.value).startswith(f"`alpha_layers` {text!r}: ")
     assert says in str(error.value)
 
 

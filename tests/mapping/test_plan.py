@@ -212,7 +212,7 @@ def test_embeddings_can_be_kept(small: Small) -> None:
     plan = small(embeddings="keep")
     for name, role in ((EMBED, "embed"), (HEAD, "head")):
         assert described(plan, name) == [((0, 20), role, None, None)]
-        assert step_of(plan, name).reason == "--embeddings keep"
+        assert step_of(plan, name).reason == "kept, as asked for"
     assert plan.counts == {"interpolate": 19, "copy": 2}
     assert set(plan.leftover) == {EMBED, HEAD}
     assert plan.options["embeddings"] == "keep"

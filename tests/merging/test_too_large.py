@@ -36,7 +36,7 @@ def put(folder: Path, value: float, dtype: torch.dtype) -> Path:
 def test_a_blend_beyond_fp16_is_refused(value: float, alpha: float, tmp_path: Path) -> None:
     base = put(tmp_path / "base", 0.5, torch.float16)
     donor = put(tmp_path / "donor", value, torch.bfloat16)
-    with pytest.raises(RecipeError, match=rf"{re.escape(Q)}: 1 .*65504.*--dtype bf16"):
+    with pytest.raises(RecipeError, match=rf"{re.escape(Q)}: 1 .*65504.*`dtype` bf16"):
         merge(make_plan(base, donor), alpha, tmp_path / "out", force=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".partial"}
     wider = make_plan(base, donor, dtype=DTYPES["BF16"])
@@ -71,7 +71,7 @@ def test_blended_values_that_are_not_finite_are_refused_by_name_and_number(
 ) -> None:
     plan = make_plan(put(tmp_path / "base", 0.5, dtype), put(tmp_path / "donor", value, dtype))
     for _ in range(2):  # a resumed merge is no way around it
-        with pytest.raises(FormatError, match=rf"{re.escape(Q)}: 1 .*NaN or infinite, .*--allow"):
+        with pytest.raises(FormatError, match=rf"{re.escape(Q)}: 1 .*NaN or infinite, .*`allow"):
             merge(plan, 0.3, tmp_path / "out", force=True)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
 

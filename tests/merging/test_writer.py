@@ -506,7 +506,7 @@ def test_no_search_begins_where_a_merge_at_a_given_alpha_is_complete(
 ) -> None:
     with (
         prepare_merge(make_plan(*pair), merged) as job,
-        pytest.raises(OutputError, match="holds a merge at a given --alpha; choose another -o"),
+        pytest.raises(OutputError, match="holds a merge at a given alpha; choose another `out`"),
     ):
         _ = job.answers
 
@@ -564,7 +564,7 @@ def test_strangers_are_refused_unless_forced(strangers: Pair, tmp_path: Path) ->
     notes: list[str] = []
     out = merge(make_plan(*strangers), 0.3, tmp_path / "out", force=True, note=notes.append)
     tiny.load_model(out)
-    assert_noted("look unrelated .cosine similarity of .* because of --force", notes, out)
+    assert_noted("look unrelated .cosine similarity of .* because of `force=True`", notes, out)
 
 
 def assert_noted(words: str, notes: list[str], out: Path) -> None:

@@ -224,7 +224,7 @@ def test_broken_image_in_a_folder_is_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "words"), [(None, "--question"), (" \n", "--question"), ("What?", "no images")]
+    ("question", "words"), [(None, "`question`"), (" \n", "`question`"), ("What?", "no images")]
 )
 def test_folder_without_question_or_images_is_refused(
     tmp_path: Path, question: str | None, words: str

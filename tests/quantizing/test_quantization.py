@@ -211,7 +211,7 @@ def test_remote_code_is_asked_as_well(
     tmp_path: Path,
 ) -> None:
     plan = make_plan(talking["cogvlm"], tiny_models["llava"])
-    with pytest.raises(RecipeError, match="--trust-remote-code"):
+    with pytest.raises(RecipeError, match="`trust_remote_code=True`"):
         merge(plan, 0.3, tmp_path / "out", quantize=method)
     out = merge(plan, 0.3, tmp_path / "out", quantize=method, trust_remote_code=True)
     assert sum(name.endswith((".absmax", ".SCB")) for name in tiny.load(out)) >= 2 * 7
