@@ -47,7 +47,7 @@ from .settings import (
     UploadSettings,
     combine,
 )
-from .values import Tags
+from .values import Tags, check_type
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -106,7 +106,13 @@ def make_plan(
 def _opened(checkpoint: str | Path | Checkpoint, *, cache: bool, bins: bool) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
+    expected = "a folder, a file, a Hub id `org/name[@revision]` or an opened Checkpoint"
+    check_type("a checkpoint", checkpoint, (str, Path), expected)
     return open_checkpoint(checkpoint, cache=cache, download_bins=bins)
+
+
+def _check_plan(plan: object) -> None:
+    check_type("plan", plan, Plan, "what make_plan returns")
 
 
 # Search
@@ -196,6 +202,7 @@ def place_search(
     Raises PlacementError if the model does not fit into the memory that is free, and RecipeError
     if vLLM is to run it and cannot.
     """
+    _check_plan(plan)
     settings = combine(PlacementSettings, settings, fields)
     if isinstance(settings, SearchSettings) and settings.engine == "vllm":
         from .serving.vllm_model import place_in_engine
@@ -242,7 +249,10 @@ def find_alpha(
         0.3
         >>> found.write_page("report.html")
     """
+    _check_plan(plan)
     settings = combine(SearchSettings, settings, fields)
+    expected = "a file, a folder, a Hub dataset, or texts and dicts"
+    check_type("prompts", prompts, (str, Path, Iterable), expected)
     if not isinstance(prompts, Prompts):
         prompts = prompt_sets.load_prompts(prompts, settings)
     check_images(plan, prompts)
@@ -505,6 +515,8 @@ def prepare_merge(
 
     Raises OutputError, RecipeError, FormatError or PushError; nothing has been written then.
     """
+    _check_plan(plan)
+    check_type("out", out, (str, Path), "a folder")
     settings = combine(MergeSettings, settings, fields)
     out = Path(out)
     if settings.push_to_hub is None and (settings.private or settings.replace_repo):

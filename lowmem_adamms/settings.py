@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from .errors import RecipeError
 from .values import (
     Tags,
+    check_type,
     parse_count,
     parse_dtype,
     parse_grid,
@@ -64,7 +65,7 @@ def setting(default: Any, help: str, **how: Any) -> Any:
 
 
 def combine(kind: type[S], settings: S | None, fields: Mapping[str, Any]) -> S:
-    """Settings of one kind: those given, or the defaults, with `fields` replaced.
+    """Settings of one kind: those given, or the defaults, with `fields` replaced, all checked.
 
     Values may be words, as on a command line: `ram="16GB"`, `dtype=torch.bfloat16`.
     TypeError for a field that the kind does not have, or a value of a wrong type; RecipeError for
@@ -73,9 +74,12 @@ def combine(kind: type[S], settings: S | None, fields: Mapping[str, Any]) -> S:
     known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(fields) - set(known)):
         raise TypeError(f"no setting is called {unknown[0]!r}; there are {', '.join(known)}")
-    values = {name: _check(known[name], value) for name, value in fields.items()}
+    if settings is not None:
+        check_type("settings", settings, kind, f"a {kind.__name__}, or its fields as keywords")
     settings = settings or kind()
-    return dataclasses.replace(settings, **values) if values else settings  # type: ignore[type-var]
+    given = {name: getattr(settings, name) for name in known} | dict(fields)
+    values = {name: _check(known[name], value) for name, value in given.items()}
+    return dataclasses.replace(settings, **values)  # type: ignore[type-var]
 
 
 def _check(item: dataclasses.Field[Any], value: Any) -> Any:
@@ -89,7 +93,15 @@ def _check(item: dataclasses.Field[Any], value: Any) -> Any:
         raise TypeError(f"{item.name} is {value!r}, expected True or False")
     if option.repeated:
         return (value,) if isinstance(value, str) else tuple(value)
-    return option.parse(value) if option.parse else value
+    if option.parse:
+        try:
+            return option.parse(value)
+        except (RecipeError, TypeError) as error:
+            named = str(error).startswith(item.name)
+            raise type(error)(f"{'' if named else f'{item.name}: '}{error}") from None
+    if not isinstance(item.default, bool):
+        check_type(item.name, value, str, "a text")
+    return value
 
 
 def changed(settings: object, *kinds: type) -> list[dataclasses.Field[Any]]:

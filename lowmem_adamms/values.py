@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable
 from fractions import Fraction
+from numbers import Real
 
 from .errors import RecipeError
 
@@ -20,11 +21,20 @@ Tags = tuple[str, str]
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *(?:([KMGT])(i?))?B?", re.IGNORECASE)
 _SMALLEST_PLAIN_SIZE = 10_000  # a smaller number without a unit is a unit forgotten
 _MOST_ALPHAS = 1001
-_DTYPE_WORDS = {
+DTYPE_WORDS = {
     "BF16": ("bf16", "bfloat16"),
     "F16": ("fp16", "f16", "float16", "half"),
     "F32": ("fp32", "f32", "float32", "float"),
 }
+"""What users call the dtypes that can be written, the usual word first."""
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """TypeError that says what was expected, unless a value is of the kind."""
+    if not isinstance(value, kind):
+        found = repr(value)
+        found = found if len(found) <= 80 else f"of type {type(value).__name__}"
+        raise TypeError(f"{name} is {found}, expected {expected}")
 
 
 def format_size(nbytes: int) -> str:
@@ -80,7 +90,7 @@ def parse_size_or_zero(text: str | int) -> int:
 def parse_dtype(dtype: object) -> str:
     """The safetensors name of a dtype that can be written: `bf16`, `torch.bfloat16`, …: `BF16`."""
     word = str(getattr(dtype, "name", dtype)).lower().removeprefix("torch.")
-    for name, words in _DTYPE_WORDS.items():
+    for name, words in DTYPE_WORDS.items():
         if word in words:
             return name
     raise RecipeError(f"dtype {dtype!r} cannot be written; expected bf16, fp16 or fp32")
@@ -107,6 +117,7 @@ def _parse_whole(text: str | int, least: int) -> int:
 
 def parse_alpha(text: str | float) -> float:
     """The donor's weight, 0 to 1."""
+    check_type("alpha", text, (str, Real), "a number, 0 to 1")
     try:
         alpha = float(text)
     except ValueError:
@@ -131,7 +142,11 @@ def parse_tags(tags: str | Iterable[str]) -> Tags | None:
 def parse_grid(alphas: str | Iterable[float]) -> tuple[float, ...]:
     """The alphas of a search, ascending: numbers, `0,0.1,0.2`, or `start:stop:step` with stop."""
     if not isinstance(alphas, str):
-        return check_grid(tuple(alphas))
+        expected = "numbers, such as [0, 0.2, 0.4] or '0:0.6:0.1'"
+        check_type("alphas", alphas, Iterable, expected)
+        for alpha in (alphas := tuple(alphas)):
+            check_type("alphas: one of them", alpha, Real, expected)
+        return check_grid(alphas)
     return check_grid(_parse_range(alphas) if ":" in alphas else _parse_list(alphas))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pages import Page
 
-from lowmem_adamms.api import choose_alpha
+from lowmem_adamms.api import choose_alpha, find_alpha, make_plan, merge, place_search
+from lowmem_adamms.demo.pair import export_demo
 from lowmem_adamms.errors import SearchError
 
 
@@ -34,3 +38,36 @@ def test_answers_that_differ_are_no_collapse(tmp_path: Path) -> None:
     assert choose_alpha([sound]).alpha == 0.1
     few = record(tmp_path / "few.jsonl", ["yes"] * 9)
     assert choose_alpha([few]).alpha == 0.1
+
+
+def test_what_is_of_a_wrong_type_says_what_is_expected(tmp_path: Path) -> None:
+    """Before anything is written."""
+    pair = export_demo(tmp_path / "demo")
+    plan = make_plan(pair.base, pair.donor)
+    out = tmp_path / "out"
+    wrong: list[tuple[Callable[[Any], object], Any, str]] = [
+        (lambda it: make_plan(it, pair.donor), 3, "a checkpoint is 3, expected a folder"),
+        (lambda it: merge(it, 0.3, out), pair.base, "plan is .*, expected what make_plan returns"),
+        (lambda it: find_alpha(it, []), "plan", "plan is 'plan', expected what make_plan"),
+        (lambda it: place_search(it), None, "plan is None, expected what make_plan"),
+        (lambda it: merge(plan, it, out), None, "alpha is None, expected a number, 0 to 1"),
+        (lambda it: merge(plan, 0.3, it), None, "out is None, expected a folder"),
+        (lambda it: find_alpha(plan, it), 3, "prompts is 3, expected a file, a folder"),
+    ]
+    for call, value, says in wrong:
+        with pytest.raises(TypeError, match=says):
+            call(value)
+    assert not out.exists()
+
+
+def test_a_plan_is_a_table_in_a_notebook(tmp_path: Path) -> None:
+    pair = export_demo(tmp_path / "<b>")
+    base = pair.base.rename(pair.base.with_name("<i>"))
+    plan = make_plan(base, pair.donor)
+    page = Page(plan._repr_html_())
+    assert "Plan: donor into <i>, 75 tensors interpolated" in page.text
+    rows = [page.cells[i : i + 5] for i in range(0, len(page.cells), 5)]
+    assert [[text for _, text in row] for row in rows] == [list(row) for row in plan.summary]
+    assert sum(int(row[1]) for row in plan.summary) == len(plan.steps)
+    assert all(f"note: {note}" in page.text for note in plan.notes)
+    assert not [tag for tag, _ in page.tags if tag == "i"]

@@ -178,7 +178,9 @@ def test_no_message_below_the_command_line_speaks_of_its_options() -> None:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         not_shown = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
-            text = node.value if isinstance(node, ast.Constant) else None
+            if not isinstance(node, ast.Constant):
+                continue
+            text = node.value
             if not isinstance(text, str) or id(node) in not_shown or text.startswith("-"):
                 continue  # a docstring, or a word of a command that is shown as a whole
             words = re.findall(r"(?<!\w)-o\b|--[a-z][a-z-]+", text)

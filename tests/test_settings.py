@@ -39,6 +39,20 @@ def test_values_may_be_words_as_on_a_command_line() -> None:
         (SearchSettings, {"samples": 2.5}, TypeError, "expected a whole number, 1 or more"),
         (SearchSettings, {"samples": 0}, RecipeError, "expected a whole number, 1 or more"),
         (MergeSettings, {"max_shard_size": 1.5}, TypeError, "expected a number of bytes"),
+        (
+            MergeSettings,
+            {"max_shard_size": "5"},
+            RecipeError,
+            "max_shard_size: '5': that many bytes",
+        ),
+        (SearchSettings, {"question": 3}, TypeError, "question is 3, expected a text"),
+        (SearchSettings, {"alphas": 0.3}, TypeError, "^alphas is 0.3, expected numbers, such as"),
+        (
+            SearchSettings,
+            {"alphas": [0, "b", 1]},
+            TypeError,
+            "one of them is 'b', expected numbers",
+        ),
         (PlanSettings, {"dtype": "int8"}, RecipeError, "expected bf16, fp16 or fp32"),
     ],
 )
@@ -47,6 +61,19 @@ def test_what_is_wrong_is_said(
 ) -> None:
     with pytest.raises(error, match=says):
         combine(kind, None, fields)
+    with pytest.raises(error, match=says):
+        combine(kind, kind(**fields) if "alpha" not in fields else None, fields)
+
+
+def test_a_dataclass_that_is_given_whole_may_hold_words_too() -> None:
+    found = combine(SearchSettings, SearchSettings(vram="8GB", alphas=[0, 0.5, 1]), {})  # type: ignore[arg-type]
+    assert (found.vram, found.alphas) == (8_000_000_000, (0.0, 0.5, 1.0))
+    with pytest.raises(RecipeError, match="ram: 'much': expected a size"):
+        combine(SearchSettings, SearchSettings(ram="much"), {})  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"settings is \{\}, expected a PlanSettings, or its fields"
+    ):
+        combine(PlanSettings, {}, {})
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -195,7 +195,7 @@ def open_checkpoint(
     if not path.exists():
         repo_id = hub.parse_repo_id(str(ref))
         if repo_id is None:
-            raise FormatError(f"{ref}: no such folder or file")
+            raise FormatError(f"{ref}: no such folder or file{_hint_at_repo(str(ref))}")
         repo = hub.open_repository(*repo_id, cache=cache)
         path = repo.folder
     config_path = path / "config.json"
@@ -226,6 +226,17 @@ def open_checkpoint(
     if not allow_quantized:
         _refuse_quantized_tensors(path, tensors)
     return Checkpoint(path, tuple(shards), tensors, config, repo)
+
+
+def _hint_at_repo(text: str) -> str:
+    """How a repository is named that was probably meant; empty if none was."""
+    url = re.match(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/+([^/?#]+/[^/?#]+)", text)
+    if url:
+        return f"; give a model of the Hub as {url[1]}"
+    is_file = text.endswith((".safetensors", ".bin", ".gguf", ".json"))
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) and not is_file:
+        return f"; a model of the Hub is called org/name, here org/{text}"
+    return ""
 
 
 def _repo_weight_files(repo: hub.Repository, download_bins: bool) -> WeightFiles:

@@ -34,6 +34,10 @@ def find_weight_files(path: Path) -> WeightFiles:
     if path.is_file():
         if (shard := _SHARD.search(path.name)) and int(shard[1]) > 1:
             raise FormatError(f"{path}: one of {int(shard[1])} shards; give the folder they are in")
+        if path.suffix == ".gguf":
+            raise FormatError(
+                f"{path}: a GGUF file; take the safetensors files that it was made from"
+            )
         if path.name.endswith(".json"):
             raise FormatError(f"{path}: holds no weights; give the folder it is in")
         return [path], {}
@@ -81,6 +85,11 @@ def explain_missing_weights(names: Sequence[str]) -> str:
             return (
                 f"{missing}; found {name}: take the safetensors files that the GGUF was made from"
             )
+    if cached := [name for name in names if name.startswith("snapshots/")]:
+        return (
+            f"{missing}; this is a repository in the Hub's cache: give its org/name, or the folder"
+            f" {'/'.join(cached[-1].split('/')[:2])} in it"
+        )
     deeper = {name.partition("/")[0] for name in names if name.endswith((*SINGLES, *INDEXES))}
     if folders := sorted(deeper):
         more = ", …" if len(folders) > 3 else ""

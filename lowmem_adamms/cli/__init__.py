@@ -162,7 +162,8 @@ def _with_command(words: list[str]) -> list[str]:
     if "/" not in words[0] and not Path(words[0]).exists():
         raise RecipeError(
             f"{words[0]}: no such folder or file, nor a command ({', '.join(COMMANDS)})"
-            f"{did_you_mean(words[0], COMMANDS)}; see {program()} --help"
+            f"{did_you_mean(words[0], COMMANDS)}; a model of the Hub is called org/name; see"
+            f" {program()} --help"
         )
     return ["merge", *words]
 

@@ -7,8 +7,8 @@ from os.path import expanduser
 
 from ..architectures import declare, families
 from ..settings import setting
-from .console import print_json, print_line
-from .options import Command
+from .console import print_json, print_line, screen
+from .options import Command, program
 from .pair import json_option
 
 
@@ -40,7 +40,8 @@ def run(options: ArchsOptions) -> int:
     elif one:
         print(declare.to_toml(one), end="")
     else:
-        print_line(terminal.describe_archs(known))
+        screen().print(terminal.archs_table(known))
+        print_line(f"a whole declaration: {program()} archs NAME")
     return 0
 
 

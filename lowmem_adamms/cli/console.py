@@ -9,9 +9,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ..reporting.text import show_hidden
@@ -42,17 +45,38 @@ def prepare_streams() -> None:
 
 def print_line(text: str) -> None:
     """One line, or several, of a result."""
-    print(_show(text))
+    print(_wrapped(_show(text), sys.stdout))
 
 
 def _show(text: str) -> str:
     return show_hidden(spell_settings(text))
 
 
+def _wrapped(text: str, stream: Any) -> str:
+    """The text with its lines broken between words where a terminal would break them anywhere.
+
+    Indented lines are commands or code, which stay whole for copying.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    wrap = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(
+        line if len(line) < width or line.startswith(" ") else wrap(line)
+        for line in text.split("\n")
+    )
+
+
+def _print_with_word(word: str, colour: int, text: str) -> None:
+    """A line on stderr that begins with a coloured word."""
+    wrapped = _wrapped(f"{word} {_show(text)}", sys.stderr)
+    print(_coloured(word, colour) + wrapped.removeprefix(word), file=sys.stderr)
+
+
 def print_errors(messages: Iterable[str]) -> None:
     """Each message as one line on stderr."""
     for message in messages:
-        print(_coloured("error:", _RED), _show(" ".join(message.split())), file=sys.stderr)
+        _print_with_word("error:", _RED, " ".join(message.split()))
 
 
 def print_json(document: Any) -> None:
@@ -63,12 +87,12 @@ def print_json(document: Any) -> None:
 
 def print_note(note: str) -> None:
     """What the user should know and nothing depends on."""
-    print(_coloured("note:", _YELLOW), _show(note), file=sys.stderr)
+    _print_with_word("note:", _YELLOW, note)
 
 
 def print_info(text: str) -> None:
     """What is no part of a result, such as where a search runs."""
-    print(_show(text), file=sys.stderr)
+    print(_wrapped(_show(text), sys.stderr), file=sys.stderr)
 
 
 def print_notes(notes: Iterable[str]) -> None:

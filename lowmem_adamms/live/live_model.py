@@ -6,10 +6,10 @@ for bit. Base values come from the base's own files, never from the live paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,8 +21,9 @@ from ..mapping.alphas import Alpha, resolve
 from ..mapping.plan import Plan
 from ..merging.loop import Source, run
 from ..merging.sources import download
+from ..prompts import Prompt
 from ..settings import AnswerSettings, Device, PlacementSettings, Quantization
-from ..values import parse_dtype
+from ..values import check_type, parse_dtype
 from . import transformers_model
 from .answerer import Answerer
 from .device_source import DeviceSource
@@ -32,9 +33,8 @@ from .load_check import check_loaded
 from .placement import Placement, place
 from .prompt_encoder import Encoder
 
-if TYPE_CHECKING:
-    from ..prompts import Prompt
-
+Question = Prompt | str | Mapping[str, Any]
+"""One thing to ask: a text, a prompt, or a dict with `prompt` and `image`."""
 WINDOW_BYTES = 64 << 20
 """Output per kernel call. No buffer has this size, as the output is the parameters themselves; on a
 card, launching such a call costs nothing compared with copying."""
@@ -85,6 +85,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         force: bool = False,
         processor: Any = None,
     ) -> None:
+        check_type("plan", plan, Plan, "what make_plan returns")
         if not force:
             kinship.check(plan)
         download(plan)
@@ -151,8 +152,10 @@ class LiveModel(AbstractContextManager["LiveModel"]):
 
         Raises:
             RecipeError: The alpha is out of range; the model stays as it is.
+            RuntimeError: The model was closed.
 
         """
+        self._check_open()
         alpha = resolve(alpha, self.plan)
         self.alpha = None
         self._sink.discard()  # what an interrupted apply left
@@ -171,7 +174,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
 
     def generate(
         self,
-        prompts: Sequence[Prompt | str | Mapping[str, Any]],
+        prompts: Question | Sequence[Question],
         settings: AnswerSettings | None = None,
         *,
         batch_size: int | None = None,
@@ -180,7 +183,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
 
         Args:
             prompts: Texts, `Prompt`s, or dicts such as `{"prompt": "Is it?", "image": image}`
-                with a path or a Pillow image.
+                with a path or a Pillow image. One text alone is one prompt.
             settings: How long answers may be, and what is remembered from call to call; None: as in
                 the last call, at first the defaults.
             batch_size: Prompts answered at a time; None: as in the last call, at first that of the
@@ -191,6 +194,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
 
         Raises:
             PromptError: The base does not take a prompt, such as an image if it is text-only.
+            RuntimeError: The model was closed.
 
         Example:
             >>> live.apply(0.3)
@@ -198,6 +202,10 @@ class LiveModel(AbstractContextManager["LiveModel"]):
             ['Yes']
 
         """
+        self._check_open()
+        if isinstance(prompts, Prompt | str | Mapping):
+            prompts = [prompts]
+        check_type("prompts", prompts, Iterable, "a text, or several")
         last = self._answerer
         settings = settings or (last.settings if last else AnswerSettings())
         batch_size = batch_size or (last.batch_size if last else self.placement.batch_size)
@@ -225,6 +233,10 @@ class LiveModel(AbstractContextManager["LiveModel"]):
             processor=self._processor,
             trust_remote_code=self._trust_remote_code,
         )
+
+    def _check_open(self) -> None:
+        if self.model is None:
+            raise RuntimeError("this LiveModel was closed; make another")
 
     def close(self) -> None:
         """Unmap the files and drop the model."""

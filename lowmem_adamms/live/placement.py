@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..checkpoints.dtypes import DTYPES, DType
 from ..errors import PlacementError, RecipeError
 from ..settings import Device, PlacementSettings, Quantization
-from ..values import format_size, parse_dtype
+from ..values import DTYPE_WORDS, format_count, format_size, parse_dtype
 from .cpu_4bit import find_obstacle, repacks_4bit
 from .free_memory import Memory
 
@@ -330,11 +330,22 @@ def _explain_choice(memory: Memory, chosen: Placement, rejected: Sequence[Placem
     if chosen.staging_bytes:
         work += f" + {format_size(chosen.staging_bytes)}, 3 x the largest quantized tensor"
     return [
+        _describe_fit(chosen),
         f"memory: {card}, {format_size(memory.ram_bytes)} of RAM available",
         work,
         *(f"{option}: {_describe_sum(option)}: does not fit" for option in rejected),
         f"{chosen}: {_describe_sum(chosen)}: chosen",
     ]
+
+
+def _describe_fit(chosen: Placement) -> str:
+    """What was decided, in a line."""
+    device = "card" if chosen.device == "cuda" else "CPU"
+    return (
+        f"fits on the {device} in {chosen.quantize or DTYPE_WORDS[chosen.dtype][0]}:"
+        f" {format_size(chosen.required_bytes)} of {format_size(chosen.available_bytes)},"
+        f" {format_count(chosen.batch_size, 'question')} at a time"
+    )
 
 
 def _describe_sum(option: Placement) -> str:

@@ -7,6 +7,7 @@ the span of the donor to blend into it. There is no alpha in it and no tensor da
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from ..values import format_size
 _EXPERT_NUMBER = re.compile(r"(\bexperts\.)\d+\b")
 MAX_LISTED_PARTS = 16
 """An embedding or head with more blended parts is summed up in `plan --json`, not listed."""
+SUMMARY_HEADINGS = ("base's", "tensors", "size", "action", "why")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,28 @@ class Plan:
             f" {self.counts['interpolate']} tensors interpolated, {self.counts['copy']} copied,"
             f" {format_size(self.bytes_written)}>"
         )
+
+    @property
+    def summary(self) -> list[tuple[str, str, str, str, str]]:
+        """Steps of one kind, action and reason together: kind, tensors, size, action, reason."""
+        alike: dict[tuple[str, str, str], list[Step]] = {}
+        for step in self.steps:
+            alike.setdefault((step.kind, step.action, step.reason), []).append(step)
+        return [
+            (kind, str(len(steps)), format_size(sum(s.nbytes for s in steps)), action, reason)
+            for (kind, action, reason), steps in alike.items()
+        ]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        heading, *rows = (
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            for tag, cells in (("th", SUMMARY_HEADINGS), *(("td", row) for row in self.summary))
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        notes = "".join(f"<p>note: {html.escape(note)}</p>" for note in self.notes)
+        title = f"<p>{html.escape(repr(self).strip('<>'))}</p>"
+        return f"{title}<table><tr>{heading}</tr>{body}</table>{notes}"
 
     @property
     def counts(self) -> dict[str, int]:

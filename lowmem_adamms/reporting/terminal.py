@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 
-from ..values import format_duration, format_size
+from ..mapping.plan import SUMMARY_HEADINGS
+from ..values import format_duration
 
 if TYPE_CHECKING:
     from ..architectures.layout import Arch
-    from ..mapping.plan import Plan, Step
+    from ..mapping.plan import Plan
     from ..searching.search import Candidate, Result
 
 LOG_SECONDS = 300.0
@@ -23,19 +24,15 @@ LOG_SECONDS = 300.0
 
 def plan_table(plan: Plan) -> Table:
     """The plan with its layers collapsed: one row per kind, action and reason."""
-    rows: dict[tuple[str, str, str], list[Step]] = {}
-    for step in plan.steps:
-        rows.setdefault((step.kind, step.action, step.reason), []).append(step)
     title = (
         f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
         f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
     )
     table = Table(title_justify="left", title=title)
-    for heading in ("base's", "tensors", "size", "action", "why"):
+    for heading in SUMMARY_HEADINGS:
         table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
-    for (kind, action, reason), steps in rows.items():
-        size = format_size(sum(step.nbytes for step in steps))
-        table.add_row(kind, str(len(steps)), size, action, reason)
+    for row in plan.summary:
+        table.add_row(*row)
     return table
 
 
@@ -47,19 +44,15 @@ def describe_leftover(plan: Plan) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing"
 
 
-def describe_archs(archs: Sequence[Arch]) -> str:
-    """A few lines for each declaration; a table would cut their names short."""
-    lines = []
+def archs_table(archs: Sequence[Arch]) -> Table:
+    """One row for each declaration: its name, and what it is recognised by."""
+    table = Table("family")
+    for heading in ("classes in config.json", "or where tensors of its decoder lie"):
+        table.add_column(heading, overflow="fold")
     for arch in archs:
-        ids = f"  first {arch.shared_ids} token ids shared" if arch.shared_ids else ""
-        names = (f"{prefix}* {head}".strip() for prefix, head in arch.spellings)
-        lines += [
-            f"{arch.name}{ids}",
-            f"  class   {', '.join(arch.classes) or 'none: by its tensor names'}",
-            f"  names   {' | '.join(names)}",
-            f"  source  {arch.source}",
-        ]
-    return "\n".join(lines)
+        places = dict.fromkeys(f"{prefix}*" for prefix, _ in arch.spellings)
+        table.add_row(arch.name, ", ".join(arch.classes) or "any", ", ".join(places))
+    return table
 
 
 # A search
@@ -82,7 +75,8 @@ def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -
         for candidate in group:
             is_chosen = candidate.alpha == chosen and number == last_round
             cells = _search_cells(candidate, with_round=last_round > 0)
-            table.add_row(*cells, "<- chosen" if is_chosen else "")
+            chosen_words = ("<- chosen", "bold green") if is_chosen else ("", None)
+            table.add_row(*cells, chosen_words[0], style=chosen_words[1])
     return table
 
 

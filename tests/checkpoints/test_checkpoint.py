@@ -211,7 +211,7 @@ def test_a_flat_slice_of_a_span(dtype: str, start: int, stop: int) -> None:
 # What is missing or in the wrong place
 
 
-@pytest.mark.parametrize("ref", ["/no/such/folder", "gone", "gone.safetensors"])
+@pytest.mark.parametrize("ref", ["/no/such/folder", "./gone", "gone.safetensors"])
 def test_a_path_that_is_no_hub_id_gets_no_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str
 ) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import seen
 
 from lowmem_adamms import __version__
-from lowmem_adamms.cli import COMMANDS, parse
+from lowmem_adamms.cli import COMMANDS, console, parse
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
@@ -230,11 +230,62 @@ def test_errors_and_notes_have_colours_on_a_terminal_that_wants_any(
     [
         (("serach", "x"), r"\(did you mean search\?\)"),
         (("merge", "a", "b", "-o", "x", "--alhpa", "0.3"), r"\(did you mean --alpha\?\)"),
+        (("Qwen2-VL-7B", "b"), r"nor a command .* a model of the Hub is called org/name"),
+        (("plan", "Qwen2-VL-7B", "b"), r"is called org/name, here org/Qwen2-VL-7B"),
+        (
+            ("plan", "https://huggingface.co/Qwen/Qwen2-VL-7B/tree/main", "b"),
+            " as Qwen/Qwen2-VL-7B$",
+        ),
+        (
+            ("plan", "hf.co/Qwen/Qwen2-VL-7B?x=y", "b"),
+            " give a model of the Hub as Qwen/Qwen2-VL-7B$",
+        ),
     ],
 )
 def test_a_slip_is_answered_with_a_hint(words: tuple[str, ...], hint: str, capsys: Capture) -> None:
     assert run(*words) == 2
     assert_one_error(*capsys.readouterr(), hint)
+
+
+def test_settings_are_spelled_as_options(capsys: Capture) -> None:
+    """Whatever the wings name as in Python."""
+    console.print_note(
+        "`force=True`, `drafts=False`, `live_quantize='nf4'`, `batch_size`, another `out`, `base`,"
+        ' see `archs`, `push_to_hub`, `vram="8GB"`'
+    )
+    assert capsys.readouterr().err == (
+        "note: --force, --no-drafts, --live-quantize nf4, --batch-size, another -o, BASE,"
+        " see `archs`, --push-to-hub, --vram 8GB\n"
+    )
+
+
+def test_on_a_terminal_lines_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    console.print_note("some words " * 9 + "/a/path/that/is/longer/than-any-line/of-this/terminal")
+    console.print_info("run:\n  python -m lowmem_adamms verify out --deep --base there\nor not")
+    lines = terminal.getvalue().splitlines()
+    assert lines[0] == "note: some words some words some words"
+    assert max(map(len, lines[:3])) <= 40
+    assert lines[3] == "/a/path/that/is/longer/than-any-line/of-this/terminal"
+    assert lines[4:] == [
+        "run:",
+        "  python -m lowmem_adamms verify out --deep --base there",
+        "or not",
+    ]
+
+
+def test_files_that_are_no_checkpoint_are_told_apart(tmp_path: Path, capsys: Capture) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    assert run("plan", gguf, gguf) == 2
+    assert_one_error(*capsys.readouterr(), "a GGUF file; take the safetensors files")
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert run("plan", snapshot.parents[1], gguf) == 2
+    assert_one_error(*capsys.readouterr(), "give its org/name, or the folder snapshots/0123 in it$")
 
 
 # Bad input: all of these end in one line on stderr, exit code 2 and nothing written

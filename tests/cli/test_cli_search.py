@@ -55,7 +55,7 @@ TEXTS = (
     "Is the door open or closed? Answer yes or no.",
 )
 STDERR = re.compile(
-    r"(memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): "
+    r"(fits on the CPU in \w+|memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): "
     r"|alpha [\d.]+: \d+/|alpha .* <- |load it:$|check it:$|  |$"
 )
 CONTRACT = {"alpha", "measure", "prompts", "candidates", "base", "donor", "version"}

@@ -393,6 +393,10 @@ def test_a_closed_model_is_gone(make: Make) -> None:
         gone = weakref.ref(model.model)
         model.apply(0.5)
     assert gone() is None
+    for use in (lambda: model.apply(0.5), lambda: model.generate("x")):
+        with pytest.raises(RuntimeError, match="this LiveModel was closed"):
+            use()
+    model.close()
 
 
 def test_without_a_placement_one_is_chosen(make: Make) -> None:

@@ -292,7 +292,10 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
         (
             Memory(12 * GB, None, None),
             {"live_quantize": "none"},
-            ["cpu BF16 at batch 1 needs 17.57 GB", "`device='cpu'` with `live_quantize='int8'` would fit"],
+            [
+                "cpu BF16 at batch 1 needs 17.57 GB",
+                "`device='cpu'` with `live_quantize='int8'` would fit",
+            ],
         ),
         (
             Memory(32 * GB, 12 * GB, "a card"),
@@ -306,12 +309,19 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
         (
             Memory(32 * GB, 4 * GB, "a card"),
             {"device": "cuda"},
-            ["cuda nf4 at batch 1 needs", "`device='cpu'` with `live_quantize='none'` would fit, or free"],
+            [
+                "cuda nf4 at batch 1 needs",
+                "`device='cpu'` with `live_quantize='none'` would fit, or free",
+            ],
         ),
         (
             Memory(32 * GB, None, None),
             {"device": "cuda"},
-            ["no CUDA card", "`device='cpu'` with `live_quantize='none'` would fit", "`vram` plans"],
+            [
+                "no CUDA card",
+                "`device='cpu'` with `live_quantize='none'` would fit",
+                "`vram` plans",
+            ],
         ),
     ],
 )
@@ -340,7 +350,8 @@ def test_an_unknown_wish_is_refused_by_name(qwen: Plan, wish: Any, words: str) -
 
 def test_the_lines_hold_the_sums(qwen: Plan) -> None:
     lines = place(qwen, Memory(24 * GB, 7_900_000_000, "NVIDIA Test"), device="cuda").lines
-    assert lines[:5] == (
+    assert lines[:6] == (
+        "fits on the card in nf4: 7.85 GB of 7.90 GB, 4 questions at a time",
         "memory: 7.90 GB free on NVIDIA Test, 24.00 GB of RAM available",
         "work: 805 MB assumed for activations and staging"
         " + 470 MB key-value cache of 4 x 2048 tokens"
@@ -353,7 +364,8 @@ def test_the_lines_hold_the_sums(qwen: Plan) -> None:
         " chosen",
     )
     whole = place(qwen, Memory(24 * GB, None, None)).lines
-    assert whole[0] == "memory: no CUDA card, 24.00 GB of RAM available"
+    assert whole[0] == "fits on the CPU in bf16: 18.86 GB of 24.00 GB, 8 questions at a time"
+    assert whole[1] == "memory: no CUDA card, 24.00 GB of RAM available"
 
 
 # Where base and donor go

@@ -214,7 +214,9 @@ def test_tensors_that_transformers_converts_are_refused() -> None:
     mapping = library("transformers.conversion_mapping")
     model._weight_conversions = mapping.get_model_conversion_mapping(model, None, None)
     name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    with pytest.raises(RecipeError, match=rf"converts {name} .* MixtralForCausalLM.* at a given alpha"):
+    with pytest.raises(
+        RecipeError, match=rf"converts {name} .* MixtralForCausalLM.* at a given alpha"
+    ):
         transformers_model.match_tensors(model, [name])
 
 
