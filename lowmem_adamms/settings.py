@@ -120,7 +120,8 @@ class PlanSettings:
 
     embeddings: Embeddings = setting(
         "merge",
-        "join embedding and head rows by token (default), or keep the base's",
+        "merge the rows of embedding and head that stand for the same token (default), or keep the"
+        " base's",
         choices=("merge", "keep"),
     )
     unmatched: Unmatched = setting(
@@ -130,13 +131,13 @@ class PlanSettings:
     )
     dtype: str | None = setting(
         None,
-        "of the output: bf16, fp16 or fp32; default: each base tensor's own",
+        "dtype of the output: bf16, fp16 or fp32; default: that of each tensor of the base",
         parse=parse_dtype,
     )
     arch: tuple[str, ...] = setting(
         (),
-        "a family declared in TOML, as `archs NAME` prints them; goes before the known ones;"
-        " may be repeated",
+        "a TOML file that declares a family of models, as `archs NAME` prints them; it is tried"
+        " before those that are known; may be repeated",
         metavar="FILE",
         parse=expanduser,
         repeated=True,
@@ -149,7 +150,8 @@ class QuantizeSettings:
 
     quantize: Quantization | None = setting(
         None,
-        "the output's linear layers, with bitsandbytes, and the search's model; default: none",
+        "quantize the linear layers with bitsandbytes, of the output and of the model that the"
+        " search loads; default: none",
         choices=("none", "int8", "nf4"),
     )
 
@@ -158,7 +160,9 @@ class QuantizeSettings:
 class StreamSettings:
     """How weights that lie on the Hub are read."""
 
-    no_cache: bool = setting(False, "of Hub ids: stream the tensors and store nothing")
+    no_cache: bool = setting(
+        False, "stream models of the Hub as they are merged, and keep no copy on the disk"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +170,11 @@ class PermissionSettings:
     """What is not done unless the user says so."""
 
     force: bool = setting(
-        False, "go on with what looks unrelated, or with a base that has no chat template"
+        False, "merge also two models that look unrelated, and search a base without chat template"
     )
     trust_remote_code: bool = setting(
         False,
-        "run Python code that lies beside the base's weights, where a search or --quantize"
-        " needs it",
+        "allow the base's own Python code to run, if a search or --quantize needs it",
     )
 
 
@@ -180,31 +183,34 @@ class PlacementSettings:
     """Where the search's model goes. By default, what fits best into the memory that is free."""
 
     device: Device | None = setting(
-        None, "default: cuda if it fits there, in 4 bit if need be", choices=("cpu", "cuda")
+        None,
+        "where the model runs; default: cuda, if it fits there at least in 4 bit",
+        choices=("cpu", "cuda"),
     )
     live_quantize: Quantization | None = setting(
         None,
-        "of the loaded model alone; default: --quantize, or what fits",
+        "quantize the model that the search loads, not the output; default: as --quantize says, or"
+        " what fits",
         choices=("none", "int8", "nf4"),
     )
     live_dtype: str | None = setting(
         None,
-        "of the loaded model alone; default: the output's",
+        "dtype of the model that the search loads; default: that of the output",
         metavar="DTYPE",
         parse=parse_dtype,
     )
     vram: int | None = setting(
         None,
-        "plan with so much memory of the card, such as 8GB; 0: without a card",
+        "use at most this much memory of the card, such as 8GB; 0: do not use the card",
         metavar="SIZE",
         parse=parse_size_or_zero,
     )
     ram: int | None = setting(
-        None, "plan with so much main memory, such as 16GB", metavar="SIZE", parse=parse_size
+        None, "use at most this much main memory, such as 16GB", metavar="SIZE", parse=parse_size
     )
     batch_size: int | None = setting(
         None,
-        "questions answered at a time; default: 8, or what fits",
+        "answer this many questions at a time; default: 8, or what fits",
         metavar="N",
         parse=parse_count,
     )
@@ -244,32 +250,31 @@ class EngineSettings:
 class PromptSettings:
     """Which unlabelled questions are asked."""
 
-    question: str | None = setting(None, "asked of each image of a folder", metavar="TEXT")
+    question: str | None = setting(
+        None, "what to ask about each image, if SET is a folder of images", metavar="TEXT"
+    )
     split: str | None = setting(
-        None, "of a Hub dataset; default: test, validation or train", metavar="NAME"
+        None, "which split of a Hub dataset; default: test, validation or train", metavar="NAME"
     )
     text_column: str | None = setting(
         None,
-        "of CSV, TSV, Parquet or a Hub dataset; default: prompt, question, query, instruction or"
-        " text",
+        "which column of a table or Hub dataset holds the question; default: prompt, question,"
+        " query, instruction or text",
         metavar="NAME",
     )
     image_column: tuple[str, ...] = setting(
         (),
-        "of CSV, TSV, Parquet or a Hub dataset; may be repeated; default: image, images, image_1,"
-        " ...",
+        "which column holds an image; may be repeated; default: image, images, image_1, ...",
         metavar="NAME",
         repeated=True,
     )
     samples: int = setting(
         100,
-        "ask so many of the questions, drawn at random; default: 100",
+        "ask this many of the questions, drawn at random; default: 100",
         metavar="N",
         parse=parse_count,
     )
-    seed: int = setting(
-        0, "of drawing and resampling questions; default: 0", metavar="N", parse=parse_natural
-    )
+    seed: int = setting(0, "seed of random draws; default: 0", metavar="N", parse=parse_natural)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,29 +283,32 @@ class GridSettings:
 
     alphas: tuple[float, ...] = setting(
         DEFAULT_ALPHAS,
-        "those to try: 0,0.1,0.2 or start:stop:step; default: 0:0.6:0.1",
+        "which alphas to try: 0,0.1,0.2 or start:stop:step; default: 0:0.6:0.1",
         metavar="ALPHAS",
         parse=parse_grid,
     )
     refine: int = setting(
         0,
-        "then halve the step around the best alpha, N times; two more alphas each; default: 0",
+        "then try the alphas halfway between the best one and its neighbours, N times over;"
+        " default: 0",
         metavar="N",
         parse=parse_natural,
     )
     measure: Measure = setting(
         "pairwise",
-        "the paper's Algorithm 1 (default), its Appendix B, embedding distance, or ours:"
-        " Algorithm 1's D relative to how many answers have left the base's",
+        "what D adds up: the answers that differ from the previous alpha's and those that differ"
+        " from the next one's (pairwise, the paper's Algorithm 1, default); answers that differ"
+        " from either (joint, its Appendix B); distances in meaning (embedding); or pairwise in"
+        " per cent of the answers that are no longer the base's (relative, ours)",
         choices=("pairwise", "joint", "embedding", "relative"),
     )
     noise: bool = setting(
         True,
-        "do not ask twice at the chosen alpha, to see how many answers differ by chance",
+        "do not ask a second time at the chosen alpha to see how many answers differ by chance",
         off=True,
     )
     donor_answers: bool = setting(
-        False, "ask at alpha 1 too, and show the donor's answers in the report; one more pass"
+        False, "ask at alpha 1 too, to show the donor's answers in the report; takes one more pass"
     )
 
 
@@ -309,14 +317,16 @@ class AnswerSettings:
     """How answers are made. Two runs are comparable if these and the prompts are the same."""
 
     max_new_tokens: int = setting(
-        64, "of an answer, at most; default: 64", metavar="N", parse=parse_count
+        64, "longest answer, in tokens; default: 64", metavar="N", parse=parse_count
     )
     drafts: bool = setting(
         True,
-        "generate every token anew, not only from where an answer differs from the last",
+        "do not start from the answer at the previous alpha; slower, with the same answers",
         off=True,
     )
-    vision_cache: bool = setting(True, "encode the images again at every alpha", off=True)
+    vision_cache: bool = setting(
+        True, "encode the images again at every alpha; slower, with the same answers", off=True
+    )
     reasoning_tags: Tags | None = setting(
         DEFAULT_TAGS,
         "compare what follows the reasoning between these two; default: '<think> </think>'; '':"
@@ -343,7 +353,7 @@ class OutputSettings(QuantizeSettings, StreamSettings, PermissionSettings):
     """How a merge is written."""
 
     allow_nonfinite: bool = setting(
-        False, "write also what is NaN or infinite after blending, as of a damaged input"
+        False, "write the output even if blended values are NaN or infinite"
     )
 
     overwrite: bool = setting(
@@ -352,7 +362,7 @@ class OutputSettings(QuantizeSettings, StreamSettings, PermissionSettings):
     )
     max_shard_size: int | None = setting(
         None,
-        "of the files of the output, such as 5GB; default: the base's own",
+        "largest size of a file of the output, such as 5GB; default: that of the base's files",
         metavar="SIZE",
         parse=parse_size,
     )
@@ -364,10 +374,10 @@ class UploadSettings:
 
     push_to_hub: str | None = setting(
         None,
-        "upload too, file by file as they are finished; one commit when all is there",
+        "upload the output too, each file as soon as it is finished, in one commit",
         metavar="ORG/NAME",
     )
     private: bool = setting(False, "make a new repository private")
     replace_repo: bool = setting(
-        False, "upload also to a repository that holds other files, and delete those"
+        False, "allow a repository that holds other files, and delete those"
     )

@@ -64,8 +64,8 @@ def read_header(path: Path) -> Header:
         if length > MAX_HEADER_BYTES:
             refuse_lfs_pointer(path)  # whose first letters make a number as large
             raise FormatError(
-                f"{path}: header says it is {length} bytes long, at most {MAX_HEADER_BYTES} is"
-                " allowed; not a safetensors file?"
+                f"{path}: not a safetensors file, or a damaged one: its header would be {length}"
+                f" bytes long, and at most {MAX_HEADER_BYTES} are allowed"
             )
         if 8 + length > size:
             raise FormatError(

@@ -8,6 +8,7 @@ later.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import sys
 import zipfile
@@ -50,8 +51,7 @@ def read_spans(path: Path) -> Iterator[tuple[str, Span]]:
     try:
         state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:
-        reason = first_line(error)
-        raise FormatError(f"{path}: torch refuses it under weights_only=True: {reason}") from None
+        raise FormatError(f"{path}: {_explain_refusal(error)}") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict):
@@ -59,6 +59,17 @@ def read_spans(path: Path) -> Iterator[tuple[str, Span]]:
     file_size = path.stat().st_size
     for name, tensor in sorted(state.items(), key=_offset_and_name):
         yield str(name), _span(path, file_size, str(name), tensor)
+
+
+def _explain_refusal(error: Exception) -> str:
+    """Why torch does not load a file, without its advice to load it unsafely."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return (
+            f"holds not only tensors but {code[1]}, which may run code as it is loaded; get the"
+            " model as safetensors, or save its state_dict alone"
+        )
+    return f"torch cannot read it: {first_line(error).partition('. ')[0]}"
 
 
 def _check_zip(path: Path, archive: zipfile.ZipFile) -> None:

@@ -116,7 +116,7 @@ def _explain_bus_errors() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     console.prepare_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     taken: Any = None
     try:
         command, taken = parse(words)

@@ -17,12 +17,12 @@ class ArchsOptions:
     """What `archs` takes."""
 
     name: str | None = setting(
-        None, "print this one's declaration", metavar="NAME", positional=True, nargs="?"
+        None, "print the declaration of this family", metavar="NAME", positional=True, nargs="?"
     )
     json: bool = json_option()
     arch: tuple[str, ...] = setting(
         (),
-        "list a family declared in TOML too; may be repeated",
+        "also list what this TOML file declares; may be repeated",
         metavar="FILE",
         parse=expanduser,
         repeated=True,
@@ -49,6 +49,6 @@ COMMAND = Command(
     takes=ArchsOptions,
     run=run,
     help="the known families, or one as a file for --arch",
-    description="Lists the families of models that are known, or prints one as TOML, to start"
-    " from for --arch.",
+    description="Lists the families of models that are known. With a NAME, prints one as TOML, from"
+    " which\na declaration for --arch can be made.",
 )

@@ -37,13 +37,19 @@ class CompareOptions:
         positional=True,
     )
     json: bool = json_option()
-    html: Path | None = setting(None, "write it as a page too", metavar="FILE", parse=parse_path)
+    html: Path | None = setting(
+        None, "write it as an HTML page too", metavar="FILE", parse=parse_path
+    )
     sample: int = setting(
-        4096, "elements read of each tensor; default: 4096", metavar="N", parse=parse_count
+        4096,
+        "read this many elements of each tensor; default: 4096",
+        metavar="N",
+        parse=parse_count,
     )
     arch: tuple[str, ...] = setting(
         (),
-        "a family declared in TOML, as `archs NAME` prints them; may be repeated",
+        "a TOML file that declares a family of models, as `archs NAME` prints them; may be"
+        " repeated",
         metavar="FILE",
         parse=expanduser,
         repeated=True,

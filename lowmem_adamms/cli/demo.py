@@ -28,7 +28,7 @@ class DemoOptions:
         "keep pair, questions and result here; default: a new folder for temporary files"
     )
     alpha: float | None = setting(
-        None, "merge at this; default: search for it", metavar="ALPHA", parse=parse_alpha
+        None, "merge at this alpha; default: search for it", metavar="ALPHA", parse=parse_alpha
     )
     export: Path | None = setting(
         None,

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchSettings):
     """What `merge` takes."""
 
-    out: Path = out_option("a new folder", required=True)
+    out: Path = out_option("the folder to write, which must be new or empty", required=True)
     alpha: float | None = setting(
         None,
         "the donor's weight: 0 is the base, 1 the donor; without it give --prompts",
@@ -60,16 +60,16 @@ class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchS
     prompts: str | None = prompts_option()
     alpha_layers: str | None = setting(
         None,
-        "by layer: 0.1,0.3,0.5 is interpolated from the first layer to the last (the embedding"
-        " takes the first, norm and head the last, or --alpha); 0-9:0.2,10-27:0.5,head:0 names"
-        " layers, embed, norm and head, or attn, mlp, router, experts and shared_expert of all"
-        " layers, and the rest takes --alpha",
+        "a weight for each layer: 0.1,0.3,0.5 is spread from the first layer to the last (the"
+        " embedding gets the first, norm and head the last, or all three --alpha);"
+        " 0-9:0.2,10-27:0.5,head:0 names layers, embed, norm and head, or attn, mlp, router, experts"
+        " and shared_expert of all layers, and the rest gets --alpha",
         metavar="ALPHAS",
     )
     config: Path | None = setting(
         None,
-        "instead of BASE, DONOR and --alpha: mergekit's recipe of a linear merge of two models"
-        " (the base is its base_model, else its first model); --dtype goes before its dtype",
+        "take BASE, DONOR and --alpha from mergekit's recipe of a linear merge of two models; its"
+        " base_model, or else its first model, is BASE",
         metavar="YAML",
         parse=parse_path,
     )
@@ -198,7 +198,7 @@ def _loading_code(config: Mapping[str, Any], out: Path) -> str:
         f"from transformers import AutoProcessor, {model_class}\n"
         f"model = {model_class}.from_pretrained({str(out)!r}, {options})\n"
         f"processor = AutoProcessor.from_pretrained({str(out)!r})"
-        "  # of some models only with torchvision installed"
+        "  # some, such as Qwen2-VL's, need torchvision installed"
     )
 
 
@@ -206,6 +206,7 @@ COMMAND = Command(
     takes=MergeOptions,
     run=run,
     help="map and merge, at a given alpha or a searched one",
+    description="Writes a checkpoint that loads like BASE, in one pass over both models.",
     usage="%(prog)s BASE DONOR -o OUT (--alpha ALPHA | --prompts SET) [options]",
     examples="""\
 examples:

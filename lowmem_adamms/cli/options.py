@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print and exit for."""
+        message = re.sub(r"^argument (?:-\w/)?(--([\w-]+)|\w+): (?:\2: )?", r"\1: ", message)
         wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         hint = did_you_mean(wrong[1], self.known_words) if wrong else ""
         raise RecipeError(f"{message}{hint}; see {self.prog} --help")

@@ -64,7 +64,7 @@ class PairOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalPairOptions:
-    """The two models, where something else may stand in for them."""
+    """The two models."""
 
     base: str | None = _model("BASE", "kept", nargs="?")
     donor: str | None = _model("DONOR", "blended in", nargs="?")

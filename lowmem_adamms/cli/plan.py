@@ -30,7 +30,7 @@ _QUANTIZING_MB = 512  # of which torch, transformers and bitsandbytes take some 
 class PlanOptions(PairOptions, PlanSettings, QuantizeSettings, StreamSettings, PlacementSettings):
     """What `plan` takes."""
 
-    out: Path | None = out_option("whose disk's free space to show")
+    out: Path | None = out_option("where the output would go: show how much space is free there")
     json: bool = json_option()
 
 
@@ -58,18 +58,18 @@ def run(options: PlanOptions) -> int:
         print_json(document | {"notes": [spell_settings(note) for note in plan.notes]})
     else:
         show_plan(plan, screen())
+        for note in plan.notes:
+            print_line(f"note: {note}")
         _show_forecast(plan, forecast, options, lines)
     return 0
 
 
 def show_plan(plan: Plan, console: Any) -> None:
-    """The table, what is left over of the donor, and the notes."""
+    """The table, and what is left over of the donor."""
     from ..reporting import terminal
 
     console.print(terminal.plan_table(plan))
     print_line(f"left over of the donor: {terminal.describe_leftover(plan)}")
-    for note in plan.notes:
-        print_line(f"note: {note}")
 
 
 def _forecast(plan: Plan, options: PlanOptions) -> Forecast:

@@ -58,19 +58,20 @@ class SearchOptions(OptionalPairOptions, PlanSettings, QuantizeSettings, SearchS
     prompts: str | None = prompts_option()
     answers: tuple[tuple[float | None, Path], ...] | None = setting(
         None,
-        "instead of BASE, DONOR and --prompts: score answers that were recorded, in sample"
-        " logs of lmms-eval, predictions of VLMEvalKit, or an answers.jsonl of ours",
+        "instead of BASE, DONOR and --prompts: choose by answers that were recorded before, in"
+        " sample logs of lmms-eval, predictions of VLMEvalKit, or the answers.jsonl beside a"
+        " merged model",
         metavar="[ALPHA=]FILE",
         parse=_parse_answers,
         nargs="+",
     )
     json: bool = json_option()
     report: Path | None = setting(
-        None, "write the report, an HTML page, here", metavar="FILE", parse=parse_path
+        None, "write the report, an HTML page, to this file", metavar="FILE", parse=parse_path
     )
     journal: Path | None = setting(
         None,
-        "keep the answers here; the same command then goes on from them",
+        "keep the answers in this file, from which the same command then resumes",
         metavar="FILE",
         parse=parse_path,
     )

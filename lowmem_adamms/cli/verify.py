@@ -20,7 +20,7 @@ class VerifyOptions:
 
     out: Path = setting(None, "what merge wrote", metavar="OUT", parse=parse_path, positional=True)
     deep: bool = setting(
-        False, "also the digests of its files, and sampled rows, recomputed from base and donor"
+        False, "also check the digest of each file, and recompute sampled rows from base and donor"
     )
     base: str | None = setting(
         None,
@@ -29,7 +29,7 @@ class VerifyOptions:
         parse=expanduser,
     )
     donor: str | None = setting(
-        None, "where the donor is; default: likewise", metavar="DONOR", parse=expanduser
+        None, "where the donor is, for --deep; default: likewise", metavar="DONOR", parse=expanduser
     )
 
 

@@ -384,8 +384,8 @@ def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement])
         help = f"`device={fitting.device!r}` with `live_quantize={quantize!r}` would fit"
     if not allowed:  # there is always an option on the CPU, so a card was asked for
         return (
-            f"no CUDA card was found, or `vram=0` rules it out; {help},"
-            " `vram` plans for a card that nvidia-smi does not show"
+            f"no CUDA card was found, or `vram=0` rules it out; {help}. For a card that nvidia-smi"
+            " does not show, give its memory as `vram`"
         )
     smallest = {option.device: option for option in allowed}
     shortages = ", ".join(

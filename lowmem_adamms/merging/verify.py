@@ -179,7 +179,9 @@ def _find_input(out: Path, recipe: dict[str, Any], side: str) -> str:
     ref: str = recipe[side]
     beside = out.absolute().parent / ref
     if not beside.exists() and "/" not in ref:
-        raise FormatError(f"{out}: its {side}, {ref}, is not beside it; say where: --{side} {ref}")
+        raise FormatError(
+            f"{out}: its {side}, called {ref}, does not lie beside it; give its place as `{side}`"
+        )
     return str(beside) if beside.exists() else ref
 
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ..mapping.plan import SUMMARY_HEADINGS
-from ..values import format_duration
+from ..values import format_count, format_duration
 
 if TYPE_CHECKING:
     from ..architectures.layout import Arch
@@ -67,7 +67,10 @@ def search_table(candidates: Sequence[Candidate], chosen: float | None = None) -
     table = Table()
     columns = ("round", "alpha", "between") if last_round else ("alpha",)
     for heading in (*columns, "differs from previous", "from next", "D", "95 %", "degenerate"):
-        table.add_column(heading, justify="right", no_wrap=heading == "between")
+        longest_word = max(map(len, heading.split()))
+        table.add_column(
+            heading, justify="right", no_wrap=heading == "between", min_width=longest_word
+        )
     table.add_column("")
     in_order = sorted(candidates, key=lambda candidate: (candidate.round, candidate.alpha))
     for number, group in groupby(in_order, key=lambda candidate: candidate.round):
@@ -108,8 +111,11 @@ def describe_result(result: Result) -> str:
         is_relative = result.measure == "relative"
         score = f", D = {chosen.score:.4g} %" if is_relative else f", D = {chosen.score:g}"
         score += f" in round {chosen.round}" if chosen.round else ""
-    noise = "" if result.noise is None else f"; noise floor {result.noise:g}"
-    return f"alpha {result.alpha:g}{score} over {result.prompts} prompts ({result.measure}){noise}"
+    noise = ""
+    if result.noise is not None:
+        noise = f"; asked twice, {format_count(int(result.noise), 'answer')} differed"
+    prompts = format_count(result.prompts, "prompt")
+    return f"alpha {result.alpha:g}{score} over {prompts} ({result.measure}){noise}"
 
 
 class SearchProgress:
@@ -201,6 +207,6 @@ def accuracy_table(points: Mapping[float, tuple[float | None, float]]) -> Table:
     """D and mean accuracy in per cent by alpha, the latter as bars too."""
     table = Table("alpha", "D", "mean", "")
     for alpha, (score, mean) in points.items():
-        bar = "\N{FULL BLOCK}" * round(mean / 2)
+        bar = "\N{FULL BLOCK}" * round(mean / 4)
         table.add_row(f"{alpha:g}", _format_score(score), f"{mean:.1f}", bar)
     return table

@@ -549,7 +549,7 @@ def test_search_shows_a_table_and_writes_nothing(
     chosen = [line for line in captured.out.splitlines() if "<- chosen" in line]
     assert [line.split()[1] for line in chosen] == [f"{alpha:g}"]
     assert f"\nalpha {alpha:g}, D = " in captured.out
-    assert "over 10 prompts (pairwise); noise floor 0\n" in captured.out
+    assert "over 10 prompts (pairwise); asked twice, 0 answers differed\n" in captured.out
     assert all(STDERR.match(line) for line in captured.err.splitlines()), captured.err
     assert not list(tmp_path.iterdir())
 
@@ -617,7 +617,7 @@ def test_a_bad_grid_is_one_line_before_anything_else(tmp_path: Path, capsys: Cap
     words = ("--prompts", tmp_path / "none.jsonl", *SHORT, "--alphas=0,0.1")
     for command in (("merge", "-o", tmp_path / "out"), ("search",)):
         assert run(*command, tmp_path / "no base", tmp_path / "no donor", *words) == 2
-        assert_one_error(capsys, "^error: argument --alphas: .*expected three or more")
+        assert_one_error(capsys, "^error: --alphas: found .*expected three or more")
     assert not list(tmp_path.iterdir())
 
 

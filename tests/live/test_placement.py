@@ -320,7 +320,7 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
             [
                 "no CUDA card",
                 "`device='cpu'` with `live_quantize='none'` would fit",
-                "`vram` plans",
+                "its memory as `vram`",
             ],
         ),
     ],

@@ -295,7 +295,9 @@ def test_an_input_with_other_shards_is_found(movable: Models, tmp_path: Path) ->
 
 def test_a_lost_input_is_found(movable: Models) -> None:
     shutil.rmtree(movable[1])
-    with pytest.raises(FormatError, match=r"its donor, donor, is not beside it; .* --donor"):
+    with pytest.raises(
+        FormatError, match=r"its donor, called donor, does not lie beside it; .* as `donor`"
+    ):
         verify(movable[2], deep=True)
     verify(movable[2])
 
