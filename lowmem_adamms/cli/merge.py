@@ -62,8 +62,8 @@ class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchS
         None,
         "a weight for each layer: 0.1,0.3,0.5 is spread from the first layer to the last (the"
         " embedding gets the first, norm and head the last, or all three --alpha);"
-        " 0-9:0.2,10-27:0.5,head:0 names layers, embed, norm and head, or attn, mlp, router, experts"
-        " and shared_expert of all layers, and the rest gets --alpha",
+        " 0-9:0.2,10-27:0.5,head:0 names layers, embed, norm and head, or attn, mlp, router,"
+        " experts and shared_expert of all layers, and the rest gets --alpha",
         metavar="ALPHAS",
     )
     config: Path | None = setting(
