@@ -28,7 +28,8 @@ def check_place(plan: Plan, out: Path) -> None:
     """Raise OutputError unless `out` is new, empty or our own unfinished merge, and no input."""
     nearest = _nearest(out)
     if not nearest.is_dir():
-        raise OutputError(f"{nearest} is a file; choose another `out`, a folder")
+        where = "" if nearest == out else f"{out}: "
+        raise OutputError(f"{where}{nearest} is a file; choose another `out`, a folder")
     check_no_input(plan, out)
     if nearest != out or (out / WORK / JOURNAL).is_file():
         return

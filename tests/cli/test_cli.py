@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -433,12 +434,19 @@ def test_a_bad_option_is_one_line_and_nothing_written(
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("merge",), ("one",), ("plan", "one"), ("verify",), ("--wat",), ("demo", "x")],
+    [("merge",), ("one",), ("plan", "one"), ("verify",), ("--wat",), ("demo", "x")],
     ids=str,
 )
 def test_an_incomplete_command_is_one_line(words: tuple[str, ...], capsys: Capture) -> None:
     assert run(*words) == 2
     assert_one_error(*capsys.readouterr(), "see python -m lowmem_adamms")
+
+
+def test_without_a_word_the_help_is_shown(capsys: Capture) -> None:
+    for words in ((), ("--help",)):
+        with contextlib.suppress(SystemExit):  # argparse ends so after its help
+            run(*words)
+        assert capsys.readouterr().out.startswith("usage: python -m lowmem_adamms")
 
 
 @pytest.mark.parametrize("where", ["base", "donor", "base/in", "full", "file", "file/below"])

@@ -74,7 +74,9 @@ def test_the_merged_model_beats_both_parents_at_the_alpha_that_was_found(
 def test_at_a_given_alpha_nothing_is_searched(tmp_path: Path, capsys: Capture) -> None:
     assert main(["demo", "-o", str(tmp_path / "out"), "--alpha", "0.5"]) == 0
     assert json.loads((tmp_path / "out/merged/adamms.json").read_text())["alpha"] == 0.5
-    assert "report.html" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "report.html" not in said.out
+    assert (said.out + said.err).count("rms_norm_eps") == 1, "a note is printed once"
 
 
 def test_export_writes_what_every_other_command_takes(tmp_path: Path, capsys: Capture) -> None:

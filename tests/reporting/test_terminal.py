@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,10 @@ def test_the_verdict_is_one_sentence() -> None:
     assert describe_result(joint) == "alpha 0.2, D = 1 over 3 prompts (joint)"
     relative = choose(ANSWERS, measure="relative")
     assert describe_result(relative) == "alpha 0.2, D = 50 % over 3 prompts (relative)"
+    one = choose({alpha: answers[:1] for alpha, answers in ANSWERS.items()})
+    assert describe_result(one) == "alpha 0.1, D = 0 over 1 prompt (pairwise)"
+    noisy = replace(one, noise=1)
+    assert describe_result(noisy).endswith("; asked twice, 1 answer differed")
 
 
 def test_progress_is_always_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

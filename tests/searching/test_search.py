@@ -296,6 +296,7 @@ def test_ends_never_win_but_a_quieter_end_is_noted() -> None:
 @pytest.mark.parametrize(
     ("table", "words", "expected"),
     [
+        (with_changes(1, 1, 1, prompts=1), "Only 1 prompt:", True),
         (with_changes(1, 2, 1, prompts=29), "Only 29 prompts", True),
         (with_changes(1, 2, 1, prompts=30), "Only 30 prompts", False),
         ({0.0: "a", 0.1: "a", 0.26: "a"}, "not evenly spaced (steps of 0.1 to 0.16)", True),
