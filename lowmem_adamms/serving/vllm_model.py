@@ -189,7 +189,8 @@ def _start_engine(plan: Plan, settings: EngineSettings, *, trust_remote_code: bo
     except RuntimeError as error:
         raise SearchError(
             f"vLLM did not start: {first_line(error)}; what its workers said stands above."
-            " Where memory is short, --vllm-option max_model_len=4096 or gpu_memory_utilization=0.8"
+            " Where memory is short, `vllm_option='max_model_len=4096'` may help, or"
+            " `vllm_option='gpu_memory_utilization=0.8'`"
         ) from None
 
 
