@@ -174,7 +174,7 @@ def _check_declared_class(stems: _Stems, declared: Iterable[Arch], announced: se
             fits = [measure_fit(stems[prefix], arch) for prefix, _ in arch.spellings]
             fit = max(fits, key=lambda fit: fit.score)
             raise MappingError(
-                f"{stems.checkpoint.path}: config.json announces {name}, which --arch declares as"
+                f"{stems.checkpoint.path}: config.json announces {name}, which `arch` declares as"
                 f" {arch.name}, but its decoder is not there: there is no {fit.missing}; mend"
                 " spellings or decoder of the declaration"
             )
@@ -435,7 +435,7 @@ def _no_decoder(stems: _Stems, prefixes: Collection[str], archs: Sequence[Arch])
             " (see `archs`), or a declaration with `arch`"
         )
     fit, prefix = max(fits, key=lambda each: each[0].score)
-    what_to_do = "declare with --arch how it is spelled"
+    what_to_do = "declare with `arch` how it is spelled"
     if fit.layers and str(fit.missing).endswith("."):  # some layers are there
         what_to_do = f"get the files that lack, or {what_to_do}"
     return MappingError(

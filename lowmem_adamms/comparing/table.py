@@ -98,7 +98,7 @@ def list_remarks(comparison: Comparison) -> Iterator[str]:
     for obstacle in obstacles[:MAX_OBSTACLES]:
         yield f"a merge is refused: {obstacle}"
     if len(obstacles) > MAX_OBSTACLES:
-        yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons; --json has all"
+        yield f"… and {len(obstacles) - MAX_OBSTACLES} more reasons"
     for side, letter in enumerate("AB"):
         yield from _list_nonfinite(comparison, side, letter)
 

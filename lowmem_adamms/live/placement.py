@@ -130,7 +130,7 @@ def place(
     if device not in (None, *_DEVICES):
         raise RecipeError(f"`device` {device!r}: expected cpu or cuda")
     if quantize not in (None, *_QUANTIZATIONS):
-        raise RecipeError(f"--quantize {quantize}: expected int8, nf4 or none")
+        raise RecipeError(f"`quantize` {quantize!r}: expected int8, nf4 or none")
     if importlib.util.find_spec("bitsandbytes") is None:
         if quantize not in (None, "none"):
             raise PlacementError(f"{quantize} needs bitsandbytes: pip install bitsandbytes")

@@ -78,7 +78,7 @@ def make_plan(
     if embeddings == "merge" and ours.row_shape == theirs.row_shape:
         token_rows = find_token_rows(ours, theirs)
     matches = {
-        role: Match("--embeddings keep")
+        role: Match("kept, as asked for")
         if embeddings == "keep" and has_token_rows(role)
         else _match_role(role, ours, theirs, token_rows)
         for role in ours.pieces
@@ -88,8 +88,8 @@ def make_plan(
     alone = _list_unmatched(ours, theirs)
     if alone and unmatched == "stop":
         misfits.append(
-            f"{alone}; declare with --arch how they are spelled if they belong together, or keep"
-            " the base's with --unmatched keep"
+            f"{alone}; declare with `arch` how they are spelled if they belong together, or keep"
+            " the base's with `unmatched='keep'`"
         )
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
@@ -331,7 +331,7 @@ def _notes(
     if any(is_expert(role) for role in base.pieces.keys() & donor.pieces.keys()):
         yield (
             "averaging experts can change which of them a token is sent to (HARC, arXiv"
-            " 2606.03391): look at the answers; --alpha-layers router:0 keeps the base's routers"
+            " 2606.03391): look at the answers; `alpha_layers='router:0'` keeps the base's routers"
         )
     for name in base.tied_heads:
         yield f"{name} is left out: the base ties its head to the embedding"

@@ -47,7 +47,7 @@ def check_no_input(plan: Plan, out: Path) -> None:
     """Raise OutputError if `out` is the folder of the base or donor, or inside it."""
     for side in (plan.base, plan.donor):
         if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise OutputError(f"{out} is the input {side.path} or inside it; choose another -o")
+            raise OutputError(f"{out} is the input {side.path} or inside it; choose another `out`")
 
 
 def check_space(plan: Plan, shards: Sequence[ShardLayout], out: Path) -> None:

@@ -255,7 +255,7 @@ def _is_complete(out: Path, fingerprint: str) -> bool:
         waits = " that waits for its upload; finish that with `push`," if is_pending(out) else ";"
         raise OutputError(
             f"{out} is not empty: it holds a merge of other inputs or options{waits} choose"
-            " another -o, or --overwrite"
+            " another `out`, or `overwrite=True`"
         )
     verify(out)
     with suppress(OSError):  # a kill may have left the work folder, empty

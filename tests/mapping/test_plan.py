@@ -253,8 +253,8 @@ def test_what_only_one_side_has_stops_the_plan(small: Small) -> None:
     assert found == (
         f"base has {name}q_proj.bias, {name}k_proj.bias, {name}v_proj.bias and 3 more, donor lacks"
         f" that; donor has {name}q_norm.weight, {name}k_norm.weight and 2 more, base lacks that;"
-        " declare with --arch how they are spelled if they belong together, or keep the base's"
-        " with --unmatched keep"
+        " declare with `arch` how they are spelled if they belong together, or keep the base's"
+        " with `unmatched='keep'`"
     )
 
 
