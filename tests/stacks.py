@@ -117,7 +117,12 @@ FORMS: dict[str, Callable[[Arrays], Arrays]] = {
     form.__name__: form
     for form in (each, stacked, transposed, interleaved, interleaved_rows, apart)
 }
-CLASSES = {"interleaved": "GptOssForCausalLM", "interleaved_rows": "RowsForCausalLM"}
+CLASSES = {
+    "stacked": "StackedForCausalLM",
+    "transposed": "StackedForCausalLM",
+    "interleaved": "GptOssForCausalLM",
+    "interleaved_rows": "RowsForCausalLM",
+}
 
 
 def spell(text: Arrays, form: str) -> Arrays:

@@ -15,52 +15,65 @@ from .block import Block
 
 EXPERT = "*"
 """The number of an expert in a declared name or role; a stack has it in its roles alone."""
-_PARTS = ("gate", "up", "down")
-_KINDS = ("weight", "bias")
-_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "share_expert")
-EXPERT_ROLES = {
-    "mlp.gate.weight": "mlp.router.weight",
-    "mlp.gate.bias": "mlp.router.bias",
-    "mlp.gate.e_score_correction_bias": "mlp.router.correction_bias",
-    **{
-        f"{shared}.{part}_proj.weight": f"mlp.shared_expert.{part}.weight"
-        for shared in _SHARED
-        for part in _PARTS
-    },
-    # Each expert's own
-    **{
-        f"mlp.experts.*.{part}_proj.{kind}": f"mlp.experts.*.{part}.{kind}"
-        for part in _PARTS
-        for kind in _KINDS
-    },
-    # Stacks
-    "mlp.experts.gate_up_proj": "mlp.experts.*.gate.weight mlp.experts.*.up.weight",
-    "mlp.experts.gate_up_proj_bias": "mlp.experts.*.gate.bias mlp.experts.*.up.bias",
-    "mlp.experts.down_proj": "mlp.experts.*.down.weight",
-    "mlp.experts.down_proj_bias": "mlp.experts.*.down.bias",
-    # Step-3.7
-    "moe.gate.weight": "mlp.router.weight",
-    "moe.router_bias": "mlp.router.correction_bias",
-    **{
-        f"moe.{part}_proj.{kind}": f"mlp.experts.*.{part}.{kind}"
-        for part in _PARTS
-        for kind in _KINDS
-    },
-}
+_PARTS = {"gate": "gate", "up": "up", "down": "down", "w1": "gate", "w3": "up", "w2": "down"}
+"""What a matrix is by its name, which `_proj` may follow."""
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mixer")
+
+
+def _list_names() -> Iterator[tuple[str, str]]:
+    for mlp in _MLPS:
+        for word, part in _PARTS.items():
+            stem = f"{mlp}.experts.*.{word}" + ("" if word.startswith("w") else "_proj")
+            yield f"{stem}.weight", f"mlp.experts.*.{part}.weight"
+            yield f"{stem}.bias", f"mlp.experts.*.{part}.bias"
+        # Stacks
+        yield f"{mlp}.experts.gate_up_proj", "mlp.experts.*.gate.weight mlp.experts.*.up.weight"
+        for part in ("up", "down"):
+            yield f"{mlp}.experts.{part}_proj", f"mlp.experts.*.{part}.weight"
+            yield f"{mlp}.experts.{part}_proj_bias", f"mlp.experts.*.{part}.bias"
+        # Routers
+        for kind in ("weight", "bias"):
+            yield f"{mlp}.gate.{kind}", f"mlp.router.{kind}"
+            yield f"{mlp}.router.{kind}", f"mlp.router.{kind}"
+        for where in ("", ".gate", ".moe_statics", ".gate.moe_statics"):
+            yield f"{mlp}{where}.e_score_correction_bias", "mlp.router.correction_bias"
+        # Shared experts
+        for shared in ("shared_expert", "shared_experts"):
+            for part in ("gate", "up", "down"):
+                name = f"{mlp}.{shared}.{part}_proj.weight"
+                yield name, f"mlp.shared_expert.{part}.weight"
+        yield f"{mlp}.shared_expert_gate.weight", "mlp.shared_expert_gate.weight"
+    # Step
+    yield "moe.gate.weight", "mlp.router.weight"
+    yield "moe.router_bias", "mlp.router.correction_bias"
+    for part in ("gate", "up", "down"):
+        yield f"moe.{part}_proj.weight", f"mlp.experts.*.{part}.weight"
+        yield f"moe.{part}_proj.bias", f"mlp.experts.*.{part}.bias"
+        yield f"share_expert.{part}_proj.weight", f"mlp.shared_expert.{part}.weight"
+
+
+EXPERT_ROLES = dict(_list_names())
 """A tensor's name within its layer to the roles within the layer that it holds, in memory order.
 
-These are the names of transformers' classes and of the Hub: Qwen, DeepSeek, GLM, gpt-oss, Step. A
-declaration that has the name goes before.
+These are the names of transformers' classes and of the Hub, which one family has as another: Qwen,
+DeepSeek, GLM, Llama 4, ERNIE, Mixtral, gpt-oss, Step. A declaration that has the name goes before.
 """
-ROUTER_ROLES = ("mlp.router.weight", "mlp.router.bias", "mlp.shared_expert_gate.weight")
-"""Roles that are names as well."""
-
 Shape = tuple[int, ...]
 
 
 def is_expert(role: str) -> bool:
     """Whether a role is an expert's, or what several experts have in common."""
     return ".mlp.experts" in role
+
+
+def choose_share(roles: Sequence[str], expert: int, experts: int) -> str:
+    """The role of one of several experts, of which each share in turn has a role of its own.
+
+    ERNIE-4.5-VL numbers the experts of text and then those of images: of 128, expert 64 is the
+    first of the second role.
+    """
+    size = -(-experts // len(roles))
+    return roles[expert // size].replace(EXPERT, str(expert % size))
 
 
 def split_stacks(

@@ -12,7 +12,7 @@ layer norms what it adds as well). Of experts, for each expert K:
 `mlp.shared_expert.{gate,up,down}.weight` and `mlp.shared_expert_gate.weight`. Any other tensor of
 the decoder is a role by its own name, such as `layers.N.linear_attn.A_log`: two decoders that are
 spelled alike need no declaration. A stream may follow: `@text`, `@vision` (a copy that only those
-tokens use).
+tokens use), `@vision_expert` (what only visual tokens use and is no copy).
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
 from ..errors import MappingError
 from .block import Block
-from .experts import EXPERT, EXPERT_ROLES, ROUTER_ROLES, sees_transposed_router, split_stacks
+from .experts import (
+    EXPERT,
+    EXPERT_ROLES,
+    choose_share,
+    sees_transposed_router,
+    split_stacks,
+)
 
 BUFFER = "rotary buffer"
 UNKNOWN = "no known role"
@@ -55,7 +61,7 @@ OTHER_PARTS = (
 """What a tensor outside the decoder is by a word in its name, where no declaration tells."""
 _EXPERT_NAMES = {
     f"layers.#.{name}": " ".join(f"layers.#.{role}" for role in roles.split())
-    for name, roles in {**EXPERT_ROLES, **{role: role for role in ROUTER_ROLES}}.items()
+    for name, roles in EXPERT_ROLES.items()
 }
 _EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.")
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})\.(.+)")
@@ -79,7 +85,8 @@ class Arch:
         decoder: Tensor name after the prefix, layer number written `#` and expert number `*`, to
             the roles it holds in memory order: space-separated when fused, empty for a buffer that
             is never blended. Several names may stand for one role. A name without `*` whose roles
-            have it is a stack of all experts. What is not named is a role by its own name.
+            have it is a stack of all experts; of a name with `*` and several roles, each role is
+            that of an equal share of the experts. What is not named is a role by its own name.
         others: Prefixes of all other tensors, and what they are; with `#`, of what layers have
             that the ancestor's lack.
         shared_ids: How many leading token ids all descendants of its ancestor share.
@@ -301,7 +308,7 @@ def measure_fit(stem: Stem, arch: Arch) -> Fit:
         roles = arch.roles_of(key)
         if roles is not None:
             plain = (role.partition("@")[0].removeprefix("layers.#.") for role in roles.split())
-            essential += count * sum(role in ESSENTIAL for role in plain)
+            essential += count * sum(_count_essential(role) for role in plain)
         elif key.partition("#")[0] in stacks and _own_kind(arch, key) is None:
             undeclared += count
     missing = None
@@ -311,6 +318,11 @@ def measure_fit(stem: Stem, arch: Arch) -> Fit:
         missing = f"{stem.prefix}{min(stacks, default='layers.')}{min(gaps)}."
     unused = len(arch.decoder.keys() - stem.counts.keys())
     return Fit(essential, undeclared, unused, len(layers), missing)
+
+
+def _count_essential(role: str) -> int:
+    """How many ESSENTIAL roles a role within a layer stands for: a router for a whole MLP."""
+    return 3 if role == "mlp.router.weight" else int(role in ESSENTIAL)
 
 
 def read_layout(
@@ -335,21 +347,16 @@ def read_layout(
     *_, width = (0, *checkpoint.tensors[f"{prefix}{stem.find_embedding(arch)}"].shape)
     blocks = _split_experts(checkpoint, roles_of, interleaved, width)
     for name, roles in roles_of.items():
-        if name not in blocks:
+        if name in blocks:
+            continue
+        if len(roles) == 1:
+            shape = checkpoint.tensors[name].shape
+            blocks[name] = (Block(roles[0], 0, shape[0] if shape else 1),)
+        else:
             rows = query_rows.get(_layer_of(roles[0]), 0)
             head_dim = _head_dim(checkpoint, arch, rows) if name in interleaved else None
             blocks[name] = _split(checkpoint, name, roles, rows, head_dim)
-    layout = Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
-    _check_held_once(checkpoint, layout)
-    return layout
-
-
-def _check_held_once(checkpoint: Checkpoint, layout: Layout) -> None:
-    """MappingError where two tensors hold the same rows of a role: a declaration names both."""
-    for role, pieces in layout.pieces().items():
-        if len({block.first for _, block in pieces}) < len(pieces):
-            first, second, *_ = (name for name, _ in pieces)
-            raise MappingError(f"{checkpoint.path}: both {first} and {second} hold {role}")
+    return Layout(arch.name, prefix, None, blocks, kinds, arch.shared_ids)
 
 
 def _split_experts(
@@ -381,6 +388,7 @@ def _read_roles(
     embedding = stem.find_embedding(arch)
     bias = f"{head.removesuffix('weight')}bias"
     names = {name.full: name for name in stem.names}
+    shared = Counter((name.key, name.number) for name in stem.names if name.expert != EXPERT)
     roles_of: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
     for full in checkpoint.tensors:
@@ -393,8 +401,10 @@ def _read_roles(
             kinds[full] = foreign[name.stack, name.number]
         elif roles := _find_roles(arch, name, stacks, stem.prefix, embedding):
             number = _ancestors_number(name.stack, name.number, foreign) if name.stack else ""
-            roles = roles.replace("#", str(number)).replace(EXPERT, name.expert)
-            roles_of[full] = roles.split()
+            found = roles.replace("#", str(number)).split()
+            if name.expert != EXPERT and len(found) > 1:
+                found = [choose_share(found, int(name.expert), shared[name.key, name.number])]
+            roles_of[full] = [role.replace(EXPERT, name.expert) for role in found]
         else:
             kinds[full] = BUFFER if roles == "" else _own_kind(arch, name.key) or _kind(arch, full)
     return roles_of, kinds
@@ -457,16 +467,14 @@ def guess_kind(name: str) -> str | None:
 def _split(
     checkpoint: Checkpoint, name: str, roles: list[str], query_rows: int, head_dim: int | None
 ) -> tuple[Block, ...]:
-    """The rows of each role in a tensor, from shapes.
+    """The rows of each of several roles in a tensor, from shapes.
 
-    A lone role holds all rows. Of a fused q, k, v the query takes `query_rows`; the others (and
+    Of a fused q, k, v the query takes `query_rows`; the others (and
     gate and up) share the rest equally. head_dim: rows of a head of an interleaved tensor, 0 if
     they are not known; None of any other tensor.
     """
     span = checkpoint.tensors[name]
     rows = span.shape[0] if span.shape else 1
-    if len(roles) == 1:
-        return (Block(roles[0], 0, rows),)
     sizes = _fused_rows(rows, roles, query_rows)
     if sizes is None:
         raise MappingError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from math import prod
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -80,11 +80,10 @@ def _recognise(stems: _Stems, archs: Sequence[Arch], declared: Sequence[Arch]) -
     config = f"config.json announces {', '.join(sorted(announced))}" if announced else ""
     config = config or "no config.json"
     own = [replace(layout, declared=True) for layout in _fits(stems, declared, as_declared=True)]
-    known = (layout for layout in _fits(stems, archs, exactly=True))
-    by_names = [layout for layout in (*own, *known) if not layout.unknown]
-    by_names += sorted(own, key=lambda layout: layout.unknown)
-    if by_names:
-        layout = by_names[0]
+    known = (layout for arch in archs for layout in _fits(stems, [arch], exactly=True))
+    by_names = (layout for layout in chain(own, known) if not layout.unknown)
+    nearest = min(own, key=lambda layout: layout.unknown, default=None)
+    if layout := next(by_names, nearest):
         by = ", declared by `arch`," if layout.declared else ""
         return replace(layout, assumed=f"{config}; taken for {layout.arch}{by} by its tensor names")
     layout = _by_structure(stems, (*declared, *archs, UNDECLARED), declared)
@@ -149,12 +148,20 @@ def _fits(
     respelled: list[Layout] = []
     for arch in archs:
         for prefix, head in arch.spellings:
-            best = None if as_declared else _read_best(stems, prefix, [arch])
+            try:
+                best = None if as_declared else _read_best(stems, prefix, [arch], head)
+            except MappingError:
+                if exactly:
+                    continue
+                raise
             if exactly and (best is None or best.fit.undeclared or not best.is_of(arch)):
+                continue
+            if best and best.is_of(arch):
+                layouts.append(best.layout)
                 continue
             family = arch.respelled(best.arch) if best else arch
             if layout := read_layout(stems.checkpoint, family, prefix, head, stems[prefix]):
-                (layouts if best is None or best.is_of(arch) else respelled).append(layout)
+                (respelled if best else layouts).append(layout)
     return layouts + respelled
 
 
@@ -285,7 +292,9 @@ class _Reading:
         return _spelling(arch) == _spelling(self.arch)
 
 
-def _read_best(stems: _Stems, prefix: str, first: Sequence[Arch] = ()) -> _Reading | None:
+def _read_best(
+    stems: _Stems, prefix: str, first: Sequence[Arch] = (), head: str = ""
+) -> _Reading | None:
     """Read what is under a prefix with the declaration that explains most of it.
 
     Of equals, those of `first`. MappingError if two others explain as much, but not the same; or if
@@ -297,7 +306,7 @@ def _read_best(stems: _Stems, prefix: str, first: Sequence[Arch] = ()) -> _Readi
         if best and rank < best.rank:
             break
         try:
-            layout = read_layout(stems.checkpoint, arch, prefix, "", stems[prefix])
+            layout = read_layout(stems.checkpoint, arch, prefix, head, stems[prefix])
         except MappingError as error:
             if fit.is_complete:
                 raise

@@ -12,7 +12,7 @@ from ..architectures.layout import Arch, Layout
 from ..architectures.recognise import recognise
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span
-from ..errors import FormatError
+from ..errors import FormatError, MappingError
 from .tied_head import is_tied
 
 Piece = tuple[str, Block]
@@ -85,6 +85,15 @@ def read_side(checkpoint: Checkpoint, declared: Sequence[Arch]) -> Side:
         name: blocks_at[span] for name, span in checkpoint.tensors.items() if span in blocks_at
     }
     pieces = layout.pieces()
+    _check_held_once(checkpoint, pieces)
     if tied:
         pieces.pop("head", None)
     return Side(checkpoint, layout, blocks, pieces, tied)
+
+
+def _check_held_once(checkpoint: Checkpoint, pieces: Mapping[str, Sequence[Piece]]) -> None:
+    """MappingError where two tensors hold the same rows of a role: a declaration names both."""
+    for role, held in pieces.items():
+        if len(held) > 1 and len({block.first for _, block in held}) < len(held):
+            first, second, *_ = (name for name, _ in held)
+            raise MappingError(f"{checkpoint.path}: both {first} and {second} hold {role}")

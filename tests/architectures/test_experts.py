@@ -9,10 +9,9 @@ from stacks import ancestor, spell, write
 
 from lowmem_adamms.architectures.block import Block
 from lowmem_adamms.architectures.experts import split_stacks
-from lowmem_adamms.architectures.families import ARCHS
-from lowmem_adamms.architectures.recognise import recognise
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
 from lowmem_adamms.errors import MappingError
+from lowmem_adamms.mapping.side import read_side
 
 GATE_UP = ("layers.1.mlp.experts.*.gate.weight", "layers.1.mlp.experts.*.up.weight")
 DOWN = ("layers.1.mlp.experts.*.down.weight",)
@@ -74,4 +73,4 @@ def test_a_role_that_two_tensors_hold_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         MappingError, match=r"both .*mlp\.(gate|router)\.weight and .* hold layers.1"
     ):
-        recognise(open_checkpoint(folder), ARCHS)
+        read_side(open_checkpoint(folder), ())

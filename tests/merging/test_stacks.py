@@ -35,13 +35,13 @@ from lowmem_adamms.merging.verify import verify
 
 FORMS = sorted(stacks.FORMS)
 NAMES = {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
-ROWS = replace(
-    next(arch for arch in ARCHS if arch.name == "gpt-oss"),
-    name="rows",
-    classes=(stacks.CLASSES["interleaved_rows"],),
+GPT_OSS = next(arch for arch in ARCHS if arch.name == "gpt-oss")
+DECLARED = (
+    replace(GPT_OSS, name="rows", classes=("RowsForCausalLM",)),
+    replace(GPT_OSS, name="stacked", classes=("StackedForCausalLM",), interleaved=()),
 )
-"""gpt-oss's names in a stack that is not transposed."""
-make_plan = functools.partial(join.make_plan, declared=[ROWS])
+"""gpt-oss's names in a stack that is not transposed, or whose gate and up do not alternate."""
+make_plan = functools.partial(join.make_plan, declared=DECLARED)
 Write = Callable[..., Path]
 
 
@@ -195,8 +195,12 @@ def test_experts_that_only_one_side_has_are_named(write: Write, tmp_path: Path) 
     tensors = stacks.spell(text(2), "each")
     del tensors["model.layers.1.mlp.experts.1.up_proj.weight"]
     donor = stacks.write(tmp_path / "donor", tensors, "each")
-    with pytest.raises(MappingError, match=r"layers\.1\.mlp\.experts\.1"):
+    with pytest.raises(MappingError, match=r"1 has .*gate_up_proj, .*donor lacks that; declare"):
         make_plan(write(1, "transposed"), donor)
+    with pytest.raises(
+        MappingError, match=r"holds layers\.1\.mlp\.experts\.1 interwoven, of which"
+    ):
+        make_plan(write(1, "transposed"), donor, unmatched="keep")
 
 
 def test_pieces_of_two_dtypes_are_named(write: Write, tmp_path: Path) -> None:
@@ -235,7 +239,9 @@ def test_many_experts_are_summed_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pair", [("transposed", "each"), ("each", "stacked"), ("apart", "each")])
 def test_a_comparison_counts_experts_once(pair: tuple[str, str], write: Write) -> None:
     """Whatever forms the two sides have, and whichever comes first."""
-    both = (pair_checkpoints(write(1, a), write(2, b)) for a, b in (pair, pair[::-1]))
+    both = (
+        pair_checkpoints(write(1, a), write(2, b), make=make_plan) for a, b in (pair, pair[::-1])
+    )
     for pairing in both:
         (experts,) = (each for each in pairing.pairs if each.kind == "experts")
         sizes = stacks.HIDDEN * stacks.INNER * 3 + stacks.INNER * 2 + stacks.HIDDEN

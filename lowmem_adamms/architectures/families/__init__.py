@@ -7,12 +7,13 @@ the tokenizers of the ancestors: how many leading ids no descendant has reassign
     spelling  what several declarations share
     llama     Llama, Mistral and SmolLM2, and what descends from them
     qwen      Qwen, Qwen2, Qwen2.5 and Qwen3, likewise
+    experts   mixtures of experts: Qwen3, Qwen3.5, GLM-4.5, DeepSeek-V3, Llama 4, ERNIE 4.5, gpt-oss
     others    InternLM2, Phi-3, Gemma and OLMo 2, likewise
 """
 
 from __future__ import annotations
 
-from . import llama, others, qwen
+from . import experts, llama, others, qwen
 
 # Of two that explain all tensors of a checkpoint which announces neither, the first is taken.
-ARCHS = (*llama.ARCHS, *qwen.ARCHS, *others.ARCHS)
+ARCHS = (*llama.ARCHS, *qwen.ARCHS, *experts.ARCHS, *others.ARCHS)

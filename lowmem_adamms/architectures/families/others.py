@@ -6,8 +6,6 @@ from ..layout import Arch
 from .spelling import (
     CONNECTOR,
     GEMMA2,
-    GPT_OSS,
-    GPT_OSS_INTERLEAVED,
     INTERNLM2,
     INTERNLM2_INTERLEAVED,
     LLAMA,
@@ -137,15 +135,5 @@ ARCHS = (
         spellings=PLAIN,
         decoder=OLMO2,
         others={},
-    ),
-    Arch(
-        name="gpt-oss",
-        source="transformers, models/gpt_oss: gate is every second column from 0, up from 1",
-        classes=("GptOssForCausalLM", "GptOssModel"),
-        spellings=PLAIN,
-        decoder=GPT_OSS,
-        others={},
-        shared_ids=199998,
-        interleaved=GPT_OSS_INTERLEAVED,
     ),
 )

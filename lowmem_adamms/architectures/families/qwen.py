@@ -40,15 +40,6 @@ ARCHS = (
         shared_ids=151669,
     ),
     Arch(
-        name="Qwen3-MoE",
-        source="hf.co/Qwen/Qwen3-30B-A3B: weight index",
-        classes=("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
-        spellings=PLAIN,
-        decoder=LLAMA,
-        others={},
-        shared_ids=151669,
-    ),
-    Arch(
         name="Qwen and Qwen-VL",
         source="hf.co/Qwen/Qwen-VL: modeling_qwen.py and visual.py; c_attn rows are q, k, v",
         classes=("QWenLMHeadModel",),

@@ -149,17 +149,6 @@ PHI3 = decoder(
     }
 )
 
-_GATE_UP = "layers.#.mlp.experts.gate_up_proj"
-GPT_OSS = LLAMA | {
-    "layers.#.self_attn.sinks": "layers.#.attn.sinks",
-    **{
-        f"{_GATE_UP}{suffix}": f"layers.#.{fused('mlp.experts.*.gate', kind=kind)}"
-        f" layers.#.{fused('mlp.experts.*.up', kind=kind)}"
-        for suffix, kind in (("", "weight"), ("_bias", "bias"))
-    },
-}
-GPT_OSS_INTERLEAVED = (_GATE_UP, f"{_GATE_UP}_bias")
-
 GEMMA2 = decoder(
     {
         **_BLOCK,
