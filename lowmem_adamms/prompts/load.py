@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import PromptError, RecipeError
 from ..settings import PromptSettings
 from .csv_file import open_csv
-from .entry import Prompt, Prompts, PromptSet, listed
+from .entry import Prompt, Prompts, PromptSet, listed, show_value
 from .hub_dataset import DATASET, open_hub_dataset
 from .image_folder import open_image_folder
 from .images import check_images
@@ -114,6 +114,8 @@ def _open(
         format = _find_format(ref)
         _check_settings(ref, settings, format.settings)
         return format.open(str(ref), settings)
+    if not isinstance(ref, Iterable) or isinstance(ref, Mapping | bytes):
+        raise TypeError(f"prompts are {show_value(ref)}, expected a path or a list of prompts")
     name = "prompts given in Python"
     _check_settings(name, settings, frozenset())
     prompts = [as_prompt(entry, f"prompt {number}") for number, entry in enumerate(ref, 1)]

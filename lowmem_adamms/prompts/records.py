@@ -23,7 +23,8 @@ from .entry import Image, Prompt, check_text, one_line, show_value
 from .images import read_image
 
 IMAGE_MARK = "<image>"
-_ENDS = re.compile(r"\A(?:\s*<image \d+>)*\s*|(?:\s*<image \d+>)*\s*\Z")
+_FIRST_MARKS = re.compile(r"\A\s*(?:<image \d+>\s*)*")
+_LAST_MARK = re.compile(r"<image \d+>\Z")
 _SYSTEM = ("system", "developer")
 _USER = ("human", "user")
 
@@ -74,7 +75,10 @@ def _place_marks(text: str, images: int, where: str) -> str:
         )
     numbers = itertools.count(1)
     numbered = re.sub(IMAGE_MARK, lambda _: f"<image {next(numbers)}>", text)
-    return _ENDS.sub("", numbered)
+    text = _FIRST_MARKS.sub("", numbered).rstrip()
+    while last := _LAST_MARK.search(text[-20:]):
+        text = text[: -len(last[0])].rstrip()
+    return text
 
 
 # Forms
@@ -132,7 +136,7 @@ def _read_image_part(part: Mapping[str, Any], folder: Path, where: str) -> Conte
     keys = ("image_url", "image", "path", "url")
     source = next((part[key] for key in keys if part.get(key) is not None), None)
     if isinstance(source, dict):
-        source = source.get("url")
+        source = source.get("url", source)
     return IMAGE_MARK, [] if source is None else [read_image(source, folder, where)]
 
 

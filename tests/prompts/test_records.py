@@ -148,6 +148,7 @@ BAD: list[tuple[object, str]] = [
     (user([image("file:///etc/passwd"), text("Q")]), "is a URL"),
     (user([image("data:image/png;base64,%%%"), text("Q")]), "no data: URL in base64"),
     (user([image(""), text("Q")]), "an image is ''"),
+    (user([{"type": "image", "image": {"bytes": "x"}}, text("Q")]), "an image is {'bytes': 'x'}"),
     (
         user([image("a.png"), text("Q")], image="a.png"),
         "1 images beside a message that has its own",
@@ -271,3 +272,19 @@ def test_python_prompts_that_are_wrong() -> None:
     assert refused(["a", 7]).startswith("prompt 2: found 7")
     assert refused([{"prompt": "a", "image": b"x"}]).startswith("prompt 1: image 1 of 1: not an")
     assert "question does not go with" in refused(["a"], RecipeError, question="Q")
+
+
+@pytest.mark.parametrize("given", [None, 5, {"prompt": "Q"}, b"prompts.jsonl"])
+def test_what_cannot_be_a_set_is_a_mistake_of_the_caller(given: Any) -> None:
+    with pytest.raises(TypeError, match="expected a path or a list of prompts"):
+        load_prompts(given)
+
+
+def test_long_blanks_around_marks_are_read_in_one_pass() -> None:
+    """Searching for the end at each of these blanks would take hours."""
+    blanks = " " * 300_000
+    record = {
+        **human(f"<image>{blanks}a{blanks}<image>{blanks}b{blanks}<image>"),
+        "image": [RED] * 3,
+    }
+    assert as_prompt(record).text == f"a{blanks}<image 2>{blanks}b"
