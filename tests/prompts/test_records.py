@@ -137,6 +137,7 @@ BAD: list[tuple[object, str]] = [
     (human("<image>"), "1 marks <image>, 0 images"),
     ({**human("<image>"), "image": "a.png"}, '"conversations" is empty'),
     ({**human("<image> <image>"), "image": "a.png"}, "2 marks <image>, 1 images"),
+    ({**human("<image>"), "image": ["a.png"] * 2}, "1 marks <image>, 2 images"),
     ({"messages": [{"role": "system", "content": "Be brief."}]}, "no question"),
     (user(None), '"content" is None'),
     (user([]), '"messages" is empty'),
@@ -176,7 +177,7 @@ def test_a_damaged_data_url_is_named_with_its_place(tmp_path: Path) -> None:
 
 def test_lines_are_read_again_where_they_stand(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"{i} ä" * (i + 1)}) for i in range(50)]
-    path = put(tmp_path / "set.jsonl", "\n\n".join(lines))
+    path = put(tmp_path / "set.jsonl", " \r\n  \n".join(lines))
     whole = load_prompts(path)
     assert [prompt.id for prompt in whole] == [f"set.jsonl:{2 * i + 1}" for i in range(50)]
     sample = load_prompts(path, PromptSettings(samples=5))

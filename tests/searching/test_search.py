@@ -529,7 +529,7 @@ def test_answers_cut_inside_their_reasoning_are_none_and_counted() -> None:
     table = with_changes(4, 3, 5, 3)
     table[0.0] = ["<think>hm</think>" + answer for answer in table[0.0]]
     table[0.2][:7] = [f"<think> well, {i}" for i in range(7)]
-    again = ["<think> well, 0", *table[0.1][1:]]
+    again = ["<think> well, 0", *("<think>so</think>" + answer for answer in table[0.1][1:])]
     result = search_table(table, noise=lambda *_: again)
     assert result.unfinished == {0.2: 7}
     assert result.to_json()["unfinished"] == {"0.2": 7}
@@ -551,6 +551,12 @@ def test_a_base_whose_reasoning_never_ends_is_refused_at_once(
             how(table)
     else:
         assert how(table).unfinished == {0.0: 8}
+
+
+def test_a_higher_alpha_whose_reasoning_never_ends_is_counted() -> None:
+    table = with_changes(1, 1, 1, 1, prompts=10)
+    table[0.4] = ["<think> and"] * 10
+    assert choose(table).unfinished == {0.4: 10}
 
 
 # Repeated prompts
