@@ -1,6 +1,6 @@
-"""The blend on the CPU: many parts in one parallel numba call that holds no GIL.
+"""The kernels on the CPU: many parts in one parallel numba call that holds no GIL.
 
-It works on raw addresses, so that mapped files are read and output buffers written in place.
+They work on raw addresses, so that mapped files are read and output buffers written in place.
 
 The bits are those of `reference.py`: float64 arithmetic, then one rounding. The conversion to bf16
 and fp16 goes through float32; for that not to be a second rounding, float32 is reached by rounding
@@ -30,10 +30,14 @@ from numba import get_num_threads, njit, prange, types
 from numba.extending import intrinsic, overload
 
 from .compile_cache import keep_compiled
-from .reference import Triple, without_ends
+from .reference import ALL_KEPT, COARSE_BITS, SUM_BLOCK, Mixing, Triple, without_ends
 
 BLOCK = 1 << 15
 """Elements a thread takes at a time: large enough to stream, small enough to share out."""
+STRIPE = 1 << 9
+"""Elements of all models that are mixed at a time: few enough to stay in the first cache."""
+MAX_COUNTERS = 8
+"""Threads that count magnitudes, at most: each has a table of 256 KiB or more."""
 
 _TAGS: dict[str, npt.NDArray[Any]] = {
     "BF16": np.empty(0, np.uint16),
@@ -73,16 +77,91 @@ def blend(parts: Sequence[tuple[Bytes, Bytes, Bytes]], dtypes: Triple, alpha: fl
         alpha: Weight of the donor, 0 to 1.
     """
     parts, dtypes, alpha = without_ends(parts, dtypes, alpha)
-    itemsize = _TAGS[dtypes[2]].itemsize
-    counts = np.array([out.size // itemsize for _, _, out in parts], np.int64)
-    blocks = -(-counts // BLOCK)
-    owner = np.repeat(np.arange(len(parts)), blocks)
-    first = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-    addresses = np.array([[_address(buffer) for buffer in part] for part in parts], np.int64)
-    addresses = addresses.reshape(-1, 3)  # also if there are no parts
+    addresses, counts = _locate(parts, dtypes)
+    owner, first = _split(counts)
     tags = [_TAGS[dtype] for dtype in dtypes]
     with _one_caller:
-        _blend(addresses, counts, owner, first * BLOCK, alpha, *tags)
+        _blend(addresses, counts, owner, first, alpha, *tags)
+
+
+def _locate(
+    parts: Sequence[Sequence[Bytes]], dtypes: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The address of every buffer, a row a part, and the parts' numbers of elements."""
+    itemsize = _TAGS[dtypes[-1]].itemsize
+    counts = np.array([part[-1].size // itemsize for part in parts], np.int64)
+    addresses = np.array([[_address(buffer) for buffer in part] for part in parts], np.int64)
+    return addresses.reshape(-1, len(dtypes)), counts  # also if there are no parts
+
+
+def _split(
+    counts: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Every block of every part: which part it is of, and its first element there."""
+    blocks = -(-counts // BLOCK)
+    owner = np.repeat(np.arange(len(counts)), blocks)
+    first = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    return owner, first * BLOCK
+
+
+def mix(
+    parts: Sequence[Sequence[Bytes]], dtypes: Sequence[str], mixing: Mixing, firsts: Sequence[int]
+) -> None:
+    """Mix parts of the same dtypes; see `reference.mix`.
+
+    Args:
+        parts: Of each the byte buffers of its streams and of the output, which is overwritten.
+        dtypes: Of these buffers.
+        mixing: What is computed.
+        firsts: The number of each part's first element in its tensor.
+    """
+    addresses, counts = _locate(parts, dtypes)
+    table = np.array([(t.factor, t.weight, t.low, t.high) for t in mixing.terms], np.float64)
+    chances = np.array([(term.kept, term.key) for term in mixing.terms], np.uint64)
+    flags = (mixing.relative, mixing.elect, mixing.mean, mixing.keeps_equal)
+    with _one_caller:
+        _mix(
+            *(addresses, counts, *_split(counts), np.array(firsts, np.int64), _codes(dtypes)),
+            *(table, chances, mixing.scale, *flags, *_TAGS.values()),
+        )
+
+
+def count_magnitudes(
+    model: Bytes,
+    ancestor: Bytes,
+    dtypes: Triple,
+    counts: npt.NDArray[np.int64],
+    prefix: int = -1,
+) -> None:
+    """Count the magnitudes of model - ancestor; see `reference.count_magnitudes`."""
+    size = model.size // _TAGS[dtypes[0]].itemsize
+    tables = np.zeros((min(get_num_threads(), MAX_COUNTERS), counts.size), np.int64)
+    with _one_caller:
+        _count(
+            *(_address(model), _address(ancestor), size, _codes(dtypes), prefix, tables),
+            *_TAGS.values(),
+        )
+    counts += tables.sum(axis=0)
+
+
+def sum_products(
+    streams: Sequence[Bytes],
+    dtypes: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+    relative: bool,
+) -> npt.NDArray[np.float64]:
+    """Sums of products of two streams each, a row a block; see `reference.sum_products`."""
+    size = streams[0].size // _TAGS[dtypes[0]].itemsize
+    addresses = np.array([_address(stream) for stream in streams], np.int64)
+    sums = np.zeros((-(-size // SUM_BLOCK), len(pairs)))
+    with _one_caller:
+        _sum(addresses, size, _codes(dtypes), np.array(pairs), relative, sums, *_TAGS.values())
+    return sums
+
+
+def _codes(dtypes: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The place of each dtype in `_TAGS`."""
+    return np.array([list(_TAGS).index(dtype) for dtype in dtypes], np.int64)
 
 
 def warm(dtypes: Triple = ("BF16", "BF16", "BF16")) -> None:
@@ -246,3 +325,199 @@ def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag)
         for i in range(start, stop):
             mixed = beta * _widen(base[i]) + alpha * _widen(donor[i])
             out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
+
+
+@njit(inline="always")
+def _read(address, code, start, count, row, bf16, f16, f32):
+    """Widen `count` elements of a stream from element `start` on into a row of float64."""
+    if code == 0:
+        halves = _at(address, bf16)
+        for i in range(count):
+            row[i] = _widen(halves[start + i])
+    elif code == 1:
+        small = _at(address, f16)
+        for i in range(count):
+            row[i] = _widen(small[start + i])
+    else:
+        singles = _at(address, f32)
+        for i in range(count):
+            row[i] = _widen(singles[start + i])
+
+
+@njit(inline="always")
+def _write(address, code, start, count, row, bf16, f16, f32):
+    """Round a row of float64 into the output."""
+    if code == 0:
+        halves = _at(address, bf16)
+        for i in range(count):
+            halves[start + i] = _narrow(row[i], halves[start + i])
+    elif code == 1:
+        small = _at(address, f16)
+        for i in range(count):
+            small[start + i] = _narrow(row[i], small[start + i])
+    else:
+        singles = _at(address, f32)
+        for i in range(count):
+            singles[start + i] = _narrow(row[i], singles[start + i])
+
+
+@njit(inline="always")
+def _draw(key, index):
+    word = key + (np.uint64(index) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (word ^ (word >> np.uint64(31))) >> np.uint64(11)
+
+
+@keep_compiled
+@njit(parallel=True, nogil=True, error_model="numpy")
+def _mix(
+    addresses,
+    counts,
+    owner,
+    block_first,
+    firsts,
+    codes,
+    table,
+    chances,
+    scale,
+    relative,
+    elect,
+    mean,
+    keeps_equal,
+    bf16,
+    f16,
+    f32,
+):
+    """Every block of every part; addresses is (parts, streams and output), table is per term."""
+    streams = codes.size - 1
+    for block in prange(owner.size):
+        part = owner[block]
+        stop = min(counts[part], block_first[block] + BLOCK)
+        values = np.empty((streams, STRIPE))
+        mixed = np.empty(STRIPE)
+        for start in range(block_first[block], stop, STRIPE):
+            count = min(STRIPE, stop - start)
+            for s in range(streams):
+                _read(addresses[part, s], codes[s], start, count, values[s], bf16, f16, f32)
+            _mix_stripe(
+                *(values, mixed, count, firsts[part] + start, table, chances, scale),
+                *(relative, elect, mean, keeps_equal),
+            )
+            _write(addresses[part, streams], codes[streams], start, count, mixed, bf16, f16, f32)
+
+
+@njit(error_model="numpy")
+def _mix_stripe(
+    values,
+    mixed,
+    count,
+    first,
+    table,
+    chances,
+    scale,
+    relative,
+    elect,
+    mean,
+    keeps_equal,
+):
+    """Mix `count` columns of values into `mixed`, as `reference.mix` does; values are used up."""
+    terms, streams = table.shape[0], values.shape[0]
+    total, divisor = np.zeros(STRIPE), np.zeros(STRIPE)
+    same, equal = np.ones(STRIPE, np.bool_), values[0].copy()
+    origin = values[streams - 1] if relative else np.zeros(STRIPE)
+    for s in range(streams):
+        for i in range(count):
+            same[i] &= values[s, i] == equal[i]
+    for m in range(terms):
+        factor, weight, low, high = table[m]
+        kept, key = chances[m]
+        for i in range(count):
+            delta = values[m, i] - origin[i]
+            size = abs(delta)
+            counts = not (size < low or size > high)
+            if kept != np.uint64(ALL_KEPT):
+                counts = counts and _draw(key, first + i) < kept
+            values[m, i] = factor * delta if counts else 0.0
+            total[i] += values[m, i]
+            divisor[i] += weight if counts else 0.0
+    if elect:
+        _elect(values, total, divisor, count, table)
+    for i in range(count):
+        if mean:
+            total[i] /= divisor[i] if divisor[i] != 0.0 else 1.0
+        value = origin[i] + scale * total[i]
+        mixed[i] = equal[i] if keeps_equal and same[i] else value
+
+
+@njit(error_model="numpy")
+def _elect(values, total, divisor, count, table):
+    """Add up anew only what has the sign of the total; a NaN counts."""
+    for i in range(count):
+        is_positive = total[i] >= 0.0
+        total[i] = 0.0
+        divisor[i] = 0.0
+        for m in range(table.shape[0]):
+            added = values[m, i]
+            if not (added <= 0.0 if is_positive else added >= 0.0):
+                total[i] += added
+                divisor[i] += table[m, 1]
+
+
+@keep_compiled
+@njit(parallel=True, nogil=True, error_model="numpy")
+def _count(model, ancestor, size, codes, prefix, tables, bf16, f16, f32):
+    """Each row of tables counts every so manieth stripe."""
+    counters = tables.shape[0]
+    for counter in prange(counters):
+        ours, theirs, words = np.empty(STRIPE), np.empty(STRIPE), np.empty(STRIPE, np.int64)
+        for start in range(counter * STRIPE, size, counters * STRIPE):
+            count = min(STRIPE, size - start)
+            _read(model, codes[0], start, count, ours, bf16, f16, f32)
+            _read(ancestor, codes[1], start, count, theirs, bf16, f16, f32)
+            for i in range(count):
+                ours[i] = abs(ours[i] - theirs[i])
+            _words(ours, words, count, codes[2], prefix)
+            for i in range(count):
+                if words[i] >= 0:
+                    tables[counter, words[i]] += 1
+
+
+@njit(error_model="numpy")
+def _words(sizes, words, count, code, prefix):
+    """Which entry of the table counts each magnitude; -1: none."""
+    for i in range(count):
+        if code == 0:
+            words[i] = np.int64(_narrow(sizes[i], np.uint16(0)))
+        elif code == 1:
+            words[i] = np.int64(_narrow(sizes[i], np.int16(0)))
+        else:
+            word = np.int64(_as_bits(np.float32(_narrow(sizes[i], np.float32(0)))))
+            upper = word >> COARSE_BITS
+            if prefix < 0:
+                words[i] = upper
+            else:
+                words[i] = word & ((1 << COARSE_BITS) - 1) if upper == prefix else -1
+
+
+@keep_compiled
+@njit(parallel=True, nogil=True, error_model="numpy")
+def _sum(addresses, size, codes, pairs, relative, sums, bf16, f16, f32):
+    """The products of each block, added in the order of the elements."""
+    streams = codes.size
+    for block in prange(sums.shape[0]):
+        values = np.empty((streams, STRIPE))
+        stop = min(size, (block + 1) * SUM_BLOCK)
+        for start in range(block * SUM_BLOCK, stop, STRIPE):
+            count = min(STRIPE, stop - start)
+            for s in range(streams):
+                _read(addresses[s], codes[s], start, count, values[s], bf16, f16, f32)
+            if relative:
+                for s in range(streams - 1):
+                    for i in range(count):
+                        values[s, i] -= values[streams - 1, i]
+            for p in range(pairs.shape[0]):
+                total = sums[block, p]
+                for i in range(count):
+                    total += values[pairs[p, 0], i] * values[pairs[p, 1], i]
+                sums[block, p] = total

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from . import reference
-from .reference import Triple
+from .reference import ALL_KEPT, Mixing, Triple
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kernel = Callable[[Sequence[Part], Triple, float], None]
@@ -148,15 +148,97 @@ def _blend_piece(
 ) -> None:
     mixed = base.view(_FLOAT[dtypes[0]]).to(torch.float64).mul_(1.0 - alpha)
     mixed += donor.view(_FLOAT[dtypes[1]]).to(torch.float64).mul_(alpha)
-    if dtypes[2] != "F32":
-        bits = mixed.view(torch.int64)
-        bits |= (bits & _LOW).add_(_LOW)  # reaches bit 40 unless all low ones are 0
-        bits &= ~_LOW
-    words = mixed.to(torch.float32).to(_FLOAT[dtypes[2]]).view(out.dtype)
-    words.masked_fill_(mixed.isnan(), reference.QUIET_NAN[dtypes[2]])
+    words = _narrow_torch(mixed, dtypes[2])
     if dtypes[0] == dtypes[1] == dtypes[2]:
         words = torch.where(base == donor, base, words)
     out.copy_(words)
+
+
+def _narrow_torch(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Round a float64 tensor, which is used up, to words of a dtype."""
+    if dtype != "F32":
+        bits = values.view(torch.int64)
+        bits |= (bits & _LOW).add_(_LOW)  # reaches bit 40 unless all low ones are 0
+        bits &= ~_LOW
+    words = values.to(torch.float32).to(_FLOAT[dtype]).view(_WORD[dtype])
+    return words.masked_fill_(values.isnan(), reference.QUIET_NAN[dtype])
+
+
+def mix(
+    parts: Sequence[Sequence[torch.Tensor]],
+    dtypes: Sequence[str],
+    mixing: Mixing,
+    firsts: Sequence[int],
+) -> None:
+    """Mix parts of the same dtypes with torch's own operations; see `cpu.mix`."""
+    chunk = CHUNK // len(dtypes)
+    for part, first in zip(parts, firsts, strict=True):
+        *streams, out = (
+            buffer.view(_WORD[dtype]) for buffer, dtype in zip(part, dtypes, strict=True)
+        )
+        for start in range(0, out.numel(), chunk):
+            values = [
+                stream[start : start + chunk].view(_FLOAT[dtype]).to(torch.float64)
+                for stream, dtype in zip(streams, dtypes, strict=False)
+            ]
+            mixed = _mix_piece(values, mixing, first + start)
+            out[start : start + chunk] = _narrow_torch(mixed, dtypes[-1])
+
+
+def _mix_piece(values: list[torch.Tensor], mixing: Mixing, first: int) -> torch.Tensor:
+    """What `reference.mix` computes, before it is rounded."""
+    origin = values[-1] if mixing.relative else torch.zeros_like(values[0])
+    counts, added = [], []
+    for value, term in zip(values, mixing.terms, strict=False):
+        delta = value - origin
+        size = delta.abs()
+        kept = ~((size < term.low) | (size > term.high))
+        if term.kept != ALL_KEPT:
+            kept &= _draw(term.key, first, value) < term.kept
+        counts.append(kept)
+        added.append((delta * term.factor).masked_fill_(~kept, 0.0))
+    if mixing.elect:
+        is_positive = _add_up(added) >= 0
+        counts = [~torch.where(is_positive, each <= 0, each >= 0) for each in added]
+        added = [each.masked_fill(~count, 0.0) for each, count in zip(added, counts, strict=True)]
+    total = _add_up(added)
+    if mixing.mean:
+        weights = zip(counts, mixing.terms, strict=True)
+        divisor = _add_up([count.to(torch.float64) * term.weight for count, term in weights])
+        total /= divisor.masked_fill_(divisor == 0, 1.0)
+    mixed = origin + total * mixing.scale
+    if mixing.keeps_equal:
+        is_equal = torch.ones_like(kept)
+        for value in values:
+            is_equal &= value == values[0]
+        mixed = torch.where(is_equal, values[0], mixed)
+    return mixed
+
+
+def _add_up(tensors: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros_like(tensors[0])
+    for tensor in tensors:
+        total += tensor
+    return total
+
+
+def _draw(key: int, first: int, like: torch.Tensor) -> torch.Tensor:
+    """`reference.draw` for as many elements as `like` has, from element `first` on."""
+    index = torch.arange(first + 1, first + 1 + len(like), device=like.device)
+    word = index * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    word = (word ^ _shift(word, 30)) * _signed(0xBF58476D1CE4E5B9)
+    word = (word ^ _shift(word, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(word ^ _shift(word, 31), 11)
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same bits as a uint64, which torch does not compute with."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(word: torch.Tensor, places: int) -> torch.Tensor:
+    """Shift an int64 to the right as if it were unsigned."""
+    return (word >> places) & ((1 << 64 - places) - 1)
 
 
 def blend_triton(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:

@@ -1,4 +1,6 @@
-"""The formula in numpy, slow and plain: every kernel must give these bits.
+"""The formulas in numpy, slow and plain: every kernel must give these bits.
+
+Of two models, `blend`:
 
     out = round((1 - alpha) * base + alpha * donor)
 
@@ -9,12 +11,17 @@ Exceptions: alpha 0 gives the base and alpha 1 the donor exactly, even where the
 or infinite. Where base and donor have equal bits and the output has their dtype, these bits come
 out unchanged. Any other NaN becomes the dtype's quiet NaN (0x7fc0, 0x7e00, 0x7fc00000).
 
+Of any number of models, `mix`, with the first pass that some methods need: `count_magnitudes`,
+`sum_products`.
+
 Tensors are handled as storage arrays: uint16 for BF16 and F16, uint32 for F32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -103,3 +110,179 @@ def _narrow_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     sign = np.signbit(values).astype(np.uint16) << np.uint16(15)
     rounded: npt.NDArray[np.uint16] = (lower + up.astype(np.uint16)) | sign
     return rounded
+
+
+# Any number of models
+
+SUM_BLOCK = 1 << 15
+"""Elements whose products are added one after the other. Sums of blocks are added without error, so
+that a total does not depend on how a tensor is cut, if it is cut at multiples of this."""
+ALL_KEPT = 1 << 53
+"""`Term.kept` where no value is dropped at random."""
+COARSE_BITS = 16
+"""Magnitudes of F32 are counted by their upper 16 bits, then by the lower 16 of one of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one model adds to a mixture.
+
+    factor: of its value, or of its difference from the ancestor. weight: in the mean.
+    low, high: magnitudes outside of these are left out. kept: of 2**53 values, how many the random
+    choice keeps. key: of that choice.
+    """
+
+    factor: float = 1.0
+    weight: float = 1.0
+    low: float = 0.0
+    high: float = math.inf
+    kept: int = ALL_KEPT
+    key: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """How several models become one.
+
+        out = round(ancestor + scale * sum of factor * (model - ancestor))
+
+    relative: the last stream is the ancestor; without one it is zero.
+    elect: only what has the sign of the sum counts, in each element; a zero never does.
+    mean: the sum is divided by the weights of what counts.
+    keeps_equal: what all streams hold alike comes out as it is.
+    """
+
+    terms: tuple[Term, ...]
+    scale: float = 1.0
+    relative: bool = False
+    elect: bool = False
+    mean: bool = False
+    keeps_equal: bool = True
+
+
+def mix(streams: Sequence[Bits], dtypes: Sequence[str], mixing: Mixing, first: int = 0) -> Bits:
+    """Mix storage arrays of one length into another.
+
+    Args:
+        streams: One for each term, then the ancestor's if the mixing is relative.
+        dtypes: Of the streams, then of the output.
+        mixing: What is computed.
+        first: Number of the first element in its tensor, for the random choice.
+    """
+    values = [widen(bits, dtype) for bits, dtype in zip(streams, dtypes, strict=False)]
+    origin = values[-1] if mixing.relative else np.zeros(len(values[0]))
+    index = np.arange(first, first + len(origin), dtype=np.uint64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        deltas = [value - origin for value in values[: len(mixing.terms)]]
+        counts = [
+            _counts(delta, term, index) for delta, term in zip(deltas, mixing.terms, strict=True)
+        ]
+        added = [
+            np.where(count, term.factor * delta, 0.0)
+            for delta, term, count in zip(deltas, mixing.terms, counts, strict=True)
+        ]
+        if mixing.elect:
+            is_positive = _add_up(added) >= 0
+            # In these words a NaN counts, and so is not lost
+            counts = [~np.where(is_positive, each <= 0, each >= 0) for each in added]
+            added = [np.where(count, each, 0.0) for each, count in zip(added, counts, strict=True)]
+        total = _add_up(added)
+        if mixing.mean:
+            weights = zip(counts, mixing.terms, strict=True)
+            divisor = _add_up([np.where(count, term.weight, 0.0) for count, term in weights])
+            total = total / np.where(divisor == 0, 1.0, divisor)
+        mixed = origin + mixing.scale * total
+    if mixing.keeps_equal:
+        is_equal = np.logical_and.reduce([value == values[0] for value in values])
+        mixed = np.where(is_equal, values[0], mixed)
+    return narrow(mixed, dtypes[len(streams)])
+
+
+def _counts(delta: Floats, term: Term, index: npt.NDArray[np.uint64]) -> Any:
+    """Which values count: those of a magnitude in bounds (or NaN) that the random choice keeps."""
+    size = np.abs(delta)
+    counts = ~((size < term.low) | (size > term.high))
+    if term.kept == ALL_KEPT:
+        return counts
+    return counts & (draw(term.key, index) < np.uint64(term.kept))
+
+
+def _add_up(arrays: Sequence[Floats]) -> Floats:
+    """Their sum from zero, one after the other."""
+    total = np.zeros(len(arrays[0]))
+    for array in arrays:
+        total = total + array
+    return total
+
+
+def draw(key: int, index: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A random number of 53 bits for each element: the finalizer of SplitMix64 of its place.
+
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    with np.errstate(over="ignore"):
+        word = np.uint64(key) + (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (word ^ (word >> np.uint64(31))) >> np.uint64(11)
+
+
+# The first pass
+
+
+def count_magnitudes(
+    model: Bits,
+    ancestor: Bits,
+    dtypes: Triple,
+    counts: npt.NDArray[np.int64],
+    prefix: int = -1,
+) -> None:
+    """Count the magnitudes of model - ancestor, as the dtype dtypes[2] holds them.
+
+    counts: is added to. Of BF16 and F16 it has an entry for each magnitude's bits; of F32 for their
+    upper 16 bits, or for the lower 16 of those magnitudes whose upper bits are `prefix`.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        delta = widen(model, dtypes[0]) - widen(ancestor, dtypes[1])
+    words = narrow(np.abs(delta), dtypes[2]).astype(np.int64)
+    if dtypes[2] == "F32":
+        upper, lower = words >> COARSE_BITS, words & ((1 << COARSE_BITS) - 1)
+        words = upper if prefix < 0 else lower[upper == prefix]
+    counts += np.bincount(words, minlength=len(counts))
+
+
+def sum_products(
+    streams: Sequence[Bits], dtypes: Sequence[str], pairs: Sequence[tuple[int, int]], relative: bool
+) -> Floats:
+    """Sums of products of two streams each, one row for each block of SUM_BLOCK elements.
+
+    pairs: which streams are multiplied. relative: the last stream is subtracted from the others.
+    """
+    values = [widen(bits, dtype) for bits, dtype in zip(streams, dtypes, strict=True)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        if relative:
+            values = [value - values[-1] for value in values[:-1]]
+        starts = range(0, len(values[0]), SUM_BLOCK)
+        return np.array(
+            [
+                [
+                    np.cumsum(values[a][i : i + SUM_BLOCK] * values[b][i : i + SUM_BLOCK])[-1]
+                    for a, b in pairs
+                ]
+                for i in starts
+            ]
+        ).reshape(-1, len(pairs))
+
+
+def smallest_rounded_to(word: int, dtype: str) -> float:
+    """The smallest magnitude that is rounded to these bits of a dtype, or above them."""
+    if word == 0:
+        return 0.0
+    kind = STORAGE[dtype]
+    below, value = widen(np.array([word - 1, word], kind), dtype)
+    middle = float(below + (value - below) / 2)
+    if np.isinf(value):  # from where on a dtype rounds to infinity: as if its exponents went on
+        step = below - widen(np.array([word - 2], kind), dtype)[0]
+        middle = float(below + step / 2)
+    is_reached = narrow(np.array([middle]), dtype)[0] >= word
+    return middle if is_reached else math.nextafter(middle, math.inf)

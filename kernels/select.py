@@ -1,4 +1,4 @@
-"""Which kernel runs on this machine's processor, and why."""
+"""Which kernels run on this machine's processor, and why."""
 
 from __future__ import annotations
 
@@ -38,3 +38,70 @@ def blend_numpy(
     for base, donor, out in parts:
         sides: tuple[Any, Any] = (base.view(base_type), donor.view(donor_type))
         out.view(out_type)[...] = reference.blend(*sides, dtypes, alpha)
+
+
+def mix(
+    parts: Sequence[Sequence[Any]],
+    dtypes: Sequence[str],
+    mixing: reference.Mixing,
+    firsts: Sequence[int],
+) -> None:
+    """Mix parts with the kernel for where their buffers are; see `cpu.mix`."""
+    if not isinstance(parts[0][-1], np.ndarray):
+        from . import gpu
+
+        gpu.mix(parts, dtypes, mixing, firsts)
+    elif _has_numba():
+        from . import cpu
+
+        cpu.mix(parts, dtypes, mixing, firsts)
+    else:
+        for part, first in zip(parts, firsts, strict=True):
+            *streams, out = _as_words(part, dtypes)
+            out[...] = reference.mix(streams, dtypes, mixing, first)
+
+
+def count_magnitudes(
+    model: Bytes,
+    ancestor: Bytes,
+    dtypes: reference.Triple,
+    counts: npt.NDArray[np.int64],
+    prefix: int = -1,
+) -> None:
+    """Count the magnitudes of model - ancestor; see `reference.count_magnitudes`."""
+    if _has_numba():
+        from . import cpu
+
+        cpu.count_magnitudes(model, ancestor, dtypes, counts, prefix)
+    else:
+        sides = _as_words((model, ancestor), dtypes)
+        reference.count_magnitudes(sides[0], sides[1], dtypes, counts, prefix)
+
+
+def sum_products(
+    streams: Sequence[Bytes],
+    dtypes: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+    relative: bool,
+) -> reference.Floats:
+    """Sums of products of two streams each, a row a block; see `reference.sum_products`."""
+    if _has_numba():
+        from . import cpu
+
+        return cpu.sum_products(streams, dtypes, pairs, relative)
+    return reference.sum_products(_as_words(streams, dtypes), dtypes, pairs, relative)
+
+
+def _has_numba() -> bool:
+    try:
+        from . import cpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _as_words(buffers: Sequence[Bytes], dtypes: Sequence[str]) -> list[Any]:
+    return [
+        buffer.view(reference.STORAGE[dtype])
+        for buffer, dtype in zip(buffers, dtypes, strict=False)
+    ]
