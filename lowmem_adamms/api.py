@@ -27,24 +27,28 @@ from .live.free_memory import measure_memory
 from .live.placement import Placement, place
 from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json, resolve
+from .mapping.mixture import Mixture, ModelRef, make_mixture
 from .mapping.plan import Plan
 from .merging import replacing, writer
-from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, find_complete
+from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, Asked, find_complete
 from .merging.output_folder import check_no_input
 from .merging.sources import download
 from .merging.verify import verify
 from .prompts import Prompt, Prompts
 from .searching.answer_text import collapsed_share, drop_reasoning
+from .searching.in_turn import search_in_turn
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
     DEFAULT_TAGS,
     Measure,
+    MethodSettings,
     OutputSettings,
     PlacementSettings,
     PlanSettings,
     Quantization,
     SearchSettings,
     UploadSettings,
+    changed,
     combine,
 )
 from .values import Tags, check_type
@@ -63,20 +67,25 @@ _COLLAPSED, _FEWEST_TO_COLLAPSE = 0.9, 10
 
 def make_plan(
     base: str | Path | Checkpoint,
-    donor: str | Path | Checkpoint,
+    donor: ModelRef | Sequence[ModelRef],
     *,
     settings: PlanSettings | None = None,
+    weights: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
     declared: Sequence[Arch] = (),
     stream: bool = False,
     bins: bool = True,
     **fields: Any,
 ) -> Plan:
-    """Plan the merge of two checkpoints from their headers; no tensor is read.
+    """Plan the merge of two or more checkpoints from their headers; no tensor is read.
 
     Args:
         base: Folder, file or `org/name[@revision]` of the model that is kept.
-        donor: The same of the model whose language weights are blended in.
-        settings: Or its fields as keywords: `embeddings`, `unmatched`, `dtype`, `arch`.
+        donor: The same of the model whose language weights are blended in, or several of them.
+        settings: Or its fields as keywords: `embeddings`, `unmatched`, `dtype`, `arch`, `method`,
+            `ancestor`, `density`, `trim`, `mask_seed`.
+        weights: Of base and donors, beside alpha; for methods that use an ancestor. Default: 1.
+        densities: Of base and donors, instead of one `density` for all.
         declared: Architectures declared in Python, before those of the files in `arch`.
         stream: Leave nothing of a Hub id in the cache; its weights must be safetensors.
         bins: Download a repository that has only `.bin` files, whose tensors cannot be located
@@ -91,15 +100,28 @@ def make_plan(
         >>> plan = make_plan("Qwen2-VL-7B-Instruct", "llava-onevision-qwen2-7b-ov-hf")
         >>> plan.counts
         {'interpolate': 339, 'copy': 391}
+        >>> plan = make_plan("base", ["donor", "other"], method="ties", ancestor="Qwen2-7B")
     """
     settings = combine(PlanSettings, settings, fields)
-    return join.make_plan(
-        _opened(base, cache=not stream, bins=bins and not stream),
-        _opened(donor, cache=not stream, bins=bins and not stream),
-        embeddings=settings.embeddings,
-        dtype=settings.dtype,
-        unmatched=settings.unmatched,
-        declared=(*declared, *read_declarations(settings.arch)),
+    open_model = partial(_opened, cache=not stream, bins=bins and not stream)
+    donors = [donor] if isinstance(donor, str | Path | Checkpoint) else list(donor)
+    how: dict[str, Any] = {
+        "embeddings": settings.embeddings,
+        "dtype": settings.dtype,
+        "unmatched": settings.unmatched,
+        "declared": (*declared, *read_declarations(settings.arch)),
+    }
+    opened_base, opened_donors = open_model(base), [open_model(each) for each in donors]
+    if len(donors) == 1 and not (changed(settings, MethodSettings) or weights or densities):
+        return join.make_plan(opened_base, opened_donors[0], **how)
+    return make_mixture(
+        opened_base,
+        opened_donors,
+        settings,
+        ancestor=open_model(settings.ancestor) if settings.ancestor else None,
+        weights=weights,
+        densities=densities,
+        **how,
     )
 
 
@@ -121,10 +143,10 @@ def _check_plan(plan: object) -> None:
 class SearchProgress(Protocol):
     """Who wants to follow a search."""
 
-    def asked(self, alpha: float) -> None:
+    def asked(self, alpha: Asked) -> None:
         """The search has turned to an alpha."""
 
-    def answered(self, alpha: float, tokens: int) -> None:
+    def answered(self, alpha: Asked, tokens: int) -> None:
         """One more answer, of so many tokens; 0 if it was known from an earlier run."""
 
     def candidates(self, alpha: float, candidates: tuple[Candidate, ...]) -> None:
@@ -138,7 +160,7 @@ class FoundAlpha:
     result: every candidate with its score, the answers, and notes on what weakens the choice.
     facts: sections of key and value for the report. prompts: what was asked, in order.
     donor_answers: those at alpha 1, if they were asked for. command: what merges at an alpha, which
-    is to follow as its last word.
+    is to follow as its last word. earlier: of several donors the results of all but the last.
     """
 
     result: Result
@@ -148,11 +170,14 @@ class FoundAlpha:
     timings: tuple[Timing, ...] = ()
     donor_answers: tuple[str, ...] = ()
     command: str = ""
+    earlier: tuple[Result, ...] = ()
 
     @property
-    def alpha(self) -> float:
-        """The alpha to merge at."""
-        return self.result.alpha
+    def alpha(self) -> Alpha:
+        """The alpha to merge at; one for each of several donors."""
+        if not self.earlier:
+            return self.result.alpha
+        return tuple(result.alpha for result in (*self.earlier, self.result))
 
     @property
     def page(self) -> str:
@@ -178,6 +203,8 @@ class FoundAlpha:
     def to_json(self) -> dict[str, Any]:
         """The document of `search --json`, and what adamms.json says of the search."""
         document = self.result.to_json() | alpha_to_json(self.alpha)
+        if self.earlier:
+            document["in_turn"] = [each.to_json() for each in (*self.earlier, self.result)]
         if isinstance(self.prompts, Prompts):
             digest = prompt_sets.digest(self.prompts)
             document["prompt_set"] = {"ref": self.prompts.ref, "sha256": digest}
@@ -256,20 +283,11 @@ def find_alpha(
     if not isinstance(prompts, Prompts):
         prompts = prompt_sets.load_prompts(prompts, settings)
     check_images(plan, prompts)
+    check_search(plan, settings)
     placement = placement or place_search(plan, settings)
     download(plan)
     with _session(plan, prompts, settings, placement, journal, progress) as session:
-        result = search(
-            session,
-            prompts,
-            settings.alphas,
-            measure=settings.measure,
-            refine=settings.refine,
-            noise=session.again if settings.noise else None,
-            seed=settings.seed,
-            reasoning_tags=settings.reasoning_tags,
-            progress=progress.candidates if progress else None,
-        )
+        *earlier, result = _search(plan, session, prompts, settings, progress)
         _check_collapse(result)
         donor_answers: Sequence[str] = ()
         if settings.donor_answers:
@@ -282,11 +300,49 @@ def find_alpha(
         return FoundAlpha(
             result,
             prompts,
-            f"{plan.base.name} \N{LEFTWARDS ARROW} {plan.donor.name}",
+            f"{plan.base.name} \N{LEFTWARDS ARROW} {_names(plan.donors)}",
             _facts(plan, prompts, settings, placement),
-            tuple(session.timings),
+            _last_timings(session.timings, earlier),
             tuple(donor_answers),
-            _merge_command(plan),
+            shlex.join([*_merge_words(plan), *(f"{each.alpha:g}" for each in earlier)]),
+            tuple(earlier),
+        )
+
+
+def _search(
+    plan: Plan,
+    session: Session,
+    prompts: Prompts,
+    settings: SearchSettings,
+    progress: SearchProgress | None,
+) -> tuple[Result, ...]:
+    """The result of the search, or of several donors in turn."""
+    how: dict[str, Any] = {
+        "measure": settings.measure,
+        "refine": settings.refine,
+        "noise": session.again if settings.noise else None,
+        "seed": settings.seed,
+        "reasoning_tags": settings.reasoning_tags,
+        "progress": progress.candidates if progress else None,
+    }
+    if plan.coefficients == 1:
+        return (search(session, prompts, settings.alphas, **how),)
+    adds_up = isinstance(plan, Mixture) and not plan.method.relative
+    return search_in_turn(
+        session, prompts, plan.coefficients, settings.alphas, adds_up=adds_up, **how
+    )
+
+
+def check_search(plan: Plan, settings: SearchSettings) -> None:
+    """RecipeError for what a search can do only with one donor that is blended linearly."""
+    if not isinstance(plan, Mixture):
+        return
+    if settings.engine == "vllm":
+        raise RecipeError("vLLM is asked only about one donor and the method linear")
+    if settings.donor_answers:
+        raise RecipeError(
+            "only the answers of one donor by the method linear can be shown: leave out"
+            " `donor_answers`"
         )
 
 
@@ -322,13 +378,27 @@ def _check_collapse(result: Result) -> None:
         )
 
 
-def _merge_command(plan: Plan) -> str:
-    """The command that merges the pair at an alpha, up to that."""
-    words = [plan.base.ref, plan.donor.ref, "-o", "merged"]
+def _last_timings(timings: Sequence[Timing], earlier: Sequence[Result]) -> tuple[Timing, ...]:
+    """Those of the search; of several donors those of the last one's."""
+    if not earlier:
+        return tuple(timings)
+    before = tuple(result.alpha for result in earlier)
+    return tuple(
+        replace(timing, alpha=timing.alpha[-1])
+        for timing in timings
+        if isinstance(timing.alpha, tuple) and timing.alpha[:-1] == before
+    )
+
+
+def _merge_words(plan: Plan) -> list[str]:
+    """The command that merges the models at an alpha, up to that."""
+    words = [plan.base.ref, *(donor.ref for donor in plan.donors), "-o", "merged"]
+    if isinstance(plan, Mixture):
+        words += plan.options_of_method()
     words += ["--embeddings", "keep"] if plan.options["embeddings"] == "keep" else []
     words += ["--dtype", plan.options["dtype"].lower()] if plan.options["dtype"] else []
     words += ["--arch", "FILE"] if plan.declared else []
-    return shlex.join(["python", "-m", "lowmem_adamms", *words, "--alpha"])
+    return ["python", "-m", "lowmem_adamms", *words, "--alpha"]
 
 
 def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
@@ -417,7 +487,7 @@ def _facts(
 ) -> dict[str, dict[str, str]]:
     recipe = {
         "base": f"{plan.base.ref} ({plan.base_layout.arch})",
-        "donor": f"{plan.donor.ref} ({plan.donor_layout.arch})",
+        **_models(plan),
         "prompts": f"{prompts.ref}, {len(prompts)} of them, seed {settings.seed}",
         "answers": f"greedy, {settings.max_new_tokens} tokens at most",
         "batch": str(placement.batch_size),
@@ -426,6 +496,29 @@ def _facts(
     }
     lines = {str(i): line for i, line in enumerate(placement.lines, 1)}
     return {"Recipe": recipe, "Placement": lines}
+
+
+def _names(checkpoints: Sequence[Checkpoint]) -> str:
+    return " + ".join(checkpoint.name for checkpoint in checkpoints)
+
+
+def _models(plan: Plan) -> dict[str, str]:
+    """What is merged into the base, and how if not by linear interpolation."""
+    others = list(plan.checkpoints)[1:]
+    models = {
+        side: f"{pair.donor.ref} ({pair.donor_layout.arch})"
+        for side, pair in zip(others, plan.pairs, strict=True)
+    }
+    if isinstance(plan, Mixture):
+        settings = plan.parameters()
+        models["method"] = ", ".join([settings.pop("method"), *_spell(settings)])
+    return models
+
+
+def _spell(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        yield f"{name.replace('_', ' ')} {' '.join(map(str, values))}"
 
 
 # Merge

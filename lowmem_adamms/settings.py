@@ -11,13 +11,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import expanduser
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from .errors import RecipeError
 from .values import (
     Tags,
     check_type,
     parse_count,
+    parse_density,
     parse_dtype,
     parse_grid,
     parse_natural,
@@ -33,6 +34,18 @@ Measure = Literal["pairwise", "joint", "embedding", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
+MethodName = Literal[
+    "linear",
+    "slerp",
+    "task-arithmetic",
+    "ties",
+    "dare-linear",
+    "dare-ties",
+    "breadcrumbs",
+    "metagpt",
+    "ram",
+]
+Trim = Literal["tensor", "model"]
 
 DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 DEFAULT_TAGS = ("<think>", "</think>")
@@ -115,7 +128,39 @@ def changed(settings: object, *kinds: type) -> list[dataclasses.Field[Any]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings:
+class MethodSettings:
+    """How the models become one."""
+
+    method: MethodName = setting(
+        "linear",
+        "linear (default) is the paper's; of the others all but slerp mix what base and donors have"
+        " learned since an ancestor",
+        choices=get_args(MethodName),
+    )
+    ancestor: str | None = setting(
+        None,
+        "folder, file or Hub id of the language model that base and donors were trained from",
+        metavar="ANCESTOR",
+        parse=expanduser,
+    )
+    density: float | None = setting(
+        None,
+        "share of each model's difference from the ancestor that is kept; default: 0.2 of ties, 0.8"
+        " of dare-linear and dare-ties, 0.9 of breadcrumbs",
+        metavar="SHARE",
+        parse=parse_density,
+    )
+    trim: Trim = setting(
+        "tensor",
+        "rank the values of a difference within each tensor (default), or within the whole model as"
+        " the authors of ties do",
+        choices=("tensor", "model"),
+    )
+    mask_seed: int = setting(0, "of what dare drops; default: 0", metavar="N", parse=parse_natural)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(MethodSettings):
     """What the output is made of."""
 
     embeddings: Embeddings = setting(

@@ -139,6 +139,25 @@ def parse_tags(tags: str | Iterable[str]) -> Tags | None:
     return words
 
 
+def parse_alphas(text: str) -> float | tuple[float, ...]:
+    """One weight, or several between spaces."""
+    alphas = tuple(parse_alpha(word) for word in text.split())
+    if not alphas:
+        raise RecipeError(f"{text!r}: expected a number, 0 to 1")
+    return alphas if len(alphas) > 1 else alphas[0]
+
+
+def parse_density(text: str | float) -> float:
+    """A share of values to keep, above 0 and up to 1."""
+    try:
+        density = float(text)
+    except ValueError:
+        raise RecipeError(f"{text!r}: expected a number, above 0 and up to 1") from None
+    if not 0 < density <= 1:
+        raise RecipeError(f"density is {density}, expected a number above 0 and up to 1")
+    return density
+
+
 def parse_grid(alphas: str | Iterable[float]) -> tuple[float, ...]:
     """The alphas of a search, ascending: numbers, `0,0.1,0.2`, or `start:stop:step` with stop."""
     if not isinstance(alphas, str):

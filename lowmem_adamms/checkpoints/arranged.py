@@ -153,6 +153,21 @@ def take_alike(
     return tuple(matrix.cut(*square) for matrix in matrices)
 
 
+def spans_begun(side: Span | Arranged) -> tuple[Span, ...]:
+    """What must be read for a stretch and no stretch before it needed: all of a run at once."""
+    return side.spans if isinstance(side, Span) or side.is_first else ()
+
+
+def spans_ended(side: Span | Arranged) -> tuple[Span, ...]:
+    """What no stretch behind this one needs."""
+    return side.spans if isinstance(side, Span) or side.is_last else ()
+
+
+def view_side(side: Span | Arranged, view: Callable[[Span], Any]) -> Any:
+    """The bytes of a stretch, put together where they are in another order."""
+    return view(side) if isinstance(side, Span) else side.assemble(view)
+
+
 def as_bytes(span: Span) -> Span:
     """The same bytes of a file, of no dtype."""
     return Span(span.path, DTYPES["U8"], span.start, span.stop, (span.nbytes,))

@@ -15,6 +15,7 @@ import ctypes
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -150,7 +151,7 @@ def _fail(*messages: str) -> int:
 def parse(words: list[str]) -> tuple[Command, Any]:
     """The command that the words name, and what it takes as an instance of its dataclass."""
     parser = make_parser(COMMANDS, _ABOUT, _EXAMPLES)
-    namespace = parser.parse_args(_with_command(words))
+    namespace = parser.parse_args(_join_alphas(_with_command(words)))
     command = COMMANDS[namespace.command]
     return command, read_options(command, namespace)
 
@@ -166,6 +167,20 @@ def _with_command(words: list[str]) -> list[str]:
             f" {program()} --help"
         )
     return ["merge", *words]
+
+
+def _join_alphas(words: list[str]) -> list[str]:
+    """The words with all numbers after --alpha in one, so that a model may follow them."""
+    joined: list[str] = []
+    is_alpha = False
+    for word in words:
+        is_number = re.fullmatch(r"[\d.eE+-]+", word) is not None
+        if is_alpha and is_number and joined[-1] != "--alpha":
+            joined[-1] += f" {word}"
+        else:
+            is_alpha = word == "--alpha" or (is_alpha and is_number)
+            joined.append(word)
+    return joined
 
 
 def _way_to_resume(taken: Any) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..errors import RecipeError
-from ..mapping.alphas import parse_alpha_layers
+from ..mapping.alphas import as_tuple, format_alpha, parse_alpha_layers
+from ..mapping.methods import METHODS
 from ..prompts import load_prompts
 from ..settings import (
     AnswerSettings,
@@ -25,7 +26,7 @@ from ..settings import (
     changed,
     setting,
 )
-from ..values import format_duration, format_size, parse_alpha
+from ..values import format_duration, format_size, parse_alphas
 from .console import (
     print_info,
     print_line,
@@ -51,11 +52,13 @@ class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchS
     """What `merge` takes."""
 
     out: Path = out_option("the folder to write, which must be new or empty", required=True)
-    alpha: float | None = setting(
+    alpha: float | tuple[float, ...] | None = setting(
         None,
-        "the donor's weight: 0 is the base, 1 the donor; without it give --prompts",
+        "the donor's weight: 0 is the base, 1 the donor; one for each of several donors; without it"
+        " give --prompts. Of ties, dare-ties, metagpt and ram the factor of what all models add;"
+        " default: 1",
         metavar="ALPHA",
-        parse=parse_alpha,
+        parse=parse_alphas,
     )
     prompts: str | None = prompts_option()
     alpha_layers: str | None = setting(
@@ -88,7 +91,7 @@ def run(options: MergeOptions) -> int:
     prompts = load_prompts(options.prompts, options) if options.prompts else None
     if prompts is None:  # numpy's threads would spin as they start; a merge has no use for them
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    plan = make_plan(options.base, options.donor, options)
+    plan = make_plan(options.base, (options.donor, *options.more), options)
     given = _given_alpha(options, plan, recipe)
     print_notes(plan.notes)
     with api.prepare_merge(plan, options.out, options) as job:
@@ -111,14 +114,15 @@ def run(options: MergeOptions) -> int:
 def _check_options(options: MergeOptions) -> None:
     """RecipeError where the words contradict each other, before anything is opened."""
     weights = options.alpha is not None or options.alpha_layers is not None
+    has_default = METHODS[options.method].alpha is not None
     if options.config is not None:
-        names = ("base", "donor", "alpha", "alpha_layers", "prompts")
+        names = ("base", "donor", "more", "alpha", "alpha_layers", "prompts", "method", "ancestor")
         given = [item for item in changed(options, MergeOptions) if item.name in names]
         if given:
             raise RecipeError(f"--config names models and weights; leave out {spelled(given)}")
     elif not (options.base and options.donor):
         raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
-    elif weights == (options.prompts is not None):
+    elif weights == (options.prompts is not None) and (weights or not has_default):
         raise RecipeError(
             "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
             " to search it with"
@@ -153,7 +157,9 @@ def _given_alpha(options: MergeOptions, plan: Plan, recipe: Recipe | None) -> Al
         print_notes(notes)
         return alpha
     if options.alpha_layers is None:
-        return options.alpha
+        return METHODS[options.method].alpha if options.alpha is None else options.alpha
+    if isinstance(options.alpha, tuple) or plan.coefficients > 1:
+        raise RecipeError("--alpha-layers is for one donor; in Python each donor takes an Alphas")
     return parse_alpha_layers(options.alpha_layers, plan.base_layout.layers, options.alpha)
 
 
@@ -174,15 +180,18 @@ def _summary(output: Output) -> str:
 
 def _say_what_next(plan: Plan, alpha: Alpha, out: Path, seconds: float) -> None:
     """How the output came about, how to load it and how to check it."""
-    weight = f"alpha {alpha:g}" if isinstance(alpha, float) else "an alpha for each layer or role"
-    base, donor = plan.base.name, plan.donor.name
-    print_info(f"{weight}, {base} <- {donor}, {format_duration(seconds)}")
+    has_numbers = all(isinstance(one, float) for one in as_tuple(alpha))
+    weight = f"alpha {format_alpha(alpha)}" if has_numbers else "an alpha for each layer or role"
+    donors = " + ".join(donor.name for donor in plan.donors)
+    print_info(f"{weight}, {plan.base.name} <- {donors}, {format_duration(seconds)}")
     print_info("\nload it:\n" + textwrap.indent(_loading_code(plan.base.config, out), "  "))
-    elsewhere = [
-        f" --{side} {shlex.quote(str(checkpoint.path))}"
-        for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
-        if not checkpoint.repo and checkpoint.path.absolute().parent != out.absolute().parent
+    places = [
+        f" --{side.split()[0]} {shlex.quote(str(checkpoint.path))}"
+        for side, checkpoint in plan.checkpoints.items()
+        if not checkpoint.repo
     ]
+    folders = {each.path.absolute().parent for each in plan.checkpoints.values() if not each.repo}
+    elsewhere = places if folders - {out.absolute().parent} else []
     print_info(f"check it:\n  {program()} verify {out} --deep{''.join(elsewhere)}")
 
 
@@ -207,13 +216,18 @@ COMMAND = Command(
     run=run,
     help="map and merge, at a given alpha or a searched one",
     description="Writes a checkpoint that loads like BASE, in one pass over both models.",
-    usage="%(prog)s BASE DONOR -o OUT (--alpha ALPHA | --prompts SET) [options]",
+    usage="%(prog)s BASE DONOR [DONOR ...] -o OUT (--alpha ALPHA [ALPHA ...] | --prompts SET)"
+    " [options]",
     examples="""\
 examples:
   alpha is known (0.1 to 0.3 is usual):
     %(prog)s BASE DONOR -o OUT --alpha 0.3
   alpha is searched for, with questions that need no answers:
     %(prog)s BASE DONOR -o OUT --prompts questions.jsonl
+  a text model's reasoning and a listener's ears into a base, each with its own weight:
+    %(prog)s BASE DONOR OTHER -o OUT --alpha 0.2 0.3
+  by another method:
+    %(prog)s BASE DONOR -o OUT --method ties --ancestor ANCESTOR
   of the Hub, without keeping the inputs on the disk:
     %(prog)s org/base org/donor@main -o OUT --alpha 0.3 --no-cache
 

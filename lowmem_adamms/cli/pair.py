@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 from .. import api
 from ..errors import OutputError
@@ -54,31 +56,48 @@ def _model(metavar: str, what: str, nargs: str | None = None) -> str:
     return word
 
 
+def _more_donors() -> tuple[str, ...]:
+    words: tuple[str, ...] = setting(
+        (), "more donors", metavar="DONOR", parse=expanduser, positional=True, nargs="*"
+    )
+    return words
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """The two models."""
+    """The two models, or more."""
 
     base: str = _model("BASE", "kept")
     donor: str = _model("DONOR", "blended in")
+    more: tuple[str, ...] = _more_donors()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalPairOptions:
-    """The two models."""
+    """The two models, or more."""
 
     base: str | None = _model("BASE", "kept", nargs="?")
     donor: str | None = _model("DONOR", "blended in", nargs="?")
+    more: tuple[str, ...] = _more_donors()
 
 
-def make_plan(base: str, donor: str, settings: PlanSettings, *, bins: bool = True) -> Plan:
-    """The plan of a pair, with a note where --no-cache has no effect.
+def make_plan(
+    base: str,
+    donors: Sequence[str],
+    settings: PlanSettings,
+    *,
+    bins: bool = True,
+    **numbers: Any,
+) -> Plan:
+    """The plan of a base and its donors, with a note where --no-cache has no effect.
 
-    bins: download a repository that has only .bin files, whose tensors cannot be located otherwise.
+    numbers: `weights` and `densities`, as for `api.make_plan`. bins: download a repository that has
+    only .bin files, whose tensors cannot be located otherwise.
     """
     stream = isinstance(settings, StreamSettings) and settings.no_cache
-    plan = api.make_plan(base, donor, settings=settings, stream=stream, bins=bins)
-    if stream and not (plan.base.repo or plan.donor.repo):
-        print_note("--no-cache is for Hub ids; both checkpoints lie here and are read in place")
+    plan = api.make_plan(base, donors, settings=settings, stream=stream, bins=bins, **numbers)
+    if stream and not any(checkpoint.repo for checkpoint in plan.checkpoints.values()):
+        print_note("--no-cache is for Hub ids; all checkpoints lie here and are read in place")
     return plan
 
 

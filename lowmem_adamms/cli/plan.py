@@ -47,7 +47,7 @@ class Forecast:
 
 def run(options: PlanOptions) -> int:
     """Print the plan as tables or as one document."""
-    plan = make_plan(options.base, options.donor, options, bins=False)
+    plan = make_plan(options.base, (options.donor, *options.more), options, bins=False)
     forecast = _forecast(plan, options)
     try:
         lines = api.place_search(plan, options, quantize=options.quantize).lines

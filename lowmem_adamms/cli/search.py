@@ -95,8 +95,8 @@ def run(options: SearchOptions) -> int:
         if not (options.base and options.donor and options.prompts):
             raise RecipeError("search needs BASE, DONOR and --prompts, or --answers")
         prompts = load_prompts(options.prompts, options)
-        plan = make_plan(options.base, options.donor, options)
-        refs = {"base": plan.base.ref, "donor": plan.donor.ref}
+        plan = make_plan(options.base, (options.donor, *options.more), options)
+        refs = {side: checkpoint.ref for side, checkpoint in plan.checkpoints.items()}
         print_notes(plan.notes)
         found = find_alpha(plan, prompts, options, options.journal, quantize=options.quantize)
     if options.json:
@@ -128,13 +128,23 @@ def find_alpha(
     """A search with its placement and progress on stderr."""
     from ..merging.sources import download
     from ..reporting import terminal
+    from ..searching.in_turn import count_passes
 
+    api.check_search(plan, settings)
     api.check_images(plan, prompts)
     placement = api.place_search(plan, settings, quantize=quantize)
     for line in placement.lines:
         print_info(line)
     download(plan, show_bars=shows_progress())
+    passes = count_passes(plan.coefficients, settings.alphas, settings.refine)
+    if plan.coefficients > 1:
+        print_info(
+            f"{plan.coefficients} donors are searched one after the other, each at the alphas"
+            f" chosen before it: up to {passes} passes over the questions"
+        )
     counts = len(settings.alphas) + settings.donor_answers, len(prompts)
+    if plan.coefficients > 1:
+        counts = passes, len(prompts)
     if shows_progress():
         progress = terminal.SearchProgress(*counts)
     else:
@@ -156,6 +166,9 @@ def show_found(found: api.FoundAlpha) -> None:
     from ..reporting import terminal
 
     result = found.result
+    for donor, each in enumerate(found.earlier, 1):
+        print_line(f"donor {donor}:")
+        screen().print(terminal.search_table(each.rounds, each.alpha))
     screen().print(terminal.search_table(result.rounds, result.alpha))
     print_line(str(found))
     if result.earlier:

@@ -28,8 +28,18 @@ class VerifyOptions:
         metavar="BASE",
         parse=expanduser,
     )
-    donor: str | None = setting(
-        None, "where the donor is, for --deep; default: likewise", metavar="DONOR", parse=expanduser
+    donor: tuple[str, ...] = setting(
+        (),
+        "where the donor is, for --deep; default: likewise; once for each of several donors",
+        metavar="DONOR",
+        parse=expanduser,
+        repeated=True,
+    )
+    ancestor: str | None = setting(
+        None,
+        "where the ancestor is, for --deep; default: likewise",
+        metavar="ANCESTOR",
+        parse=expanduser,
     )
 
 
@@ -37,14 +47,15 @@ def run(options: VerifyOptions) -> int:
     """Check, and say in a line what was found."""
     from ..merging.verify import verify
 
-    if not options.deep and (options.base or options.donor):
-        raise RecipeError("--base and --donor are for --deep; add it or leave them out")
+    if not options.deep and (options.base or options.donor or options.ancestor):
+        raise RecipeError("--base, --donor and --ancestor are for --deep; add it or leave them out")
     with status_line(options.deep) as show:
         verdict = verify(
             options.out,
             deep=options.deep,
             base=options.base,
             donor=options.donor,
+            ancestor=options.ancestor,
             progress=show,
         )
     deep = "" if verdict.rows is None else f", {verdict.rows} sampled rows equal to the recipe's"

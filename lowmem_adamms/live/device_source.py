@@ -37,7 +37,7 @@ class DeviceSource:
         self._held: defaultdict[Path, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         vram_bytes, pinned_bytes = placement.vram_source_bytes, placement.pinned_source_bytes
         for part, _, location in locate_sources(plan, vram_bytes, pinned_bytes):
-            for span in (part.base, *(part.donor.spans if part.donor else ())):
+            for span in (span for side in part.sides for span in side.spans):
                 if location == "cache" or self._find(span) is not None:
                     continue
                 content = as_tensor(files.view(span))

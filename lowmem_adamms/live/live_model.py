@@ -87,7 +87,8 @@ class LiveModel(AbstractContextManager["LiveModel"]):
     ) -> None:
         check_type("plan", plan, Plan, "what make_plan returns")
         if not force:
-            kinship.check(plan)
+            for pair in plan.pairs:
+                kinship.check(pair)
         download(plan)
         dtype_name = parse_dtype(dtype) if dtype else plan.options["dtype"]
         if placement is None:

@@ -280,7 +280,7 @@ def locate_sources(
     for _, part in plan.parts:
         if part.donor is None:
             continue
-        size = part.base.nbytes + part.donor.nbytes
+        size = sum(side.nbytes for side in part.sides)
         while remaining and size > remaining[0][1]:
             del remaining[0]
         if not remaining:

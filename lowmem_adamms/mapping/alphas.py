@@ -80,11 +80,18 @@ class Alphas:
         return "; ".join([f"{self.default:g}", *format_lines(self)])
 
 
-Alpha = float | Alphas
+OneAlpha = float | Alphas
 """One weight for everything, or one by layer or role."""
+Alpha = OneAlpha | tuple[OneAlpha, ...]
+"""What a plan takes: one of them, or one for each of several donors."""
 
 
-def alpha_of(alpha: Alpha, role: str | None) -> float:
+def as_tuple(alpha: Alpha) -> tuple[OneAlpha, ...]:
+    """The alphas, also where there is one."""
+    return alpha if isinstance(alpha, tuple) else (alpha,)
+
+
+def alpha_of(alpha: OneAlpha, role: str | None) -> float:
     """The weight of one role."""
     return alpha.of(role) if isinstance(alpha, Alphas) else alpha
 
@@ -111,8 +118,21 @@ def resolve(alpha: Alpha, plan: Plan) -> Alpha:
     """Bring equal weights, however they are spelled, into one form: a float where all are equal.
 
     So they give equal bytes, journals and model cards. A tied head has the embedding's weight.
-    RecipeError for a weight outside 0..1, or a name that fits no role of the plan.
+    RecipeError for a weight outside 0..1, a name that fits no role of the plan, or another number
+    of weights than the plan takes.
     """
+    given = as_tuple(alpha)
+    if len(given) != plan.coefficients:
+        raise RecipeError(
+            f"found {len(given)} alphas, expected {plan.coefficients}: one for"
+            f" {'each donor' if plan.coefficients > 1 else 'the merge'}"
+        )
+    resolved = tuple(_resolve_one(each, plan) for each in given)
+    plan.check_alphas(resolved)
+    return resolved if len(resolved) > 1 else resolved[0]
+
+
+def _resolve_one(alpha: OneAlpha, plan: Plan) -> OneAlpha:
     if not isinstance(alpha, Alphas):
         return parse_alpha(alpha)
     roles = {part.role for _, part in plan.parts if part.role}
@@ -137,7 +157,7 @@ def blended_roles(plan: Plan) -> dict[str, tuple[str, str]]:
     }
 
 
-def from_roles(by_role: Mapping[str, float], default: float | None = None) -> Alpha:
+def from_roles(by_role: Mapping[str, float], default: float | None = None) -> OneAlpha:
     """Turn one weight for each role into a float where all are equal, else into short Alphas.
 
     default: of the result; the commonest weight unless given.
@@ -240,7 +260,15 @@ def _names_in(where: str, layers: int) -> list[str]:
 
 
 def alpha_to_json(alpha: Alpha) -> dict[str, Any]:
-    """`alpha`, and `alphas` beside it where there is more than one."""
+    """`alpha`, and `alphas` beside it where layers have their own; of several donors lists of both.
+
+    A donor that has one weight for everything has no entry in its place in `alphas`.
+    """
+    if isinstance(alpha, tuple):
+        each = [alpha_to_json(one) for one in alpha]
+        document: dict[str, Any] = {"alpha": [one["alpha"] for one in each]}
+        by_role = [one.get("alphas", {}) for one in each]
+        return document | ({"alphas": by_role} if any(by_role) else {})
     if not isinstance(alpha, Alphas):
         return {"alpha": alpha}
     return {"alpha": alpha.default, "alphas": dict(alpha.values)}
@@ -248,8 +276,18 @@ def alpha_to_json(alpha: Alpha) -> dict[str, Any]:
 
 def alpha_from_json(document: Mapping[str, Any]) -> Alpha:
     """Read what `alpha_to_json` wrote; RecipeError for a weight outside 0..1."""
-    values = document.get("alphas")
-    return Alphas(document["alpha"], values) if values else parse_alpha(document["alpha"])
+    values, alpha = document.get("alphas"), document["alpha"]
+    if isinstance(alpha, list):
+        each = zip(alpha, values or [None] * len(alpha), strict=True)
+        return tuple(Alphas(one, by_role) if by_role else parse_alpha(one) for one, by_role in each)
+    return Alphas(alpha, values) if values else parse_alpha(alpha)
+
+
+def format_alpha(alpha: Alpha) -> str:
+    """Say an alpha for people, in a line: `0.3`, or `0.2 and 0.3` of two donors."""
+    return " and ".join(
+        f"{one:g}" if isinstance(one, float) else f"({one})" for one in as_tuple(alpha)
+    )
 
 
 def format_lines(alpha: Alphas) -> list[str]:

@@ -11,7 +11,7 @@ import html
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,11 @@ class Part:
         if isinstance(self.donor, Arranged):
             return self.donor.names
         return (self.donor_name,) if self.donor_name else ()
+
+    @property
+    def sides(self) -> tuple[Span | Arranged, ...]:
+        """What it is made of: the base's span first."""
+        return (self.base, self.donor) if self.donor else (self.base,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +159,31 @@ class Plan:
     def spans(self) -> Iterator[Span]:
         """All input bytes that a merge reads, in the order it reads them."""
         for _, part in self.parts:
-            yield part.base
-            if part.donor:
-                yield from part.donor.spans
+            for side in part.sides:
+                yield from side.spans
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """All inputs, by the name that adamms.json gives them."""
+        return {"base": self.base, "donor": self.donor}
+
+    @property
+    def coefficients(self) -> int:
+        """How many alphas it takes."""
+        return 1
+
+    @property
+    def donors(self) -> tuple[Checkpoint, ...]:
+        """The models that are blended in."""
+        return (self.donor,)
+
+    @property
+    def pairs(self) -> tuple[Plan, ...]:
+        """The base with each other model."""
+        return (self,)
+
+    def check_alphas(self, alphas: Sequence[Any]) -> None:
+        """RecipeError where alphas do not go together; one always does."""
 
     @property
     def dtypes(self) -> set[tuple[str, str, str]]:
@@ -181,15 +208,12 @@ class Plan:
         """Plain data that differs between any two plans, or after either checkpoint changed."""
         spans = hashlib.sha256()  # the document of a step may sum up its parts
         for _, part in self.parts:
-            donor = part.donor
-            if isinstance(donor, Span):
-                spans.update(
-                    repr((part.base.start, part.base.stop, donor.start, donor.stop)).encode()
-                )
-            else:
-                spans.update(repr((part.base.start, part.base.stop, donor)).encode())
+            sides = [
+                (side.start, side.stop) if isinstance(side, Span) else side for side in part.sides
+            ]
+            spans.update(repr(sides).encode())
         return [
-            [self.base.identity(), self.donor.identity()],
+            [checkpoint.identity() for checkpoint in self.checkpoints.values()],
             [_step_to_json(step) for step in self.steps],
             spans.hexdigest(),
             [arch.to_json() for arch in self.declared],

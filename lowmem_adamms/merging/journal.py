@@ -12,7 +12,7 @@ Of a merge, each line fsynced before anything relies on it:
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
 Of a search:
     {"search": fingerprint}
-    {"alpha": a, "index": i, "answer": text, "tokens": [ids]}
+    {"alpha": a, "index": i, "answer": text, "tokens": [ids]}      (of several donors [a, b])
 the same with "again": true where an alpha was asked twice, to measure the noise, and with
 "alphas": {role: a} where layers had their own.
 """
@@ -169,14 +169,18 @@ class Journal(_Journal):
             self.quant_states.setdefault(line["file"], {}).update(states)
 
 
+Asked = float | tuple[float, ...]
+"""The alpha at which an answer was given; one for each of several donors."""
+
+
 class AnswerJournal(_Journal):
     """The answers that a search has so far, by alpha and place of the prompt."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if the answers there are of another search."""
-        self.answers: dict[float, dict[int, str]] = {}
-        self.tokens: dict[float, dict[int, list[int]]] = {}
-        self.again: dict[float, dict[int, str]] = {}
+        self.answers: dict[Asked, dict[int, str]] = {}
+        self.tokens: dict[Asked, dict[int, list[int]]] = {}
+        self.again: dict[Asked, dict[int, str]] = {}
         self.donor: dict[int, str] = {}
         conflict = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
@@ -187,7 +191,7 @@ class AnswerJournal(_Journal):
 
     def note(
         self,
-        alpha: float,
+        alpha: Asked,
         index: int,
         answer: str,
         tokens: list[int],
@@ -206,6 +210,8 @@ class AnswerJournal(_Journal):
         if "answer" not in line:
             return
         alpha, index = line["alpha"], line["index"]
+        if isinstance(alpha, list):
+            alpha = tuple(alpha)
         if line.get("again"):
             self.again.setdefault(alpha, {})[index] = line["answer"]
         elif line.get("donor"):

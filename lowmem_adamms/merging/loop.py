@@ -2,9 +2,10 @@
 
 Output is produced in windows: consecutive pieces of consecutive tensors, at most WINDOW bytes,
 blended by one kernel call per triple of dtypes and alpha (nearly always one: layers are larger than
-windows). A window crosses tensor bounds, so that a layer's many small tensors cost one call, and
-cuts tensors, so that a 1 GB embedding costs no more memory than a bias. While one window is blended
-the pages of the next are brought in and the sink deals with the last.
+windows); a mixture's by one per tensor. A window crosses tensor bounds, so that a layer's many
+small tensors cost one call, and cuts tensors, so that a 1 GB embedding costs no more memory than a
+bias. While one window is blended the pages of the next are brought in and the sink deals with the
+last.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..checkpoints.arranged import Arranged
+from ..checkpoints.arranged import Arranged, spans_begun, spans_ended, view_side
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.mapped_files import MappedFiles, read_ahead
 from ..checkpoints.span import Span
 from ..errors import RecipeError
 from ..mapping.alphas import Alpha, alpha_of
+from ..mapping.mixture import MixedPart, Mixture
 from ..mapping.plan import Part, Plan, Step
+from .mix import Mix, make_mix, mix_pieces
 
 if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
@@ -98,20 +101,41 @@ class Blend:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The input bytes it needs and no stretch before it did."""
-        donor = _begun(self.donor) if self.donor else ()
-        return (*_begun(self.base), *donor)
+        donor = spans_begun(self.donor) if self.donor else ()
+        return (*spans_begun(self.base), *donor)
 
     @property
     def ended(self) -> tuple[Span, ...]:
         """The input bytes that no stretch after it needs."""
-        donor = _ended(self.donor) if self.donor else ()
-        return (*_ended(self.base), *donor)
+        donor = spans_ended(self.donor) if self.donor else ()
+        return (*spans_ended(self.base), *donor)
 
     @property
     def dtypes(self) -> tuple[str, str, str]:
         """Of base, donor and output."""
         donor = self.donor or self.base
         return self.base.dtype.name, donor.dtype.name, self.step.dtype.name
+
+    @property
+    def sides(self) -> tuple[Span | Arranged, ...]:
+        """Base and, if it has one, donor."""
+        return (self.base, self.donor) if self.donor else (self.base,)
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether a side is put together from several places."""
+        return any(isinstance(side, Arranged) for side in self.sides)
+
+    def cut(self, first: int, count: int) -> Blend:
+        """`count` elements of it from element `first` on."""
+        itemsize = self.step.dtype.itemsize
+        return replace(
+            self,
+            offset=self.offset + first * itemsize,
+            base=self.base.flat_slice(first, count),
+            donor=self.donor.flat_slice(first, count) if self.donor else None,
+            nbytes=count * itemsize,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +157,17 @@ class Copy:
         return (self.span,)
 
     @property
+    def sides(self) -> tuple[Span, ...]:
+        """What is copied."""
+        return (self.span,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of output."""
         return self.span.nbytes
 
 
-Window = Sequence[Blend] | Copy
-
-
-def _begun(side: Span | Arranged) -> tuple[Span, ...]:
-    """What is to be read for a stretch: all of an arranged part at once, by its first stretch."""
-    return side.spans if isinstance(side, Span) or side.is_first else ()
-
-
-def _ended(side: Span | Arranged) -> tuple[Span, ...]:
-    return side.spans if isinstance(side, Span) or side.is_last else ()
+Window = Sequence[Blend | Mix] | Copy
 
 
 def run(
@@ -187,7 +207,10 @@ def run(
     with ExitStack() as stack:
         source = source or stack.enter_context(MappedFiles())
         # One reader a side: the kernel reads ahead well only where a file is read in order.
-        *readers, releaser = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+        sides = max((len(part.sides) for _, part in plan.parts), default=2)
+        *readers, releaser = (
+            stack.enter_context(ThreadPoolExecutor(1)) for _ in range(max(2, sides) + 1)
+        )
         windows = _cut_windows(plan, alpha, sink, window or WINDOW)
         for todo in read_ahead(windows, _spans, source.prefetch, readers, AHEAD):
             written = None
@@ -209,7 +232,7 @@ def spans_in_order(plan: Plan, alpha: Alpha, sink: Sink, window: int) -> Iterato
         yield [span for piece in _pieces(todo) for span in piece.spans]
 
 
-def _pieces(window: Window) -> Sequence[Blend | Copy]:
+def _pieces(window: Window) -> Sequence[Blend | Mix | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
@@ -225,7 +248,7 @@ def _release_after(written: Future[None] | None, release: Callable[[], None]) ->
 
 
 def _blend_window(
-    window: Sequence[Blend],
+    window: Sequence[Blend | Mix],
     sink: Sink,
     source: Source,
     kernel: Kernel,
@@ -233,29 +256,30 @@ def _blend_window(
 ) -> None:
     """Fill a slot for each piece, with one kernel call per triple of dtypes and alpha."""
     calls: dict[tuple[tuple[str, str, str], float], list[tuple[Any, Any, Any]]] = {}
-    checked: list[tuple[Blend, tuple[Any, Any, Any]]] = []
+    mixed: list[tuple[Mix, Sequence[Any]]] = []
+    checked: list[tuple[Blend | Mix, Sequence[Any]]] = []
     for piece in window:
-        base = _view(source, piece.base)
-        donor = _view(source, piece.donor) if piece.donor else base
+        if isinstance(piece, Mix):
+            views = [view_side(side, source.view) for side in piece.sides]
+            mixed.append((piece, [*views, sink.slot(piece.step, piece.offset, piece.nbytes)]))
+            continue
+        base = view_side(piece.base, source.view)
+        donor = view_side(piece.donor, source.view) if piece.donor else base
         buffers = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
         calls.setdefault((piece.dtypes, piece.alpha), []).append(buffers)
         if piece.dtypes in _MAY_OVERFLOW or (nonfinite and piece.donor):
             checked.append((piece, buffers))
     for (dtypes, alpha), parts in calls.items():
         kernel(parts, dtypes, alpha)
-    for piece, buffers in checked:
-        count = _count_nonfinite(piece, buffers)
-        if count and nonfinite and piece.donor:
-            nonfinite(piece.step.name, count)
+    mix_pieces(mixed)
+    for done, content in (*checked, *mixed):
+        count = _count_nonfinite(done, content)
+        if count and nonfinite and (isinstance(done, Mix) or done.donor):
+            nonfinite(done.step.name, count)
     sink.commit()
 
 
-def _view(source: Source, side: Span | Arranged) -> Any:
-    """The bytes of one side of a blend, put together where they are in another order."""
-    return source.view(side) if isinstance(side, Span) else side.assemble(source.view)
-
-
-def _count_nonfinite(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> int:
+def _count_nonfinite(piece: Blend | Mix, buffers: Sequence[Bytes]) -> int:
     """How many values are NaN or infinite.
 
     RecipeError if finite ones became infinite, which no later pass could tell from the rest. On the
@@ -265,24 +289,27 @@ def _count_nonfinite(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> int:
 
     from ..kernels import reference
 
-    if not isinstance(buffers[2], np.ndarray):
+    if not isinstance(buffers[-1], np.ndarray):
         return 0
-    base, donor, out = (
+    *inputs, out = (
         buffer.view(reference.STORAGE[dtype])
         for buffer, dtype in zip(buffers, piece.dtypes, strict=True)
     )
-    base_dtype, donor_dtype, out_dtype = piece.dtypes
+    *dtypes, out_dtype = piece.dtypes
     infinity, sign = _INFINITY[out_dtype], 1 << 8 * out.itemsize - 1
     # As signed and as unsigned numbers: two passes that need no memory, nearly always enough
     signed = out.view(f"i{out.itemsize}")
     if not out.size or (signed.max() < infinity and out.max() < infinity | sign):
         return 0
     places = np.flatnonzero((out & (sign - 1)) >= infinity)
-    was_finite = np.isfinite(reference.widen(base[places], base_dtype)) & np.isfinite(
-        reference.widen(donor[places], donor_dtype)
+    was_finite = np.logical_and.reduce(
+        [
+            np.isfinite(reference.widen(bits[places], dtype))
+            for bits, dtype in zip(inputs, dtypes, strict=True)
+        ]
     )
     if lost := int(was_finite.sum()):
-        largest, wider = _LARGEST[out_dtype]
+        largest, wider = _LARGEST.get(out_dtype, ("3.40e38", "fp32"))
         raise RecipeError(
             f"{piece.step.name}: {lost} or more values do not fit into {out_dtype}, whose largest"
             f" is {largest}, and would be written as infinite; choose"
@@ -293,27 +320,23 @@ def _count_nonfinite(piece: Blend, buffers: tuple[Bytes, Bytes, Bytes]) -> int:
 
 def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Window]:
     """All the work the sink wants, in order: copies and blends, neither beyond `size` bytes."""
-    window: list[Blend] = []
+    window: list[Blend | Mix] = []
     free_bytes = size
     for step in plan.steps:
         if not sink.wants(step):
             continue
         offset = 0
         for part in step.parts:
-            weight = alpha_of(alpha, part.role)
-            base, donor = _sides(part, weight)
-            if donor is None and isinstance(base, Span) and base.dtype == step.dtype:
+            whole = choose_work(plan, step, offset, part, alpha)
+            if isinstance(whole, Copy):
                 if window:
                     yield window
                     window, free_bytes = [], size
-                yield from _cut_copy(step, offset, base, size)
-                offset += base.nbytes
+                yield from _cut_copy(whole, size)
+                offset += whole.nbytes
                 continue
-            nbytes = step.dtype.nbytes(base.elements)
-            whole = Blend(step, offset, base, donor, nbytes, weight if donor else 0.0)
-            is_arranged = isinstance(base, Arranged) or isinstance(donor, Arranged)
-            if is_arranged and window and free_bytes < nbytes:  # put together at once if it can be
-                yield window
+            if whole.is_arranged and window and free_bytes < whole.nbytes:
+                yield window  # so that it is put together at once if it can be
                 window, free_bytes = [], size
             for piece in _cut_blend(whole, free_bytes, size):
                 window.append(piece)
@@ -321,9 +344,32 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
                 if free_bytes < LARGEST_ITEM:
                     yield window
                     window, free_bytes = [], size
-            offset += nbytes
+            offset += whole.nbytes
     if window:
         yield window
+
+
+def choose_work(
+    plan: Plan, step: Step, offset: int, part: Part, alpha: Alpha
+) -> Blend | Mix | Copy:
+    """What is to be done with a whole part."""
+    base: Span | Arranged = part.base
+    donor, weight = None, 0.0
+    if isinstance(plan, Mixture):
+        if isinstance(part, MixedPart) and part.donor:
+            shares = plan.shares(part, alpha)
+            lone = plan.find_lone(part, shares)
+            if lone is None:
+                return make_mix(plan, step, offset, part, shares)
+            base = lone
+    else:
+        assert not isinstance(alpha, tuple)
+        weight = alpha_of(alpha, part.role)
+        base, donor = _sides(part, weight)
+    if donor is None and isinstance(base, Span) and base.dtype == step.dtype:
+        return Copy(step, offset, base)
+    nbytes = step.dtype.nbytes(base.elements)
+    return Blend(step, offset, base, donor, nbytes, weight if donor else 0.0)
 
 
 def _sides(part: Part, alpha: float) -> tuple[Span | Arranged, Span | Arranged | None]:
@@ -333,28 +379,21 @@ def _sides(part: Part, alpha: float) -> tuple[Span | Arranged, Span | Arranged |
     return (part.donor, None) if alpha == 1 else (part.base, part.donor)
 
 
-def _cut_copy(step: Step, offset: int, whole: Span, size: int) -> Iterator[Copy]:
+def _cut_copy(whole: Copy, size: int) -> Iterator[Copy]:
     """A copied part in pieces of `size` bytes."""
-    for start in range(whole.start, whole.stop, size):
-        stop = min(start + size, whole.stop)
-        stretch = Span(whole.path, DTYPES["U8"], start, stop, (stop - start,))
-        yield Copy(step, offset + start - whole.start, stretch)
+    span = whole.span
+    for start in range(span.start, span.stop, size):
+        stop = min(start + size, span.stop)
+        stretch = Span(span.path, DTYPES["U8"], start, stop, (stop - start,))
+        yield Copy(whole.step, whole.offset + start - span.start, stretch)
 
 
-def _cut_blend(whole: Blend, first_bytes: int, size: int) -> Iterator[Blend]:
+def _cut_blend(whole: Blend | Mix, first_bytes: int, size: int) -> Iterator[Blend | Mix]:
     """A blended part in pieces: the first of `first_bytes` of output, the others of `size`."""
-    base, donor = whole.base, whole.donor
     itemsize = whole.step.dtype.itemsize
     elements, done = whole.nbytes // itemsize, 0
     while done < elements:
         count = min(elements - done, first_bytes // itemsize)
-        yield Blend(
-            whole.step,
-            whole.offset + done * itemsize,
-            base.flat_slice(done, count),
-            donor.flat_slice(done, count) if donor else None,
-            count * itemsize,
-            whole.alpha,
-        )
+        yield whole.cut(done, count)
         done += count
         first_bytes = size

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..checkpoints.span import Span
 from ..checkpoints.weight_files import check_own_file
 from ..errors import FormatError
-from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_lines
+from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_alpha, format_lines
 from ..mapping.kinship import Kinship
+from ..mapping.mixture import Mixture
 from ..mapping.plan import Plan
 
 _SAMPLES = 64
@@ -39,7 +40,7 @@ def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
     front = [
-        *_parents([plan.base.name, plan.donor.name]),
+        *_parents([checkpoint.name for checkpoint in plan.checkpoints.values()]),
         "library_name: transformers",
         f"pipeline_tag: {task}",
         "tags:\n- adamms\n- merge\n- lowmem-adamms",
@@ -47,19 +48,21 @@ def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
         *_licence(plan.base),
     ]
     counts = plan.counts
+    names = [plan.base.name, *(donor.name for donor in plan.donors)]
     return "\n".join(
         [
             "---",
             *front,
             "---",
-            f"# {plan.base.name} + {plan.donor.name}, merged",
+            f"# {' + '.join(names)}, merged",
             "",
-            "Made by [AdaMMS](https://arxiv.org/abs/2503.23733) parameter mapping and linear",
-            "interpolation with lowmem-adamms. Architecture, vision encoder, connector, tokenizer",
-            f"and processor are those of `{plan.base.name}`; into its language model were blended",
-            f"the weights of `{plan.donor.name}`:",
+            "Made by [AdaMMS](https://arxiv.org/abs/2503.23733) parameter mapping and"
+            f" {_method_name(plan)}",
+            "with lowmem-adamms. Architecture, vision encoder, connector, tokenizer and processor",
+            f"are those of `{plan.base.name}`; into its language model were blended the weights of",
+            f"{' and '.join(f'`{name}`' for name in names[1:])}:",
             "",
-            *_formula(alpha),
+            *_formula(plan, alpha),
             "",
             f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
             "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
@@ -71,8 +74,18 @@ def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _formula(alpha: Alpha) -> list[str]:
+def _method_name(plan: Plan) -> str:
+    """Of what was done with mapped parameters."""
+    if not isinstance(plan, Mixture) or plan.method.name == "linear":
+        return "linear interpolation"
+    return f"the method {plan.method.name} ({plan.method.source})"
+
+
+def _formula(plan: Plan, alpha: Alpha) -> list[str]:
     """What was computed; the weights, where layers have their own."""
+    if isinstance(plan, Mixture):
+        return [f"    out = {formula_of(plan)}", "", *_list_parameters(plan, alpha)]
+    assert not isinstance(alpha, tuple)
     if not isinstance(alpha, Alphas):
         return [f"    out = (1 - {alpha:g}) * base + {alpha:g} * donor"]
     return [
@@ -82,6 +95,29 @@ def _formula(alpha: Alpha) -> list[str]:
         "",
         *(f"- {line}" for line in format_lines(alpha)),
     ]
+
+
+def formula_of(plan: Plan) -> str:
+    """The formula of each element of what is blended."""
+    if not isinstance(plan, Mixture):
+        return "(1 - alpha) * base + alpha * donor"
+    if plan.method.name == "linear" and len(plan.donors) > 1:
+        return "(1 - sum of alpha) * base + sum of alpha * donor"
+    return plan.method.formula
+
+
+def _list_parameters(plan: Mixture, alpha: Alpha) -> Iterator[str]:
+    """What stands for what in a mixture's formula."""
+    yield f"- alpha: {format_alpha(alpha)}"
+    if plan.ancestor_plan:
+        yield f"- ancestor: `{plan.ancestor_plan.donor.name}`"
+    for name, value in plan.parameters().items():
+        if name not in ("method", "weights") or (name == "weights" and set(value) != {1.0}):
+            yield f"- {name.replace('_', ' ')}: {', '.join(map(str, _to_list(value)))}"
+
+
+def _to_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _quantization_tags(recipe: Mapping[str, Any]) -> list[str]:
@@ -164,7 +200,7 @@ def set_config_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def make_recipe(
     plan: Plan,
     alpha: Alpha,
-    kinship: Kinship,
+    kinships: Sequence[Kinship],
     kernel: str,
     search: Mapping[str, Any],
     inputs: Mapping[str, Any],
@@ -175,23 +211,41 @@ def make_recipe(
     """
     from ..version import __version__
 
-    group, cosine = kinship.lowest if kinship.cosines else (None, None)
+    lowest = min(kinships, key=lambda kin: kin.lowest[1] if kin.cosines else 2.0)
+    mixture: dict[str, Any] = {}
+    if isinstance(plan, Mixture):
+        models = list(plan.checkpoints)[1:]
+        mixture = {
+            "mixture": plan.parameters(),
+            "kinships": dict(zip(models, map(_kinship_to_json, kinships), strict=True)),
+        }
     return {
         **search,
         **alpha_to_json(alpha),
-        "base": plan.base.public_ref,
-        "donor": plan.donor.public_ref,
+        **{side: checkpoint.public_ref for side, checkpoint in plan.checkpoints.items()},
         "version": __version__,
-        "formula": "(1 - alpha) * base + alpha * donor",
+        "formula": formula_of(plan),
+        **mixture,
         "options": dict(plan.options),
-        "architectures": {"base": plan.base_layout.arch, "donor": plan.donor_layout.arch},
+        "architectures": {
+            "base": plan.base_layout.arch,
+            **{
+                side: pair.donor_layout.arch
+                for side, pair in zip(list(plan.checkpoints)[1:], plan.pairs, strict=True)
+            },
+        },
         "declared": [arch.to_json() for arch in plan.declared],
         "counts": plan.counts,
         "notes": [*plan.notes, *search.get("notes", ())],
-        "kinship": {"lowest": group, "cosine": cosine and round(cosine, 6)},
+        "kinship": _kinship_to_json(lowest),
         "made_with": {"python": platform.python_version(), "kernel": kernel},
         "inputs": inputs,
     }
+
+
+def _kinship_to_json(kinship: Kinship) -> dict[str, Any]:
+    group, cosine = kinship.lowest if kinship.cosines else (None, None)
+    return {"lowest": group, "cosine": cosine and round(cosine, 6)}
 
 
 def describe_nonfinite(counts: Mapping[str, int]) -> str:
@@ -202,10 +256,10 @@ def describe_nonfinite(counts: Mapping[str, int]) -> str:
 
 
 def digest_inputs(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """What `digest_input` says of every shard of both sides."""
+    """What `digest_input` says of every shard of every input."""
     return {
         side: [digest_input(checkpoint, shard) for shard in checkpoint.shards]
-        for side, checkpoint in (("base", plan.base), ("donor", plan.donor))
+        for side, checkpoint in plan.checkpoints.items()
     }
 
 

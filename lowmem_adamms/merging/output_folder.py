@@ -44,8 +44,8 @@ def check_place(plan: Plan, out: Path) -> None:
 
 
 def check_no_input(plan: Plan, out: Path) -> None:
-    """Raise OutputError if `out` is the folder of the base or donor, or inside it."""
-    for side in (plan.base, plan.donor):
+    """Raise OutputError if `out` is the folder of an input, or inside it."""
+    for side in plan.checkpoints.values():
         if side.folder and side.folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise OutputError(f"{out} is the input {side.path} or inside it; choose another `out`")
 

@@ -9,11 +9,14 @@ from ..mapping.plan import Plan
 
 
 def remote_shards(plan: Plan) -> dict[Path, RemoteFile]:
-    """The shards of both sides that are not on this disk, by the path where they would be."""
-    return plan.base.remote_files() | plan.donor.remote_files()
+    """The shards of all inputs that are not on this disk, by the path where they would be."""
+    remote: dict[Path, RemoteFile] = {}
+    for checkpoint in plan.checkpoints.values():
+        remote |= checkpoint.remote_files()
+    return remote
 
 
 def download(plan: Plan, *, show_bars: bool = False) -> None:
-    """Download everything of both sides that is on the Hub and not in the cache."""
-    for side in (plan.base, plan.donor):
-        side.download(bars=show_bars)
+    """Download everything of all inputs that is on the Hub and not in the cache."""
+    for checkpoint in plan.checkpoints.values():
+        checkpoint.download(bars=show_bars)

@@ -7,7 +7,7 @@ that wrote them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,16 @@ from ..checkpoints.safetensors_header import read_header
 from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..checkpoints.span import Span
 from ..errors import FormatError, RecipeError
-from ..mapping.alphas import Alpha, alpha_from_json, alpha_of
+from ..mapping.alphas import Alpha, alpha_from_json
 from ..mapping.join import make_plan
-from ..mapping.plan import Part, Plan, Step
+from ..mapping.methods import METHODS
+from ..mapping.mixture import Mixture, make_mixture
+from ..mapping.plan import Plan, Step
+from ..settings import MethodSettings
+from .first_pass import find
 from .journal import JOURNAL, WORK
+from .loop import Blend, Copy, choose_work
+from .mix import Mix, make_mixing
 from .model_card import describe_nonfinite, digest_input
 from .output_folder import INDEX, digest_file
 from .sources import remote_shards
@@ -54,7 +60,8 @@ def verify(
     *,
     deep: bool = False,
     base: str | Path | None = None,
-    donor: str | Path | None = None,
+    donor: str | Path | Sequence[str | Path] | None = None,
+    ancestor: str | Path | None = None,
     progress: Say | None = None,
 ) -> Verification:
     """Check a merged folder.
@@ -65,7 +72,8 @@ def verify(
             inputs. Rows of a quantized output are not recomputed.
         base: Where the base is now; by default it is looked for beside `out`, or on the Hub if it
             came from there.
-        donor: The same of the donor.
+        donor: The same of the donor, or of all donors in their order.
+        ancestor: The same of the ancestor.
         progress: Called with what is being looked at.
 
     Returns:
@@ -93,8 +101,11 @@ def verify(
         if is_quantized:
             notes.append("the output is quantized: its digests were checked, no rows recomputed")
         else:
-            recipe["base"] = str(base or _find_input(out, recipe, "base"))
-            recipe["donor"] = str(donor or _find_input(out, recipe, "donor"))
+            donors = [donor] if isinstance(donor, str | Path) else list(donor or ())
+            given = {"base": base, "ancestor": ancestor}
+            given |= dict(zip(_donor_names(recipe), donors, strict=False))
+            for side in recipe["inputs"]:
+                recipe[side] = str(given.get(side) or _find_input(out, recipe, side))
             rows = _check_rows(out, checkpoint, recipe, progress)
     nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
     return Verification(len(checkpoint.tensors), len(checkpoint.shards), nbytes, rows, tuple(notes))
@@ -120,9 +131,9 @@ def _is_recipe(document: Any) -> bool:
     options, inputs, outputs = document["options"], document["inputs"], document["outputs"]
     alpha_from_json(document)
     return (
-        isinstance(document["alpha"], int | float)
-        and isinstance(document["base"], str)
-        and isinstance(document["donor"], str)
+        isinstance(document["alpha"], int | float | list)
+        and all(isinstance(document[side], str) for side in inputs)
+        and _is_mixture(document.get("mixture"))
         and isinstance(document.get("declared", []), list)
         and isinstance(document.get("quantized", {}), dict)
         and isinstance(document.get("nonfinite", {}), dict)
@@ -136,6 +147,21 @@ def _is_recipe(document: Any) -> bool:
         and all(isinstance(item["file"], str) for item in outputs)
         and all(isinstance(item["size"], int) for item in outputs)
     )
+
+
+def _is_mixture(mixture: Any) -> bool:
+    """Whether it is none, or what `Mixture.parameters` gives."""
+    return mixture is None or (
+        mixture["method"] in METHODS
+        and all(isinstance(value, int | float) for value in mixture["weights"])
+        and all(0 < value <= 1 for value in mixture.get("densities", ()))
+        and mixture.get("trim", "tensor") in ("tensor", "model")
+        and isinstance(mixture.get("mask_seed", 0), int)
+    )
+
+
+def _donor_names(recipe: Mapping[str, Any]) -> list[str]:
+    return [side for side in recipe["inputs"] if side.startswith("donor")]
 
 
 def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) -> None:
@@ -194,9 +220,13 @@ def _check_rows(
     if odd := planned ^ set(checkpoint.tensors):
         raise FormatError(f"{out}: {min(odd)} is in only one of the output and its plan")
     rows = 0
+    if isinstance(plan, Mixture):  # here, as what reads samples may run in threads
+        for step in plan.steps:
+            if step.action != "copy":
+                find(plan, step)
     with SampledReader(remote_shards(plan)) as reader:
         counts = reader.map(
-            lambda step: _check_step(step, checkpoint.tensors[step.name], alpha, reader),
+            lambda step: _check_step(plan, step, checkpoint.tensors[step.name], alpha, reader),
             plan.steps,
         )
         for step, count in zip(plan.steps, counts, strict=True):
@@ -213,15 +243,26 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         parse_declaration(table, f"adamms.json: declared[{i}]")
         for i, table in enumerate(recipe.get("declared", ()))  # not in those of version 0.1
     ]
-    plan = make_plan(
-        recipe["base"],
-        recipe["donor"],
-        embeddings=options["embeddings"],
-        dtype=options["dtype"],
-        unmatched=options.get("unmatched", "keep"),  # earlier versions kept them without a word
-        declared=declared,
-    )
-    for side, checkpoint in (("base", plan.base), ("donor", plan.donor)):
+    how = {
+        "embeddings": options["embeddings"],
+        "dtype": options["dtype"],
+        "unmatched": options.get("unmatched", "keep"),  # earlier versions kept them without a word
+        "declared": declared,
+    }
+    donors = [recipe[side] for side in _donor_names(recipe)]
+    if mixture := recipe.get("mixture"):
+        settings = MethodSettings(
+            method=mixture["method"],
+            trim=mixture.get("trim", "tensor"),
+            mask_seed=mixture.get("mask_seed", 0),
+        )
+        numbers = {key: mixture.get(key) for key in ("weights", "densities")}
+        plan: Plan = make_mixture(
+            recipe["base"], donors, settings, ancestor=recipe.get("ancestor"), **how, **numbers
+        )
+    else:
+        plan = make_plan(recipe["base"], donors[0], **how)
+    for side, checkpoint in plan.checkpoints.items():
         noted = recipe["inputs"][side]
         if len(checkpoint.shards) != len(noted):
             raise FormatError(f"{checkpoint.path}: not the {side} that was merged (other shards)")
@@ -233,7 +274,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
     return plan
 
 
-def _check_step(step: Step, out: Span, alpha: Alpha, reader: SampledReader) -> int:
+def _check_step(plan: Plan, step: Step, out: Span, alpha: Alpha, reader: SampledReader) -> int:
     """Compare sampled stretches of one tensor with the reference; returns how many there were."""
     if out.shape != step.shape or out.dtype != step.dtype:
         raise FormatError(
@@ -244,13 +285,12 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reader: SampledReader) -> i
     for part in step.parts:
         written = out.flat_slice(part_start, part.base.elements)
         count = min(part.base.elements, SAMPLE_ELEMENTS)
-        if isinstance(part.donor, Arranged):
+        whole = choose_work(plan, step, step.dtype.nbytes(part_start), part, alpha)
+        if any(isinstance(side, Arranged) for side in whole.sides):
             count = min(count, SQUARE_ELEMENTS)
         for first in evenly_spread(part.base.elements, count, SAMPLES):
-            sides = (written, part.base, *((part.donor,) if part.donor else ()))
-            found, *inputs = take_alike(sides, first, count)
-            expected = _recompute(reader, step, part, inputs, alpha)
-            if reader.read_bytes(found) != expected:
+            found, *inputs = _take_sample((written, *whole.sides), whole, first, count)
+            if reader.read_bytes(found) != _recompute(reader, whole, inputs, first):
                 start = part_start + first
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
@@ -261,20 +301,29 @@ def _check_step(step: Step, out: Span, alpha: Alpha, reader: SampledReader) -> i
     return rows
 
 
+def _take_sample(
+    sides: Sequence[Span | Arranged], whole: Blend | Mix | Copy, first: int, count: int
+) -> Sequence[Span | Arranged]:
+    """The same sample of all sides; consecutive elements where their places decide."""
+    if isinstance(whole, Mix) and whole.mixture.method.by_chance:
+        return [side.flat_slice(first, count) for side in sides]
+    return take_alike(sides, first, count)
+
+
 def _recompute(
     reader: SampledReader,
-    step: Step,
-    part: Part,
+    whole: Blend | Mix | Copy,
     inputs: Sequence[Span | Arranged],
-    alpha: Alpha,
+    first: int,
 ) -> bytes:
-    """What the reference makes of a part's sample: `inputs` are base and, if any, donor."""
+    """What the reference makes of a part's sample from its element `first` on."""
     from ..kernels import reference
 
-    base, donor = inputs[0], inputs[-1]
-    if part.donor is None and base.dtype == step.dtype:
-        return bytes(reader.read_bytes(base))
-    weight = alpha_of(alpha, part.role) if part.donor else 0.0
-    dtypes = (base.dtype.name, donor.dtype.name, step.dtype.name)
-    sides = [reader.read_bits(side) for side in (base, donor)]
-    return bytes(reference.blend(*sides, dtypes, weight).tobytes())
+    if isinstance(whole, Copy):
+        return b"".join(bytes(reader.read_bytes(side)) for side in inputs)
+    bits = [reader.read_bits(side) for side in inputs]
+    if isinstance(whole, Mix):
+        mixing = make_mixing(whole.mixture, whole.step, whole.shares)
+        mixed = reference.mix(bits, whole.dtypes, mixing, whole.first + first)
+        return bytes(mixed.tobytes())
+    return bytes(reference.blend(bits[0], bits[-1], whole.dtypes, whole.alpha).tobytes())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..checkpoints.mapped_files import MappedFiles
 from ..errors import DigestError, FormatError, OutputError
 from ..mapping import kinship
-from ..mapping.alphas import Alpha, Alphas, alpha_to_json, resolve
+from ..mapping.alphas import Alpha, alpha_to_json, resolve
 from ..mapping.plan import Plan, Step
 from . import model_card, output_folder
 from .disk_sink import DiskSink
@@ -99,7 +99,7 @@ class Output:
         from ..version import __version__
 
         layout = [[shard.name, shard.size, sorted(shard.offsets.items())] for shard in self.shards]
-        weight = alpha_to_json(alpha) if isinstance(alpha, Alphas) else repr(alpha)
+        weight = repr(alpha) if isinstance(alpha, float) else alpha_to_json(alpha)
         document = [__version__, weight, layout, self.plan.identity()]
         if self.quantizer:
             document.append(self.quantizer.identity())
@@ -172,9 +172,10 @@ def write(
         note(f"{output.folder} holds this merge already, complete: nothing was written")
         return output.folder
     # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
-    kin = kinship.measure(plan) if force else kinship.check(plan)
+    measure = kinship.measure if force else kinship.check
+    kinships = [measure(pair) for pair in plan.pairs]
     kernel, kernel_name = select_kernel(plan.dtypes)
-    for line in kin.notes:
+    for line in (line for kin in kinships for line in kin.notes):
         note(line)
     if output.quantizer and (obstacle := output.quantizer.note_machine(plan)):
         note(obstacle)
@@ -185,7 +186,7 @@ def write(
     if upload:
         upload.begin()
     inputs = model_card.digest_inputs(plan)
-    notes = list(_pair_notes(kin, inputs))
+    notes = list(_pair_notes(plan, kinships, inputs))
     for line in notes:
         note(line)
     with Journal(output.folder, fingerprint) as journal:
@@ -196,7 +197,7 @@ def write(
         )
         for name, content in (extra_files or {}).items():
             write_file(output.work / name, content)
-        recipe = model_card.make_recipe(plan, alpha, kin, kernel_name, search or {}, inputs)
+        recipe = model_card.make_recipe(plan, alpha, kinships, kernel_name, search or {}, inputs)
         recipe["merge"] = fingerprint
         recipe["notes"] += notes
         if output.quantizer:
@@ -213,7 +214,7 @@ def write(
 
 
 def _identities(plan: Plan) -> list[Any]:
-    return [plan.base.identity(), plan.donor.identity()]
+    return [checkpoint.identity() for checkpoint in plan.checkpoints.values()]
 
 
 def _check_files(output: Output, before: list[Any]) -> None:
@@ -227,23 +228,29 @@ def _check_files(output: Output, before: list[Any]) -> None:
     plan = output.plan
     if _identities(plan) != before:
         _discard(output.work)
+        paths = " or ".join(str(checkpoint.path) for checkpoint in plan.checkpoints.values())
         raise OutputError(
-            f"{plan.base.path} or {plan.donor.path} was changed while it was merged, so nothing was"
-            " written; run the command again when it is at rest"
+            f"{paths} was changed while it was merged, so nothing was written; run the command"
+            " again when it is at rest"
         )
 
 
-def _pair_notes(kin: kinship.Kinship, inputs: Mapping[str, Any]) -> Iterator[str]:
-    """What makes a merge of these two doubtful."""
-    base, donor = ([{**item, "file": ""} for item in inputs[side]] for side in ("base", "donor"))
-    if base == donor:
-        yield "base and donor hold the same weights: at any alpha the result is the base"
-    if kin.cosines and kin.lowest[1] < kinship.THRESHOLD:
-        group, cosine = kin.lowest
-        yield (
-            f"base and donor look unrelated (cosine similarity of {group} is {cosine:.3f}); they"
-            " are merged because of `force=True`"
-        )
+def _pair_notes(
+    plan: Plan, kinships: Sequence[kinship.Kinship], inputs: Mapping[str, Any]
+) -> Iterator[str]:
+    """What makes a merge of these models doubtful."""
+    weights = {side: [{**item, "file": ""} for item in items] for side, items in inputs.items()}
+    sides = [side for side in plan.checkpoints if side != "base"]
+    for side, kin in zip(sides, kinships, strict=True):
+        if weights["base"] == weights[side]:
+            result = ": at any alpha the result is the base" if plan.coefficients == 1 else ""
+            yield f"base and {side} hold the same weights{result}"
+        if kin.cosines and kin.lowest[1] < kinship.THRESHOLD:
+            group, cosine = kin.lowest
+            yield (
+                f"base and {side} look unrelated (cosine similarity of {group} is {cosine:.3f});"
+                " they are merged because of `force=True`"
+            )
 
 
 def _is_complete(out: Path, fingerprint: str) -> bool:

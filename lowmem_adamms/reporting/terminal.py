@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 
+from ..mapping.alphas import format_alpha
 from ..mapping.plan import SUMMARY_HEADINGS
 from ..values import format_count, format_duration
 
 if TYPE_CHECKING:
     from ..architectures.layout import Arch
+    from ..mapping.alphas import Alpha
     from ..mapping.plan import Plan
     from ..searching.search import Candidate, Result
 
@@ -24,9 +26,15 @@ LOG_SECONDS = 300.0
 
 def plan_table(plan: Plan) -> Table:
     """The plan with its layers collapsed: one row per kind, action and reason."""
+    models = zip(list(plan.checkpoints)[1:], plan.pairs, strict=True)
+    donors = [
+        f"{pair.donor.name} ({pair.donor_layout.arch})"
+        for side, pair in models
+        if side != "ancestor"
+    ]
     title = (
-        f"{plan.base.name} ({plan.base_layout.arch}) <- {plan.donor.name}"
-        f" ({plan.donor_layout.arch}), {plan.base_layout.layers} layers"
+        f"{plan.base.name} ({plan.base_layout.arch}) <- {' + '.join(donors)},"
+        f" {plan.base_layout.layers} layers"
     )
     table = Table(title_justify="left", title=title)
     for heading in SUMMARY_HEADINGS:
@@ -125,18 +133,18 @@ class SearchProgress:
         """Expect so many alphas (more are counted as they come) and prompts at each."""
         self._alphas, self._prompts = alphas, prompts
         self._candidates: Sequence[Candidate] = ()
-        self._alpha: float | None = None
+        self._alpha: Alpha | None = None
         self._alphas_asked = 0
         self._answers_here = self._answers = self._answers_generated = self._tokens = 0
         self._start = time.perf_counter()
 
-    def asked(self, alpha: float) -> None:
+    def asked(self, alpha: Alpha) -> None:
         """Tell that the search has turned to an alpha."""
         self._alpha, self._answers_here = alpha, 0
         self._alphas_asked += 1
         self._alphas = max(self._alphas, self._alphas_asked)
 
-    def answered(self, alpha: float, tokens: int) -> None:
+    def answered(self, alpha: Alpha, tokens: int) -> None:
         """Tell of an answer of so many tokens; 0: it was known from an earlier run."""
         self._answers_here += 1
         self._answers += 1
@@ -150,7 +158,7 @@ class SearchProgress:
     def describe(self) -> str:
         """What is being done, how fast, and about how long all of it still takes."""
         seconds = time.perf_counter() - self._start
-        doing = "loading the model" if self._alpha is None else f"alpha {self._alpha:g}"
+        doing = "loading the model" if self._alpha is None else f"alpha {format_alpha(self._alpha)}"
         words = [f"{doing}: {self._answers_here}/{self._prompts} prompts"]
         if seconds > 1:
             words.append(f"{self._tokens / seconds:.1f} tokens/s")
@@ -172,7 +180,7 @@ class SearchLog(SearchProgress):
         self._write = write
         self._written = time.perf_counter()
 
-    def answered(self, alpha: float, tokens: int) -> None:
+    def answered(self, alpha: Alpha, tokens: int) -> None:
         """Count an answer, and write a line if none was written for long."""
         super().answered(alpha, tokens)
         if time.perf_counter() - self._written > LOG_SECONDS:

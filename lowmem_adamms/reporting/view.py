@@ -224,14 +224,13 @@ def count_decimals(alphas: Iterable[float]) -> int:
 
 def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[tuple[str, str, list[str]]]:
     """A row for each alpha, and the total: name, style, numbers."""
-    rows = [
-        (
-            view.format_alpha(timing.alpha),
-            "chosen" if timing.alpha == view.result.alpha else "",
-            _timing_cells([timing]),
-        )
-        for timing in timings
-    ]
+    rows = []
+    for timing in timings:
+        assert not isinstance(
+            timing.alpha, tuple
+        )  # of several donors only the last one's are shown
+        style = "chosen" if timing.alpha == view.result.alpha else ""
+        rows.append((view.format_alpha(timing.alpha), style, _timing_cells([timing])))
     return [*rows, ("total", "total", _timing_cells(timings))]
 
 

@@ -6,6 +6,7 @@ scoring            answers by alpha, their differences, D, and the best alpha
 resampling         how sure D and the choice are
 notes              what weakens a choice, in words
 search             `search`, which asks, and `choose`, for answers that exist already
+in_turn            the search over several donors, one after the other
 session            answers from one live model, recorded as they come
 recorded_answers   answers that other tools recorded
 """

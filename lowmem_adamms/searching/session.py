@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..merging.journal import AnswerJournal
+from ..merging.journal import AnswerJournal, Asked
 from ..prompts import Prompt, digest
 from ..settings import AnswerSettings
 from ..version import __version__
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class SearchedModel(Protocol):
     """A model that a search asks: a `LiveModel`, or one that vLLM serves."""
 
-    def apply(self, alpha: float) -> None:
-        """Blend at an alpha."""
+    def apply(self, alpha: Any) -> None:
+        """Blend at an alpha, or at one for each of several donors."""
 
     def make_answerer(self, settings: AnswerSettings, *, batch_size: int) -> SearchedAnswerer:
         """What asks it."""
@@ -68,7 +68,7 @@ class Timing:
     through it without drafts.
     """
 
-    alpha: float
+    alpha: Asked
     apply_seconds: float
     seconds: float
     answer_tokens: int
@@ -90,8 +90,8 @@ class Session(AbstractContextManager["Session"]):
         batch_size: int,
         journal: AnswerJournal | None = None,
         *,
-        asked: Callable[[float], None] | None = None,
-        answered: Callable[[float, int], None] | None = None,
+        asked: Callable[[Asked], None] | None = None,
+        answered: Callable[[Asked, int], None] | None = None,
     ) -> None:
         """Prepare; nothing is loaded yet.
 
@@ -105,7 +105,7 @@ class Session(AbstractContextManager["Session"]):
         self._journal = journal
         self._asked, self._answered = asked, answered
         self._tokens = {**journal.tokens} if journal else {}
-        self._last_alpha: float | None = None
+        self._last_alpha: Asked | None = None
         self._loaded: tuple[SearchedModel, SearchedAnswerer] | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +117,7 @@ class Session(AbstractContextManager["Session"]):
             self._loaded[0].close()
         self._loaded = None
 
-    def __call__(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+    def __call__(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[str]:
         """The answers at one alpha; the model is asked only for those that are not known."""
         if self._asked:
             self._asked(alpha)
@@ -131,7 +131,7 @@ class Session(AbstractContextManager["Session"]):
         self._last_alpha = alpha
         return answers
 
-    def again(self, alpha: float, prompts: Sequence[Prompt]) -> list[str]:
+    def again(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[str]:
         """The same alpha once more, in batches of half the size: what differs is noise.
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
@@ -165,7 +165,7 @@ class Session(AbstractContextManager["Session"]):
         live.apply(1.0)
         return answerer.answer(prompts, known, record)
 
-    def _ask(self, alpha: float, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
+    def _ask(self, alpha: Asked, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
         live, answerer = self._model()
         if self._last_alpha is not None:
             answerer.set_drafts(prompts, self._tokens[self._last_alpha])
@@ -198,7 +198,7 @@ class Session(AbstractContextManager["Session"]):
             self._loaded = live, answerer
         return self._loaded
 
-    def _report_answer(self, alpha: float, token_count: int) -> None:
+    def _report_answer(self, alpha: Asked, token_count: int) -> None:
         if self._answered:
             self._answered(alpha, token_count)
 

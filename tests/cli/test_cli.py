@@ -493,7 +493,7 @@ def test_what_is_for_hub_ids_is_said_to_do_nothing_for_folders(
 ) -> None:
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.3", "--no-cache") == 0
     assert capsys.readouterr().err.startswith(
-        "note: --no-cache is for Hub ids; both checkpoints lie here and are read in place\n"
+        "note: --no-cache is for Hub ids; all checkpoints lie here and are read in place\n"
     )
 
 

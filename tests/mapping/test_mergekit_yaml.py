@@ -108,6 +108,7 @@ WITH_REST = st.builds(
 def test_any_setting_means_what_the_docs_say(pair: Pair, plan: Plan, base: Any, donor: Any) -> None:
     """Of every blended tensor: the donor's share."""
     alpha, _ = read(pair[0].parent, linear(pair, base, donor)).alphas(plan)
+    assert not isinstance(alpha, tuple)
     for step, part in plan.parts:
         if part.donor:
             layer = re.search(r"layers\.(\d+)\.", step.name)
@@ -127,6 +128,7 @@ def test_lists_are_interpolated_within_a_slice(pair: Pair, plan: Plan, tmp_path:
         ([4, 5], [9, 1], [0, 3]),
     )
     alpha, _ = read(tmp_path, document).alphas(plan)
+    assert not isinstance(alpha, tuple)
     roles = {
         "embed": 0.25,
         "layers.0.attn.q.weight": 0.25,

@@ -1,0 +1,84 @@
+"""The search over several donors: one after the other, each with what was chosen for those before.
+
+A donor that is still to come has weight 0. What was asked once is not asked again, so that each
+donor but the first starts from answers that are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from ..errors import RecipeError
+from .search import Result, search
+
+P = TypeVar("P")
+Weights = tuple[float, ...]
+"""An alpha for each donor."""
+Generate = Callable[[Weights, Sequence[P]], Sequence[str]]
+
+
+def count_passes(donors: int, alphas: Sequence[float], refine: int = 0) -> int:
+    """How often every prompt is asked at most, without the noise's second time."""
+    known = donors - 1 if alphas and alphas[0] == 0 else 0
+    return donors * (len(alphas) + 2 * refine) - known
+
+
+def search_in_turn(
+    generate: Generate[P],
+    prompts: Sequence[P],
+    donors: int,
+    alphas: Sequence[float],
+    *,
+    adds_up: bool,
+    noise: Generate[P] | None = None,
+    **how: Any,
+) -> tuple[Result, ...]:
+    """Choose an alpha for each donor in turn.
+
+    Args:
+        generate: As for `search`, with an alpha for each donor.
+        prompts: As for `search`, as are `alphas` and what is in `how`.
+        donors: How many there are.
+        alphas: The grid of each donor.
+        adds_up: Together the alphas must not exceed 1, so that a later donor's grid may end sooner.
+        noise: Called once, at the chosen alphas.
+
+    Returns:
+        The result of each donor's search.
+
+    Raises:
+        RecipeError: The alphas chosen before leave a donor fewer than three to try.
+    """
+    chosen: Weights = (0.0,) * donors
+    known: dict[Weights, Sequence[str]] = {}
+    results: list[Result] = []
+
+    def ask(donor: int, alpha: float, prompts: Sequence[P]) -> Sequence[str]:
+        weights = _replace(chosen, donor, alpha)
+        if weights not in known:
+            known[weights] = generate(weights, prompts)
+        return known[weights]
+
+    def ask_again(alpha: float, prompts: Sequence[P]) -> Sequence[str]:
+        assert noise is not None
+        return noise(_replace(chosen, donors - 1, alpha), prompts)
+
+    for donor in range(donors):
+        left = 1 - sum(chosen) + 1e-9 if adds_up else 1.0
+        grid = [alpha for alpha in alphas if alpha <= left]
+        if len(grid) < 3:
+            raise RecipeError(
+                f"the donors before the {donor + 1}th have taken {sum(chosen):g} of the weight,"
+                f" which leaves it {len(grid)} alphas to try; give `alphas` with smaller ones"
+            )
+        is_last = donor == donors - 1
+        again = ask_again if noise and is_last else None
+        results.append(search(partial(ask, donor), prompts, grid, noise=again, **how))
+        chosen = _replace(chosen, donor, results[-1].alpha)
+    return tuple(results)
+
+
+def _replace(weights: Weights, donor: int, alpha: float) -> Weights:
+    return (*weights[:donor], alpha, *weights[donor + 1 :])
