@@ -273,7 +273,8 @@ def test_a_fine_grid_names_only_alphas_that_do_not_collide() -> None:
     columns = [a for t, a in page.tags if t == "rect" and "rx" in a]
     edges = [(float(a["x"]), float(a["x"]) + float(a["width"])) for a in columns]
     assert len(edges) == 31
-    assert edges[0][0] < ticks[0] < edges[0][1] and edges[-1][0] < ticks[-1] < edges[-1][1]
+    ends = [float(a["x1"]) for a in page.of_class("line", "end")]
+    assert edges[0][0] < ends[0] < edges[0][1] and edges[-1][0] < ends[-1] < edges[-1][1]
     assert all(a[1] == pytest.approx(b[0], abs=0.11) for a, b in pairwise(edges))
     for point in page.of_class("circle", "point"):
         assert sum(left < float(point["cx"]) < right for left, right in edges) == 1
