@@ -24,7 +24,7 @@ from .architectures.layout import BUFFER, Arch
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
-from .live.placement import Placement, place
+from .live.placement import Placement, check_runnable, place
 from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json, resolve
 from .mapping.mixture import Mixture, ModelRef, make_mixture
@@ -236,7 +236,9 @@ def place_search(
 
         return place_in_engine(plan, settings, quantize)
     memory = measure_memory(ram=settings.ram, vram=settings.vram)
-    return place(plan, memory, settings, quantize=quantize, dtype=plan.options["dtype"])
+    placement = place(plan, memory, settings, quantize=quantize, dtype=plan.options["dtype"])
+    check_runnable(plan, placement)
+    return placement
 
 
 def find_alpha(

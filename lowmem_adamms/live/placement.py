@@ -120,11 +120,11 @@ def place(
     settings are not read: `memory` has them.
 
     quantize, dtype: used where `live_quantize` and `live_dtype` are None. A dtype that is None
-    becomes that of most of the output's bytes. Where bitsandbytes is missing, or cannot run the
-    model in 4 bit on this CPU, nothing is quantized so.
+    becomes that of most of the output's bytes. Nothing is quantized where bitsandbytes is missing,
+    nor to 4 bit, unless asked for, where it cannot run the model so on this CPU.
 
-    Raises PlacementError with the sums if nothing that was asked for fits or runs, and RecipeError
-    if a setting is not one of its choices.
+    Raises PlacementError with the sums if nothing that was asked for fits, and RecipeError if a
+    setting is not one of its choices.
     """
     device, quantize = settings.device, settings.live_quantize or quantize
     if device not in (None, *_DEVICES):
@@ -138,11 +138,8 @@ def place(
     live_dtype = _choose_dtype(plan, settings.live_dtype or dtype)
     batch_sizes = BATCH_SIZES if settings.batch_size is None else (settings.batch_size,)
     options = _list_options(plan, memory, live_dtype, batch_sizes)
-    linear = ((step.name, step.shape) for step in plan.steps if _is_linear(step))
-    if repacks_4bit() and (obstacle := find_obstacle(linear)):
+    if quantize != "nf4" and _find_4bit_obstacle(plan):
         options = [each for each in options if (each.device, each.quantize) != ("cpu", "nf4")]
-        if quantize == "nf4" and (device == "cpu" or memory.vram_bytes is None):
-            raise PlacementError(obstacle)
     allowed = [
         option
         for option in options
@@ -153,6 +150,18 @@ def place(
         raise PlacementError(_explain_refusal(options, allowed))
     rejected = allowed[: allowed.index(chosen)]
     return _place_sources(plan, memory, chosen, _explain_choice(memory, chosen, rejected))
+
+
+def check_runnable(plan: Plan, placement: Placement) -> None:
+    """Raise PlacementError if this CPU can load the model in 4 bit, as asked, but not run it."""
+    on_cpu = (placement.device, placement.quantize) == ("cpu", "nf4")
+    if on_cpu and (obstacle := _find_4bit_obstacle(plan)):
+        raise PlacementError(obstacle)
+
+
+def _find_4bit_obstacle(plan: Plan) -> str | None:
+    linear = ((step.name, step.shape) for step in plan.steps if _is_linear(step))
+    return find_obstacle(linear) if repacks_4bit() else None
 
 
 def _list_options(
