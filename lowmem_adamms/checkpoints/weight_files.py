@@ -20,6 +20,8 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"),
     *(".h5", ".msgpack", ".gguf", ".npz", ".tflite", ".pkl", ".pdparams", ".distcp"),
 )
+_NO_WEIGHTS = frozenset({"spk_dict.pt"})
+"""Files that look like weights and are not: Qwen2.5-Omni does not load without its speakers."""
 _OTHERS_OWN = frozenset({"README.md", "adamms.json", "report.html", "answers.jsonl"})
 """Files of a checkpoint folder that describe that checkpoint only and are written anew."""
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
@@ -157,7 +159,9 @@ def is_sidecar(relative: Path) -> bool:
         return False
     # ONNX weights may also lie in model.onnx_data_1 and so on
     is_weights = relative.suffix in _WEIGHT_SUFFIXES or relative.suffix.startswith(".onnx")
-    if is_weights or relative.name.endswith(".index.json"):
+    if is_weights and str(relative) not in _NO_WEIGHTS:
+        return False
+    if relative.name.endswith(".index.json"):
         return False
     # transformers would load the model that an adapter's config names instead
     return relative.name != "adapter_config.json" and str(relative) not in _OTHERS_OWN

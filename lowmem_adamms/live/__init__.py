@@ -3,7 +3,8 @@
 free_memory         how much RAM and card memory is free
 cpu_4bit            what bitsandbytes cannot run on a CPU
 placement           where the model and the weights it is blended from go
-transformers_model  loading through transformers, and how tensors on disk become parameters
+transformers_model  loading through transformers, and its parameters
+conversions         which tensors on disk become which parameters
 load_check          that the loaded parameters are those of the files
 device_source       base and donor bytes on a card
 live_sink           where the loop's output enters the parameters

@@ -26,6 +26,7 @@ from ..settings import AnswerSettings, Device, PlacementSettings, Quantization
 from ..values import check_type, parse_dtype
 from . import transformers_model
 from .answerer import Answerer
+from .conversions import group_tensors
 from .device_source import DeviceSource
 from .free_memory import measure_memory
 from .live_sink import LiveSink
@@ -63,7 +64,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         PlacementError: The model does not fit into the memory there is.
         MappingError: Base and donor look unrelated, or transformers ignores merged weights.
         RecipeError: A package is missing, remote code was not allowed, or transformers converts
-            tensors as it loads them.
+            tensors in a way that cannot be followed.
         FormatError: What transformers loaded is not what the files hold.
 
     Example:
@@ -101,14 +102,14 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         self.model = self._load(dtype_name)
         self._files = MappedFiles(keep=placement.sources_stay_cached)
         try:
-            matched = transformers_model.match_tensors(self.model, plan.base.tensors)
-            check_loaded(self.model, plan, matched, self._files)
+            groups = group_tensors(self.model, plan.base.tensors)
+            check_loaded(self.model, plan, groups, self._files)
             kinds = plan.base_layout.kinds
             self.vision_names = frozenset(
-                target for target, name in matched.items() if name in kinds
+                target for group in groups if group.names[0] in kinds for target in group.targets
             )
             self._source, self._kernel = self._choose_backend()
-            self._sink = LiveSink(self.model, plan, matched, self._source)
+            self._sink = LiveSink(self.model, plan, groups, self._source)
         except BaseException:
             self._files.close()
             raise

@@ -1,54 +1,71 @@
 """Where the loop's output enters the parameters of a loaded model.
 
-A parameter with the output's dtype takes its bytes in place. One of another dtype is cast window by
-window. One that bitsandbytes quantizes is staged until it is complete.
+A parameter with the output's dtype takes its bytes in place. One of another dtype, or in another
+order, is filled window by window. One that bitsandbytes quantizes is staged until it is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..checkpoints.mapped_files import MappedFiles
-from ..errors import MappingError
+from ..errors import MappingError, RecipeError
 from ..mapping.plan import Plan, Step
 from ..merging.loop import Source
+from .conversions import Pieces, TensorGroup
 from .device_source import bytes_of, torch_dtype
-from .transformers_model import assign_parameter, is_quantized, untie_parameter
+from .transformers_model import assign_parameter, find_tensor, is_quantized, untie_parameter
 
 
 class LiveSink:
     """A sink of the loop that fills the parameters of `model`.
 
-    matched: of `match_tensors`, for the base's tensors. source: what the loop reads from; it tells
+    groups: of `group_tensors`, for the base's tensors. source: what the loop reads from; it tells
     where slots must be, on the host or on the device.
     """
 
-    def __init__(self, model: Any, plan: Plan, matched: Mapping[str, str], source: Source) -> None:
+    def __init__(
+        self, model: Any, plan: Plan, groups: Sequence[TensorGroup], source: Source
+    ) -> None:
         self._on_host = isinstance(source, MappedFiles)
         self._targets: dict[str, _DirectTarget | _StagedTarget] = {}
         self._touched: list[_DirectTarget | _StagedTarget] = []
-        targets = {name: target for target, name in matched.items()}
         merged = {step.name: step for step in plan.steps if step.action == "interpolate"}
-        if lost := merged.keys() - targets.keys():
+        if lost := merged.keys() - {name for group in groups for name in group.names}:
             raise MappingError(
                 f"{plan.base.path}: transformers does not load {min(lost)} into"
                 f" {type(model).__name__}; what it would say cannot be searched"
             )
-        for name, step in merged.items():
-            self._targets[name] = self._make_target(model, targets[name], step)
+        taken: set[int] = set()
+        for group in groups:
+            if not merged.keys().isdisjoint(group.names):
+                params = _take_parameters(model, group, taken)
+                self._add_targets(model, group, params, merged)
 
-    def _make_target(self, model: Any, name: str, step: Step) -> _DirectTarget | _StagedTarget:
-        param = model.get_parameter(name)
-        if any(param.data_ptr() == other.param.data_ptr() for other in self._targets.values()):
-            # Embedding and head that are equal on disk but written separately may come to differ
-            untie_parameter(model, name)
-            param = model.get_parameter(name)
-        if is_quantized(param) or not param.is_contiguous():
-            return _StagedTarget(model, name, step, param)
-        return _DirectTarget(param, torch_dtype(step.dtype))
+    def _add_targets(
+        self,
+        model: Any,
+        group: TensorGroup,
+        params: Mapping[str, torch.Tensor],
+        merged: Mapping[str, Step],
+    ) -> None:
+        (target, param), *_ = params.items()
+        if any(is_quantized(each) for each in params.values()):
+            if group.operations:
+                raise RecipeError(
+                    f"transformers converts {group.names[0]} before bitsandbytes quantizes it as"
+                    f" {target}, which a search does not follow; use --live-quantize none"
+                )
+            step = merged[group.names[0]]
+            self._targets[step.name] = _StagedTarget(model, target, step, param)
+            return
+        for name, pieces in group.views(params).items():
+            if name in merged:
+                dtype = torch_dtype(merged[name].dtype)
+                self._targets[name] = _DirectTarget(tuple(params.values()), pieces, dtype)
 
     def wants(self, step: Step) -> bool:
         """Whether the live model holds the step and alpha changes it."""
@@ -86,29 +103,46 @@ class LiveSink:
         self._targets, self._touched = {}, []
 
 
-class _DirectTarget:
-    """A parameter's own memory; where it has another dtype, cast window by window."""
+def _take_parameters(model: Any, group: TensorGroup, taken: set[int]) -> dict[str, torch.Tensor]:
+    """The group's parameters, each with memory of its own: `taken` holds that of other groups."""
+    params = {}
+    for target in group.targets:
+        if find_tensor(model, target).data_ptr() in taken:
+            # Embedding and head that are equal on disk but written separately may come to differ
+            untie_parameter(model, target)
+        params[target] = find_tensor(model, target)
+        taken.add(params[target].data_ptr())
+    return params
 
-    def __init__(self, param: torch.Tensor, dtype: torch.dtype) -> None:
-        self.param, self._loaded, self._dtype = param, param.detach(), dtype
+
+class _DirectTarget:
+    """The memory of parameters; where it has another dtype or order, filled window by window."""
+
+    def __init__(self, params: Sequence[torch.Tensor], pieces: Pieces, dtype: torch.dtype) -> None:
+        self._params = [(param, param.detach()) for param in params]
+        self._pieces, self._dtype = pieces, dtype
         self._staged: dict[int, torch.Tensor] = {}  # bytes by their first element
+        in_order = len(pieces.views) == 1 and pieces.only.is_contiguous()
+        self._in_place = in_order and pieces.only.dtype == dtype
 
     def slot(self, offset: int, nbytes: int) -> torch.Tensor:
-        if self._dtype == self._loaded.dtype:
-            return bytes_of(self._loaded)[offset : offset + nbytes]
-        buffer = self._loaded.new_empty(nbytes, dtype=torch.uint8)
+        if self._in_place:
+            return bytes_of(self._pieces.only)[offset : offset + nbytes]
+        buffer = self._pieces.views[0].new_empty(nbytes, dtype=torch.uint8)
         self._staged[offset // self._dtype.itemsize] = buffer
         return buffer
 
     def flush(self) -> None:
-        flat = self._loaded.view(-1)
         for start, buffer in self._staged.items():
             values = buffer.view(self._dtype)
-            flat[start : start + len(values)].copy_(values)
+            for view in self._pieces.select(start, start + len(values)):
+                view.copy_(values[: view.numel()].view(view.shape))
+                values = values[view.numel() :]
         self._staged = {}
         # A forward pass of bitsandbytes puts cast biases in the place of a parameter's memory
-        if self.param.data_ptr() != self._loaded.data_ptr():
-            self.param.data = self._loaded
+        for param, loaded in self._params:
+            if param.data_ptr() != loaded.data_ptr():
+                param.data = loaded
 
     def discard(self) -> None:
         self._staged = {}
@@ -118,14 +152,13 @@ class _StagedTarget:
     """A whole tensor on the way to bitsandbytes."""
 
     def __init__(self, model: Any, name: str, step: Step, param: torch.Tensor) -> None:
-        self.param = param
-        self._model, self._name, self._step = model, name, step
+        self._model, self._name, self._step, self._param = model, name, step, param
         self._staged: torch.Tensor | None = None
         self._missing_bytes = step.nbytes
 
     def slot(self, offset: int, nbytes: int) -> torch.Tensor:
         if self._staged is None:
-            self._staged = self.param.new_empty(self._step.nbytes, dtype=torch.uint8)
+            self._staged = self._param.new_empty(self._step.nbytes, dtype=torch.uint8)
         self._missing_bytes -= nbytes
         return self._staged[offset : offset + nbytes]
 

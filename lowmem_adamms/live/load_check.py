@@ -6,7 +6,7 @@ lacks some.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..checkpoints.mapped_files import MappedFiles
 from ..checkpoints.span import Span
 from ..errors import FormatError
 from ..mapping.plan import Plan
+from .conversions import Pieces, TensorGroup
 from .device_source import as_tensor, bytes_of, torch_dtype
 from .transformers_model import is_quantized, quantize_like, quantized_tensors
 
@@ -22,45 +23,64 @@ CHUNK_BYTES = 16 << 20
 """Bytes compared at a time."""
 
 
-def check_loaded(model: Any, plan: Plan, matched: Mapping[str, str], files: MappedFiles) -> None:
+def check_loaded(model: Any, plan: Plan, groups: Sequence[TensorGroup], files: MappedFiles) -> None:
     """Raise FormatError unless every parameter equals its bytes on disk.
 
-    matched: of `match_tensors`. Tensors that bitsandbytes quantizes are compared after the same has
+    groups: of `group_tensors`. Tensors that bitsandbytes quantizes are compared after the same has
     been done to the bytes on disk.
     """
     state = model.state_dict(keep_vars=True)
-    for target, name in matched.items():
-        param, span = state[target], plan.base.tensors[name]
-        if is_quantized(param):
-            value = _view_tensor(span, files).to(param.device, model.dtype)
-            equal = _equals_quantized(param, quantize_like(param, value))
-        else:
-            equal = _equals_span(param, span, files)
-        if not equal:
+    for group in groups:
+        for name in _find_different(model, plan, group, state, files):
             raise FormatError(
-                f"{plan.base.path}: {name} is not what transformers loaded into {target};"
-                " this version of transformers may read it differently"
+                f"{plan.base.path}: {name} is not what transformers loaded into"
+                f" {' and '.join(group.targets)}; this version of transformers may read it"
+                " differently"
             )
-    checked = {state[target].data_ptr() for target in matched}  # tied ones have several names
+    # Tied ones have several names
+    checked = {state[target].data_ptr() for group in groups for target in group.targets}
     for name, param in model.named_parameters():
         if param.data_ptr() not in checked:
             raise FormatError(
                 f"{plan.base.path}: holds no weights for {name} of {type(model).__name__};"
                 " its answers would be random"
             )
-    _check_tied(plan, matched, state)
+    _check_tied(plan, groups, state)
 
 
-def _check_tied(plan: Plan, matched: Mapping[str, str], state: Mapping[str, Any]) -> None:
+def _find_different(
+    model: Any, plan: Plan, group: TensorGroup, state: Mapping[str, Any], files: MappedFiles
+) -> Iterator[str]:
+    """The names of those tensors of a group that are not what the model has."""
+    param = state[group.targets[0]]
+    if is_quantized(param):
+        if not group.operations:  # else LiveSink refuses it
+            span = plan.base.tensors[group.names[0]]
+            value = _view_tensor(span, files).to(param.device, model.dtype)
+            if not _equals_quantized(param, quantize_like(param, value)):
+                yield group.names[0]
+        return
+    for name, pieces in group.views(state).items():
+        if not _equals_span(pieces, plan.base.tensors[name], files):
+            yield name
+
+
+def _check_tied(plan: Plan, groups: Sequence[TensorGroup], state: Mapping[str, Any]) -> None:
     """A tensor that the plan omits as tied must be so: transformers keeps a head that differs."""
     written = {step.name for step in plan.steps}
-    kept = {state[target].data_ptr() for target, name in matched.items() if name in written}
-    for target, name in matched.items():
-        if name not in written and state[target].data_ptr() not in kept:
-            raise FormatError(
-                f"{plan.base.path}: config.json ties {name} to the embedding, but the two"
-                " differ on disk; say tie_word_embeddings: false there to keep both"
-            )
+    kept = {
+        state[target].data_ptr()
+        for group in groups
+        for target in group.targets
+        if written.issuperset(group.names)
+    }
+    for group in groups:
+        for name in group.names:
+            if name not in written and state[group.targets[0]].data_ptr() not in kept:
+                raise FormatError(
+                    f"{plan.base.path}: config.json ties {name} to the embedding, but the two"
+                    " differ on disk; say tie_word_embeddings: false there to keep both"
+                )
 
 
 def _equals_quantized(first: Any, second: Any) -> bool:
@@ -68,17 +88,19 @@ def _equals_quantized(first: Any, second: Any) -> bool:
     return all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in pairs)
 
 
-def _equals_span(param: torch.Tensor, span: Span, files: MappedFiles) -> bool:
-    """Whether a parameter holds a span's numbers, cast to its dtype."""
-    if tuple(param.shape) != span.shape:
+def _equals_span(pieces: Pieces, span: Span, files: MappedFiles) -> bool:
+    """Whether parameters hold a span's numbers, cast to their dtype."""
+    if sum(view.numel() for view in pieces.views) != span.elements:
         return False
-    flat = param.detach().reshape(-1)
     start = 0
     for piece in _split(span):
-        values = _view_tensor(piece, files).to(param.device).to(param.dtype)
-        if not torch.equal(bytes_of(flat[start : start + len(values)]), bytes_of(values)):
-            return False
-        start += len(values)
+        values = _view_tensor(piece, files)
+        for view in pieces.select(start, start + piece.elements):
+            expected = values[: view.numel()].to(view.device).to(view.dtype)
+            if not torch.equal(bytes_of(view.contiguous()), bytes_of(expected)):
+                return False
+            values = values[view.numel() :]
+        start += piece.elements
         if release := files.release(piece, evict=False):
             release()
     return True

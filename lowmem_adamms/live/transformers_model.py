@@ -1,9 +1,6 @@
-"""Load a base through transformers, and tell how its tensors on disk become parameters.
+"""Load a base through transformers, and handle its parameters, quantized or not.
 
-The only module that uses private names of transformers and bitsandbytes. A checkpoint's tensor
-names differ from its module's: transformers renames as it loads. Which tensor becomes which
-parameter is asked of transformers' own conversions, never guessed. Nothing here knows a plan or an
-alpha.
+Uses private names of transformers and bitsandbytes. Nothing here knows a plan or an alpha.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +21,15 @@ from .cpu_4bit import find_obstacle
 
 if TYPE_CHECKING:
     import torch
+
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForTextToWaveform",
+)
+"""Those that load what answers in words, the first that knows a config."""
 
 
 @contextlib.contextmanager
@@ -169,44 +175,21 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _choose_auto_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
-    """The class that allowed remote code is announced for, else the one that knows the config."""
-    auto_class = transformers.AutoModelForImageTextToText
+    """The class that allowed remote code is announced for, else the first that knows the config.
+
+    Where none does: a class of the config's own family, which transformers lists in no mapping, or
+    AutoModelForCausalLM, whose error says what is unknown.
+    """
     announced = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
-    known = auto_class._model_mapping.keys()  # a lazy mapping without __contains__
-    if auto_class.__name__ in announced or type(config) in known:
-        return auto_class
+    for name in AUTO_CLASSES:
+        auto_class = getattr(transformers, name)
+        known = auto_class._model_mapping.keys()  # a lazy mapping without __contains__
+        if name in announced or type(config) in known:
+            return auto_class
     return transformers.AutoModelForCausalLM
 
 
-# From tensors on disk to parameters
-
-
-def match_tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """For each parameter or buffer that is loaded from a checkpoint, its tensor's name there.
-
-    Names that the model ignores are left out. Raises RecipeError if transformers fuses, splits or
-    otherwise converts a tensor: of the architectures in `archs` it does so with none.
-    """
-    core = importlib.import_module("transformers.core_model_loading")
-    conversions = getattr(model, "_weight_conversions", None) or []
-    renamings = [each for each in conversions if isinstance(each, core.WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, core.WeightConverter)]
-    state = model.state_dict(keep_vars=True)
-    prefix = model.base_model_prefix
-    matched: dict[str, str] = {}
-    for name in sorted(names, key=core.dot_natural_key):  # the loader's order
-        target, pattern = core.rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state:
-            # As the loader does: a name may be right as it is, but for the base model's prefix.
-            target, pattern = core.rename_source_key(name, [], [], prefix, state)
-        if pattern is not None:
-            raise RecipeError(
-                f"transformers converts {name} as it loads it into {type(model).__name__}, which"
-                " neither a search nor `quantize` follows; merge at a given alpha, unquantized"
-            )
-        if target in state:
-            matched.setdefault(target, name)  # of several for one parameter it takes the first
-    return matched
+# Parameters
 
 
 def loaded_dtype(model: Any, name: str, state: Mapping[str, Any]) -> torch.dtype:
@@ -217,7 +200,9 @@ def loaded_dtype(model: Any, name: str, state: Mapping[str, Any]) -> torch.dtype
     return state[name].dtype  # type: ignore[no-any-return]
 
 
-# Parameters
+def find_tensor(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer by its name."""
+    return _find_parameter(model, name)[2]  # type: ignore[no-any-return]
 
 
 def is_quantized(param: Any) -> bool:

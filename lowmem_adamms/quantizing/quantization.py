@@ -7,7 +7,7 @@ loaded with the same settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from ..checkpoints.dtypes import DTYPES, FROM_TORCH, DType
 from ..errors import FormatError, MappingError, RecipeError
 from ..live import transformers_model
+from ..live.conversions import TensorGroup, group_tensors
 from ..live.cpu_4bit import find_obstacle, repacks_4bit
 from ..mapping.plan import Plan
 from ..merging.disk_sink import DiskSink
@@ -87,10 +88,10 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
         quantize=method,
         trust_remote_code=trust_remote_code,
     )
-    matched = transformers_model.match_tensors(model, [step.name for step in plan.steps])
-    _check_ignored(plan, model, matched)
-    names = _quantized_names(plan, model, quantizer, matched)
-    casts = _casts(plan, model, {t: name for t, name in matched.items() if name not in names})
+    groups = group_tensors(model, {step.name: step for step in plan.steps})
+    _check_ignored(plan, model, groups)
+    names = _quantized_names(plan, model, quantizer, groups)
+    casts = _casts(plan, model, [group for group in groups if group.names[0] not in names])
     return Quantization(
         "nf4" if method == "nf4" else "int8",
         _dtype_of(model.config.dtype),
@@ -100,10 +101,10 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
     )
 
 
-def _check_ignored(plan: Plan, model: Any, matched: Mapping[str, str]) -> None:
+def _check_ignored(plan: Plan, model: Any, groups: Sequence[TensorGroup]) -> None:
     """Raise MappingError if transformers does not load a tensor that is merged."""
     merged = {step.name for step in plan.steps if step.action == "interpolate"}
-    if lost := merged - set(matched.values()):
+    if lost := merged - {name for group in groups for name in group.names}:
         raise MappingError(
             f"{plan.base.path}: transformers does not load {min(lost)} into"
             f" {type(model).__name__}, so a quantized output of it could not be loaded;"
@@ -112,16 +113,17 @@ def _check_ignored(plan: Plan, model: Any, matched: Mapping[str, str]) -> None:
 
 
 def _quantized_names(
-    plan: Plan, model: Any, quantizer: Any, matched: Mapping[str, str]
+    plan: Plan, model: Any, quantizer: Any, groups: Sequence[TensorGroup]
 ) -> frozenset[str]:
     """The steps that become weights which the quantizer takes."""
     steps = {step.name: step for step in plan.steps}
     names = set()
-    for target, name in matched.items():
+    for group in groups:
+        name, target = group.names[0], group.targets[0]
         if not quantizer.param_needs_quantization(model, target):
             continue
         module = model.get_submodule(target.rpartition(".")[0])
-        if module.source_cls.__name__ != "Linear":
+        if group.operations or module.source_cls.__name__ != "Linear":
             raise RecipeError(
                 f"{plan.base.path}: transformers converts {name} as it loads it, which it does not"
                 " do once it is quantized; merge without `quantize` and quantize as you load"
@@ -139,15 +141,16 @@ def _quantized_names(
     return frozenset(names)
 
 
-def _casts(plan: Plan, model: Any, matched: Mapping[str, str]) -> dict[str, DType]:
+def _casts(plan: Plan, model: Any, groups: Sequence[TensorGroup]) -> dict[str, DType]:
     """The steps that a loader casts, and to what."""
     steps = {step.name: step for step in plan.steps}
     state = model.state_dict(keep_vars=True)
     casts = {}
-    for target, name in matched.items():
-        wanted = _dtype_of(transformers_model.loaded_dtype(model, target, state))
-        if steps[name].dtype.blendable and wanted.blendable and steps[name].dtype != wanted:
-            casts[name] = wanted
+    for group in groups:
+        wanted = _dtype_of(transformers_model.loaded_dtype(model, group.targets[0], state))
+        for name in group.names:
+            if steps[name].dtype.blendable and wanted.blendable and steps[name].dtype != wanted:
+                casts[name] = wanted
     return casts
 
 

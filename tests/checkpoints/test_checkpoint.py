@@ -532,6 +532,7 @@ CARRIED = [
     "additional_chat_templates/rag.jinja",
     "config.json",
     "modeling/visual.py",
+    "spk_dict.pt",
     "tokenizer.model",
 ]
 LEFT = [

@@ -301,6 +301,7 @@ NOT_IN_TEXT: dict[str, tuple[str, str]] = {
 same class does, and why."""
 
 NOT_SEARCHED: dict[str, str] = {
+    "evolla": "asked about proteins; transformers' auto classes do not find it",
     "shieldgemma2": "a classifier: it answers with a probability, not in words",
 }
 """Classes that are merged and not searched, and why."""

@@ -239,11 +239,7 @@ def _try_merge(base: Any, expected: State, folder: Path) -> Outcome:
         return Outcome("wrong", why=_last_line(error))
     try:
         with quiet():
-            loaded, report = type(base).from_pretrained(
-                folder / "merged", dtype=torch.float32, output_loading_info=True
-            )
-        if lost := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
-            return Outcome("wrong", why=f"the output lacks {lost[0]} and {len(lost) - 1} more")
+            loaded = type(base).from_pretrained(folder / "merged", dtype=torch.float32)
     except Exception as error:
         return Outcome("wrong", why=f"the output does not load: {_last_line(error)}")
     outcome = _compare(base.state_dict(), expected, loaded.state_dict())

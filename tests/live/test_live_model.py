@@ -28,6 +28,7 @@ from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
 from lowmem_adamms.live import live_model, load_check, transformers_model
+from lowmem_adamms.live.conversions import group_tensors
 from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.live_sink import LiveSink
@@ -437,8 +438,8 @@ class Watching(LiveSink):
 
 def own_sink(model: LiveModel, source: Any, kind: type[LiveSink] = LiveSink) -> Any:
     """A second sink on a live model."""
-    matched = transformers_model.match_tensors(model.model, model.plan.base.tensors)
-    return kind(model.model, model.plan, matched, source)
+    groups = group_tensors(model.model, model.plan.base.tensors)
+    return kind(model.model, model.plan, groups, source)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import torch
 
 from lowmem_adamms.errors import FormatError, PlacementError, RecipeError
 from lowmem_adamms.live import transformers_model
+from lowmem_adamms.live.conversions import group_tensors
 
 
 def library(name: str = "transformers") -> Any:
@@ -186,8 +187,9 @@ def test_a_name_that_is_right_as_it_is_need_not_be_renamed(tiny_models: dict[str
     model = load(tiny_models["llama"])
     renaming = library("transformers.core_model_loading").WeightRenaming(r"^model\.", "gone.")
     model._weight_conversions = [renaming]
-    matched = transformers_model.match_tensors(model, tiny.load(tiny_models["llama"]))
-    assert sorted(matched.values()) == sorted(tiny.load(tiny_models["llama"]))
+    tensors = tiny.load(tiny_models["llama"])
+    groups = group_tensors(model, tensors)
+    assert sorted(group.names for group in groups) == sorted((name,) for name in tensors)
 
 
 def test_what_the_model_has_no_place_for_is_left_out(
@@ -200,24 +202,12 @@ def test_what_the_model_has_no_place_for_is_left_out(
     folder = tiny.respell(tiny_models["llama"], lambda name: name, tmp_path / "m", extra=extra)
     model, tensors = load(folder), tiny.load(folder)
     for names in (list(tensors), list(reversed(tensors))):
-        matched = transformers_model.match_tensors(model, names)
-        assert matched.keys() == {name for name, _ in model.named_parameters()}
-        for target, name in matched.items():
+        groups = group_tensors(model, {name: tensors[name] for name in names})
+        targets = [target for group in groups for target in group.targets]
+        assert sorted(targets) == sorted(name for name, _ in model.named_parameters())
+        for group in groups:
+            (name,), (target,) = group.names, group.targets
             assert same_bits(tensors[name], model.get_parameter(target))
-
-
-def test_tensors_that_transformers_converts_are_refused() -> None:
-    """Mixtral's experts, which it stacks."""
-    config = library().MixtralConfig(vocab_size=32, num_hidden_layers=1)
-    with torch.device("meta"):
-        model = library().MixtralForCausalLM(config)
-    mapping = library("transformers.conversion_mapping")
-    model._weight_conversions = mapping.get_model_conversion_mapping(model, None, None)
-    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    with pytest.raises(
-        RecipeError, match=rf"converts {name} .* MixtralForCausalLM.* at a given alpha"
-    ):
-        transformers_model.match_tensors(model, [name])
 
 
 # Parameters
