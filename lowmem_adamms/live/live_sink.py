@@ -57,7 +57,7 @@ class LiveSink:
             if group.operations:
                 raise RecipeError(
                     f"transformers converts {group.names[0]} before bitsandbytes quantizes it as"
-                    f" {target}, which a search does not follow; use --live-quantize none"
+                    f" {target}, which a search does not follow; use `live_quantize` none"
                 )
             step = merged[group.names[0]]
             self._targets[step.name] = _StagedTarget(model, target, step, param)
