@@ -442,12 +442,6 @@ def _load(
     plan: Plan, prompts: Prompts, settings: SearchSettings, placement: AnyPlacement
 ) -> SearchedModel:
     """The model, which takes a while."""
-    if settings.engine == "vllm":
-        from .serving.vllm_model import VllmModel
-
-        trust = settings.trust_remote_code
-        return VllmModel(plan, settings, trust_remote_code=trust, force=settings.force)
-    assert isinstance(placement, Placement)
     from .live.live_model import LiveModel
     from .live.processor import check_takes_images, check_template, load_processor
 
@@ -459,6 +453,10 @@ def _load(
         check_takes_images(processor, prompts, plan.base.path)
         if not settings.force:
             check_template(processor, plan.base.path)
+    if not isinstance(placement, Placement):
+        from .serving.vllm_model import VllmModel
+
+        return VllmModel(plan, placement.settings, trust_remote_code=trust, force=settings.force)
     return LiveModel(
         plan,
         dtype=placement.dtype if settings.live_dtype else None,

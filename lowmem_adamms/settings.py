@@ -267,25 +267,28 @@ class EngineSettings:
 
     engine: Engine = setting(
         "transformers",
-        "that answers the questions: transformers (default) or vllm",
+        "what answers the questions: transformers (default), or vllm if it is installed",
         choices=("transformers", "vllm"),
     )
     tensor_parallel: int = setting(
-        1, "of vLLM: cards a layer is split over; default: 1", metavar="N", parse=parse_count
+        1, "vLLM: split each layer over this many cards; default: 1", metavar="N", parse=parse_count
     )
     pipeline_parallel: int = setting(
-        1, "of vLLM: groups of layers on cards of their own", metavar="N", parse=parse_count
-    )
-    data_parallel: int = setting(
         1,
-        "of vLLM: copies of the model, where its version takes it",
+        "vLLM: split the layers into this many groups, each on its own cards; default: 1",
         metavar="N",
         parse=parse_count,
     )
-    ray: bool = setting(False, "of vLLM: workers on other machines, through Ray")
+    data_parallel: int = setting(
+        1,
+        "vLLM: run this many copies of the model, if its version allows it; default: 1",
+        metavar="N",
+        parse=parse_count,
+    )
+    ray: bool = setting(False, "vLLM: use the machines of a Ray cluster")
     vllm_option: tuple[str, ...] = setting(
         (),
-        "NAME=VALUE, handed on to vllm.LLM, such as max_model_len=4096; may be repeated",
+        "vLLM: hand this on to vllm.LLM, such as max_model_len=4096; may be repeated",
         metavar="NAME=VALUE",
         repeated=True,
     )
