@@ -46,6 +46,7 @@ MethodName = Literal[
     "ram",
 ]
 Trim = Literal["tensor", "model"]
+Live = Literal["held", "streamed"]
 
 DEFAULT_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 DEFAULT_TAGS = ("<think>", "</think>")
@@ -229,13 +230,19 @@ class PlacementSettings:
 
     device: Device | None = setting(
         None,
-        "where the model runs; default: cuda, if it fits there at least in 4 bit",
+        "where the model runs; default: cuda, if it fits there",
         choices=("cpu", "cuda"),
+    )
+    live: Live | None = setting(
+        None,
+        "hold the model in memory, or blend its layers as they run, two at a time; default: held"
+        " if that fits",
+        choices=("held", "streamed"),
     )
     live_quantize: Quantization | None = setting(
         None,
         "quantize the model that the search loads, not the output; default: as --quantize says, or"
-        " what fits",
+        " not if it fits",
         choices=("none", "int8", "nf4"),
     )
     live_dtype: str | None = setting(

@@ -8,6 +8,11 @@ conversions         which tensors on disk become which parameters
 load_check          that the loaded parameters are those of the files
 device_source       base and donor bytes on a card
 live_sink           where the loop's output enters the parameters
+held_weights        the base loaded whole, re-blended in place
+decoder_layers      the base loaded without its decoder layers, and where their tensors belong
+streamed_layers     two buffers that layers are blended into as they run
+embedding_rows      of an embedding only the rows in use
+streamed_weights    the base of which only two layers are in memory
 processor           a checkpoint's processor or tokenizer
 prompt_encoder      prompts to model inputs
 vision_cache        vision features, computed once

@@ -8,7 +8,7 @@ that differs. Prompts whose answers are known are not asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,7 +34,8 @@ class Answerer:
     vision_names: the parameters outside the decoder, of which none may be merged; empty if there
     are none.
 
-    `cost` is what the last call took; `notes` are what the user should know of the answers.
+    `cost` is what the last call took; `notes` are what the user should know of the answers, those
+    given first.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class Answerer:
         *,
         batch_size: int,
         vision_names: frozenset[str],
+        notes: Iterable[str] = (),
     ) -> None:
         check_runnable(model)
         self.settings, self.batch_size = settings, batch_size
         self.cost = Cost()
-        self.notes: list[str] = []
+        self.notes = list(notes)
         self._model, self._encoder = model, encoder
         self._vision_names = vision_names
         self._vision_cache = VisionCache(VISION_CACHE_BYTES)

@@ -2,6 +2,7 @@
 
 The loop is the one that writes checkpoints, so that what is evaluated is what would be written, bit
 for bit. Base values come from the base's own files, never from the live parameters: nothing drifts.
+The weights are held in memory, or streamed: blended layer by layer as they run.
 """
 
 from __future__ import annotations
@@ -14,31 +15,24 @@ from typing import Any
 import torch
 
 from ..checkpoints.dtypes import DTYPES
-from ..checkpoints.mapped_files import MappedFiles
 from ..errors import FormatError, PlacementError
 from ..mapping import kinship
 from ..mapping.alphas import Alpha, resolve
 from ..mapping.plan import Plan
-from ..merging.loop import Source, run
 from ..merging.sources import download
 from ..prompts import Prompt
-from ..settings import AnswerSettings, Device, PlacementSettings, Quantization
+from ..settings import AnswerSettings, Device, Live, PlacementSettings, Quantization
 from ..values import check_type, parse_dtype
-from . import transformers_model
 from .answerer import Answerer
-from .conversions import group_tensors
-from .device_source import DeviceSource
+from .decoder_layers import CannotStreamError
 from .free_memory import measure_memory
-from .live_sink import LiveSink
-from .load_check import check_loaded
-from .placement import Placement, place
+from .held_weights import HeldWeights
+from .placement import Placement, hold_instead, place
 from .prompt_encoder import Encoder
+from .streamed_weights import StreamedWeights
 
 Question = Prompt | str | Mapping[str, Any]
 """One thing to ask: a text, a prompt, or a dict with `prompt` and `image`."""
-WINDOW_BYTES = 64 << 20
-"""Output per kernel call. No buffer has this size, as the output is the parameters themselves; on a
-card, launching such a call costs nothing compared with copying."""
 
 
 class LiveModel(AbstractContextManager["LiveModel"]):
@@ -50,6 +44,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
             memory that is free, see `placement.place`.
         dtype: Of the parameters: "bf16", "fp16" or "fp32".
         quantize: "nf4" or "int8" (with bitsandbytes), or "none".
+        live: "held", or "streamed" for a model of which two layers are in memory at a time.
         trust_remote_code: Run Python code that comes with the base, where it needs it.
         placement: Instead of device and quantize: what `place` decided for this plan.
         force: Load also two models that look unrelated.
@@ -59,6 +54,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         model: The transformers module.
         vision_names: Its parameters outside the decoder.
         alpha: The one applied last; None after an apply that did not end.
+        notes: What the user should know of how it was loaded.
 
     Raises:
         PlacementError: The model does not fit into the memory there is.
@@ -81,6 +77,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         device: Device | None = None,
         dtype: str | None = None,
         quantize: Quantization | None = None,
+        live: Live | None = None,
         trust_remote_code: bool = False,
         placement: Placement | None = None,
         force: bool = False,
@@ -93,28 +90,24 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         download(plan)
         dtype_name = parse_dtype(dtype) if dtype else plan.options["dtype"]
         if placement is None:
-            settings = PlacementSettings(device=device, live_quantize=quantize)
+            settings = PlacementSettings(device=device, live_quantize=quantize, live=live)
             placement = place(plan, measure_memory(), settings, dtype=dtype_name)
         self.plan, self.placement = plan, placement
         self.alpha: Alpha | None = 0.0
         self._trust_remote_code, self._processor = trust_remote_code, processor
         self._answerer: Answerer | None = None
-        self.model = self._load(dtype_name)
-        self._files = MappedFiles(keep=placement.sources_stay_cached)
-        try:
-            groups = group_tensors(self.model, plan.base.tensors)
-            check_loaded(self.model, plan, groups, self._files)
-            kinds = plan.base_layout.kinds
-            self.vision_names = frozenset(
-                target for group in groups if group.names[0] in kinds for target in group.targets
-            )
-            self._source, self._kernel = self._choose_backend()
-            self._sink = LiveSink(self.model, plan, groups, self._source)
-        except BaseException:
-            self._files.close()
-            raise
+        self.notes: tuple[str, ...] = ()
+        self._weights = self._load(dtype_name)
+        self.model = self._weights.model
+        kinds = plan.base_layout.kinds
+        self.vision_names = frozenset(
+            target
+            for group in self._weights.groups
+            if group.names[0] in kinds
+            for target in group.targets
+        )
 
-    def _load(self, dtype_name: str | None) -> Any:
+    def _load(self, dtype_name: str | None) -> HeldWeights | StreamedWeights:
         """The base as transformers loads it; dtype_name None: with the config's dtype."""
         base, placement = self.plan.base, self.placement
         if base.folder is None:
@@ -125,25 +118,16 @@ class LiveModel(AbstractContextManager["LiveModel"]):
                 "the model was placed on a CUDA card, but torch sees none; `vram=0` does without,"
                 " or install a torch build for CUDA and its driver"
             )
-        return transformers_model.load_model(
-            base.folder,
-            device=placement.device,
-            dtype=(DTYPES[dtype_name].torch if dtype_name else None) or "auto",
-            quantize=placement.quantize,
-            trust_remote_code=self._trust_remote_code,
-        )
-
-    def _choose_backend(self) -> tuple[Source, Any]:
-        """Source and kernel for where the model is."""
-        if self.placement.device == "cpu":
-            from ..kernels.select import select_kernel
-
-            return self._files, select_kernel(self.plan.dtypes)[0]
-        from ..kernels import gpu
-
-        device = self.placement.device
-        source = DeviceSource(self.plan, self._files, self.placement, device)
-        return source, gpu.select_kernel(device, self.plan.dtypes)[0]
+        dtype = (DTYPES[dtype_name].torch if dtype_name else None) or "auto"
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self._trust_remote_code}
+        if placement.live == "streamed":
+            try:
+                return StreamedWeights(self.plan, base.folder, placement, **options)
+            except CannotStreamError as error:
+                memory = measure_memory(vram=None if placement.device == "cuda" else 0)
+                self.placement = hold_instead(self.plan, placement, memory, str(error))
+                self.notes = (self.placement.lines[0],)
+        return HeldWeights(self.plan, base.folder, self.placement, **options)
 
     def apply(self, alpha: Alpha, progress: Callable[[int], None] | None = None) -> None:
         """Blend base and donor into the loaded parameters.
@@ -160,18 +144,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         self._check_open()
         alpha = resolve(alpha, self.plan)
         self.alpha = None
-        self._sink.discard()  # what an interrupted apply left
-        run(
-            self.plan,
-            alpha,
-            self._sink,
-            kernel=self._kernel,
-            source=self._source,
-            window=WINDOW_BYTES,
-            progress=progress,
-        )
-        if self.placement.device == "cuda":
-            torch.cuda.synchronize()
+        self._weights.apply(alpha, progress)
         self.alpha = alpha
 
     def generate(
@@ -224,6 +197,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
             settings,
             batch_size=batch_size,
             vision_names=self.vision_names,
+            notes=self.notes,
         )
 
     @cached_property
@@ -242,8 +216,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
 
     def close(self) -> None:
         """Unmap the files and drop the model."""
-        self._sink.close()
-        self._files.close()
+        self._weights.close()
         self.model = self._answerer = None
         self.__dict__.pop("_encoder", None)
 

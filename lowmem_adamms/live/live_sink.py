@@ -6,7 +6,7 @@ order, is filled window by window. One that bitsandbytes quantizes is staged unt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,24 @@ class LiveSink:
     """A sink of the loop that fills the parameters of `model`.
 
     groups: of `group_tensors`, for the base's tensors. source: what the loop reads from; it tells
-    where slots must be, on the host or on the device.
+    where slots must be, on the host or on the device. steps: those of the plan that are wanted;
+    default: all that alpha changes.
     """
 
     def __init__(
-        self, model: Any, plan: Plan, groups: Sequence[TensorGroup], source: Source
+        self,
+        model: Any,
+        plan: Plan,
+        groups: Sequence[TensorGroup],
+        source: Source,
+        steps: Iterable[Step] | None = None,
     ) -> None:
         self._on_host = isinstance(source, MappedFiles)
         self._targets: dict[str, _DirectTarget | _StagedTarget] = {}
         self._touched: list[_DirectTarget | _StagedTarget] = []
-        merged = {step.name: step for step in plan.steps if step.action == "interpolate"}
+        if steps is None:
+            steps = (step for step in plan.steps if step.action == "interpolate")
+        merged = {step.name: step for step in steps}
         if lost := merged.keys() - {name for group in groups for name in group.names}:
             raise MappingError(
                 f"{plan.base.path}: transformers does not load {min(lost)} into"
@@ -68,7 +76,7 @@ class LiveSink:
                 self._targets[name] = _DirectTarget(tuple(params.values()), pieces, dtype)
 
     def wants(self, step: Step) -> bool:
-        """Whether the live model holds the step and alpha changes it."""
+        """Whether the step is one of those to fill."""
         return step.name in self._targets
 
     def copy(self, step: Step, offset: int, content: Any) -> None:
@@ -101,6 +109,28 @@ class LiveSink:
     def close(self) -> None:
         """Drop all references to the model."""
         self._targets, self._touched = {}, []
+
+
+class TableSink:
+    """A sink of the loop that fills flat bytes with the one step of a plan."""
+
+    def __init__(self, content: torch.Tensor, source: Source) -> None:
+        self._content: Any = content.numpy() if isinstance(source, MappedFiles) else content
+
+    def wants(self, step: Step) -> bool:
+        """Any step is wanted."""
+        return True
+
+    def copy(self, step: Step, offset: int, content: Any) -> None:
+        """Bytes that are the base's or the donor's as they are."""
+        self.slot(step, offset, len(content))[...] = content
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Any:
+        """Some of the bytes."""
+        return self._content[offset : offset + nbytes]
+
+    def commit(self) -> None:
+        """Nothing is staged."""
 
 
 def _take_parameters(model: Any, group: TensorGroup, taken: set[int]) -> dict[str, torch.Tensor]:

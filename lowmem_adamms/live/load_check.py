@@ -24,28 +24,39 @@ CHUNK_BYTES = 16 << 20
 
 
 def check_loaded(model: Any, plan: Plan, groups: Sequence[TensorGroup], files: MappedFiles) -> None:
-    """Raise FormatError unless every parameter equals its bytes on disk.
+    """Raise FormatError unless the model has its parameters, all of them, from the plan's base.
 
-    groups: of `group_tensors`. Tensors that bitsandbytes quantizes are compared after the same has
-    been done to the bytes on disk.
+    groups: of `group_tensors`.
+    """
+    check_equal(model, plan, groups, files)
+    state = model.state_dict(keep_vars=True)
+    # Tied ones have several names
+    checked = {_memory_of(state[target]) for group in groups for target in group.targets}
+    for name, param in model.named_parameters():
+        if _memory_of(param) not in checked:
+            raise FormatError(
+                f"{plan.base.path}: holds no weights for {name} of {type(model).__name__};"
+                " its answers would be random"
+            )
+    _check_tied(plan, groups, state)
+
+
+def check_equal(model: Any, plan: Plan, groups: Sequence[TensorGroup], files: MappedFiles) -> None:
+    """Raise FormatError unless the groups' parameters equal their bytes on disk.
+
+    Those that a model without its layers lacks are passed over. Tensors that bitsandbytes quantizes
+    are compared after the same has been done to the bytes on disk.
     """
     state = model.state_dict(keep_vars=True)
     for group in groups:
+        if state[group.targets[0]].is_meta:
+            continue
         for name in _find_different(model, plan, group, state, files):
             raise FormatError(
                 f"{plan.base.path}: {name} is not what transformers loaded into"
                 f" {' and '.join(group.targets)}; this version of transformers may read it"
                 " differently"
             )
-    # Tied ones have several names
-    checked = {state[target].data_ptr() for group in groups for target in group.targets}
-    for name, param in model.named_parameters():
-        if param.data_ptr() not in checked:
-            raise FormatError(
-                f"{plan.base.path}: holds no weights for {name} of {type(model).__name__};"
-                " its answers would be random"
-            )
-    _check_tied(plan, groups, state)
 
 
 def _find_different(
@@ -56,7 +67,7 @@ def _find_different(
     if is_quantized(param):
         if not group.operations:  # else LiveSink refuses it
             span = plan.base.tensors[group.names[0]]
-            value = _view_tensor(span, files).to(param.device, model.dtype)
+            value = view_tensor(span, files).to(param.device, model.dtype)
             if not _equals_quantized(param, quantize_like(param, value)):
                 yield group.names[0]
         return
@@ -69,18 +80,23 @@ def _check_tied(plan: Plan, groups: Sequence[TensorGroup], state: Mapping[str, A
     """A tensor that the plan omits as tied must be so: transformers keeps a head that differs."""
     written = {step.name for step in plan.steps}
     kept = {
-        state[target].data_ptr()
+        _memory_of(state[target])
         for group in groups
         for target in group.targets
         if written.issuperset(group.names)
     }
     for group in groups:
         for name in group.names:
-            if name not in written and state[group.targets[0]].data_ptr() not in kept:
+            if name not in written and _memory_of(state[group.targets[0]]) not in kept:
                 raise FormatError(
                     f"{plan.base.path}: config.json ties {name} to the embedding, but the two"
                     " differ on disk; say tie_word_embeddings: false there to keep both"
                 )
+
+
+def _memory_of(param: torch.Tensor) -> int:
+    """What tied parameters have in common and others have not."""
+    return id(param) if param.is_meta else param.data_ptr()
 
 
 def _equals_quantized(first: Any, second: Any) -> bool:
@@ -94,7 +110,7 @@ def _equals_span(pieces: Pieces, span: Span, files: MappedFiles) -> bool:
         return False
     start = 0
     for piece in _split(span):
-        values = _view_tensor(piece, files)
+        values = view_tensor(piece, files)
         for view in pieces.select(start, start + piece.elements):
             expected = values[: view.numel()].to(view.device).to(view.dtype)
             if not torch.equal(bytes_of(view.contiguous()), bytes_of(expected)):
@@ -112,6 +128,6 @@ def _split(span: Span) -> Iterator[Span]:
         yield span.flat_slice(first, min(count, span.elements - first))
 
 
-def _view_tensor(span: Span, files: MappedFiles) -> torch.Tensor:
+def view_tensor(span: Span, files: MappedFiles) -> torch.Tensor:
     """A span of a mapped file as a torch tensor over the same memory."""
     return as_tensor(files.view(span)).view(torch_dtype(span.dtype)).view(span.shape)

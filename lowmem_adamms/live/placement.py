@@ -1,8 +1,10 @@
 """Decide where a search's model goes, and where the weights that it is blended from are kept.
 
-Arithmetic over a plan's headers and the free memory, done before anything is loaded. Sizes of
-weights are exact except those of quantized vision towers; activations are an assumption, because
-nothing in a header tells them. Imports no torch, so that `plan` can show the decision at once.
+The model is held, or streamed: then two decoder layers are in memory at a time, and what alpha does
+not change is used where it lies in its files, unless it must go to a card. Arithmetic over a plan's
+headers and the free memory, done before anything is loaded. Sizes of weights are exact except those
+of quantized vision towers; activations are an assumption, because nothing in a header tells them.
+Imports no torch, so that `plan` can show the decision at once.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoints.dtypes import DTYPES, DType
 from ..errors import PlacementError, RecipeError
-from ..settings import Device, PlacementSettings, Quantization
+from ..mapping.mixture import Mixture
+from ..settings import Device, Live, PlacementSettings, Quantization
 from ..values import DTYPE_WORDS, format_count, format_size, parse_dtype
 from .cpu_4bit import find_obstacle, repacks_4bit
 from .free_memory import Memory
@@ -42,12 +45,23 @@ ACTIVATION_BYTES = 512 << 20
 ACTIVATION_BYTES_PER_SEQUENCE = 64 << 20
 SPARE_BYTES = 256 << 20
 """Left free on the device for fragmentation and for what the estimates miss."""
+MAX_BATCHES_AT_ONCE = 16
+"""Batches that go through a streamed layer before the next is read, at most."""
+HIDDEN_STATES_PER_TOKEN = 4
+"""Assumed of a batch that waits at a layer: its input, its residual, positions and masks."""
 
 _DEVICES: tuple[Device, ...] = ("cuda", "cpu")
-_QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")  # from the most exact down
+_QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")
+_WAYS: tuple[tuple[Live, Quantization], ...] = (  # the most wanted first
+    ("held", "none"),
+    ("streamed", "none"),
+    ("held", "int8"),
+    ("held", "nf4"),
+)
 _MEMORY_NAMES = {"cuda": "VRAM", "cpu": "RAM"}
 _LINEAR_KINDS = frozenset({"attention", "MLP", "vision tower", "connector"})
 _CACHED_ROLE = re.compile(r"layers\.\d+\.attn\.[kv]\.weight")
+_LAYER_ROLE = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +73,10 @@ class Placement:
     quantize: "int8", "nf4", or None for a model that is not quantized.
     dtype: of the parameters (of a quantized model, those that stay whole), as in `DTYPES`.
     staging_bytes: taken while a tensor is quantized. available_bytes: free on the device before.
+    live: "streamed" if only two layers are in memory at a time; model_bytes are with those.
+    batches_at_once: that go through a streamed layer before the next is read. waiting_bytes: of
+    those that wait meanwhile.
+    page_cache_bytes: RAM that is left for the page cache.
     sources_stay_cached: the sources in the page cache find room there from one apply to the next.
     lines: the decision and its sums, for people.
     """
@@ -71,9 +89,13 @@ class Placement:
     kv_cache_bytes: int
     staging_bytes: int
     available_bytes: int
+    live: Live = "held"
+    batches_at_once: int = 1
+    waiting_bytes: int = 0
     vram_source_bytes: int = 0
     pinned_source_bytes: int = 0
     cached_source_bytes: int = 0
+    page_cache_bytes: int = 0
     sources_stay_cached: bool = False
     lines: tuple[str, ...] = ()
 
@@ -89,7 +111,7 @@ class Placement:
     @property
     def work_bytes(self) -> int:
         """Needed on the device besides the model."""
-        return self.activation_bytes + self.kv_cache_bytes + self.staging_bytes
+        return self.activation_bytes + self.kv_cache_bytes + self.staging_bytes + self.waiting_bytes
 
     @property
     def required_bytes(self) -> int:
@@ -102,7 +124,8 @@ class Placement:
         return self.required_bytes <= self.available_bytes
 
     def __str__(self) -> str:
-        return f"{self.device} {self.quantize or self.dtype} at batch {self.batch_size}"
+        streamed = " streamed" if self.live == "streamed" else ""
+        return f"{self.device} {self.quantize or self.dtype}{streamed} at batch {self.batch_size}"
 
 
 def place(
@@ -115,8 +138,9 @@ def place(
 ) -> Placement:
     """Choose the fastest device that fits the model, and there the most exact precision.
 
-    A setting that is None is chosen here; the batch is made smaller before the precision is lowered
-    or a slower device is taken, because only quantizing changes answers. `ram` and `vram` of the
+    A setting that is None is chosen here; the batch is made smaller before the model is streamed,
+    and that is done before the precision is lowered or a slower device is taken, because only
+    quantizing changes answers. `ram` and `vram` of the
     settings are not read: `memory` has them.
 
     quantize, dtype: used where `live_quantize` and `live_dtype` are None. A dtype that is None
@@ -140,10 +164,14 @@ def place(
     options = _list_options(plan, memory, live_dtype, batch_sizes)
     if quantize != "nf4" and _find_4bit_obstacle(plan):
         options = [each for each in options if (each.device, each.quantize) != ("cpu", "nf4")]
+    if settings.live == "streamed":
+        _check_streamable(plan, options, quantize)
     allowed = [
         option
         for option in options
-        if device in (None, option.device) and quantize in (None, option.quantize or "none")
+        if device in (None, option.device)
+        and quantize in (None, option.quantize or "none")
+        and settings.live in (None, option.live)
     ]
     chosen = next((option for option in allowed if option.fits), None)
     if chosen is None:
@@ -164,6 +192,37 @@ def _find_4bit_obstacle(plan: Plan) -> str | None:
     return find_obstacle(linear) if repacks_4bit() else None
 
 
+def hold_instead(plan: Plan, streamed: Placement, memory: Memory, reason: str) -> Placement:
+    """Place a model that turned out not to be one that can be streamed, and tell why.
+
+    PlacementError if it does not fit.
+    """
+    settings = PlacementSettings(
+        device=streamed.device,
+        live="held",
+        live_quantize="none",
+        live_dtype=streamed.dtype,
+        batch_size=streamed.batch_size,
+    )
+    try:
+        held = place(plan, memory, settings)
+    except PlacementError as error:
+        raise PlacementError(f"{reason}, so that it cannot be streamed; {error}") from None
+    return replace(held, lines=(f"the model is held: {reason}", *held.lines))
+
+
+def _check_streamable(
+    plan: Plan, options: Sequence[Placement], quantize: Quantization | None
+) -> None:
+    if quantize not in (None, "none"):
+        raise RecipeError(
+            f"a streamed model is exact, so that `live='streamed'` and {quantize} exclude each"
+            " other; `live_quantize='none'` goes with it"
+        )
+    if all(option.live == "held" for option in options):
+        raise PlacementError(f"{plan.base.path}: has no decoder layers to stream; hold it instead")
+
+
 def _list_options(
     plan: Plan, memory: Memory, dtype: DType, batch_sizes: Sequence[int]
 ) -> list[Placement]:
@@ -174,17 +233,12 @@ def _list_options(
     quantizable = (_loaded_bytes(step, dtype) for step in plan.steps if _is_quantizable(step))
     # While a tensor is quantized, its blend, a copy of it and the result exist at once
     staging_bytes = 3 * max(quantizable, default=0)
-    model_bytes = {
-        quantize: sum(
-            _stored_bytes(step, _loaded_bytes(step, dtype), quantize) for step in plan.steps
-        )
-        for quantize in _QUANTIZATIONS
-    }
     kv_cache_bytes = _kv_cache_bytes_per_sequence(plan, dtype)
     available: dict[Device, int | None] = {"cuda": memory.vram_bytes, "cpu": memory.ram_bytes}
     options = []
-    for (device, available_bytes), quantize in product(available.items(), _QUANTIZATIONS):
-        if available_bytes is None:
+    for (device, available_bytes), (live, quantize) in product(available.items(), _WAYS):
+        model_bytes = _model_bytes(plan, dtype, device, live, quantize)
+        if available_bytes is None or model_bytes is None:
             continue
         for batch_size in batch_sizes:
             option = Placement(
@@ -192,15 +246,27 @@ def _list_options(
                 None if quantize == "none" else quantize,
                 dtype.name,
                 batch_size,
-                model_bytes[quantize],
+                model_bytes,
                 kv_cache_bytes * batch_size,
                 0 if quantize == "none" else staging_bytes,
                 available_bytes,
+                live,
             )
             if option.fits:
                 break
-        options.append(option)
+        options.append(_let_batches_wait(plan, option) if live == "streamed" else option)
     return options
+
+
+def _let_batches_wait(plan: Plan, option: Placement) -> Placement:
+    """As many batches at once as the memory that is left allows, for they share each reading."""
+    width = max((step.shape[-1] for step, part in plan.parts if part.role == "embed"), default=0)
+    tokens = option.batch_size * SEQUENCE_TOKENS
+    states = tokens * width * DTYPES[option.dtype].itemsize * HIDDEN_STATES_PER_TOKEN
+    each = option.kv_cache_bytes + states
+    count = min(MAX_BATCHES_AT_ONCE - 1, (option.available_bytes - option.required_bytes) // each)
+    count = max(0, count)
+    return replace(option, batches_at_once=1 + count, waiting_bytes=count * each)
 
 
 # Sizes
@@ -215,6 +281,27 @@ def _choose_dtype(plan: Plan, dtype: str | None) -> DType:
         if step.dtype.blendable:
             sizes[step.dtype.name] += step.nbytes
     return DTYPES[sizes.most_common(1)[0][0]]
+
+
+def _model_bytes(
+    plan: Plan, dtype: DType, device: Device, live: Live, quantize: Quantization
+) -> int | None:
+    """Bytes of the model in memory; None if it has no layers that could be streamed."""
+    if live == "held":
+        return sum(_stored_bytes(step, _loaded_bytes(step, dtype), quantize) for step in plan.steps)
+    layers: Counter[int] = Counter()
+    held_bytes = 0
+    is_whole = isinstance(plan, Mixture) or all(part.role != "head" for _, part in plan.parts)
+    for step in plan.steps:
+        loaded_bytes = _loaded_bytes(step, dtype)
+        if device == "cpu" and step.action == "copy" and loaded_bytes == step.nbytes:
+            continue  # used where it lies mapped
+        role = next((part.role for part in step.parts if part.role), "")
+        if layer := _LAYER_ROLE.match(role):
+            layers[int(layer[1])] += loaded_bytes
+        elif role != "embed" or is_whole:  # of an embedding by itself only the rows in use
+            held_bytes += loaded_bytes
+    return held_bytes + 2 * max(layers.values()) if layers else None
 
 
 def output_bytes(plan: Plan, quantize: Quantization | None = None) -> int:
@@ -314,13 +401,16 @@ def _place_sources(plan: Plan, memory: Memory, chosen: Placement, lines: list[st
         total[location] += size
     used_ram = total["pinned"] + SPARE_BYTES if on_card else chosen.required_bytes
     free_ram = max(0, memory.ram_bytes - used_ram)
-    return replace(
+    placed = replace(
         chosen,
         vram_source_bytes=total["vram"],
         pinned_source_bytes=total["pinned"],
         cached_source_bytes=total["cache"],
+        page_cache_bytes=free_ram,
         sources_stay_cached=total["cache"] <= free_ram,
-        lines=(*lines, *_explain_sources(total, free_ram)),
+    )
+    return replace(
+        placed, lines=(_describe_fit(placed), *lines, *_explain_sources(total, free_ram))
     )
 
 
@@ -336,10 +426,12 @@ def _explain_choice(memory: Memory, chosen: Placement, rejected: Sequence[Placem
         f"work: {format_size(chosen.activation_bytes)} assumed for activations and staging"
         f" + {_describe_cache(chosen)}"
     )
+    if chosen.waiting_bytes:
+        waiting = chosen.batches_at_once - 1
+        work += f" + {format_size(chosen.waiting_bytes)} for {waiting} batches that wait at a layer"
     if chosen.staging_bytes:
         work += f" + {format_size(chosen.staging_bytes)}, 3 x the largest quantized tensor"
     return [
-        _describe_fit(chosen),
         f"memory: {card}, {format_size(memory.ram_bytes)} of RAM available",
         work,
         *(f"{option}: {_describe_sum(option)}: does not fit" for option in rejected),
@@ -347,19 +439,24 @@ def _explain_choice(memory: Memory, chosen: Placement, rejected: Sequence[Placem
     ]
 
 
-def _describe_fit(chosen: Placement) -> str:
+def _describe_fit(placed: Placement) -> str:
     """What was decided, in a line."""
-    device = "card" if chosen.device == "cuda" else "CPU"
+    device = "card" if placed.device == "cuda" else "CPU"
+    streamed = ""
+    if placed.live == "streamed":
+        where = "page cache" if placed.sources_stay_cached else "disk"
+        streamed = f" exact, layers streamed from the {where},"
     return (
-        f"fits on the {device} in {chosen.quantize or DTYPE_WORDS[chosen.dtype][0]}:"
-        f" {format_size(chosen.required_bytes)} of {format_size(chosen.available_bytes)},"
-        f" {format_count(chosen.batch_size, 'question')} at a time"
+        f"fits on the {device} in {placed.quantize or DTYPE_WORDS[placed.dtype][0]}:"
+        f" {format_size(placed.required_bytes)} of {format_size(placed.available_bytes)},{streamed}"
+        f" {format_count(placed.batch_size, 'question')} at a time"
     )
 
 
 def _describe_sum(option: Placement) -> str:
+    model = "two layers and the rest" if option.live == "streamed" else "model"
     return (
-        f"model {format_size(option.model_bytes)} + work {format_size(option.work_bytes)}"
+        f"{model} {format_size(option.model_bytes)} + work {format_size(option.work_bytes)}"
         f" + spare {format_size(SPARE_BYTES)} = {format_size(option.required_bytes)}"
         f" of {format_size(option.available_bytes)}"
     )
@@ -386,17 +483,19 @@ def _explain_sources(total: Counter[Location], free_ram: int) -> Iterator[str]:
 
 
 def _explain_refusal(options: Sequence[Placement], allowed: Sequence[Placement]) -> str:
-    """What the last allowed option on each device lacks, and what would fit instead."""
+    """What the smallest allowed option on each device lacks, and what would fit instead."""
     help = "a smaller model would help"
     if fitting := next((option for option in options if option.fits), None):
         quantize = fitting.quantize or "none"
-        help = f"`device={fitting.device!r}` with `live_quantize={quantize!r}` would fit"
+        way = f"live_quantize={quantize!r}" if fitting.live == "held" else "live='streamed'"
+        help = f"`device={fitting.device!r}` with `{way}` would fit"
     if not allowed:  # there is always an option on the CPU, so a card was asked for
         return (
             f"no CUDA card was found, or `vram=0` rules it out; {help}. For a card that nvidia-smi"
             " does not show, give its memory as `vram`"
         )
-    smallest = {option.device: option for option in allowed}
+    by_need = sorted(allowed, key=lambda option: -option.required_bytes)
+    smallest = {option.device: option for option in by_need}
     shortages = ", ".join(
         f"{option} needs {format_size(option.required_bytes)} of {_MEMORY_NAMES[device]}"
         f" but {format_size(option.available_bytes)} is free"

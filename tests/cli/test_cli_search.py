@@ -799,9 +799,10 @@ def test_memory_shapes_what_plan_says_of_a_search(pair: tuple[Path, Path], capsy
     card = lines("--ram", "8GB", "--vram", "80GB")
     assert any(re.match(r"cuda BF16 at batch 8: .* of 80\.00 GB: chosen", line) for line in card)
     assert any(line.endswith("in VRAM") for line in card)
+    streamed = lines("--ram", "8GB", "--vram", "0", "--live", "streamed")
+    assert "of 8.00 GB, exact, layers streamed from the page cache, 8 q" in streamed[0]
     (refusal,) = lines("--ram", "100MB", "--vram", "0")
-    # 4 bit where this CPU can run it
-    assert re.match("the model does not fit: cpu (int8|nf4) at batch 1 needs ", refusal)
+    assert refusal.startswith("the model does not fit: cpu BF16 streamed at batch 1 needs ")
     assert run("plan", *pair, "--ram", "8GB", "--vram", "0") == 0
     shown = capsys.readouterr().out
     assert shown.endswith("a search for alpha would run so:\n  " + "\n  ".join(host) + "\n")
@@ -870,7 +871,8 @@ def test_what_does_not_fit_is_not_fetched(
 SEARCHING = (PromptSettings, GridSettings, AnswerSettings, PlacementSettings)
 SWITCHES = ("no-drafts", "no-vision-cache", "no-noise", "donor-answers")
 WISHES = {"device": "cpu", "live-quantize": "int8", "live-dtype": "fp16", "alphas": "0:1:0.5"}
-WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0", "reasoning-tags": ""}
+WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0", "live": "streamed"}
+WISHES["reasoning-tags"] = ""
 
 
 def options_of_a_search() -> list[str]:

@@ -27,7 +27,7 @@ from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.errors import FormatError, MappingError, PlacementError, RecipeError
-from lowmem_adamms.live import live_model, load_check, transformers_model
+from lowmem_adamms.live import held_weights, live_model, load_check, transformers_model
 from lowmem_adamms.live.conversions import group_tensors
 from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.free_memory import Memory
@@ -235,12 +235,12 @@ def placed(plan: Plan, **wishes: Any) -> Placement:
 
 
 def live_of(
-    plan: Plan, dtype: str | None = None, quantize: Any = None, **options: Any
+    plan: Plan, dtype: str | None = None, quantize: Any = None, live: Any = "held", **options: Any
 ) -> LiveModel:
     return LiveModel(
         plan,
         dtype=dtype,
-        placement=placed(plan, live_quantize=quantize),
+        placement=placed(plan, live_quantize=quantize, live=live),
         trust_remote_code="auto_map" in plan.base.config,
         **options,
     )
@@ -288,15 +288,15 @@ def ready(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     with ExitStack() as stack:
 
         @functools.cache
-        def prepared(name: str, quantize: str | None = None) -> Ready:
+        def prepared(name: str, quantize: str | None = None, live: str = "held") -> Ready:
             if quantize:
                 pytest.importorskip("bitsandbytes")
             pair = (QUANTIZED if quantize else PAIRS)[name]
             plan = pair.planned(make)
-            live = live_of(plan, pair.dtype, quantize)
+            model = live_of(plan, pair.dtype, quantize, live)
             options = as_loaded(quantize) if quantize else {}
             root = tmp_path_factory.mktemp("merged")
-            return stack.enter_context(Ready(plan, live, root, TORCH[pair.dtype], options))
+            return stack.enter_context(Ready(plan, model, root, TORCH[pair.dtype], options))
 
         yield prepared
 
@@ -312,6 +312,69 @@ def test_what_is_live_is_what_the_merged_checkpoint_loads_as(name: str, ready: G
     pair.check((0.3, 0.3, 0))
     merged = pair.expected(0.3)
     assert sum(merged[key] != base[key] for key in base) >= 2 * 9, "too little is merged"
+
+
+IDS = (5, 301, 7, 7, 0)
+
+
+def contents_as_it_runs(model: Any) -> Contents:
+    """Every parameter and buffer as it is when its module runs, after one forward pass.
+
+    Those of modules that did not run are as they are after it.
+    """
+    found: Contents = {}
+    hooks = []
+    for path, module in model.named_modules():
+        registry = {**module._parameters, **module._buffers}
+        if not any(tensor is not None for tensor in registry.values()):
+            continue
+
+        def note(module: Any, *_: Any, path: str = path) -> None:
+            for name, tensor in {**module._parameters, **module._buffers}.items():
+                if tensor is not None:
+                    key = f"{path}.{name}" if path else name
+                    found[key] = (str(tensor.dtype), tuple(tensor.shape), raw(tensor))
+
+        hooks.append(module.register_forward_pre_hook(note))
+    with transformers_model.quiet(), torch.inference_mode():
+        model(
+            input_ids=torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS), dtype=torch.int)
+        )
+    for hook in hooks:
+        hook.remove()
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name not in found:
+            assert not tensor.is_meta, f"{name} was not there when it was used"
+            found[name] = (str(tensor.dtype), tuple(tensor.shape), raw(tensor))
+    return found
+
+
+def only_rows(content: tuple[str, tuple[int, ...], bytes]) -> tuple[str, tuple[int, ...], bytes]:
+    """Of an embedding, the rows of IDS alone."""
+    dtype, (rows, width), whole = content
+    size = len(whole) // rows
+    ids = sorted(set(IDS))
+    return dtype, (len(ids), width), b"".join(whole[i * size : (i + 1) * size] for i in ids)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_streamed_model_runs_with_what_the_merged_checkpoint_loads_as(
+    name: str, ready: GetReady
+) -> None:
+    pair = ready(name, live="streamed")
+    model = pair.live.model
+    module = model.get_input_embeddings()
+    embed = next(name for name, param in model.named_parameters() if param is module.weight)
+    is_tied = model.get_output_embeddings().weight is module.weight
+    by_rows = not is_tied and type(module) is torch.nn.Embedding  # Gemma's scales what it looks up
+    for alpha in (0.3, 1, 0.3, 0):
+        pair.live.apply(alpha)
+        expected = {**pair.expected(alpha)}
+        if by_rows:
+            expected[embed] = only_rows(expected[embed])
+        assert_same(contents_as_it_runs(model), expected)
 
 
 def test_tied_parameters_stay_tied_and_the_others_apart(ready: GetReady) -> None:
@@ -349,7 +412,7 @@ def interrupt_apply(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(live_model, "WINDOW_BYTES", 1000)
+        patched.setattr(held_weights, "WINDOW_BYTES", 1000)
         model.apply(0.9, progress=stop)
 
 
@@ -413,7 +476,7 @@ def test_without_a_placement_one_is_chosen(make: Make) -> None:
 def test_the_size_of_the_windows_changes_no_bit(name: str, window: int, ready: GetReady) -> None:
     pair = ready(name)
     for alpha in (1, 0.3):
-        loop.run(pair.plan, alpha, pair.live._sink, window=window)
+        loop.run(pair.plan, alpha, pair.live._weights.sink, window=window)
         assert_same(contents(pair.live.model), pair.expected(alpha))
 
 

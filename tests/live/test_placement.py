@@ -50,6 +50,10 @@ SOURCES = (2 + 4) * (LINEAR + REST)  # the base is BF16, the donor F32
 QWEN_BF16 = sum(tensor_bytes(*spec) for spec in FAMILIES["qwen2-vl-7b"].tensors.values())
 QWEN_KV_EACH = 28 * 2 * 512 * 2 * 2048
 QWEN_STAGING = 3 * 3584 * 18944 * 2
+# One layer: q and o, k and v, the MLP, biases of q, k and v, two norms
+QWEN_LAYER = 2 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 3584 * 18944 + 3584 + 1024 + 2 * 3584)
+QWEN_HEAD = 2 * (152064 * 3584 + 3584)  # and the last norm
+QWEN_WAITING = 8 * 2048 * 3584 * 2 * 4  # states of a batch of 8
 
 
 def place(plan: Plan, memory: Memory, **wishes: Any) -> Placement:
@@ -176,26 +180,73 @@ def test_two_streams_of_keys_and_values_share_one_cache(mplug: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ram", "vram", "device", "quantize", "batch_size"),
+    ("ram", "vram", "device", "live", "batch_size"),
     [
-        (4 * GB, 24 * GB, "cuda", None, 8),
-        (32 * GB, 17 * GIB, "cuda", None, 4),
-        (32 * GB, 12 * GB, "cuda", "int8", 4),
-        (32 * GB, 8 * GIB, "cuda", "nf4", 8),
-        (16 * GB, 76 * GIB // 10, "cuda", "nf4", 4),  # a card of 8 GB
-        (32 * GB, 6 * GIB, "cpu", None, 8),
-        (18 * GB, None, "cpu", None, 2),
-        (10 * GB, None, "cpu", "nf4", 8),
+        (4 * GB, 24 * GB, "cuda", "held", 8),
+        (32 * GB, 17 * GIB, "cuda", "held", 4),
+        (32 * GB, 12 * GB, "cuda", "streamed", 8),
+        (16 * GB, 76 * GIB // 10, "cuda", "streamed", 8),  # a card of 8 GB
+        (32 * GB, 3 * GIB, "cpu", "held", 8),
+        (18 * GB, None, "cpu", "held", 2),
+        (10 * GB, None, "cpu", "streamed", 8),
+        (4 * GB, None, "cpu", "streamed", 4),
     ],
 )
-def test_a_7b_model_goes_to_the_fastest_device_at_the_best_precision(
-    qwen: Plan, ram: int, vram: int | None, device: str, quantize: str | None, batch_size: int
+def test_a_7b_model_goes_exact_to_the_fastest_device_and_is_streamed_if_it_must(
+    qwen: Plan, ram: int, vram: int | None, device: str, live: str, batch_size: int
 ) -> None:
     found = place(qwen, Memory(ram, vram, "a card" if vram else None))
-    assert (found.device, found.quantize, found.dtype) == (device, quantize, "BF16")
-    assert found.batch_size == batch_size
-    if (quantize, batch_size) == (None, 8):
+    assert (found.device, found.quantize, found.dtype) == (device, None, "BF16")
+    assert (found.live, found.batch_size) == (live, batch_size)
+    if (live, batch_size) == ("held", 8):
         assert (found.model_bytes, found.work_bytes) == (QWEN_BF16, GIB + 8 * QWEN_KV_EACH)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sums_of_a_streamed_model(qwen: Plan, device: str) -> None:
+    """Two layers and the head; on a card also the vision side, which a CPU uses where it lies."""
+    found = place(qwen, Memory(100 * GB, 100 * GB, None), device=device, live="streamed")
+    vision = QWEN_BF16 - 28 * QWEN_LAYER - QWEN_HEAD - 2 * 152064 * 3584
+    on_card = vision if device == "cuda" else 0
+    assert found.model_bytes == 2 * QWEN_LAYER + QWEN_HEAD + on_card
+    each = 8 * QWEN_KV_EACH + QWEN_WAITING
+    assert (found.batches_at_once, found.waiting_bytes) == (16, 15 * each)
+    assert found.work_bytes == GIB + 8 * QWEN_KV_EACH + found.waiting_bytes
+    need = found.required_bytes - 15 * each
+    for spare, batches in ((0, 1), (each - 1, 1), (each, 2), (5 * each, 6)):
+        memory = Memory(need + spare, need + spare, None)
+        tight = place(qwen, memory, device=device, live="streamed")
+        assert (tight.batches_at_once, tight.waiting_bytes) == (batches, (batches - 1) * each)
+
+
+def test_a_tied_base_holds_its_embedding_for_the_head(true_size: dict[str, Checkpoint]) -> None:
+    base = true_size["qwen2-1.5b"]
+    found = place(make_plan(base, base), PLENTY, live="streamed")
+    layer = 2 * (2 * 1536**2 + 2 * 256 * 1536 + 3 * 1536 * 8960 + 1536 + 512 + 2 * 1536)
+    assert found.model_bytes == 2 * layer + 2 * (151936 * 1536 + 1536)
+
+
+def test_what_the_loaded_model_casts_does_not_stay_mapped(small: MakePlan) -> None:
+    tower = typed("model.vision_tower.", "F32", {"a.weight": (10, 4)})
+    bare, more = (place(small(more=m), PLENTY, live="streamed") for m in (None, tower))
+    assert more.model_bytes - bare.model_bytes == 2 * 40
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_streamed_model_is_not_quantized(qwen: Plan, quantize: str) -> None:
+    with pytest.raises(RecipeError, match="streamed model is exact"):
+        place(qwen, PLENTY, live="streamed", live_quantize=quantize)
+
+
+def test_a_model_that_cannot_be_streamed_is_held_and_says_why(qwen: Plan) -> None:
+    streamed = place(qwen, PLENTY, live="streamed", batch_size=4)
+    held = placement.hold_instead(qwen, streamed, PLENTY, "its layers are knotted")
+    assert (held.live, held.batch_size, held.quantize) == ("held", 4, None)
+    assert held.lines[0] == "the model is held: its layers are knotted"
+    with pytest.raises(PlacementError, match="knotted, so that it cannot be streamed; the model"):
+        placement.hold_instead(
+            qwen, streamed, Memory(10 * GB, None, None), "its layers are knotted"
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -203,7 +254,7 @@ def test_a_7b_model_goes_to_the_fastest_device_at_the_best_precision(
 def test_the_need_is_model_work_and_256_mib_to_the_byte(
     qwen: Plan, device: str, quantize: str
 ) -> None:
-    wish = {"device": device, "live_quantize": quantize}
+    wish = {"device": device, "live_quantize": quantize, "live": "held"}
 
     def free(count: int) -> Memory:
         return Memory(count, GB, None) if device == "cpu" else Memory(GB, count, None)
@@ -221,7 +272,8 @@ def test_nothing_is_quantized_unasked_where_bitsandbytes_is_missing(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     card = Memory(32 * GB, 8 * GIB, "a card")
-    assert str(place(qwen, card)) == "cpu BF16 at batch 8"
+    assert str(place(qwen, card)) == "cuda BF16 streamed at batch 8"
+    assert str(place(qwen, card, live="held")) == "cpu BF16 at batch 8"
     for wish in ("int8", "nf4"):
         with pytest.raises(PlacementError, match=f"{wish} needs bitsandbytes: pip install"):
             place(qwen, card, live_quantize=wish)
@@ -237,8 +289,8 @@ def test_four_bits_are_not_chosen_where_this_cpu_cannot_run_them(
     need = place(plan, PLENTY, live_quantize="int8", batch_size=1).required_bytes
     short = Memory(need - 1, None, None)
     with pytest.raises(PlacementError, match="does not fit") as refusal:
-        place(plan, short, batch_size=1)
-    assert "nf4 would fit" not in str(refusal.value)
+        place(plan, short, batch_size=1, live="held")
+    assert "`live='streamed'` would fit" in str(refusal.value)
     with pytest.raises(PlacementError, match=r"cannot run \S+ in 4 bit .*, expected"):
         placement.check_runnable(plan, place(plan, PLENTY, live_quantize="nf4"))
     card = Memory(need - 1, 1000 * GB, "a card")
@@ -246,7 +298,7 @@ def test_four_bits_are_not_chosen_where_this_cpu_cannot_run_them(
     placement.check_runnable(qwen, place(qwen, PLENTY, live_quantize="nf4"))
     assert str(place(qwen, PLENTY, live_quantize="nf4")) == "cpu nf4 at batch 8"
     monkeypatch.setattr(placement, "repacks_4bit", lambda: False)
-    assert str(place(plan, short, batch_size=1)) == "cpu nf4 at batch 1"
+    assert str(place(plan, short, batch_size=1, live="held")) == "cpu nf4 at batch 1"
 
 
 def test_the_processors_own_words_tell_whether_it_repacks(tmp_path: Path) -> None:
@@ -268,9 +320,10 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
     assert place(qwen, large, device="cpu").device == "cpu"
     assert place(qwen, large, live_quantize="int8").quantize == "int8"
     # Whole on the CPU rather than quantized on the card
-    assert place(qwen, card, live_quantize="none").device == "cpu"
+    assert place(qwen, card, live_quantize="none", live="held").device == "cpu"
+    assert place(qwen, large, live="streamed").live == "streamed"
     # A batch that is asked for is kept, and the precision gives way
-    found = [place(qwen, card, batch_size=batch_size) for batch_size in (1, 16)]
+    found = [place(qwen, card, batch_size=size, live="held") for size in (1, 16)]
     assert [(each.quantize, each.batch_size) for each in found] == [("int8", 1), ("nf4", 16)]
     assert place(qwen, PLENTY, batch_size=64).batch_size == 64
 
@@ -279,11 +332,11 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
     ("memory", "wish", "words"),
     [
         (
-            Memory(4 * GB, 5 * GB, "a card"),
+            Memory(2 * GB, 3 * GB, "a card"),
             {},
             [
-                "cuda nf4 at batch 1 needs 7.30 GB of VRAM but 5.00 GB is free",
-                "cpu nf4 at batch 1 needs 7.30 GB of RAM but 4.00 GB is free",
+                "cuda BF16 streamed at batch 1 needs 4.36 GB of VRAM but 3.00 GB is free",
+                "cpu BF16 streamed at batch 1 needs 3.01 GB of RAM but 2.00 GB is free",
                 "a 117 MB key-value cache of 1 x 2048 tokens",
                 "smaller model",
                 "`vram` and `ram`",
@@ -291,26 +344,26 @@ def test_a_wish_wins_over_the_order(qwen: Plan) -> None:
         ),
         (
             Memory(12 * GB, None, None),
-            {"live_quantize": "none"},
+            {"live_quantize": "none", "live": "held"},
             [
                 "cpu BF16 at batch 1 needs 17.57 GB",
-                "`device='cpu'` with `live_quantize='int8'` would fit",
+                "`device='cpu'` with `live='streamed'` would fit",
             ],
         ),
         (
             Memory(32 * GB, 12 * GB, "a card"),
-            {"device": "cuda", "live_quantize": "none", "batch_size": 8},
+            {"device": "cuda", "live_quantize": "none", "batch_size": 8, "live": "held"},
             [
                 "cuda BF16 at batch 8 needs 18.86 GB of VRAM",
                 "a 940 MB key-value cache of 8 x 2048 tokens",
-                "`device='cuda'` with `live_quantize='nf4'` would fit, a smaller `batch_size` may",
+                "`device='cuda'` with `live='streamed'` would fit, a smaller `batch_size` may",
             ],
         ),
         (
             Memory(32 * GB, 4 * GB, "a card"),
             {"device": "cuda"},
             [
-                "cuda nf4 at batch 1 needs",
+                "cuda BF16 streamed at batch 1 needs",
                 "`device='cpu'` with `live_quantize='none'` would fit, or free",
             ],
         ),
@@ -349,7 +402,8 @@ def test_an_unknown_wish_is_refused_by_name(qwen: Plan, wish: Any, words: str) -
 
 
 def test_the_lines_hold_the_sums(qwen: Plan) -> None:
-    lines = place(qwen, Memory(24 * GB, 7_900_000_000, "NVIDIA Test"), device="cuda").lines
+    card = Memory(24 * GB, 7_900_000_000, "NVIDIA Test")
+    lines = place(qwen, card, live="held", device="cuda").lines
     assert lines[:6] == (
         "fits on the card in nf4: 7.85 GB of 7.90 GB, 4 questions at a time",
         "memory: 7.90 GB free on NVIDIA Test, 24.00 GB of RAM available",
@@ -366,6 +420,20 @@ def test_the_lines_hold_the_sums(qwen: Plan) -> None:
     whole = place(qwen, Memory(24 * GB, None, None)).lines
     assert whole[0] == "fits on the CPU in bf16: 18.86 GB of 24.00 GB, 8 questions at a time"
     assert whole[1] == "memory: no CUDA card, 24.00 GB of RAM available"
+
+
+@pytest.mark.parametrize(("ram", "where"), [(16 * GB, "disk"), (60 * GB, "page cache")])
+def test_the_lines_of_a_streamed_model(qwen: Plan, ram: int, where: str) -> None:
+    found = place(qwen, Memory(ram, None, None), live="streamed")
+    verdict, _, work, chosen = found.lines[:4]
+    size, free = format_size(found.required_bytes), format_size(ram)
+    assert verdict == (
+        f"fits on the CPU in bf16: {size} of {free}, exact, layers streamed from the {where},"
+        " 8 questions at a time"
+    )
+    waiting = found.batches_at_once - 1
+    assert work.endswith(f" for {waiting} batches that wait at a layer")
+    assert chosen.startswith("cpu BF16 streamed at batch 8: two layers and the rest 2.02 GB + work")
 
 
 # Where base and donor go
@@ -430,32 +498,36 @@ def attempt(plan: Plan, memory: Memory) -> Placement | None:
         return None
 
 
+Way = tuple[str, str | None, int]
+
+
 @pytest.fixture(scope="module")
-def needs(mplug: Plan) -> dict[tuple[str | None, int], int]:
-    """Bytes that each precision and batch takes up on its device, the most wanted first."""
-    found = [
-        place(mplug, PLENTY, live_quantize=quantize, batch_size=batch_size)
-        for quantize in ("none", "int8", "nf4")
-        for batch_size in (8, 4, 2, 1)
-    ]
-    return {
-        (each.quantize, each.batch_size): each.model_bytes + each.work_bytes + SPARE
-        for each in found
-    }
+def needs(mplug: Plan) -> dict[str, dict[Way, int]]:
+    """By device, bytes that each precision and batch takes up there, the most wanted first."""
+    ways = (("held", "none"), ("streamed", "none"), ("held", "int8"), ("held", "nf4"))
+    found: dict[str, dict[Way, int]] = {"cuda": {}, "cpu": {}}
+    for device, by_way in found.items():
+        for live, quantize in ways:
+            for size in (8, 4, 2, 1):
+                wish = {"live": live, "live_quantize": quantize, "batch_size": size}
+                each = place(mplug, Memory(1000 * GB, 1000 * GB, None), device=device, **wish)
+                need = each.model_bytes + each.work_bytes - each.waiting_bytes + SPARE
+                by_way[live, each.quantize, size] = need
+    return found
 
 
 @given(ram=AMOUNTS, vram=CARDS)
 def test_the_batch_gives_way_before_the_precision_and_that_before_the_device(
-    mplug: Plan, needs: dict[tuple[str | None, int], int], ram: int, vram: int | None
+    mplug: Plan, needs: dict[str, dict[Way, int]], ram: int, vram: int | None
 ) -> None:
     found = attempt(mplug, Memory(ram, vram, None))
     fitting = [
         (device, *way)
         for device, free in (("cuda", vram or 0), ("cpu", ram))
-        for way, need in needs.items()
+        for way, need in needs[device].items()
         if need <= free
     ]
-    chosen = (found.device, found.quantize, found.batch_size) if found else None
+    chosen = (found.device, found.live, found.quantize, found.batch_size) if found else None
     assert chosen == next(iter(fitting), None)
 
 

@@ -1,0 +1,118 @@
+"""Decoder layers filled as they run: two buffers, one thread that fills them.
+
+When a layer is about to run, a hook waits for its buffer and has the other one filled with the
+layer that ran after it the last time (at first, the next in order). On a card the filling is queued
+on a stream of its own, and events keep it and the running layers apart; the CPU has the same calls,
+which do nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import RecipeError
+from ..mapping.alphas import Alpha
+from .decoder_layers import DecoderLayer
+
+Fill = Callable[[DecoderLayer, Alpha], None]
+"""Writes a bound layer's tensors at an alpha."""
+
+
+class _Buffer:
+    """Memory for one layer. index: of the layer that is, or is being put, in it."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.index: int | None = None
+        self.filled: Future[None] = Future()
+        self.filled.set_result(None)
+        self.event: Any = torch.get_device_module(device).Event()
+
+
+class StreamedLayers:
+    """The layers of a model, each filled just before it runs; one forward pass at a time.
+
+    fill: called in a thread of this object, for one layer after the other.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], fill: Fill, device: str) -> None:
+        self._layers, self._fill = layers, fill
+        self._alpha: Alpha | None = None
+        self._next = [*range(1, len(layers)), 0]
+        self._device = torch.get_device_module(device)
+        self._stream = self._device.Stream()
+        largest = max(layer.nbytes for layer in layers)
+        self._buffers = [_Buffer(largest, device) for _ in range(min(2, len(layers)))]
+        self._last = self._buffers[0]
+        self._filler = ThreadPoolExecutor(1, thread_name_prefix="layer filler")
+        self._hooks = [
+            layer.module.register_forward_pre_hook(partial(self._before_layer, index))
+            for index, layer in enumerate(layers)
+        ]
+
+    def start(self, alpha: Alpha) -> None:
+        """Fill layers at this alpha from now on, the first one at once."""
+        self.discard()
+        self._alpha = alpha
+        self._buffer_of(0)
+
+    def discard(self) -> None:
+        """Forget what is in the buffers. The layers cannot run until the next `start`."""
+        self._alpha = None
+        wait([buffer.filled for buffer in self._buffers])
+        for buffer in self._buffers:
+            self._empty(buffer)
+
+    def close(self) -> None:
+        """End the thread and let go of layers and memory."""
+        self._filler.shutdown()
+        self.discard()
+        for hook in self._hooks:
+            hook.remove()
+        self._layers, self._buffers, self._hooks = (), [], []
+
+    def _before_layer(self, index: int, *_: Any) -> None:
+        """Have the layer's tensors ready, and the next layer's on their way."""
+        buffer = self._buffer_of(index)
+        try:
+            buffer.filled.result()
+        except BaseException:
+            self._empty(buffer)
+            raise
+        self._device.current_stream().wait_event(buffer.event)
+        if self._last.index not in (None, index):
+            self._next[self._last.index] = index
+        self._last = buffer
+        self._buffer_of(self._next[index])
+
+    def _buffer_of(self, index: int) -> _Buffer:
+        """The buffer that has the layer, or else the one that was not used last, being filled."""
+        for buffer in self._buffers:
+            if buffer.index == index:
+                return buffer
+        if self._alpha is None:
+            raise RecipeError("the model is at no alpha: an apply did not end; call apply again")
+        buffer = self._buffers[-1] if self._last is self._buffers[0] else self._buffers[0]
+        self._empty(buffer)
+        self._layers[index].bind(buffer.memory)
+        buffer.index = index
+        unused = self._device.Event()
+        unused.record()  # the layer that was in it has been queued before this, on this stream
+        buffer.filled = self._filler.submit(self._fill_buffer, buffer, index, self._alpha, unused)
+        return buffer
+
+    def _fill_buffer(self, buffer: _Buffer, index: int, alpha: Alpha, unused: Any) -> None:
+        with self._device.stream(self._stream):
+            self._stream.wait_event(unused)
+            self._fill(self._layers[index], alpha)
+            buffer.event.record()
+
+    def _empty(self, buffer: _Buffer) -> None:
+        if buffer.index is not None:
+            self._layers[buffer.index].unbind()
+            buffer.index = None

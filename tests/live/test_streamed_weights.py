@@ -1,0 +1,251 @@
+"""A streamed model: its answers are those of the held one, and it takes two layers of memory.
+
+What its parameters are when they are used is compared with merged checkpoints in
+`test_live_model.py`. The models here have five layers, so that no layer stays where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talk
+import tiny
+import torch
+
+from lowmem_adamms import Alphas, LiveModel, make_plan
+from lowmem_adamms.errors import PlacementError, RecipeError
+from lowmem_adamms.live import decoder_layers, live_model, streamed_weights
+from lowmem_adamms.live.decoder_layers import CannotStreamError
+from lowmem_adamms.live.free_memory import Memory
+from lowmem_adamms.live.placement import Placement, place
+from lowmem_adamms.live.streamed_weights import StreamedWeights
+from lowmem_adamms.mapping.plan import Plan
+from lowmem_adamms.merging import loop
+from lowmem_adamms.prompts import Prompt
+from lowmem_adamms.settings import AnswerSettings, PlacementSettings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = 5
+SETTINGS = AnswerSettings(max_new_tokens=4)
+Plans = Callable[[str], Plan]
+
+
+def placed(plan: Plan, live: Any = "streamed", **wishes: Any) -> Placement:
+    settings = PlacementSettings(device="cpu", live=live, **wishes)
+    return place(plan, Memory(64 << 30, None, None), settings)
+
+
+def load(plan: Plan, live: str = "streamed", dtype: str | None = None) -> LiveModel:
+    placement = placed(plan, live)
+    return LiveModel(plan, placement=placement, dtype=dtype, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    """The plan of a family's base, which answers, and its donor, of five layers each."""
+    root = tmp_path_factory.mktemp("five layers")
+    known: dict[str, Plan] = {}
+
+    def make(family: str) -> Plan:
+        if family not in known:
+            parent = tiny.ancestor(tiny.line_of(family), layers=LAYERS)
+            base = tiny.make(family, root / "bare" / family, ancestor=parent)
+            donor_family = talk.DONORS.get(family, family)
+            donor = tiny.make(donor_family, root / "donor" / family, ancestor=parent, seed=2)
+            known[family] = make_plan(talk.complete(base, root / family), donor)
+        return known[family]
+
+    return make
+
+
+@pytest.fixture
+def live(plan_of: Plans) -> Iterator[LiveModel]:
+    with load(plan_of("llama")) as model:
+        yield model
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if "filler" in thread.name}
+
+
+# Answers
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", [*talk.DONORS, "mistral"])
+def test_answers_are_those_of_the_held_model_at_alphas_in_any_order(
+    family: str, dtype: str, plan_of: Plans, images: tuple[Path, ...]
+) -> None:
+    prompts = talk.ask(family, images)[:3]
+    answers: dict[str, list[list[str]]] = {}
+    for way in ("held", "streamed"):
+        with load(plan_of(family), way, dtype) as model:
+            answers[way] = []
+            for alpha in (0.6, 0, 0.3):
+                model.apply(alpha)
+                answers[way].append(model.generate(prompts, SETTINGS, batch_size=2))
+    assert answers["streamed"] == answers["held"]
+    assert len({text for row in answers["held"] for text in row}) >= 3
+
+
+def test_alphas_by_layer_and_role_are_those_of_the_held_model(
+    plan_of: Plans, images: tuple[Path, ...]
+) -> None:
+    alpha = Alphas(0.2, {"layers.1": 0.9, "layers.3.mlp": 0.0, "embed": 1.0, "head": 0.5})
+    prompts = talk.ask("qwen2_vl", images)
+    answers = []
+    for way in ("held", "streamed"):
+        with load(plan_of("qwen2_vl"), way) as model:
+            model.apply(alpha)
+            answers.append(model.generate(prompts, SETTINGS))
+    assert answers[0] == answers[1]
+
+
+# Memory
+
+
+def test_two_layers_are_there_and_the_others_are_not(live: LiveModel) -> None:
+    live.generate(["Hm?"], SETTINGS)
+    layers = live.model.model.layers
+    there = [not layer.mlp.up_proj.weight.is_meta for layer in layers]
+    assert sum(there) == 2
+    assert isinstance(live._weights, StreamedWeights)
+    sizes = [sum(-(-p.nbytes // 64) * 64 for p in layer.parameters()) for layer in layers]
+    assert [b.memory.nbytes for b in live._weights._layers._buffers] == [max(sizes)] * 2
+
+
+def test_of_the_embedding_only_rows_in_use_are_there(live: LiveModel) -> None:
+    embedding = live.model.get_input_embeddings()
+    asked = torch.tensor([[7, 3, 7, 300]])
+    rows = embedding(asked)
+    assert embedding.weight.shape == (3, tiny.HIDDEN)
+    assert torch.equal(rows[0, 0], rows[0, 2])
+    with pytest.raises(IndexError, match="token 320 of an embedding of 320 rows"):
+        embedding(torch.tensor([320]))
+    with pytest.raises(IndexError, match="token -1 "):
+        embedding(torch.tensor([-1]))
+
+
+def test_what_alpha_does_not_change_lies_in_the_file(plan_of: Plans) -> None:
+    with load(plan_of("qwen2_vl")) as live:
+        assert isinstance(live._weights, StreamedWeights)
+        mapped = live._weights._files._open.values()
+        ranges = [(file._address, file._address + file._bytes.size) for file in mapped]
+
+        def lies_in_file(param: Any) -> bool:
+            return any(start <= param.data_ptr() < stop for start, stop in ranges)
+
+        for name, param in live.model.named_parameters():
+            if "visual" in name:
+                assert lies_in_file(param), name
+        assert not lies_in_file(live.model.get_output_embeddings().weight)
+
+
+# What can go wrong
+
+
+@contextmanager
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> Iterator[None]:
+    """Filling fails at the layer after so many."""
+    run, calls = loop.run, iter(range(10**6))
+
+    def broken(*args: Any, **options: Any) -> None:
+        if next(calls) == after:
+            raise error
+        run(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed_weights, "run", broken)
+        yield
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
+def test_an_error_while_a_layer_is_filled_ends_the_pass_and_leaves_no_half_layer(
+    error: BaseException, live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live.apply(0.3)
+    expected = live.generate(["What is it?"], SETTINGS)
+    for after in (0, 3, 4):
+        live.apply(0.6)
+        with failing(monkeypatch, error, after), pytest.raises(type(error)):
+            live.generate(["What is it?"], SETTINGS)
+        assert live.generate(["What is it?"], SETTINGS) != expected
+        live.apply(0.3)
+        assert live.generate(["What is it?"], SETTINGS) == expected
+    assert len(threads()) == 1
+
+
+def test_after_an_apply_that_did_not_end_nothing_is_answered(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live._weights.sink, "discard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        live.apply(0.3)
+    with pytest.raises(RecipeError, match="call apply again"):
+        live.generate(["What is it?"], SETTINGS)
+
+
+def test_a_closed_model_and_its_thread_are_gone(plan_of: Plans) -> None:
+    before = threads()
+    with load(plan_of("llama")) as model:
+        model.apply(0.5)
+        model.generate(["What is it?"], SETTINGS)
+        gone = weakref.ref(model.model)
+        assert threads() - before
+    gc.collect()  # the encoder knows itself
+    assert gone() is None
+    assert threads() == before
+
+
+def test_layers_that_do_not_come_in_a_list_are_held(
+    plan_of: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_layers, "_path_of_list_item", lambda *_: None)
+    memory = Memory(64 << 30, None, None)
+    monkeypatch.setattr(live_model, "measure_memory", lambda **_: memory)
+    with load(plan_of("llama")) as live:
+        assert live.placement.live == "held"
+        note = "the model is held: LlamaForCausalLM has no list of layers with blended weights"
+        assert live.notes == (note,)
+        answerer = live.make_answerer(SETTINGS, batch_size=1)
+        assert answerer.notes == [note]
+    small = Memory(1 << 20, None, None)
+    monkeypatch.setattr(live_model, "measure_memory", lambda **_: small)
+    with pytest.raises(PlacementError, match=r"no list of layers.*cannot be streamed; the model"):
+        load(plan_of("llama"))
+
+
+def test_layers_that_share_weights_are_held(
+    plan_of: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = __import__("transformers")
+    made = transformers.LlamaForCausalLM.__init__
+
+    def shared(self: Any, config: Any) -> None:
+        made(self, config)
+        self.model.layers[3].mlp.up_proj.weight = self.model.layers[1].mlp.up_proj.weight
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", shared)
+    plan = plan_of("llama")
+    with pytest.raises(CannotStreamError, match="in more than one layer"):
+        StreamedWeights(plan, plan.base.path, placed(plan), dtype="auto", trust_remote_code=False)
+
+
+def test_prompts_without_an_alpha_are_answered_as_the_base_does(plan_of: Plans) -> None:
+    prompts = [Prompt(text) for text in talk.TEXTS]
+    answers = []
+    for way in ("held", "streamed"):
+        with load(plan_of("llama"), way) as model:
+            answers.append(model.generate(prompts, SETTINGS))
+    assert answers[0] == answers[1]
