@@ -189,9 +189,7 @@ def find_layers(
     return layers
 
 
-def _lies_ready(
-    model: Any, group: TensorGroup, steps: Mapping[str, Step], device: str
-) -> bool:
+def _lies_ready(model: Any, group: TensorGroup, steps: Mapping[str, Step], device: str) -> bool:
     """Whether a tensor can be used as it lies in its file, whatever alpha is."""
     if device != "cpu" or group.operations:
         return False

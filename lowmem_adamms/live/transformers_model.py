@@ -205,11 +205,6 @@ def find_tensor(model: Any, name: str) -> torch.Tensor:
     return _find_parameter(model, name)[2]  # type: ignore[no-any-return]
 
 
-def find_tensor(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer by its name."""
-    return _find_parameter(model, name)[2]  # type: ignore[no-any-return]
-
-
 def is_quantized(param: Any) -> bool:
     """Whether bitsandbytes holds the parameter in 4 or 8 bit."""
     return type(param).__name__ in ("Params4bit", "Int8Params")
