@@ -506,7 +506,7 @@ def test_a_merge_at_a_given_alpha_is_not_mistaken_for_a_searched_one(
     forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")
     capsys.readouterr()
     assert run(*exact, "-o", tmp_path / "out", "--prompts", prompts, *SHORT) == 2
-    assert_one_error(capsys, "unfinished merge at a given --alpha")
+    assert_one_error(capsys, "unfinished merge at a given alpha")
     assert seen(tmp_path / "out") == before
 
 
@@ -1081,7 +1081,7 @@ def on_a_terminal(words: tuple[object, ...]) -> tuple[int, str, str]:
         stdout=subprocess.PIPE,
         stderr=theirs,
         cwd=ROOT,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "300", "OMP_NUM_THREADS": "1"},
     )
     os.close(theirs)
     with process:
