@@ -10,6 +10,7 @@ device_source       base and donor bytes on a card
 live_sink           where the loop's output enters the parameters
 held_weights        the base loaded whole, re-blended in place
 decoder_layers      the base loaded without its decoder layers, and where their tensors belong
+layer_turnstile     batches that share each reading of a layer
 streamed_layers     two buffers that layers are blended into as they run
 embedding_rows      of an embedding only the rows in use
 streamed_weights    the base of which only two layers are in memory

@@ -8,8 +8,9 @@ that differs. Prompts whose answers are known are not asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .vision_cache import VisionCache
 
 VISION_CACHE_BYTES = 1 << 30
 
+RunBatches = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""As `map`; what it returns may be in any order."""
 Answered = Callable[[int, str, Tokens], None]
 """Called with a prompt's place, its answer, and the answer's tokens."""
 
@@ -35,7 +38,7 @@ class Answerer:
     are none.
 
     `cost` is what the last call took; `notes` are what the user should know of the answers, those
-    given first.
+    given first. run_batches: how batches are done, at first one after the other.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class Answerer:
         batch_size: int,
         vision_names: frozenset[str],
         notes: Iterable[str] = (),
+        run_batches: RunBatches = map,
     ) -> None:
         check_runnable(model)
         self.settings, self.batch_size = settings, batch_size
         self.cost = Cost()
         self.notes = list(notes)
         self._model, self._encoder = model, encoder
+        self._run_batches = run_batches
         self._vision_names = vision_names
         self._vision_cache = VisionCache(VISION_CACHE_BYTES)
         self._drafts: dict[Prompt, Tokens] = {}
@@ -78,11 +83,10 @@ class Answerer:
         vision: AbstractContextManager[None] = nullcontext()
         if self.settings.vision_cache and self._vision_names:
             vision = self._vision_cache.patch(self._model, self._vision_names)
+        todo = [batch for batch in batches if not answers.keys() >= set(batch.places)]
         with torch.inference_mode(), vision:
-            for batch in batches:
-                if all(place in answers for place in batch.places):
-                    continue
-                for place, answer, tokens in self._answer_batch(batch, asked):
+            for done in self._run_batches(partial(self._answer_batch, asked), todo):
+                for place, answer, tokens in done:
                     if place in answers:
                         continue
                     answers[place] = answer
@@ -95,9 +99,7 @@ class Answerer:
         """Take tokens, by the prompt's place, as the drafts of the next answers."""
         self._drafts |= {prompts[place]: found for place, found in tokens.items()}
 
-    def _answer_batch(
-        self, batch: Batch, asked: Sequence[Prompt]
-    ) -> Iterator[tuple[int, str, Tokens]]:
+    def _answer_batch(self, asked: Sequence[Prompt], batch: Batch) -> list[tuple[int, str, Tokens]]:
         prompts = [asked[place] for place in batch.places]
         tags = self.settings.reasoning_tags
         inputs = self._encoder.encode(prompts)
@@ -109,11 +111,14 @@ class Answerer:
             decoded = self._decode(inputs, drafts)
         except CannotResumeError as error:
             self._use_drafts = False
-            self.notes.append(str(error))
+            if str(error) not in self.notes:
+                self.notes.append(str(error))
             decoded = self._decode(inputs, no_drafts)
-        for place, prompt, tokens in zip(batch.places, prompts, decoded, strict=True):
-            self._drafts[prompt] = tokens
-            yield place, self._encoder.read_answer(prompt, tokens, tags), tokens
+        self._drafts |= zip(prompts, decoded, strict=True)
+        return [
+            (place, self._encoder.read_answer(prompt, tokens, tags), tokens)
+            for place, prompt, tokens in zip(batch.places, prompts, decoded, strict=True)
+        ]
 
     def _decode(self, inputs: Inputs, drafts: Sequence[Tokens]) -> list[Tokens]:
         tokenizer = self._encoder.tokenizer

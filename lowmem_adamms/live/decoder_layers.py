@@ -134,6 +134,14 @@ class LayeredLoader:
             self._convert(self.model, layer.names)
         self.model._weight_conversions = conversions
 
+    def find_owners(self) -> list[Any]:
+        """The modules that the layers are inside of, from the model down."""
+        inside = {id(layer.module) for layer in self.layers}
+        modules = self.model.modules()
+        return [
+            each for each in modules if inside & {id(part) for part in each.modules()} - {id(each)}
+        ]
+
     @contextmanager
     def _replace_reading(self) -> Iterator[None]:
         """Inside the block, have from_pretrained take its tensors from here."""

@@ -27,10 +27,11 @@ card, launching such a call costs nothing compared with copying."""
 class HeldWeights:
     """A plan's base in memory, quantized or not, and how to re-blend it.
 
-    model: the transformers module. groups: of `group_tensors`.
+    model: the transformers module. groups: of `group_tensors`. run_batches: how an `Answerer` is to
+    do them, one after the other.
     """
 
-    run_batches = staticmethod(map)
+    run_batches = map
 
     def __init__(
         self, plan: Plan, folder: Path, placement: Placement, *, dtype: str, trust_remote_code: bool

@@ -198,6 +198,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
             batch_size=batch_size,
             vision_names=self.vision_names,
             notes=self.notes,
+            run_batches=self._weights.run_batches,
         )
 
     @cached_property

@@ -35,13 +35,20 @@ class _Buffer:
 
 
 class StreamedLayers:
-    """The layers of a model, each filled just before it runs; one forward pass at a time.
+    """The layers of a model, each filled just before it runs.
 
-    fill: called in a thread of this object, for one layer after the other.
+    fill: called in a thread of this object, for one layer after the other. wait: called with a
+    layer's number before it runs; one thread at a time may return from it.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], fill: Fill, device: str) -> None:
-        self._layers, self._fill = layers, fill
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        fill: Fill,
+        device: str,
+        wait: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._layers, self._fill, self._wait = layers, fill, wait
         self._alpha: Alpha | None = None
         self._next = [*range(1, len(layers)), 0]
         self._device = torch.get_device_module(device)
@@ -78,6 +85,7 @@ class StreamedLayers:
 
     def _before_layer(self, index: int, *_: Any) -> None:
         """Have the layer's tensors ready, and the next layer's on their way."""
+        self._wait(index)
         buffer = self._buffer_of(index)
         try:
             buffer.filled.result()

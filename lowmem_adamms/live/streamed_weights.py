@@ -23,6 +23,7 @@ from .decoder_layers import DecoderLayer, LayeredLoader
 from .device_source import DeviceSource
 from .embedding_rows import EmbeddingRows, SparseFiles
 from .held_weights import WINDOW_BYTES, choose_kernel
+from .layer_turnstile import LayerTurnstile
 from .live_sink import LiveSink, TableSink
 from .load_check import check_equal, check_loaded
 from .placement import Placement
@@ -35,8 +36,6 @@ class StreamedWeights:
 
     model: the transformers module. groups: of `group_tensors`.
     """
-
-    run_batches = staticmethod(map)
 
     def __init__(
         self, plan: Plan, folder: Path, placement: Placement, *, dtype: str, trust_remote_code: bool
@@ -62,7 +61,14 @@ class StreamedWeights:
             self._held = self._hold(loader.layers, opened)
             self.sink = LiveSink(self.model, self._held, self.groups, self._source)
             self._dropped = _find_uncached(loader.layers, placement)
-            self._layers = StreamedLayers(loader.layers, self._fill_layer, placement.device)
+            turnstile = LayerTurnstile(
+                len(loader.layers), loader.find_owners(), placement.batches_at_once
+            )
+            self.run_batches = turnstile.run_batches
+            opened.callback(turnstile.close)
+            self._layers = StreamedLayers(
+                loader.layers, self._fill_layer, placement.device, turnstile.wait
+            )
             opened.callback(self._layers.close)
             self._layers.start(0.0)
             self._opened = opened.pop_all()

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,72 @@ def test_alphas_by_layer_and_role_are_those_of_the_held_model(
             model.apply(alpha)
             answers.append(model.generate(prompts, SETTINGS))
     assert answers[0] == answers[1]
+
+
+# Batches side by side
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "cogvlm", "mistral"])
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_batches_that_share_readings_answer_as_if_alone(
+    family: str, at_once: int, plan_of: Plans, images: tuple[Path, ...]
+) -> None:
+    """Qwen2-VL keeps its positions on the model; Mistral's cache cannot take drafts."""
+    plan, prompts = plan_of(family), talk.ask(family, images)
+    answers: list[list[list[str]]] = []
+    for count in (1, at_once):
+        placement = replace(placed(plan), batches_at_once=count)
+        with LiveModel(plan, placement=placement, trust_remote_code=True) as model:
+            row = []
+            for alpha in (0.3, 0.6):
+                model.apply(alpha)
+                row.append(model.generate(prompts, SETTINGS, batch_size=1))
+            answers.append(row)
+    assert answers[0] == answers[1]
+
+
+def test_a_layer_is_read_once_for_all_batches(
+    plan_of: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are: a pass of each and the layers that are filled ahead."""
+    plan = plan_of("llama")
+    counts = []
+    for at_once in (1, 3):
+        with LiveModel(plan, placement=replace(placed(plan), batches_at_once=at_once)) as model:
+            model.apply(0.3)
+            weights = model._weights
+            assert isinstance(weights, StreamedWeights)
+            filled: list[Any] = []
+            fill = weights._layers._fill
+            monkeypatch.setattr(
+                weights._layers, "_fill", lambda *a, f=fill, seen=filled: seen.append(f(*a))
+            )
+            model.generate(["What is it?"] * 3, AnswerSettings(max_new_tokens=1), batch_size=1)
+            counts.append(len(filled))
+    assert counts[1] <= LAYERS + 1
+    assert counts[0] >= 3 * LAYERS - 1
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
+def test_an_error_in_one_batch_ends_them_all(
+    error: BaseException, live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live.apply(0.6)
+    with failing(monkeypatch, error, 7), pytest.raises(type(error)):
+        live.generate(["What is it?", "Who?", "Where?"], SETTINGS, batch_size=1)
+    assert not [thread for thread in threading.enumerate() if "batch" in thread.name]
+    again = live.generate(["What is it?", "Who?", "Where?"], SETTINGS, batch_size=1)
+    assert len(set(again)) > 1
+
+
+def test_a_consumer_that_gives_up_ends_the_batches(live: LiveModel) -> None:
+    def give_up(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    answerer = live.make_answerer(SETTINGS, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        answerer.answer(["What is it?", "Who?", "Where?"], answered=give_up)
+    assert not [thread for thread in threading.enumerate() if "batch" in thread.name]
 
 
 # Memory
