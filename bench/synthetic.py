@@ -1,10 +1,12 @@
 """Makes a pair of synthetic checkpoints: true names, shapes, shards, configs and tokenizers.
 
     python bench/synthetic.py OUT [--size full|5gb|1gb|small] [--kind vlm|qwen2] [--donor-dtype F16]
+        [--ancestor]
 
-writes OUT/base and OUT/donor. Kind `vlm` is Qwen2-VL-7B-Instruct and LLaVA-OneVision-7B in the
-llava-hf spelling; kind `qwen2` is two plain Qwen2-7B checkpoints, for mergers that need equal
-architectures. The smaller sizes keep the names and scale layers, widths and vocabulary.
+writes OUT/base and OUT/donor, and OUT/ancestor, the language model that both differ from. Kind
+`vlm` is Qwen2-VL-7B-Instruct and LLaVA-OneVision-7B in the llava-hf spelling; kind `qwen2` is two
+plain Qwen2-7B checkpoints, for mergers that need equal architectures. The smaller sizes keep the
+names and scale layers, widths and vocabulary.
 
 The values are seeded noise. Tensors with the same role in both language models come from the same
 place of one noise pool, the donor's with a little noise on top, so a pair is kin (cosine 0.99) and
@@ -311,13 +313,13 @@ def to_bits(values: Floats, dtype: str) -> Bits:
 class Noise:
     """Endless values for tensors: a pool of noise read from a place that the role decides."""
 
-    def __init__(self, dtype: str, drift: float) -> None:
-        self.weights = self._pool(POOL, 0.0, dtype, drift)
-        self.norms = self._pool(NORMS, 1.0, dtype, drift)
+    def __init__(self, dtype: str, drift: float, seed: int = 1) -> None:
+        self.weights = self._pool(POOL, 0.0, dtype, drift, seed)
+        self.norms = self._pool(NORMS, 1.0, dtype, drift, seed)
 
     @staticmethod
-    def _pool(length: int, mean: float, dtype: str, drift: float) -> Bits:
-        kept, added = np.random.default_rng([0, length]), np.random.default_rng([1, length])
+    def _pool(length: int, mean: float, dtype: str, drift: float, seed: int) -> Bits:
+        kept, added = np.random.default_rng([0, length]), np.random.default_rng([seed, length])
         pool = np.empty(length, np.uint16)
         for start in range(0, length, 1 << 20):
             count = min(1 << 20, length - start)
@@ -431,11 +433,16 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--kind", choices=("vlm", "qwen2"), default="vlm")
     parser.add_argument("--donor-dtype", choices=("BF16", "F16"), default="BF16")
+    parser.add_argument("--ancestor", action="store_true")
     args = parser.parse_args()
     size = SIZES[args.size]
     base, donor = make_sides(args.kind, size, args.donor_dtype)
-    for name, side, drift in (("base", base, 0.0), ("donor", donor, DRIFT)):
-        total = write_checkpoint(args.out / name, side, size, Noise(side.dtype, drift))
+    sides = {"base": (base, 0.0, 1), "donor": (donor, DRIFT, 1)}
+    if args.ancestor:  # the noise without any drift; the base then drifts as far as the donor
+        text, _ = make_sides("qwen2", size, "BF16")
+        sides = sides | {"base": (base, DRIFT, 2), "ancestor": (text, 0.0, 1)}
+    for name, (side, drift, seed) in sides.items():
+        total = write_checkpoint(args.out / name, side, size, Noise(side.dtype, drift, seed))
         print(f"{args.out / name}: {len(side.shapes)} tensors, {total / 1e9:.2f} GB {side.dtype}")
 
 

@@ -19,6 +19,7 @@ from ..prompts import load_prompts
 from ..settings import (
     AnswerSettings,
     GridSettings,
+    MethodSettings,
     PlacementSettings,
     PlanSettings,
     PromptSettings,
@@ -71,8 +72,8 @@ class MergeOptions(OptionalPairOptions, PlanSettings, api.MergeSettings, SearchS
     )
     config: Path | None = setting(
         None,
-        "take BASE, DONOR and --alpha from mergekit's recipe of a linear merge of two models; its"
-        " base_model, or else its first model, is BASE",
+        "take models, method and weights from mergekit's recipe; its base_model, or else its first"
+        " model, is BASE; of methods that use an ancestor base_model is that",
         metavar="YAML",
         parse=parse_path,
     )
@@ -83,15 +84,24 @@ def run(options: MergeOptions) -> int:
     start = time.perf_counter()
     _check_options(options)
     recipe = _read_recipe(options)
+    numbers: dict[str, Any] = {}
     if recipe:
-        dtype = options.dtype or recipe.dtype
-        options = replace(options, base=recipe.base, donor=recipe.donor, dtype=dtype)
+        numbers = {"weights": recipe.weights, "densities": recipe.densities}
+        options = replace(
+            options,
+            base=recipe.base,
+            donor=recipe.donors[0],
+            more=recipe.donors[1:],
+            method=recipe.method,
+            ancestor=recipe.ancestor,
+            dtype=options.dtype or recipe.dtype,
+        )
     if not (options.base and options.donor):
         raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
     prompts = load_prompts(options.prompts, options) if options.prompts else None
     if prompts is None:  # numpy's threads would spin as they start; a merge has no use for them
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    plan = make_plan(options.base, (options.donor, *options.more), options)
+    plan = make_plan(options.base, (options.donor, *options.more), options, **numbers)
     given = _given_alpha(options, plan, recipe)
     print_notes(plan.notes)
     with api.prepare_merge(plan, options.out, options) as job:
@@ -116,7 +126,8 @@ def _check_options(options: MergeOptions) -> None:
     weights = options.alpha is not None or options.alpha_layers is not None
     has_default = METHODS[options.method].alpha is not None
     if options.config is not None:
-        names = ("base", "donor", "more", "alpha", "alpha_layers", "prompts", "method", "ancestor")
+        names = ["base", "donor", "more", "alpha", "alpha_layers", "prompts"]
+        names += [item.name for item in changed(options, MethodSettings)]
         given = [item for item in changed(options, MergeOptions) if item.name in names]
         if given:
             raise RecipeError(f"--config names models and weights; leave out {spelled(given)}")

@@ -93,6 +93,11 @@ class Mixture(Plan):
         return tuple(plan.donor for plan in self.plans)
 
     @property
+    def donor_plans(self) -> tuple[Plan, ...]:
+        """The base with each donor."""
+        return self.plans
+
+    @property
     def pairs(self) -> tuple[Plan, ...]:
         """The base with each other model."""
         return (*self.plans, *([self.ancestor_plan] if self.ancestor_plan else []))

@@ -178,6 +178,11 @@ class Plan:
         return (self.donor,)
 
     @property
+    def donor_plans(self) -> tuple[Plan, ...]:
+        """The base with each donor."""
+        return (self,)
+
+    @property
     def pairs(self) -> tuple[Plan, ...]:
         """The base with each other model."""
         return (self,)

@@ -198,9 +198,9 @@ def test_the_base_is_the_base_model_or_else_the_first(
     monkeypatch.setenv("HOME", str(tmp_path))
     document = linear((Path("~/a"), Path("b")), 0.7, 0.3)
     recipe = read(tmp_path, document)
-    assert (recipe.base, recipe.donor) == (f"{tmp_path}/a", "b")
+    assert (recipe.base, recipe.donors) == (f"{tmp_path}/a", ("b",))
     recipe = read(tmp_path, document | {"base_model": "b", "tokenizer_source": "base"})
-    assert (recipe.base, recipe.donor) == ("b", f"{tmp_path}/a")
+    assert (recipe.base, recipe.donors) == ("b", (f"{tmp_path}/a",))
     read(tmp_path, document | {"base_model": f"{tmp_path}/a", "tokenizer_source": "~/a"})
 
 
@@ -233,12 +233,15 @@ def with_ranges(*ranges: tuple[str, str]) -> str:
 
 
 REFUSED = [
-    ("", "expected the two models under models, or else under slices"),
-    (MODELS + with_ranges(("[0, 2]", "[0, 2]")), "expected the two models under models, or else"),
+    ("", "expected the models under models, or else under slices"),
+    (MODELS + with_ranges(("[0, 2]", "[0, 2]")), "expected the models under models, or else"),
     (MODELS + "chat_template: auto", "chat_template: Extra inputs are not permitted; found 'auto'"),
     (MODELS + "parameters: {weight: 1}", "parameters.weight: Extra inputs are not permitted"),
     (MODELS + "dtype: int64", "'int64' cannot be written"),
-    (MODELS + "base_model: c", "found models a, b; expected two, one of them the base, c"),
+    (
+        MODELS + "base_model: c",
+        "found models a, b; expected two or more, the same everywhere and one of them the base, c",
+    ),
     (MODELS.replace("b", "a"), "found models a; expected two"),
     (MODELS + "tokenizer_source: union", "tokenizer_source: found union; the output has the"),
     ("models: [{model: a, parameters: {weight: 1}}]", "models: List should have at least 2 items"),
@@ -249,7 +252,7 @@ REFUSED = [
     (with_weight("[{filter: mlp}]"), "weight.0.value: Field required"),
     (
         with_ranges(("[0, 2]", "[0, 2]"), ("[3, 5]", "[3, 5]")),
-        "found layer_range [3, 5] and [3, 5], expected [2, N] for both",
+        "found layer_range [3, 5] and [3, 5], expected [2, N] for each",
     ),
     (with_ranges(("[0, 2]", "[0, 3]")), "found layer_range [0, 2] and [0, 3]"),
     (with_ranges(("[0, 0]", "[0, 0]")), "found layer_range [0, 0] and [0, 0]"),
@@ -284,7 +287,10 @@ BOMB = "a: &a [1,1]\n" + "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in pairwise
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("merge_method: slerp\nt: 0.5\n", "merge_method is 'slerp'; only linear is taken"),
+        (
+            "merge_method: sce\nt: 0.5\n",
+            "merge_method is 'sce'; taken are linear, slerp, task_arithmetic",
+        ),
         ("- a\n- b\n", "merge_method is None"),
         ("models: [", "cannot be read as YAML: while parsing"),
         ("a: 1\nb: !!python/object/apply:os.system [x]\n", "line 2"),
@@ -304,6 +310,113 @@ def test_broken_and_hostile_files_are_refused(text: str, says: str, tmp_path: Pa
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
         read_recipe(tmp_path / "none.yml")
+
+
+# Several models, and other methods
+
+
+def test_each_donor_of_several_has_its_share(pair: Pair, tmp_path: Path) -> None:
+    third = tiny.make(
+        "qwen2", tmp_path / "third", ancestor=tiny.ancestor("qwen2", layers=LAYERS), seed=5
+    )
+    document = linear(pair, 1, [2, 6])
+    document["models"].append({"model": str(third), "parameters": {"weight": 1}})
+    recipe = read(tmp_path, document)
+    assert recipe.donors == (str(pair[1]), str(third))
+    alphas, _ = recipe.alphas(make_plan(pair[0], [pair[1], third]))
+    assert isinstance(alphas, tuple)
+    roles = ["layers.0.attn.q.weight", f"layers.{LAYERS - 1}.attn.q.weight"]
+    found = [[alpha_of(alpha, role) for role in roles] for alpha in alphas]
+    assert found == [[0.5, 0.75], [0.25, 0.125]]
+
+
+def tasks(method: str, *models: Document, **parameters: Any) -> Document:
+    """A recipe of differences from the ancestor "z"."""
+    document = {"merge_method": method, "models": list(models), "base_model": "z"}
+    return document | ({"parameters": parameters} if parameters else {})
+
+
+def model(name: str, **parameters: Any) -> Document:
+    return {"model": name} | ({"parameters": parameters} if parameters else {})
+
+
+def test_a_recipe_of_ties_is_read(tmp_path: Path) -> None:
+    models = (model("z"), model("a", density=0.3, weight=0.5), model("b", density=0.4))
+    recipe = read(tmp_path, tasks("ties", *models, **{"lambda": 0.9, "int8_mask": True}))
+    assert (recipe.method, recipe.base, recipe.donors) == ("ties", "a", ("b",))
+    assert (recipe.ancestor, recipe.weights, recipe.densities) == ("z", (0.5, 1.0), (0.3, 0.4))
+    assert recipe.factor == 0.9
+
+
+def test_numbers_are_weights_and_lambda_scales_them(tmp_path: Path, pair: Pair) -> None:
+    cases = [{"filter": "mlp", "value": 0.5}, {"value": [0.0, 1.0]}]
+    models = (model("a", weight=2), model("b", weight=-0.5), model("c", weight=cases))
+    recipe = read(tmp_path, tasks("task_arithmetic", *models, **{"lambda": 0.5}))
+    assert (recipe.weights, recipe.densities, recipe.factor) == ((1.0, -0.25, 0.5), None, None)
+    plan = make_plan(pair[0], [pair[1]] * 2, method="task-arithmetic", ancestor=pair[1])
+    alphas, _ = recipe.alphas(plan)
+    assert isinstance(alphas, tuple)
+    assert alphas[0] == 1.0
+    assert alpha_of(alphas[1], "layers.4.mlp.up.weight") == 0.5
+    assert alpha_of(alphas[1], "layers.4.attn.q.weight") == 1.0
+
+
+def test_a_slerp_takes_t_by_layer_and_name(tmp_path: Path, pair: Pair, plan: Plan) -> None:
+    cases = [{"filter": "language_model.model.layers.1", "value": 0.9}, {"value": [0, 1]}]
+    document = {
+        "merge_method": "slerp",
+        "models": [{"model": str(side)} for side in pair],
+        "base_model": str(pair[0]),
+        "parameters": {"t": cases},
+    }
+    recipe = read(tmp_path, document)
+    assert (recipe.base, recipe.donors) == (str(pair[0]), (str(pair[1]),))
+    alpha, notes = recipe.alphas(plan)
+    assert not isinstance(alpha, tuple)
+    layers = [alpha_of(alpha, f"layers.{i}.attn.q.weight") for i in range(LAYERS)]
+    assert layers == [0.0, 0.9, 0.5, 0.75, 1.0]
+    assert not any("matches no" in note for note in notes)
+
+
+A, B = model("a"), model("b")
+REFUSED_TASKS = [
+    (tasks("dare_ties", A, B), "say normalize: true"),
+    (tasks("ties", A, B, normalize=False), "found false, but ties averages"),
+    (tasks("dare_linear", A, B, rescale=False), "dare-linear does it only with true"),
+    (tasks("task_arithmetic", A, model("b", density=0.5)), "task-arithmetic keeps all values"),
+    (tasks("ties", A, B, **{"lambda": 1.5}), "alpha is 1.5"),
+    (tasks("ties", A, model("b", weight=[0, 1])), "weight of a model: expected one number"),
+    (tasks("breadcrumbs", model("a", weight=[0, 1]), B), "weight of a: expected one number"),
+    (tasks("breadcrumbs", A, model("b", gamma=0.1)), "expected 0.01, which it always is here"),
+    (tasks("ties", A, model("z")), "found models a beside the ancestor, z; expected two or more"),
+    ({"merge_method": "ties", "models": [A, B]}, "base_model: Field required"),
+    (tasks("della", A, B), "merge_method is 'della'"),
+    (tasks("ties", A, B) | {"slices": []}, "slices: Extra inputs are not permitted"),
+]
+
+
+@pytest.mark.parametrize(("document", "says"), REFUSED_TASKS)
+def test_what_other_methods_do_not_take_is_named(
+    document: Document, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        read(tmp_path, document)
+    assert says in str(error.value)
+
+
+def test_a_recipe_merges_as_the_same_options_do(tmp_path: Path) -> None:
+    parent = tiny.ancestor("qwen2", layers=LAYERS)
+    made = [
+        str(tiny.make("qwen2", tmp_path / name, ancestor=parent, seed=seed, noise=noise))
+        for name, seed, noise in (("a", 1, 0.1), ("b", 2, 0.1), ("z", 3, 0.0))
+    ]
+    models = (model(made[0], density=0.2), model(made[1], density=0.2))
+    path = written(tmp_path, tasks("ties", *models) | {"base_model": made[2]})
+    assert main(["merge", "--config", str(path), "-o", str(tmp_path / "recipe")]) == 0
+    words = ["--method", "ties", "--ancestor", made[2], "-o", str(tmp_path / "plain")]
+    assert main(["merge", *made[:2], *words]) == 0
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "recipe" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 # The command line
