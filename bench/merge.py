@@ -7,7 +7,7 @@ Time: the whole process against the copy limit (two readers, one writer, same by
 just before it in the same run; cold means inputs evicted, warm means read beforehand (which needs
 twice the pair's size in memory). Memory: RssAnon of the process, and of one that has only done the
 imports and loaded the kernel. Kernel: bytes read plus written a second, against numpy's copy.
-Accuracy: of the kernel, and of the `(w * t).sum()` in bf16 common in mergers (with torch), against
+Accuracy: of the kernel, and of `(w * t).sum()` with bf16 products (with torch), against
 exact rounding. Prints a table and, last, one line of JSON. Other mergers: see rivals.py.
 """
 
@@ -137,7 +137,7 @@ def _errors(out: Any, exact: Any) -> dict[str, float]:
 
 
 def _naive(base: Any, donor: Any, alpha: float) -> Any:
-    """The bits of `(weights * tensors).sum(0)` in bf16, as mergers commonly compute it."""
+    """The bits of `(weights * tensors).sum(0)`, whose products are rounded to bf16."""
     try:
         import torch
     except ImportError:

@@ -133,7 +133,8 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         """Blend base and donor into the loaded parameters.
 
         Args:
-            alpha: Weight of the donor, 0 to 1, or one per layer or role (`Alphas`).
+            alpha: Weight of the donor, 0 to 1, or one per layer or role (`Alphas`); of several
+                donors a tuple of them.
             progress: Called with the bytes that were blended since the last call.
 
         Raises:

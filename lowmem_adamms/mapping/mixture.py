@@ -129,6 +129,12 @@ class Mixture(Plan):
         is_whole = self.densities[model] == 1 and self.method.smallest < 0
         return (part.base, *part.donors)[model] if is_whole or not self.method.relative else None
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all inputs that a merge reads, with its first pass if the method makes one."""
+        passes = 2 if self.method.measure else 1
+        return passes * sum(span.nbytes for span in self.spans)
+
     def check_alphas(self, alphas: Sequence[OneAlpha]) -> None:
         """RecipeError where donors together have a weight above 1 in a linear merge."""
         if self.method.relative or len(alphas) < 2:

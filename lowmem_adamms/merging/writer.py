@@ -243,7 +243,7 @@ def _pair_notes(
     sides = [side for side in plan.checkpoints if side != "base"]
     for side, kin in zip(sides, kinships, strict=True):
         if weights["base"] == weights[side]:
-            result = ": at any alpha the result is the base" if plan.coefficients == 1 else ""
+            result = ": at any alpha the result is the base" if len(sides) == 1 else ""
             yield f"base and {side} hold the same weights{result}"
         if kin.cosines and kin.lowest[1] < kinship.THRESHOLD:
             group, cosine = kin.lowest

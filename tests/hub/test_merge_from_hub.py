@@ -115,6 +115,20 @@ def test_every_way_gives_the_bytes_of_the_local_merge(
     assert run("verify", "out", "--deep") == 2
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_method_reads_each_model_on_the_hub_twice(
+    server: HubServer, pair: Pair, tmp_path: Path, way: str
+) -> None:
+    """Base, donor and, as its ancestor, the donor with less of what it learned."""
+    average = merge(make_plan(pair[1], pair[0]), 0.5, tmp_path / "average")
+    server.add("org/ancestor", average)
+    plan = make_plan(*pair, ancestor=average, method="ties", density=0.4)
+    local = left(merge(plan, 0.7, tmp_path / "local"))
+    words = ["--method", "ties", "--density", "0.4", "--ancestor", "org/ancestor"]
+    assert merged(*words, *WAYS[way], alpha=0.7) == local
+    assert run("verify", "out", "--deep") == 0
+
+
 @pytest.mark.parametrize("remote", [0, 1])
 def test_one_side_may_lie_on_this_disk(
     server: HubServer, pair: Pair, local: Files, remote: int
