@@ -130,6 +130,11 @@ class Mixture(Plan):
         return (part.base, *part.donors)[model] if is_whole or not self.method.relative else None
 
     @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """The steps of the whole merge, also where `steps` has only some of them."""
+        return tuple(_mix_steps(self.plans, self.ancestor_plan))
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of all inputs that a merge reads, with its first pass if the method makes one."""
         passes = 2 if self.method.measure else 1

@@ -82,7 +82,7 @@ def find(mixture: Mixture, step: Step) -> Found:
     is_global = method.measure == "squares" or mixture.trim == "model"
     key = WHOLE_MODEL if is_global else step.name
     if key not in mixture.found:
-        steps = mixture.steps if is_global else (step,)
+        steps = mixture.all_steps if is_global else (step,)
         mixture.found[key] = _MEASURES[method.measure](mixture, steps)
     found: Found = mixture.found[key]
     return found

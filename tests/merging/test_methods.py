@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lowmem_adamms import Alphas, make_plan, merge
 from lowmem_adamms.errors import MappingError, MergeError, RecipeError
 from lowmem_adamms.mapping.methods import METHODS
 from lowmem_adamms.mapping.mixture import Mixture
+from lowmem_adamms.mapping.plan import Step
 from lowmem_adamms.merging import first_pass, loop
 from lowmem_adamms.merging.verify import verify
 
@@ -411,6 +412,43 @@ def test_a_first_pass_is_made_once_for_all_alphas(
     monkeypatch.setattr(first_pass, "_read", None)
     merge(plan, 0.5, tmp_path / "half")
     assert weights(tmp_path / "half") != weights(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("metagpt", (1.0,)), Case("ties", (0.9,), density=0.25, trim="model")],
+    ids=words_of,
+)
+def test_what_is_true_of_the_whole_model_is_found_from_a_part_of_the_plan_too(
+    case: Case, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As a streamed live model asks: layer by layer."""
+    plan = plan_of(case, models)
+    step = next(step for step in plan.steps if "layers.1.mlp" in step.name)
+    out = Tensor()
+    loop.run(replace(plan, steps=(step,)), alpha_of(case), out)
+    merge(plan_of(case, models), alpha_of(case), tmp_path / "out")
+    assert bytes(out.content) == weights(tmp_path / "out")[step.name]
+
+
+class Tensor:
+    """A sink of one tensor."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def wants(self, step: Step) -> bool:
+        self.content = bytearray(step.nbytes)
+        return True
+
+    def copy(self, step: Step, offset: int, content: Any) -> None:
+        self.content[offset : offset + len(content)] = bytes(content)
+
+    def slot(self, step: Step, offset: int, nbytes: int) -> Any:
+        return np.frombuffer(self.content, np.uint8)[offset : offset + nbytes]
+
+    def commit(self) -> None:
+        pass
 
 
 # What is said of it
