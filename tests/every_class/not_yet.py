@@ -16,7 +16,6 @@ NOT_YET = frozenset(
         "kimi_k25",
         "kosmos-2",
         "kosmos-2.5",
-        "kyutai_speech_to_text",
         "lfm3_vl",
         "minimax_m3_vl",
         "mistral_large4",
