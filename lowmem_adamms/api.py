@@ -398,6 +398,7 @@ def _merge_words(plan: Plan) -> list[str]:
     if isinstance(plan, Mixture):
         words += plan.options_of_method()
     words += ["--embeddings", "keep"] if plan.options["embeddings"] == "keep" else []
+    words += ["--unmatched", "keep"] if plan.options["unmatched"] == "keep" else []
     words += ["--dtype", plan.options["dtype"].lower()] if plan.options["dtype"] else []
     words += ["--arch", "FILE"] if plan.declared else []
     return ["python", "-m", "lowmem_adamms", *words, "--alpha"]

@@ -2,6 +2,7 @@
 
 block        which part of a tensor holds a role
 experts      what experts are called, and whose part of a stack is which expert's
+respelling   names that files and transformers' modules spell differently
 layout       what an architecture is, and a checkpoint's layout read with one
 families/    the known architectures, as data
 recognise    which of them a checkpoint is of

@@ -42,6 +42,9 @@ def _list_names() -> Iterator[tuple[str, str]]:
             for part in ("gate", "up", "down"):
                 name = f"{mlp}.{shared}.{part}_proj.weight"
                 yield name, f"mlp.shared_expert.{part}.weight"
+            yield f"{mlp}.{shared}.gate_up_proj.weight", (
+                "mlp.shared_expert.gate.weight mlp.shared_expert.up.weight"
+            )
         yield f"{mlp}.shared_expert_gate.weight", "mlp.shared_expert_gate.weight"
     # Step
     yield "moe.gate.weight", "mlp.router.weight"

@@ -34,6 +34,7 @@ from .experts import (
     sees_transposed_router,
     split_stacks,
 )
+from .respelling import respell
 
 BUFFER = "rotary buffer"
 UNKNOWN = "no known role"
@@ -54,9 +55,13 @@ OTHER_PARTS = (
     ("cross-attention layer", re.compile("cross_attn")),
     ("multi-token prediction", re.compile(r"(^|\.)mtp\b")),
     ("talker", re.compile(r"talker|token2wav|code2wav|codec|depth_decoder")),
+    ("action expert", re.compile(r"action|gemma_expert|\bdit\b")),
     ("connector", re.compile(r"projector|connector|merger|resampler|mm_|newline|view_sep")),
     ("audio tower", re.compile(r"audio|speech|acoustic")),
-    ("vision tower", re.compile(r"vision|visual|image|video|patch|\bvit|\bsam_|siglip|clip")),
+    (
+        "vision tower",
+        re.compile(r"vision|visual|image|video|patch|\bvit|\bsam_|siglip|clip|pos_embed"),
+    ),
 )
 """What a tensor outside the decoder is by a word in its name, where no declaration tells."""
 _EXPERT_NAMES = {
@@ -114,9 +119,22 @@ class Arch:
         """What the embedding may be called after the prefix."""
         return [name for name, roles in self.decoder.items() if roles == "embed"]
 
-    def roles_of(self, key: str) -> str | None:
-        """The roles that a name of `decoder`, or one that all families share, holds."""
-        return self.decoder.get(key, _EXPERT_NAMES.get(key))
+    def roles_of(self, key: str, stacks: Collection[str]) -> str | None:
+        """The roles that a name holds, as declared or as all families have it; None if neither.
+
+        stacks: those of the decoder's layers.
+        """
+        roles = self.decoder.get(key)
+        stack, in_layer, rest = key.partition("#.")
+        if roles is not None or (in_layer and stack not in stacks):
+            return roles
+        if not in_layer:
+            return self.decoder.get(respell(key))
+        for name in (f"layers.#.{rest}", f"layers.#.{respell(rest)}"):
+            roles = self.decoder.get(name, _EXPERT_NAMES.get(name))
+            if roles is not None:
+                break
+        return roles
 
     def respelled(self, other: Arch) -> Arch:
         """The same family around a decoder that is spelled as another's."""
@@ -196,15 +214,14 @@ class Name:
     """A tensor's name after a prefix, taken apart.
 
     key: as a declaration would spell it, its first number written `#`, an expert's EXPERT. stack
-    and number: such as `layers.` and 3, or an empty stack outside of layers. rest: what follows
-    them. expert: its number, if it is of one.
+    and number: such as `layers.` and 3, or an empty stack outside of layers. expert: its number,
+    if it is of one.
     """
 
     full: str
     key: str
     stack: str = ""
     number: int = 0
-    rest: str = ""
     expert: str = EXPERT
 
 
@@ -225,10 +242,10 @@ class Stem:
         return next((name for name in arch.embed_names if name in self.counts), None)
 
     def stacks_of(self, arch: Arch) -> frozenset[str]:
-        """The stacks of layers that an Arch declares, or else the one of the most names."""
+        """The stacks of layers that an Arch declares; of one without spellings, the deepest."""
         declared = {key.partition("#")[0] for key in arch.decoder if "#" in key}
         beside = [stack for stack in self.layers if stack.count(".") == 1]
-        if declared or not beside:
+        if arch.spellings or not beside or not declared.isdisjoint(beside):
             return frozenset(declared)
         return frozenset([max(beside, key=lambda stack: len(self.layers[stack]))])
 
@@ -248,9 +265,7 @@ def read_stem(checkpoint: Checkpoint, prefix: str) -> Stem:
                 if expert:
                     key = f"{rest[: expert.start(1)]}{EXPERT}{rest[expert.end(1) :]}"
                 key = f"{stack}#.{key}"
-                names.append(
-                    Name(full, key, stack, int(number), rest, expert[1] if expert else EXPERT)
-                )
+                names.append(Name(full, key, stack, int(number), expert[1] if expert else EXPERT))
     layers: dict[str, set[int]] = {}
     for name in names:
         if name.stack:
@@ -305,7 +320,7 @@ def measure_fit(stem: Stem, arch: Arch) -> Fit:
             name.key for name in stem.names if (name.stack, name.number) not in foreign
         )
     for key, count in counts.items():
-        roles = arch.roles_of(key)
+        roles = arch.roles_of(key, stacks)
         if roles is not None:
             plain = (role.partition("@")[0].removeprefix("layers.#.") for role in roles.split())
             essential += count * sum(_count_essential(role) for role in plain)
@@ -414,17 +429,17 @@ def _find_roles(
     arch: Arch, name: Name, stacks: Collection[str], prefix: str, embedding: str | None
 ) -> str | None:
     """The roles a name under the prefix holds: as declared, or its own name; None if it is none."""
-    roles = arch.roles_of(name.key)
+    roles = arch.roles_of(name.key, stacks)
     if roles is not None and (roles != "embed" or name.key == embedding):
         return roles
     if _own_kind(arch, name.key) or name.full.endswith("rotary_emb.inv_freq"):
         return None
     if name.stack in stacks:
-        return f"layers.#.{name.rest}"
+        return f"layers.#.{respell(name.key.partition('#.')[2])}"
     suffix = name.full[len(prefix) :]
     is_own_prefix = not _SHARED_PREFIX.fullmatch(prefix)
     if (is_own_prefix or _BESIDE_LAYERS.fullmatch(suffix)) and not guess_kind(suffix):
-        return suffix if _kind(arch, name.full) == UNKNOWN else None
+        return respell(suffix) if _kind(arch, name.full) == UNKNOWN else None
     return None
 
 

@@ -15,6 +15,7 @@ from math import prod
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MappingError
+from .families import UNDECLARED
 from .layout import (
     UNKNOWN,
     Arch,
@@ -29,21 +30,8 @@ from .layout import (
 
 ANOTHER = "another decoder"
 """The kind of what belongs to a decoder that was not taken for the language model."""
-UNDECLARED = Arch(
-    name="undeclared",
-    source="",
-    classes=(),
-    spellings=(("", "embed_out.weight"),),
-    decoder=dict.fromkeys(
-        (
-            *("embed_tokens.weight", "embeddings.weight", "embed_in.weight"),
-            *("word_embeddings.weight", "wte.weight", "tok_embeddings.weight"),
-        ),
-        "embed",
-    ),
-    others={},
-)
-"""A decoder that no declaration spells: all it holds is a role by its own name."""
+_HEADS = ("embed_out.weight", "unembed.weight", "head.weight")
+"""What a head may be called besides what declarations say."""
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 """What config.json may call the number of layers and the width of a decoder."""
@@ -123,7 +111,7 @@ class _Stems:
             for spelling, arch in (archs | own).items()
         ]
         ranked = [
-            ((*fit.score, is_own, -fit.unused), arch, fit)
+            ((*fit.score, is_own, arch is not UNDECLARED, -fit.unused), arch, fit)
             for arch, is_own, fit in fits
             if not fit.missing
         ]
@@ -244,6 +232,7 @@ def _by_structure(stems: _Stems, archs: Sequence[Arch], first: Sequence[Arch]) -
     """The layout of the decoder that stands out; `assumed` says which it was, and what else is."""
     checkpoint = stems.checkpoint
     heads = {_last_parts(head) for arch in archs for _, head in arch.spellings if head}
+    heads |= {*_HEADS}
     embeddings = {name for arch in archs for name in arch.embed_names}
     prefixes = {
         full[: -len(name)]
@@ -389,16 +378,18 @@ def _choose(
 ) -> tuple[_Candidate, list[_Candidate]]:
     """The language model among several decoders, and the others.
 
-    It has the depth and width that config.json gives the language model; where that fits none or
-    several, size decides. If the config ties heads, or none has one, it is more than twice as large
-    as any other; else it has a head, is more than twice as large as any other that has one, and
-    none without is larger. MappingError names those between which it would be a guess.
+    Its prefix does not speak of something else, such as a talker, and it has the depth and width
+    that config.json gives the language model. Where that fits none or several, size decides: if
+    the config ties heads, or none has one, it is more than twice as large as any other; else it has
+    a head, is more than twice as large as any other that has one, and none without is larger.
+    MappingError names those between which it would be a guess.
     """
 
     def has_head(candidate: _Candidate) -> bool:
         return bool(candidate.head) or checkpoint.tied is True
 
-    fitting = _of_config_sizes(checkpoint, candidates) or candidates
+    speaking = [each for each in candidates if not guess_kind(each.layout.prefix)] or candidates
+    fitting = _of_config_sizes(checkpoint, speaking) or speaking
     chosen, *others = sorted(fitting, key=lambda it: (has_head(it), it.elements), reverse=True)
     for other in others:
         alike = has_head(other) == has_head(chosen)

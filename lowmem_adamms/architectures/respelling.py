@@ -1,7 +1,7 @@
-"""Names that the Hub's files and transformers' modules spell differently, as transformers reads them.
+"""Names that files on the Hub and transformers' modules spell differently.
 
-See transformers' conversion_mapping.py. A name within a layer, or beside the layers, is brought into
-the form of transformers' module names, whichever of the two it has: both then hold the same role.
+transformers renames them as it loads and saves (conversion_mapping.py). Here a name within a layer,
+or beside the layers, is brought into the form of its modules, so that either form is the same role.
 """
 
 from __future__ import annotations

@@ -13,7 +13,32 @@ the tokenizers of the ancestors: how many leading ids no descendant has reassign
 
 from __future__ import annotations
 
+from ..layout import Arch
 from . import experts, llama, others, qwen
+from .spelling import LLAMA
 
 # Of two that explain all tensors of a checkpoint which announces neither, the first is taken.
 ARCHS = (*llama.ARCHS, *qwen.ARCHS, *experts.ARCHS, *others.ARCHS)
+
+UNDECLARED = Arch(
+    name="undeclared",
+    source="",
+    classes=(),
+    spellings=(),
+    decoder={
+        **dict.fromkeys(
+            (
+                *("embed_tokens.weight", "embeddings.weight", "embed_in.weight", "wte.weight"),
+                *("word_embeddings.weight", "tok_embeddings.weight", "embed.weight"),
+            ),
+            "embed",
+        ),
+        **dict.fromkeys(
+            ("final_layernorm.weight", "final_layer_norm.weight", "norm_f.weight", "ln_f.weight"),
+            "norm",
+        ),
+        **LLAMA,
+    },
+    others={},
+)
+"""A decoder that no declaration spells: what it does not share with Llama is a role by its name."""
