@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-_ROLE = re.compile(r"(?:layers\.#\.)?[\w.*-]+(?:@text|@vision|@vision_expert)?", re.ASCII)
+_ROLE = re.compile(r"(?:layers\.#\.)?[\w.*-]+(?:@text|@vision|@vision_expert|@audio)?", re.ASCII)
 _NAME = re.compile(r"(?:[A-Za-z_.]+\.#\.)?[^#]+")
 
 

@@ -45,6 +45,8 @@ def _list_names() -> Iterator[tuple[str, str]]:
             yield f"{mlp}.{shared}.gate_up_proj.weight", (
                 "mlp.shared_expert.gate.weight mlp.shared_expert.up.weight"
             )
+        for part in ("gate", "up", "down"):  # stacks of them
+            yield f"{mlp}.shared_experts.{part}_proj", f"mlp.shared_experts.*.{part}.weight"
         yield f"{mlp}.shared_expert_gate.weight", "mlp.shared_expert_gate.weight"
     # Step
     yield "moe.gate.weight", "mlp.router.weight"

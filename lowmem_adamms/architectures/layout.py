@@ -72,7 +72,7 @@ _EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.")
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})\.(.+)")
 _BESIDE_LAYERS = re.compile(r"\w+(\.\w+)?|\w+\.\d+\.\w+")
 """A tensor beside the layers, such as `per_layer_projection_norm.weight`; what has a longer name is
-part of a tower, unless the decoder has a prefix of its own."""
+part of a tower, unless the decoder has its prefix for itself."""
 _SHARED_PREFIX = re.compile(r"(model\.|transformer\.)*")
 _Layer = tuple[str, int]
 """The name of a stack of layers, such as `layers.`, and the number of one of them."""
@@ -140,6 +140,7 @@ class Arch:
         """The same family around a decoder that is spelled as another's."""
         return replace(
             self,
+            spellings=self.spellings if other.spellings else (),
             decoder=other.decoder,
             interleaved=other.interleaved,
             head_dim=other.head_dim,
@@ -401,6 +402,7 @@ def _read_roles(
     foreign = _find_foreign_layers(stem, arch)
     stacks = stem.stacks_of(arch)
     embedding = stem.find_embedding(arch)
+    is_alone = _is_alone(checkpoint, stem, stacks)
     bias = f"{head.removesuffix('weight')}bias"
     names = {name.full: name for name in stem.names}
     shared = Counter((name.key, name.number) for name in stem.names if name.expert != EXPERT)
@@ -414,7 +416,7 @@ def _read_roles(
             kinds[full] = _kind(arch, full)
         elif (name.stack, name.number) in foreign:
             kinds[full] = foreign[name.stack, name.number]
-        elif roles := _find_roles(arch, name, stacks, stem.prefix, embedding):
+        elif roles := _find_roles(arch, name, stacks, stem.prefix, embedding, is_alone):
             number = _ancestors_number(name.stack, name.number, foreign) if name.stack else ""
             found = roles.replace("#", str(number)).split()
             if name.expert != EXPERT and len(found) > 1:
@@ -426,9 +428,17 @@ def _read_roles(
 
 
 def _find_roles(
-    arch: Arch, name: Name, stacks: Collection[str], prefix: str, embedding: str | None
+    arch: Arch,
+    name: Name,
+    stacks: Collection[str],
+    prefix: str,
+    embedding: str | None,
+    is_alone: bool,
 ) -> str | None:
-    """The roles a name under the prefix holds: as declared, or its own name; None if it is none."""
+    """The roles a name under the prefix holds: as declared, or its own name; None if it is none.
+
+    is_alone: whatever is under the prefix belongs to the decoder.
+    """
     roles = arch.roles_of(name.key, stacks)
     if roles is not None and (roles != "embed" or name.key == embedding):
         return roles
@@ -437,10 +447,20 @@ def _find_roles(
     if name.stack in stacks:
         return f"layers.#.{respell(name.key.partition('#.')[2])}"
     suffix = name.full[len(prefix) :]
-    is_own_prefix = not _SHARED_PREFIX.fullmatch(prefix)
-    if (is_own_prefix or _BESIDE_LAYERS.fullmatch(suffix)) and not guess_kind(suffix):
+    if suffix.startswith(tuple(stacks)):  # no layer: its number is odd
+        return None
+    if (is_alone or _BESIDE_LAYERS.fullmatch(suffix)) and not guess_kind(suffix):
         return respell(suffix) if _kind(arch, name.full) == UNKNOWN else None
     return None
+
+
+def _is_alone(checkpoint: Checkpoint, stem: Stem, stacks: Collection[str]) -> bool:
+    """Whether a decoder has its prefix for itself: a name of its own, or no tower is anywhere."""
+    if not _SHARED_PREFIX.fullmatch(stem.prefix):
+        return True
+    in_layers = {name.full for name in stem.names if name.stack in stacks}
+    others = (name for name in checkpoint.tensors if name not in in_layers)
+    return stem.prefix != "" and not any(guess_kind(name) for name in others)
 
 
 def _own_kind(arch: Arch, key: str) -> str | None:

@@ -206,7 +206,7 @@ def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
 def _list_unmatched(base: Side, donor: Side) -> str:
     """Say which roles of the decoder one side has and the other lacks; empty if none.
 
-    A head is not among them (a tied side has none), nor what only visual tokens use.
+    A head is not among them (a tied side has none), nor what only images or sounds use.
     """
     base_only = [
         role
@@ -225,7 +225,7 @@ def _list_unmatched(base: Side, donor: Side) -> str:
 
 
 def _needs_match(role: str) -> bool:
-    return not role.startswith("head") and "@vision" not in role
+    return not role.startswith("head") and role.partition("@")[2] in ("", "text")
 
 
 def _name_some(side: Side, roles: Sequence[str]) -> str:

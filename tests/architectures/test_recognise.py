@@ -128,7 +128,7 @@ def test_published_names_are_known(tmp_path: Path, name: str) -> None:
 def test_every_known_decoder_is_found_under_any_prefix(
     tmp_path: Path, arch: Arch, prefix: str
 ) -> None:
-    leaf = ".".join(arch.spellings[0][1].split(".")[-2:])
+    leaf = ".".join(arch.spellings[0][1].split(".")[-2:]) or "lm_head.weight"
     for number, head in enumerate((f"{prefix}lm_head.weight", f"{prefix[:5]}{leaf}")):
         eyes = ("eye.conv.weight", "vision_tower.conv.weight")
         tensors = spelled(arch.decoder, prefix, head) | dict.fromkeys(eyes, ("BF16", (2, 3)))

@@ -6,6 +6,8 @@ from ..layout import Arch
 from .spelling import (
     COGVLM,
     COGVLM2,
+    CSM,
+    HIGGS_AUDIO,
     LLAMA,
     LLAVA_HF,
     LLAVA_ORIGINAL,
@@ -149,6 +151,33 @@ ARCHS = (
         others={
             "model.protein_encoder.": "protein encoder",
             "layers.#.adapter.": "cross-attention to the protein",
+        },
+        shared_ids=128256,
+    ),
+    Arch(
+        name="CSM",
+        source="transformers, models/csm: the backbone descends from Llama; its head and the depth"
+        " decoder are of audio codes",
+        classes=("CsmForConditionalGeneration",),
+        spellings=(("", ""),),
+        decoder=CSM,
+        others={
+            "lm_head.": "head of audio codes",
+            "backbone_model.embed_tokens.": "embedding of audio codes",
+            "depth_decoder.": "depth decoder",
+            "codec_model.": "codec",
+        },
+        shared_ids=128000,
+    ),
+    Arch(
+        name="Higgs Audio v2",
+        source="transformers, models/higgs_audio_v2: MLP and norms exist again for audio tokens",
+        classes=("HiggsAudioV2ForConditionalGeneration", "HiggsAudioV2Model"),
+        spellings=PLAIN,
+        decoder=HIGGS_AUDIO,
+        others={
+            "audio_lm_head.": "head of audio codes",
+            "model.embed_audio_tokens.": "audio codes",
         },
         shared_ids=128256,
     ),

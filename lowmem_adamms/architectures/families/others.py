@@ -6,6 +6,8 @@ from ..layout import Arch
 from .spelling import (
     CONNECTOR,
     GEMMA2,
+    INKLING,
+    INKLING_INTERLEAVED,
     INTERNLM2,
     INTERNLM2_INTERLEAVED,
     LLAMA,
@@ -135,5 +137,15 @@ ARCHS = (
         spellings=PLAIN,
         decoder=OLMO2,
         others={},
+    ),
+    Arch(
+        name="Inkling",
+        source="transformers, models/inkling_mm_model and conversion_mapping.py: gate and up"
+        " alternate row by row",
+        classes=("InklingForConditionalGeneration",),
+        spellings=(("model.llm.", "model.llm.unembed.weight"),),
+        decoder=INKLING,
+        others={"model.audio.": "audio tower", "model.visual.": TOWER},
+        interleaved=INKLING_INTERLEAVED,
     ),
 )

@@ -26,7 +26,11 @@ _MLP = {
     for kind in ("weight", "bias")
 }
 _BUFFER = {"self_attn.rotary_emb.inv_freq": ""}
-_BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_BUFFER}
+_CONVOLUTIONS = {
+    "self_attn.conv1d.weight": " ".join(f"self_attn.{part}_conv1d.weight" for part in "qkv")
+}
+"""Kimi Linear's and its descendants', which transformers' modules have in one."""
+_BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_CONVOLUTIONS, **_BUFFER}
 
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -168,6 +172,47 @@ OLMO2 = decoder(
         "post_attention_layernorm.weight": "attn_norm.weight",
         "post_feedforward_layernorm.weight": "mlp_norm.weight",
     }
+)
+
+CSM = decoder(
+    _BLOCK,
+    embed="embed_text_tokens.weight",
+    norm="backbone_model.norm.weight",
+    layers="backbone_model.layers",
+)
+
+HIGGS_AUDIO = decoder(
+    {
+        **_BLOCK,
+        **{
+            f"audio_{name}": f"{role}@audio"
+            for name, role in {**_NORMS, **_MLP}.items()
+            if name.endswith(".weight")
+        },
+    }
+)
+
+QIANFAN_OCR = decoder(_BLOCK, layers="encoder.layers")
+
+_INKLING_EXPERTS = (
+    ("mlp.experts.", "mlp.experts.*"),
+    ("mlp.shared_experts.shared_", "mlp.shared_experts.*"),
+)
+INKLING_INTERLEAVED = (
+    "layers.#.mlp.experts.w13_weight",
+    "layers.#.mlp.shared_experts.shared_w13_weight",
+)
+INKLING = decoder(
+    {
+        **_BLOCK,
+        **{
+            f"{names}w13_weight": f"{experts}.gate.weight {experts}.up.weight"
+            for names, experts in _INKLING_EXPERTS
+        },
+        **{f"{names}w2_weight": f"{experts}.down.weight" for names, experts in _INKLING_EXPERTS},
+        "mlp.gate.bias": "mlp.router.correction_bias",
+    },
+    embed="embed.weight",
 )
 
 # Pairs of the decoder's prefix and the head's full name
