@@ -42,8 +42,9 @@ def _list_names() -> Iterator[tuple[str, str]]:
             for part in ("gate", "up", "down"):
                 name = f"{mlp}.{shared}.{part}_proj.weight"
                 yield name, f"mlp.shared_expert.{part}.weight"
-            yield f"{mlp}.{shared}.gate_up_proj.weight", (
-                "mlp.shared_expert.gate.weight mlp.shared_expert.up.weight"
+            yield (
+                f"{mlp}.{shared}.gate_up_proj.weight",
+                ("mlp.shared_expert.gate.weight mlp.shared_expert.up.weight"),
             )
         for part in ("gate", "up", "down"):  # stacks of them
             yield f"{mlp}.shared_experts.{part}_proj", f"mlp.shared_experts.*.{part}.weight"

@@ -34,7 +34,7 @@ from .experts import (
     sees_transposed_router,
     split_stacks,
 )
-from .respelling import respell
+from .respelling import FUSED, respell
 
 BUFFER = "rotary buffer"
 UNKNOWN = "no known role"
@@ -64,9 +64,9 @@ OTHER_PARTS = (
     ),
 )
 """What a tensor outside the decoder is by a word in its name, where no declaration tells."""
-_EXPERT_NAMES = {
+_COMMON_NAMES = {
     f"layers.#.{name}": " ".join(f"layers.#.{role}" for role in roles.split())
-    for name, roles in EXPERT_ROLES.items()
+    for name, roles in {**EXPERT_ROLES, **FUSED}.items()
 }
 _EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.")
 _LAYER = re.compile(r"([A-Za-z_.]+\.)(0|[1-9][0-9]{0,5})\.(.+)")
@@ -131,7 +131,7 @@ class Arch:
         if not in_layer:
             return self.decoder.get(respell(key))
         for name in (f"layers.#.{rest}", f"layers.#.{respell(rest)}"):
-            roles = self.decoder.get(name, _EXPERT_NAMES.get(name))
+            roles = self.decoder.get(name, _COMMON_NAMES.get(name))
             if roles is not None:
                 break
         return roles

@@ -70,6 +70,8 @@ _RESPELLINGS: tuple[tuple[str, str], ...] = (
     (r"^lerope\.alpha$", "rotary_emb.alpha"),
     (r"^embed_norm\.", "embed_tokens.embed_norm."),
 )
+FUSED = {"self_attn.conv1d.weight": " ".join(f"self_attn.{part}_conv1d.weight" for part in "qkv")}
+"""What transformers' modules have in one tensor, and files in several."""
 _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RESPELLINGS]
 
 

@@ -26,11 +26,7 @@ _MLP = {
     for kind in ("weight", "bias")
 }
 _BUFFER = {"self_attn.rotary_emb.inv_freq": ""}
-_CONVOLUTIONS = {
-    "self_attn.conv1d.weight": " ".join(f"self_attn.{part}_conv1d.weight" for part in "qkv")
-}
-"""Kimi Linear's and its descendants', which transformers' modules have in one."""
-_BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_CONVOLUTIONS, **_BUFFER}
+_BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_BUFFER}
 
 
 QKV = ("attn.q", "attn.k", "attn.v")
