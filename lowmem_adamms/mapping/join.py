@@ -26,7 +26,7 @@ from ..settings import Embeddings, Unmatched
 from ..values import parse_dtype
 from .arrange import arrange_parts
 from .config_differences import describe_differences
-from .plan import Part, Plan, Step
+from .plan import KEPT, Part, Plan, Step
 from .side import Piece, Side, read_side
 from .tied_head import describe_ties
 from .token_rows import TokenRows, find_token_rows, has_token_rows
@@ -104,9 +104,10 @@ def make_plan(
     misfits += [match.misfit for match in matches.values() if match.misfit]
     alone = _list_unmatched(ours, theirs)
     if alone and unmatched == "stop":
+        sides = str(ours.path), str(theirs.path)
         misfits.append(
-            f"{alone}; declare with `arch` how they are spelled if they belong together, or keep"
-            " the base's with `unmatched='keep'`"
+            f"{_describe_unmatched(alone, sides)}; declare with `arch` how they are spelled if they"
+            " belong together, or keep the base's with `unmatched='keep'`"
         )
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
@@ -132,7 +133,11 @@ def make_plan(
         },
         notes=(
             *_notes(ours, theirs, token_rows, declared),
-            *([f"{alone}: the base's are kept"] if alone and unmatched == "keep" else []),
+            *(
+                [f"{_describe_unmatched(alone, ('the base', 'the donor'))}{KEPT}"]
+                if alone and unmatched == "keep"
+                else []
+            ),
         ),
         options={
             "embeddings": embeddings,
@@ -203,24 +208,31 @@ def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
     return [(role, SAME_ROLE), (f"{role}@text", "takes the donor's text copy")]
 
 
-def _list_unmatched(base: Side, donor: Side) -> str:
-    """Say which roles of the decoder one side has and the other lacks; empty if none.
+def _list_unmatched(base: Side, donor: Side) -> list[str]:
+    """The tensors of the decoder that only the base has, and those that only the donor has.
 
-    A head is not among them (a tied side has none), nor what only images or sounds use.
+    Two texts that name some of each; no text if there are none. A head is not among them (a tied
+    side has none), nor what only images or sounds use.
     """
-    base_only = [
-        role
-        for role in base.pieces
-        if _needs_match(role)
-        and not any(name in donor.pieces for name, _ in _donor_roles(role, donor))
-    ]
-    taken = {name for role in base.pieces for name, _ in _donor_roles(role, donor)}
+    base_only: list[str] = []
+    taken: set[str] = set()
+    for role in base.pieces:
+        candidates = [name for name, _ in _donor_roles(role, donor)]
+        taken.update(candidates)
+        if _needs_match(role) and donor.pieces.keys().isdisjoint(candidates):
+            base_only.append(role)
     donor_only = [role for role in donor.pieces if _needs_match(role) and role not in taken]
-    sides = ((base, base_only, donor), (donor, donor_only, base))
+    texts = [_name_some(side, roles) for side, roles in ((base, base_only), (donor, donor_only))]
+    return texts if any(texts) else []
+
+
+def _describe_unmatched(texts: Sequence[str], sides: tuple[str, str]) -> str:
+    """A sentence of what `_list_unmatched` gives. sides: what to call base and donor."""
+    others = reversed(sides)
     return "; ".join(
-        f"{side.path} has {_name_some(side, roles)}, {other.path} lacks that"
-        for side, roles, other in sides
-        if roles
+        f"{side} has {text}, {other} lacks that"
+        for side, text, other in zip(sides, texts, others, strict=True)
+        if text
     )
 
 

@@ -28,6 +28,10 @@ MAX_LISTED_PARTS = 16
 SUMMARY_HEADINGS = ("base's", "tensors", "size", "action", "why")
 
 
+KEPT = ": the base's are kept"
+"""How the note ends on weights of the language model that only one of two checkpoints has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Some rows of one output tensor, all treated alike.

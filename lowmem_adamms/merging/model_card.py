@@ -23,7 +23,7 @@ from ..errors import FormatError
 from ..mapping.alphas import Alpha, Alphas, alpha_to_json, format_alpha, format_lines
 from ..mapping.kinship import Kinship
 from ..mapping.mixture import Mixture
-from ..mapping.plan import Plan
+from ..mapping.plan import KEPT, Plan
 
 _SAMPLES = 64
 _FRONT_MATTER_CHARS = 1 << 16
@@ -66,6 +66,7 @@ def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
             "",
             f"{counts['interpolate']} tensors were interpolated, {counts['copy']} copied from the",
             "base. `adamms.json` holds the whole recipe with digests of inputs and outputs.",
+            *(f"{note[0].upper()}{note[1:]}." for note in plan.notes if note.endswith(KEPT)),
             *_quantization(recipe),
             *_choice(recipe),
             "The licences of both models apply.",

@@ -395,3 +395,116 @@ def test_no_decoder_at_all_is_told(tmp_path: Path, name: str) -> None:
         MappingError, match=rf"no decoder found among its 1 tensors.*{name}.*`arch`"
     ):
         recognise(checkpoint, ARCHS)
+
+
+# What is in the file decides
+
+
+def gemma2(prefix: str) -> Tensors:
+    norms = {f"{kind}_feedforward_layernorm": (8,) for kind in ("pre", "post")}
+    more = {
+        f"{prefix}layers.{layer}.{name}.weight": ("BF16", shape)
+        for layer in range(2)
+        for name, shape in norms.items()
+    }
+    return llama_decoder(SMALL, prefix, "language_model.lm_head") | more
+
+
+def test_the_file_decides_how_a_known_class_is_spelled(tmp_path: Path) -> None:
+    """LLaVA around Gemma 2 has its four norms, and Ovis too."""
+    for cls, prefix in (("LlavaForConditionalGeneration", "language_model.model."), ("X", "llm.")):
+        layout = recognise(hollow(tmp_path / cls, gemma2(prefix), cls), ARCHS)
+        held = {name: blocks[0].role for name, blocks in layout.blocks.items()}
+        stem = f"{prefix}layers.0."
+        assert held[f"{stem}post_attention_layernorm.weight"] == "layers.0.attn_post_norm.weight"
+        assert held[f"{stem}pre_feedforward_layernorm.weight"] == "layers.0.mlp_norm.weight"
+        assert held[f"{stem}post_feedforward_layernorm.weight"] == "layers.0.mlp_post_norm.weight"
+
+
+def test_layers_of_several_kinds_are_read_as_they_are(tmp_path: Path) -> None:
+    tensors = llama_decoder(SMALL)
+    for part in "qkvo":
+        del tensors[f"model.layers.0.self_attn.{part}_proj.weight"]
+    own = {"linear_attn.A_log": (2,), "linear_attn.in_proj.weight": (16, 8)}
+    tensors |= {f"model.layers.0.{name}": ("BF16", shape) for name, shape in own.items()}
+    layout = recognise(hollow(tmp_path, tensors), ARCHS)
+    assert {f"layers.0.{name}" for name in own} <= set(layout.roles())
+    assert "layers.1.attn.q.weight" in layout.roles()
+    assert layout.layers == 2
+
+
+def test_the_configs_sizes_tell_the_language_model(tmp_path: Path) -> None:
+    tensors = decoders(("a.", "", SMALL), ("b.", "", replace(SMALL, layers=3)))
+    checkpoint = hollow(tmp_path, tensors)
+    for layers, prefix in ((2, "a."), (3, "b.")):
+        text = {"num_hidden_layers": layers, "hidden_size": 8}
+        for config in (text, {"text_config": text}, {"llm_config": {"text_config": text}}):
+            layout = recognise(replace(checkpoint, config={"x": 1, **config}), ARCHS)
+            assert layout.prefix == prefix
+
+
+@pytest.mark.parametrize("word", ["depth_decoder", "talker", "gemma_expert", "model.dit"])
+def test_a_prefix_that_speaks_of_something_else_is_no_language_model(
+    tmp_path: Path, word: str
+) -> None:
+    tensors = decoders((f"{word}.", "", SMALL), ("lm.", "", SMALL))
+    assert recognise(hollow(tmp_path, tensors), ARCHS).prefix == "lm."
+    alone = recognise(hollow(tmp_path / "alone", decoders((f"{word}.", "", SMALL))), ARCHS)
+    assert alone.prefix == f"{word}."
+
+
+def test_a_head_beside_the_decoder_is_not_its_own(tmp_path: Path) -> None:
+    """PI0's action expert has one as wide and as long as the language model's embedding."""
+    tensors = decoders(("a.model.", "", SMALL)) | {"b.lm_head.weight": ("BF16", (20, 8))}
+    layout = recognise(hollow(tmp_path, tensors), ARCHS)
+    assert "head" not in layout.roles()
+    assert layout.kinds["b.lm_head.weight"] == UNKNOWN
+
+
+def test_layers_that_predict_more_tokens_are_left_alone(tmp_path: Path) -> None:
+    tensors = llama_decoder(replace(SMALL, layers=3))
+    tensors["model.layers.2.eh_proj.weight"] = ("BF16", (8, 16))
+    tensors["mtp.fc.weight"] = ("BF16", (8, 16))
+    layout = recognise(hollow(tmp_path, tensors), ARCHS)
+    assert layout.layers == 2
+    assert set(layout.kinds.values()) == {"multi-token prediction"}
+    assert len(layout.kinds) == 9 + 2
+
+
+def test_an_encoder_decoder_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    checkpoint = hollow(tmp_path, llama_decoder(SMALL))
+    config = {"text_config": {"is_encoder_decoder": True}}
+    with pytest.raises(MappingError, match=r"an encoder-decoder, by its config\.json"):
+        recognise(replace(checkpoint, config=config), ARCHS)
+    crossed = {f"model.layers.{i}.encoder_attn.q_proj.weight": ("BF16", (8, 8)) for i in (0, 1)}
+    with pytest.raises(MappingError, match="no decoder found"):
+        recognise(hollow(tmp_path / "crossed", llama_decoder(SMALL) | crossed), ARCHS)
+
+
+def test_towers_under_the_decoders_prefix_are_none_of_its_roles(tmp_path: Path) -> None:
+    own = ("per_layer.proj.weight", "mixer.deep.er.weight")
+    towers = ("embed_tokens_extend.audio_embed.x.weight", "image_newline")
+    tensors = llama_decoder(SMALL, "language_model.model.", "lm_head")
+    tensors |= {f"language_model.model.{name}": ("BF16", (2, 8)) for name in (*own, *towers)}
+    layout = recognise(hollow(tmp_path, tensors), ARCHS)
+    assert set(own) < set(layout.roles())
+    assert sorted(layout.kinds.values()) == ["audio tower", "connector"]
+
+
+def test_csm_is_its_backbone_and_higgs_audio_has_copies(tmp_path: Path) -> None:
+    backbone = llama_decoder(SMALL, "backbone_model.")
+    depth = llama_decoder(SMALL, "depth_decoder.model.", "depth_decoder.head")
+    tensors = backbone | depth | {"embed_text_tokens.weight": ("BF16", (20, 8))}
+    del tensors["backbone_model.embed_tokens.weight"]
+    csm = recognise(hollow(tmp_path / "c", tensors, "CsmForConditionalGeneration"), ARCHS)
+    assert csm.roles()["embed"][0] == "embed_text_tokens.weight"
+    assert "head" not in csm.roles()
+    assert csm.kinds["lm_head.weight"] == "head of audio codes"
+    assert all(name.startswith(("backbone_model.", "embed_text")) for name in csm.blocks)
+    tensors = llama_decoder(SMALL)
+    for name in [name for name in tensors if ".mlp." in name]:
+        tensors[name.replace(".mlp.", ".audio_mlp.")] = tensors[name]
+    higgs = recognise(
+        hollow(tmp_path / "h", tensors, "HiggsAudioV2ForConditionalGeneration"), ARCHS
+    )
+    assert "layers.1.mlp.up.weight@audio" in higgs.roles()

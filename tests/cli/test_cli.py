@@ -122,6 +122,25 @@ def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) ->
     assert ": ok, " in capsys.readouterr().out
 
 
+def test_what_one_side_lacks_stops_a_merge_or_is_noted_everywhere(
+    pair: Pair, tmp_path: Path, capsys: Capture
+) -> None:
+    donor = tiny.respell(
+        pair[1], lambda name: None if name.endswith("q_proj.bias") else name, tmp_path / "donor"
+    )
+    words = (pair[0], donor, "-o", tmp_path / "out", "--alpha", "0.3")
+    assert run(*words) == 2
+    assert_one_error(*capsys.readouterr(), r"q_proj\.bias and \d+ more, .* --unmatched keep")
+    assert run(*words, "--unmatched", "keep") == 0
+    note = "the base's are kept"
+    assert note in capsys.readouterr().err
+    recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
+    assert recipe["options"]["unmatched"] == "keep"
+    assert any(note in line for line in recipe["notes"])
+    assert note in (tmp_path / "out" / "README.md").read_text()
+    assert run("verify", tmp_path / "out", "--deep", "--base", pair[0], "--donor", donor) == 0
+
+
 def test_verify_tells_what_it_checked(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
     run(*pair, "-o", tmp_path / "out", "--alpha", "0.3")
     capsys.readouterr()

@@ -291,10 +291,11 @@ TEXT_EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 """By model type: what else the text-only model's config has."""
 
-NO_TEXT_DONOR = ("llava around biogpt", "llava around rembert")
+NO_TEXT_DONOR = ("llava around biogpt", "llava around rembert", "llava around rwkv")
 """Text-only models whose head is another module than LLaVA's."""
 
 NOT_IN_TEXT: dict[str, tuple[str, str]] = {
+    "higgs_audio_v2": (r"\.audio_", "copies for audio tokens, which take the plain weight"),
     "mllama": (r"embed_tokens", "eight rows of image tokens that its ancestor lacks"),
 }
 """By model type: a pattern of parameters that a text-only donor does not change as a donor of the
