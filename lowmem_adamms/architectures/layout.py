@@ -60,7 +60,7 @@ OTHER_PARTS = (
     ("audio tower", re.compile(r"audio|speech|acoustic")),
     (
         "vision tower",
-        re.compile(r"vision|visual|image|video|patch|\bvit|\bsam_|siglip|clip|pos_embed"),
+        re.compile(r"vision|visual|image|video|patch|\bvit|\bsam_|siglip|clip|pos_embed|vqmodel"),
     ),
 )
 """What a tensor outside the decoder is by a word in its name, where no declaration tells."""
@@ -455,12 +455,13 @@ def _find_roles(
 
 
 def _is_alone(checkpoint: Checkpoint, stem: Stem, stacks: Collection[str]) -> bool:
-    """Whether a decoder has its prefix for itself: a name of its own, or no tower is anywhere."""
+    """Whether a decoder has its prefix for itself: one of its own, or nothing speaks of a tower."""
     if not _SHARED_PREFIX.fullmatch(stem.prefix):
         return True
     in_layers = {name.full for name in stem.names if name.stack in stacks}
     others = (name for name in checkpoint.tensors if name not in in_layers)
-    return stem.prefix != "" and not any(guess_kind(name) for name in others)
+    has_parts = any(str(name).endswith("_config") for name in checkpoint.config)
+    return stem.prefix != "" and not has_parts and not any(map(guess_kind, others))
 
 
 def _own_kind(arch: Arch, key: str) -> str | None:

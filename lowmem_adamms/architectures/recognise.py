@@ -89,7 +89,7 @@ class _Stems:
 
     def __init__(self, checkpoint: Checkpoint, archs: Iterable[Arch]) -> None:
         self.checkpoint = checkpoint
-        self._archs = list({_spelling(arch): arch for arch in archs}.values())
+        self._archs = tuple(archs)
         self._stems: dict[str, Stem] = {}
 
     def __getitem__(self, prefix: str) -> Stem:
@@ -97,25 +97,26 @@ class _Stems:
             self._stems[prefix] = read_stem(self.checkpoint, prefix)
         return self._stems[prefix]
 
-    def ranked(
-        self, prefix: str, first: Sequence[Arch] = ()
-    ) -> list[tuple[tuple[int, ...], Arch, Fit]]:
-        """The rank of each spelling that fits under a prefix, the best first.
-
-        Of those that explain as much, one of `first` is best, then one that names least in vain.
-        """
-        archs = {_spelling(arch): arch for arch in (*self._archs, UNDECLARED)}
+    def ranked(self, prefix: str, first: Sequence[Arch] = ()) -> list[_Candidate]:
+        """The spellings that fit under a prefix, the best first; of equals, those of `first`."""
+        known = {_spelling(arch): arch for arch in reversed((*self._archs, UNDECLARED))}
         own = {_spelling(arch): arch for arch in reversed(first)}
-        fits = [
-            (arch, spelling in own, measure_fit(self[prefix], arch))
-            for spelling, arch in (archs | own).items()
-        ]
-        ranked = [
-            ((*fit.score, is_own, arch is not UNDECLARED, -fit.unused), arch, fit)
-            for arch, is_own, fit in fits
-            if not fit.missing
-        ]
-        return sorted(ranked, key=lambda each: each[0], reverse=True)
+        found = []
+        for spelling, arch in reversed((known | own).items()):
+            fit = measure_fit(self[prefix], arch)
+            if not fit.missing:
+                rank = (*fit.score, spelling in own, arch is not UNDECLARED)
+                found.append(_Candidate(rank, arch, fit))
+        return sorted(found, key=lambda candidate: candidate.rank, reverse=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An Arch that fits what is under a prefix; the best has the highest rank."""
+
+    rank: tuple[int, ...]
+    arch: Arch
+    fit: Fit
 
 
 def _spelling(arch: Arch) -> tuple[object, ...]:
@@ -203,7 +204,7 @@ def _depth_and_width(stems: _Stems, layout: Layout) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Decoder:
     """A decoder found in a checkpoint.
 
     sizes: depth and width. elements: without its head; head: its name or ``.
@@ -240,7 +241,7 @@ def _by_structure(stems: _Stems, archs: Sequence[Arch], first: Sequence[Arch]) -
         for name in embeddings
         if full.endswith(name) and full[: -len(name)][-1:] in ("", ".")
     }
-    candidates: list[_Candidate] = []
+    candidates: list[_Decoder] = []
     for prefix in sorted(prefixes, key=len):
         if best := _read_best(stems, prefix, first):
             arch = replace(best.arch, name=f"{best.arch.name}-style", others={}, shared_ids=None)
@@ -250,7 +251,7 @@ def _by_structure(stems: _Stems, archs: Sequence[Arch], first: Sequence[Arch]) -
                 for name, blocks in found.blocks.items()
                 if blocks[0].role.startswith(("embed", "layers."))
             )
-            candidates.append(_Candidate(arch, found, _depth_and_width(stems, found), elements))
+            candidates.append(_Decoder(arch, found, _depth_and_width(stems, found), elements))
     if not candidates:
         raise _no_decoder(stems, prefixes, archs)
     chosen, others = _choose(checkpoint, _assign_heads(checkpoint, candidates, heads))
@@ -291,9 +292,12 @@ def _read_best(
     """
     best: _Reading | None = None
     misfit: MappingError | None = None
-    for rank, arch, fit in stems.ranked(prefix, first):
+    for candidate in stems.ranked(prefix, first):
+        rank, arch, fit = candidate.rank, candidate.arch, candidate.fit
         if best and rank < best.rank:
             break
+        if best and fit.unused != best.fit.unused:  # it speaks of what is not there
+            continue
         try:
             layout = read_layout(stems.checkpoint, arch, prefix, head, stems[prefix])
         except MappingError as error:
@@ -321,15 +325,15 @@ def _check_same(checkpoint: Checkpoint, first: Layout, second: Layout) -> None:
 
 
 def _assign_heads(
-    checkpoint: Checkpoint, candidates: Sequence[_Candidate], heads: Collection[str]
-) -> list[_Candidate]:
+    checkpoint: Checkpoint, candidates: Sequence[_Decoder], heads: Collection[str]
+) -> list[_Decoder]:
     """Each decoder with its head: of those that lie nearest to it, the nearest.
 
     A head lies near a decoder by the dotted parts that its name shares with the prefix; a head that
     is equally near to several decoders belongs to the largest. heads: how its name may end.
     """
 
-    def nearness(name: str, candidate: _Candidate) -> tuple[int, int]:
+    def nearness(name: str, candidate: _Decoder) -> tuple[int, int]:
         return _shared_parts(name, candidate.layout.prefix), candidate.elements
 
     possible = [_possible_heads(checkpoint, candidate, heads) for candidate in candidates]
@@ -346,7 +350,7 @@ def _assign_heads(
 
 
 def _possible_heads(
-    checkpoint: Checkpoint, candidate: _Candidate, heads: Collection[str]
+    checkpoint: Checkpoint, candidate: _Decoder, heads: Collection[str]
 ) -> list[str]:
     """What is named like a head, lies around the decoder, and is as wide as the embedding.
 
@@ -374,8 +378,8 @@ def _shared_parts(name: str, prefix: str) -> int:
 
 
 def _choose(
-    checkpoint: Checkpoint, candidates: Sequence[_Candidate]
-) -> tuple[_Candidate, list[_Candidate]]:
+    checkpoint: Checkpoint, candidates: Sequence[_Decoder]
+) -> tuple[_Decoder, list[_Decoder]]:
     """The language model among several decoders, and the others.
 
     Its prefix does not speak of something else, such as a talker, and it has the depth and width
@@ -385,7 +389,7 @@ def _choose(
     MappingError names those between which it would be a guess.
     """
 
-    def has_head(candidate: _Candidate) -> bool:
+    def has_head(candidate: _Decoder) -> bool:
         return bool(candidate.head) or checkpoint.tied is True
 
     speaking = [each for each in candidates if not guess_kind(each.layout.prefix)] or candidates
@@ -402,7 +406,7 @@ def _choose(
     return chosen, [candidate for candidate in candidates if candidate is not chosen]
 
 
-def _of_config_sizes(checkpoint: Checkpoint, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+def _of_config_sizes(checkpoint: Checkpoint, candidates: Sequence[_Decoder]) -> list[_Decoder]:
     """The decoders that are as deep and wide as the outermost level of the config that fits any."""
     for level in checkpoint.config_levels:
         sizes = _first_number(level, _LAYERS), _first_number(level, _WIDTHS)
