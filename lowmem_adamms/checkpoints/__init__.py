@@ -3,8 +3,10 @@
 dtypes              names and sizes of element types
 safetensors_header  one file's header: parse, validate, build
 span                a run of bytes in a file, and the tensor it stands for
+coded               spans whose numbers are computed as they are read
 arranged            elements of spans in another order
 torch_bin           the spans of a torch `.bin` file, found without running its code
+quantized           which tensors are quantized, and how they are computed
 weight_files        which files of a folder or repository hold the weights
 checkpoint          a folder, file or Hub id opened as a whole
 mapped_files        reading whole files in order, ahead of use

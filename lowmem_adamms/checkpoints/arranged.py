@@ -7,17 +7,21 @@ which spans follow one another. What is needed of it is put together when it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from .coded import CodedSpan, view_span
 from .dtypes import DTYPES, DType
 from .span import Span
 
 STRIPE = 16
 """Columns copied at a time: a transposed copy of this width stays in the processor's cache."""
+
+BAND = 1 << 20
+"""Elements that are computed at a time where they are in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class Arranged:
     @property
     def spans(self) -> tuple[Span, ...]:
         """What is read for any run of the matrix, each span once."""
-        return tuple(dict.fromkeys(columns.span for columns in self.columns))
+        return tuple(dict.fromkeys(span for each in self.columns for span in each.span.spans))
 
     @property
     def is_first(self) -> bool:
@@ -116,11 +120,13 @@ class Arranged:
         """Its bytes, from those that `view` returns of each span: numpy arrays or torch tensors."""
         top, bottom = self.first // self.width, -(-(self.first + self.elements) // self.width)
         out: Any = None
-        for columns in self.columns:
-            source = _as_matrix(view(columns.span), columns, self.dtype.itemsize, top, bottom)
-            if out is None:
-                out = _empty_like(source, bottom - top, self.width)
-            _copy_columns(out, source, columns)
+        for whole in self.columns:
+            for columns, rows in _split_coded(whole, self.dtype, range(top, bottom), self.width):
+                content = view_span(whole.span, view, columns.span)
+                source = _as_matrix(content, columns, self.dtype.itemsize, rows)
+                if out is None:
+                    out = _empty_like(source, bottom - top, self.width)
+                _copy_columns(out, source, columns)
         start = self.dtype.nbytes(self.first - top * self.width)
         return _as_bytes(out)[start : start + self.nbytes]
 
@@ -165,20 +171,37 @@ def spans_ended(side: Span | Arranged) -> tuple[Span, ...]:
 
 def view_side(side: Span | Arranged, view: Callable[[Span], Any]) -> Any:
     """The bytes of a stretch, put together where they are in another order."""
-    return view(side) if isinstance(side, Span) else side.assemble(view)
+    return view_span(side, view) if isinstance(side, Span) else side.assemble(view)
 
 
 def as_bytes(span: Span) -> Span:
     """The same bytes of a file, of no dtype."""
-    return Span(span.path, DTYPES["U8"], span.start, span.stop, (span.nbytes,))
+    return replace(span, dtype=DTYPES["U8"], shape=(span.nbytes,))
 
 
-def _as_matrix(content: Any, columns: Columns, itemsize: int, top: int, bottom: int) -> Any:
-    """Rows `top` to `bottom` of the columns, in place: of torch tensors a third dim of bytes."""
+def _split_coded(
+    columns: Columns, dtype: DType, rows: range, width: int
+) -> Iterator[tuple[Columns, range]]:
+    """Columns of which only some rows are wanted, and which rows of theirs these are.
+
+    Where they must be computed they come in bands, so that no whole expert is in memory.
+    """
+    if not isinstance(columns.span, CodedSpan):
+        yield columns, rows
+        return
+    count = max(1, BAND // columns.stride) * columns.step
+    for start in range(columns.column, columns.column + columns.count * columns.step, count):
+        band = columns.cut(dtype, rows, range(start, min(start + count, width)))
+        if band:
+            yield replace(band, column=band.column + start), range(len(rows))
+
+
+def _as_matrix(content: Any, columns: Columns, itemsize: int, rows: range) -> Any:
+    """Some rows of the columns, in place: of torch tensors a third dim of bytes."""
     import numpy as np
 
-    first = (columns.first + top * columns.row_stride) * itemsize
-    shape = (bottom - top, columns.count)
+    first = (columns.first + rows.start * columns.row_stride) * itemsize
+    shape = (len(rows), columns.count)
     strides = (columns.row_stride * itemsize, columns.stride * itemsize)
     if isinstance(content, np.ndarray):
         return np.ndarray(shape, f"u{itemsize}", content.data, first, strides)

@@ -14,6 +14,7 @@ from ..hub import repository as hub
 from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
 from ..values import format_size
 from . import torch_bin
+from .quantized import check_method, dequantize, find_settings
 from .safetensors_header import MAX_HEADER_BYTES, Header, parse_header, read_header
 from .span import Span
 from .weight_files import (
@@ -31,11 +32,6 @@ MAX_SIDECAR_BYTES = 10**9
 _FIRST_READ = 1 << 17  # bytes of a remote file that hold nearly every header
 _LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """What the part of a config about the language model may be called; language_config is Janus's."""
-_QUANTIZED_NAME = re.compile(
-    r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_scale(_inv)?)$"
-    r"|\.experts\.\w+_(blocks|scales)$"
-)
-"""How tensors of GPTQ, AWQ, bitsandbytes, FP8 with block scales and MXFP4 are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +84,23 @@ class Checkpoint:
             if repo_id and repo_id[1] == own_name:
                 return loaded_from
         return own_name
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """How its config says that it is quantized."""
+        settings = find_settings(self.config)
+        return settings if isinstance(settings, dict) and settings else None
+
+    def require_loadable(self, purpose: str) -> Path:
+        """Its folder, from which a library loads it to be `purpose`; FormatError if none can."""
+        if self.folder is None:
+            raise FormatError(f"{self.path}: a bare file cannot be {purpose}; give its folder")
+        if self.quantization:
+            raise FormatError(
+                f"{self.path}: a quantized base cannot be {purpose}; merge it at alpha 0, which"
+                " writes it in bf16, and take that as the base"
+            )
+        return self.folder
 
     def identity(self) -> list[Any]:
         """Plain data that distinguishes its weights, as they are now, from any others."""
@@ -172,7 +185,7 @@ def open_checkpoint(
     *,
     cache: bool = True,
     download_bins: bool = False,
-    allow_quantized: bool = False,
+    as_stored: bool = False,
 ) -> Checkpoint:
     """Open a folder, a bare file or `org/name[@revision]` by its headers.
 
@@ -183,7 +196,7 @@ def open_checkpoint(
         cache: Keep the small files of a Hub id in the ordinary cache.
         download_bins: Download a repository that holds only .bin files, whose tensors cannot be
             located otherwise.
-        allow_quantized: Open quantized weights as well, to look at them; they cannot be blended.
+        as_stored: Leave quantized weights, of whatever kind, as they are, to look at them.
 
     Raises:
         FormatError: A file is missing, damaged, or not of a kind that can be merged.
@@ -200,8 +213,8 @@ def open_checkpoint(
         path = repo.folder
     config_path = path / "config.json"
     config = read_json_object(config_path) if config_path.is_file() else {}
-    if not allow_quantized:
-        _refuse_quantized_config(path, config)
+    if not as_stored:
+        check_method(path, config)
     if repo and repo.files:
         shards, weight_map = _repo_weight_files(repo, download_bins)
     else:
@@ -223,8 +236,8 @@ def open_checkpoint(
         raise FormatError(f"{path}: no tensors in it")
     if all(name.startswith("base_model.model.") for name in tensors):  # as peft's save_pretrained
         raise FormatError(f"{path}: holds {ADAPTER}")
-    if not allow_quantized:
-        _refuse_quantized_tensors(path, tensors)
+    if not as_stored:
+        tensors = dequantize(path, tensors)
     return Checkpoint(path, tuple(shards), tensors, config, repo)
 
 
@@ -285,25 +298,3 @@ def _read_spans(shard: Path, header: Header | None) -> Iterator[tuple[str, Span]
         return
     for info in (header or read_header(shard)).tensors:
         yield info.name, Span(shard, info.dtype, info.start, info.stop, info.shape)
-
-
-def _refuse_quantized_config(path: Path, config: Mapping[str, Any]) -> None:
-    text = config.get("text_config")
-    inner = text.get("quantization_config") if isinstance(text, dict) else None
-    quantization = config.get("quantization_config") or inner
-    if quantization:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-        raise _quantized(path, f"config.json has a quantization_config ({method})")
-
-
-def _refuse_quantized_tensors(path: Path, tensors: Mapping[str, Span]) -> None:
-    for name, span in tensors.items():
-        if _QUANTIZED_NAME.search(name) or span.dtype.name.startswith("F8_"):
-            raise _quantized(path, f"tensor {name} ({span.dtype.name})")
-
-
-def _quantized(path: Path, sign: str) -> FormatError:
-    return FormatError(
-        f"{path}: quantized weights cannot be blended: {sign}; expected bf16, fp16 or fp32."
-        " Merge the unquantized checkpoint and quantize the result"
-    )

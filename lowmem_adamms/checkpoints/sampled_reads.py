@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import FormatError
 from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
-from .arranged import Arranged
+from .arranged import Arranged, view_side
+from .coded import CodedSpan
 from .span import Span
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class SampledReader(AbstractContextManager["SampledReader"]):
 
     def read_bytes(self, span: Span | Arranged) -> bytes | bytearray:
         """A span's bytes."""
-        if isinstance(span, Arranged):
-            return bytes(span.assemble(self._read_array).tobytes())
+        if isinstance(span, Arranged | CodedSpan):
+            return bytes(view_side(span, self._read_array).tobytes())
         path = span.path
         if path in self._remote:
             return self._remote[path].read(span.start, span.stop)

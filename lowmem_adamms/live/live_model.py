@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.dtypes import DTYPES
-from ..errors import FormatError, PlacementError
+from ..errors import PlacementError
 from ..mapping import kinship
 from ..mapping.alphas import Alpha, resolve
 from ..mapping.plan import Plan
@@ -110,8 +110,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
     def _load(self, dtype_name: str | None) -> HeldWeights | StreamedWeights:
         """The base as transformers loads it; dtype_name None: with the config's dtype."""
         base, placement = self.plan.base, self.placement
-        if base.folder is None:
-            raise FormatError(f"{base.path}: a bare file cannot be run; give its folder")
+        folder = base.require_loadable("run")
         if placement.device == "cuda" and not torch.cuda.is_available():
             # --vram may plan for any card; to load on it, torch must see one
             raise PlacementError(
@@ -122,12 +121,12 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self._trust_remote_code}
         if placement.live == "streamed":
             try:
-                return StreamedWeights(self.plan, base.folder, placement, **options)
+                return StreamedWeights(self.plan, folder, placement, **options)
             except CannotStreamError as error:
                 memory = measure_memory(vram=None if placement.device == "cuda" else 0)
                 self.placement = hold_instead(self.plan, placement, memory, str(error))
                 self.notes = (self.placement.lines[0],)
-        return HeldWeights(self.plan, base.folder, self.placement, **options)
+        return HeldWeights(self.plan, folder, self.placement, **options)
 
     def apply(self, alpha: Alpha, progress: Callable[[int], None] | None = None) -> None:
         """Blend base and donor into the loaded parameters.

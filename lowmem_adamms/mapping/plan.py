@@ -163,8 +163,7 @@ class Plan:
     def spans(self) -> Iterator[Span]:
         """All input bytes that a merge reads, in the order it reads them."""
         for _, part in self.parts:
-            for side in part.sides:
-                yield from side.spans
+            yield from dict.fromkeys(span for side in part.sides for span in side.spans)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -217,9 +216,7 @@ class Plan:
         """Plain data that differs between any two plans, or after either checkpoint changed."""
         spans = hashlib.sha256()  # the document of a step may sum up its parts
         for _, part in self.parts:
-            sides = [
-                (side.start, side.stop) if isinstance(side, Span) else side for side in part.sides
-            ]
+            sides = [(side.start, side.stop) if type(side) is Span else side for side in part.sides]
             spans.update(repr(sides).encode())
         return [
             [checkpoint.identity() for checkpoint in self.checkpoints.values()],

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from ..checkpoints.arranged import Arranged, spans_begun, spans_ended, view_side
+from ..checkpoints.coded import CodedSpan
 from ..checkpoints.dtypes import DTYPES
 from ..checkpoints.mapped_files import MappedFiles, read_ahead
 from ..checkpoints.span import Span
@@ -366,10 +367,15 @@ def choose_work(
         assert not isinstance(alpha, tuple)
         weight = alpha_of(alpha, part.role)
         base, donor = _sides(part, weight)
-    if donor is None and isinstance(base, Span) and base.dtype == step.dtype:
+    if donor is None and _is_stored(base) and base.dtype == step.dtype:
         return Copy(step, offset, base)
     nbytes = step.dtype.nbytes(base.elements)
     return Blend(step, offset, base, donor, nbytes, weight if donor else 0.0)
+
+
+def _is_stored(side: Span | Arranged) -> TypeGuard[Span]:
+    """Whether its bytes are in a file as they are wanted."""
+    return isinstance(side, Span) and not isinstance(side, CodedSpan)
 
 
 def _sides(part: Part, alpha: float) -> tuple[Span | Arranged, Span | Arranged | None]:

@@ -86,7 +86,7 @@ def verify(
     out = Path(out)
     if (out / WORK / JOURNAL).exists():
         raise FormatError(f"{out}: an unfinished merge; run its command again to resume")
-    checkpoint = open_checkpoint(out, allow_quantized=True)
+    checkpoint = open_checkpoint(out, as_stored=True)
     recipe = _read_recipe(out)
     is_quantized = "quantized" in recipe
     if not is_quantized:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoints.mapped_files import MappedFiles
+from ..checkpoints.quantized import without_settings
 from ..errors import DigestError, FormatError, OutputError
 from ..mapping import kinship
 from ..mapping.alphas import Alpha, alpha_to_json, resolve
@@ -369,7 +370,9 @@ def _write_papers(output: Output, alpha: Alpha, journal: Journal, recipe: dict[s
     sidecars = list(plan.base.sidecars())
     for relative in sidecars:
         output_folder.copy_file(plan.base.path / relative, work / relative)
-    config = plan.base.config
+    config: Mapping[str, Any] = plan.base.config
+    if plan.base.quantization:
+        config = without_settings(config)
     if config and plan.options["dtype"]:
         config = model_card.set_config_dtype(config, plan.options["dtype"])
     if output.quantizer:

@@ -76,13 +76,12 @@ def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quan
     if method not in get_args(Method):
         raise RecipeError(f"`quantize` {method!r}: expected nf4 or int8")
     base = plan.base
-    if base.folder is None:
-        raise FormatError(f"{base.path}: a bare file cannot be quantized; give its folder")
+    folder = base.require_loadable("quantized")
     base.fetch_sidecars()  # of a base on the Hub: its config, and code if it brings any
     output_dtype = plan.options["dtype"]
     floats = (step.dtype.torch for step in plan.steps if step.dtype.blendable)
     model, quantizer = transformers_model.build_skeleton(
-        base.folder,
+        folder,
         dtype=DTYPES[output_dtype].torch if output_dtype else None,
         first_dtype=next(floats, None) or "float32",
         quantize=method,

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import FormatError, RecipeError, SearchError, first_line
+from ..errors import RecipeError, SearchError, first_line
 from ..live.draft_decoding import Cost, Tokens
 from ..mapping import kinship
 from ..mapping.plan import Plan
@@ -118,8 +118,7 @@ class VllmModel(AbstractContextManager["VllmModel"]):
             kinship.check(plan)
         download(plan)
         self.plan = plan
-        if plan.base.folder is None:
-            raise FormatError(f"{plan.base.path}: a bare file cannot be run; give its folder")
+        plan.base.require_loadable("run")
         self._llm = _start_engine(plan, settings, trust_remote_code=trust_remote_code)
         with _named_failures():
             self._llm.collective_rpc("set_merge_plan", args=(plan_recipe(plan),))

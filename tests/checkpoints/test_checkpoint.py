@@ -491,7 +491,9 @@ def test_a_big_endian_bin(tmp_path: Path) -> None:
 def test_quantized_by_its_config(tmp_path: Path, nested: bool) -> None:
     quantization = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     put_one(tmp_path, {"text_config": quantization} if nested else quantization)
-    assert "quantized weights cannot be blended: config.json" in (message := refused(tmp_path))
+    assert "weights quantized in this way cannot be blended: config.json" in (
+        message := refused(tmp_path)
+    )
     assert "(gptq)" in message
 
 
@@ -509,7 +511,7 @@ BITSANDBYTES = ("SCB", "weight.absmax", "weight.quant_map", "weight.quant_state.
 def test_quantized_by_its_tensor_names(tmp_path: Path, suffix: str) -> None:
     name = f"model.layers.0.self_attn.q_proj.{suffix}"
     put(tmp_path, {"model.safetensors": {"model.norm.weight": A, name: B}})
-    assert f"quantized weights cannot be blended: tensor {name}" in refused(tmp_path)
+    assert f"weights quantized in this way cannot be blended: tensor {name}" in refused(tmp_path)
 
 
 def test_quantized_by_its_dtype(tmp_path: Path) -> None:

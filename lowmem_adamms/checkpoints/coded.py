@@ -1,0 +1,253 @@
+"""Spans whose numbers are computed while they are read: quantized weights are dequantized.
+
+A `CodedSpan` stands where a span would, and is cut like one. Its `start` and `stop` are bytes of
+the tensor that comes out, which no file holds; `spans` are the bytes of the file that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .dtypes import DTYPES, DType
+from .span import Span
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from .mapped_files import Bytes
+
+    Singles = npt.NDArray[np.float32]
+
+TILE = 1 << 17
+"""Elements that are decoded together, so that what is in between takes little memory."""
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of a 4-bit number; the highest of its bits is the sign."""
+GROUP = 32
+"""Numbers of 4 bits that have a scale in common."""
+
+
+class Coding(Protocol):
+    """How the elements of a tensor are computed. Elements are numbered as they come out."""
+
+    @property
+    def dtype(self) -> DType:
+        """What comes out."""
+
+    def stored(self, wanted: range) -> tuple[Span, ...]:
+        """What must be read to compute some consecutive elements."""
+
+    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+        """The bytes of elements `wanted`, from the contents of `stored(held)`, which has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedSpan(Span):
+    """Bytes `start` to `stop` of a tensor that is computed."""
+
+    coding: Coding
+
+    @staticmethod
+    def whole(source: Span, shape: tuple[int, ...], coding: Coding) -> CodedSpan:
+        """A whole tensor; source: what is stored of it in the first place."""
+        nbytes = coding.dtype.nbytes(prod(shape))
+        return CodedSpan(source.path, coding.dtype, 0, nbytes, shape, coding)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What is read."""
+        return self.coding.stored(self.wanted)
+
+    @property
+    def wanted(self) -> range:
+        """Its elements, as the coding numbers them."""
+        size = self.coding.dtype.itemsize
+        return range(self.start // size, -(-self.stop // size))
+
+
+def view_span(span: Span, view: Callable[[Span], Any], piece: Span | None = None) -> Any:
+    """The bytes of a span, or of a piece of it, from those that `view` returns of `span.spans`.
+
+    What is computed is a new array, on the device where `view` returns torch tensors.
+    """
+    import numpy as np
+
+    if not isinstance(span, CodedSpan):
+        return view(span)
+    piece = piece or span
+    assert isinstance(piece, CodedSpan)
+    contents = [view(each) for each in span.spans]
+    on_host = [each if isinstance(each, np.ndarray) else each.cpu().numpy() for each in contents]
+    decoded = span.coding.decode(on_host, span.wanted, piece.wanted)
+    first = piece.start - piece.wanted.start * span.coding.dtype.itemsize
+    decoded = decoded[first : first + piece.nbytes]
+    return decoded if on_host[0] is contents[0] else contents[0].new_tensor(decoded)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScaled:
+    """8-bit numbers, with a scale for each block of each matrix.
+
+    Attributes:
+        codes: [..., rows, columns] of an 8-bit float.
+        scales: What each number of a block is multiplied by, a block after the other.
+        grid: How many rows and columns of blocks a matrix has.
+        block: How many rows and columns a block has; the last ones may have fewer.
+    """
+
+    codes: Span
+    scales: Span
+    grid: tuple[int, int]
+    block: tuple[int, int]
+
+    @property
+    def dtype(self) -> DType:
+        """BF16, as transformers dequantizes to."""
+        return DTYPES["BF16"]
+
+    def _rows(self, wanted: range) -> range:
+        width = self.codes.shape[-1]
+        return range(wanted.start // width, -(-wanted.stop // width))
+
+    def stored(self, wanted: range) -> tuple[Span, ...]:
+        """Whole rows of the numbers, and all scales, which are few."""
+        rows, width = self._rows(wanted), self.codes.shape[-1]
+        return self.codes.flat_slice(rows.start * width, len(rows) * width), self.scales
+
+    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+        """Multiply in float32 and round to bf16."""
+        import numpy as np
+
+        height, width = self.codes.shape[-2:]
+        rows, before = self._rows(wanted), self._rows(held).start
+        codes = contents[0].reshape(-1, width)
+        scales = _read_scales(contents[1], self.scales.dtype.name).reshape(-1, self.grid[1])
+        table = _fp8_values(self.codes.dtype.name)
+        out = np.empty((len(rows), width), np.uint16)
+        step = max(1, TILE // width)
+        for top in range(rows.start, rows.stop, step):
+            here = np.arange(top, min(top + step, rows.stop))
+            values = table[codes[here[0] - before : here[-1] + 1 - before]]
+            line = here // height * self.grid[0] + here % height // self.block[0]
+            values *= np.repeat(scales[line], self.block[1], axis=1)[:, :width]
+            out[here[0] - rows.start : here[-1] + 1 - rows.start] = _round_to_bf16(values)
+        first = wanted.start - rows.start * width
+        return out.reshape(-1)[first : first + len(wanted)].view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFP4:
+    """MXFP4 stacks of experts, which come out transposed, as gpt-oss has them when they are bf16.
+
+    Attributes:
+        blocks: [experts, rows, groups, 16]: two numbers a byte, the first in the lower bits.
+        scales: [experts, rows, groups]: the exponent of each group's scale, plus 127.
+    """
+
+    blocks: Span
+    scales: Span
+
+    @property
+    def dtype(self) -> DType:
+        """BF16, which holds every such number."""
+        return DTYPES["BF16"]
+
+    def _experts(self, wanted: range) -> range:
+        size = self.blocks.shape[1] * self.blocks.shape[2] * GROUP
+        return range(wanted.start // size, -(-wanted.stop // size))
+
+    def stored(self, wanted: range) -> tuple[Span, ...]:
+        """Whole experts: a row that comes out has a number of each row that is stored."""
+        experts = self._experts(wanted)
+        ends = experts.start, experts.stop
+        return self.blocks.rows(*ends), self.scales.rows(*ends)
+
+    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+        """Multiply, and turn the matrix, a few groups at a time."""
+        import numpy as np
+
+        _, height, groups, _ = self.blocks.shape
+        before = self._experts(held).start
+        blocks = contents[0].reshape(-1, height, groups, GROUP // 2)
+        scales = contents[1].reshape(-1, height, groups)
+        first, last = wanted.start // height, -(-wanted.stop // height)
+        out = np.empty((last - first, height), np.uint16)
+        step = max(1, TILE // (height * GROUP))
+        for expert in self._experts(wanted):
+            start = expert * groups * GROUP  # the expert's first row, as they come out
+            low, high = max(first - start, 0), min(last - start, groups * GROUP)
+            for group in range(low // GROUP, -(-high // GROUP), step):
+                columns = slice(group, min(group + step, -(-high // GROUP)))
+                values = _unpack(
+                    blocks[expert - before, :, columns], scales[expert - before, :, columns]
+                )
+                top, bottom = max(low, columns.start * GROUP), min(high, columns.stop * GROUP)
+                here = values[:, top - columns.start * GROUP : bottom - columns.start * GROUP]
+                out[start + top - first : start + bottom - first] = here.T
+        skipped = wanted.start - first * height
+        return out.reshape(-1)[skipped : skipped + len(wanted)].view(np.uint8)
+
+
+def _unpack(blocks: Bytes, scales: Bytes) -> npt.NDArray[np.uint16]:
+    """Rows of [rows, groups, 16] bytes as bf16."""
+    import numpy as np
+
+    values = np.empty((*blocks.shape, 2), np.float32)
+    table = np.array([*FP4, *(-value for value in FP4)], np.float32)
+    values[..., 0] = table[blocks & 15]
+    values[..., 1] = table[blocks >> 4]
+    values *= _exponent_values()[scales][..., None, None]
+    return _round_to_bf16(values.reshape(len(blocks), -1))
+
+
+# Numbers
+
+
+@cache
+def _fp8_values(name: str) -> Singles:
+    """The value of each 8-bit number, of the formats E4M3 (without infinity) and E5M2."""
+    import numpy as np
+
+    codes = np.arange(256)
+    if name == "F8_E5M2":  # the upper half of a float16
+        return (codes << 8).astype(np.uint16).view(np.float16).astype(np.float32)
+    exponent, fraction = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(fraction + 8.0, exponent - 10))
+    size[codes & 127 == 127] = np.nan
+    values: Singles = np.where(codes < 128, size, -size).astype(np.float32)
+    return values
+
+
+@cache
+def _exponent_values() -> Singles:
+    """The value of each power of two in 8 bits, E8M0."""
+    import numpy as np
+
+    values: Singles = np.ldexp(np.float32(1), np.arange(-127, 129).clip(max=127)).astype(np.float32)
+    values[255] = np.nan
+    return values
+
+
+def _read_scales(content: Bytes, dtype: str) -> Singles:
+    import numpy as np
+
+    from ..kernels import reference
+
+    if dtype not in reference.STORAGE:
+        return _exponent_values()[content]
+    bits = content.view(reference.STORAGE[dtype])
+    scales: Singles = reference.widen(bits, dtype).astype(np.float32)
+    return scales
+
+
+def _round_to_bf16(values: Singles) -> npt.NDArray[np.uint16]:
+    """To nearest, ties to even."""
+    import numpy as np
+
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
