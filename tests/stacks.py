@@ -22,14 +22,15 @@ Arrays: TypeAlias = dict[str, Array]
 HIDDEN, INNER, EXPERTS, ROWS, LAYERS = 16, 12, 3, 24, 2
 
 
-def ancestor(seed: int = 0, *, inner: int = INNER, experts: int = EXPERTS) -> Arrays:
-    """A random decoder whose experts have biases; its first layer is dense."""
+def ancestor(seed: int = 0, *, experts: int = EXPERTS, bias: bool = True) -> Arrays:
+    """A random decoder whose experts have biases or not; its first layer is dense."""
     random = np.random.default_rng(seed)
-    dense = {"gate": (inner, HIDDEN), "up": (inner, HIDDEN), "down": (HIDDEN, inner)}
+    dense = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
     sparse: dict[str, tuple[int, ...]] = {"router": (experts, HIDDEN)}
     for name, shape in dense.items():
         sparse[name] = (experts, *shape)
-        sparse[f"{name}.bias"] = (experts, shape[0])
+        if bias:
+            sparse[f"{name}.bias"] = (experts, shape[0])
     attention = dict.fromkeys("qkvo", (HIDDEN, HIDDEN)) | {"norm1": (HIDDEN,), "norm2": (HIDDEN,)}
     shapes: dict[str, tuple[int, ...]] = {"embed": (ROWS, HIDDEN), "norm": (HIDDEN,)}
     shapes["head"] = shapes["embed"]
@@ -58,19 +59,22 @@ def each(part: Arrays) -> Arrays:
         for name in ("gate", "up", "down"):
             stem = f"mlp.experts.{expert}.{name}_proj"
             out[f"{stem}.weight"] = part[name][expert]
-            out[f"{stem}.bias"] = part[f"{name}.bias"][expert]
+            if f"{name}.bias" in part:
+                out[f"{stem}.bias"] = part[f"{name}.bias"][expert]
     return out
 
 
 def stacked(part: Arrays) -> Arrays:
     """What transformers 5 has in memory: [experts, gate rows then up rows, hidden]."""
-    return {
+    out = {
         "mlp.gate.weight": part["router"],
         "mlp.experts.gate_up_proj": np.concatenate([part["gate"], part["up"]], axis=1),
-        "mlp.experts.gate_up_proj_bias": np.hstack([part["gate.bias"], part["up.bias"]]),
         "mlp.experts.down_proj": part["down"],
-        "mlp.experts.down_proj_bias": part["down.bias"],
     }
+    if "up.bias" in part:
+        out["mlp.experts.gate_up_proj_bias"] = np.hstack([part["gate.bias"], part["up.bias"]])
+        out["mlp.experts.down_proj_bias"] = part["down.bias"]
+    return out
 
 
 def transposed(part: Arrays) -> Arrays:
@@ -150,8 +154,9 @@ def write(folder: Path, tensors: Arrays, form: str) -> Path:
     """A checkpoint folder of these tensors."""
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    has_bias = any(name.endswith("proj_bias") for name in tensors)
     config = {
-        "architectures": [CLASSES.get(form, "Qwen3MoeForCausalLM")],
+        "architectures": [CLASSES[form] if has_bias else "Qwen3MoeForCausalLM"],
         "num_attention_heads": 4,
         "tie_word_embeddings": False,
     }

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoints.arranged import Arranged
+from ..errors import HubError
 from ..hub.remote_file import RemoteFile
 from ..mapping.plan import Plan
+from ..values import format_size
+
+MAX_AT_ONCE = 32 << 20
+"""Bytes of a streamed donor that may be needed at once to bring them into the base's order."""
 
 
 def remote_shards(plan: Plan) -> dict[Path, RemoteFile]:
@@ -14,6 +20,21 @@ def remote_shards(plan: Plan) -> dict[Path, RemoteFile]:
     for checkpoint in plan.checkpoints.values():
         remote |= checkpoint.remote_files()
     return remote
+
+
+def check_streamable(plan: Plan) -> None:
+    """HubError where streaming would take more memory than a merge is allowed."""
+    remote = plan.donor.remote_files()
+    for step, part in plan.parts:
+        if not isinstance(part.donor, Arranged) or part.donor.path not in remote:
+            continue
+        nbytes = sum(span.nbytes for span in part.donor.spans)
+        if nbytes > MAX_AT_ONCE:
+            raise HubError(
+                f"{plan.donor.name}: {format_size(nbytes)} of it are needed at once to bring them"
+                f" into the order of {step.name}, expected at most {format_size(MAX_AT_ONCE)} where"
+                " nothing is stored; merge by way of the cache, without `no_cache=True`"
+            )
 
 
 def download(plan: Plan, *, show_bars: bool = False) -> None:

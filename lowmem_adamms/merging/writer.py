@@ -29,7 +29,7 @@ from .loop import Sink, run, spans_in_order
 from .output_folder import INDEX, write_file, write_json
 from .range_source import REMOTE_WINDOW, RangeSource
 from .shard_layout import Entry, ShardLayout, lay_out_shards
-from .sources import download, remote_shards
+from .sources import check_streamable, download, remote_shards
 from .verify import verify
 
 if TYPE_CHECKING:
@@ -172,6 +172,8 @@ def write(
     if _is_complete(output.folder, fingerprint):
         note(f"{output.folder} holds this merge already, complete: nothing was written")
         return output.folder
+    if stream:
+        check_streamable(plan)
     # One after the other: beside the kernel's imports, samples wait for the interpreter, not a disk
     measure = kinship.measure if force else kinship.check
     kinships = [measure(pair) for pair in plan.pairs]

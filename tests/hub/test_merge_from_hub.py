@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import random_pair
+import stacks
 import tiny
 from command import run
 from hub_server import TOKEN, HubServer, use
@@ -24,7 +25,7 @@ from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.comparing.comparison import compare
 from lowmem_adamms.comparing.pairing import pair_checkpoints
 from lowmem_adamms.mapping import kinship
-from lowmem_adamms.merging import range_source, writer
+from lowmem_adamms.merging import range_source, sources, writer
 from lowmem_adamms.merging.journal import WORK
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,41 @@ def test_a_method_reads_each_model_on_the_hub_twice(
     words = ["--method", "ties", "--density", "0.4", "--ancestor", "org/ancestor"]
     assert merged(*words, *WAYS[way], alpha=0.7) == local
     assert run("verify", "out", "--deep") == 0
+
+
+@pytest.mark.parametrize("forms", [("transposed", "each"), ("each", "transposed")])
+def test_experts_are_streamed_in_any_order(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forms: tuple[str, str]
+) -> None:
+    """A slab is put together from one request or several, in windows smaller than it."""
+    monkeypatch.setattr(writer, "REMOTE_WINDOW", 500)
+    text = stacks.ancestor(bias=False)
+    folders = []
+    for seed, form in enumerate(forms):
+        tensors = stacks.spell(stacks.descend(text, seed), form)
+        folders.append(stacks.write(tmp_path / f"in{seed}", tensors, form))
+        server.add(f"mix/{seed}", folders[-1])
+    refs = ("mix/0", "mix/1")
+    assert merged("--no-cache", refs=refs) == left(
+        merge(make_plan(*folders), 0.3, tmp_path / "local")
+    )
+    assert run("verify", "out", "--deep") == 0
+
+
+def test_a_slab_that_does_not_fit_the_memory_is_not_streamed(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sources, "MAX_AT_ONCE", 1000)
+    for seed, form in enumerate(("transposed", "each")):
+        tensors = stacks.spell(stacks.ancestor(bias=False), form)
+        server.add(f"mix/{seed}", stacks.write(tmp_path / f"in{seed}", tensors, form))
+    words = ("mix/0", "mix/1", "-o", "out", "--alpha", "0.3")
+    assert run(*words, "--no-cache") == 2
+    said = capsys.readouterr().err
+    assert "mix/1: 1.54 kB of it are needed at once" in said and "gate_up_proj" in said
+    assert "without --no-cache" in said
+    assert not list(Path("out").glob("*.safetensors"))
+    assert run(*words) == 0
 
 
 @pytest.mark.parametrize("remote", [0, 1])
