@@ -18,6 +18,7 @@ tokens use), `@vision_expert` (what only visual tokens use and is no copy).
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -193,12 +194,12 @@ class Layout:
         """Each role's tensor and its (in nearly all layouts only) block there, the first."""
         return {role: blocks[0] for role, blocks in self.pieces().items()}
 
-    def pieces(self) -> dict[str, list[tuple[str, Block]]]:
+    def pieces(self) -> dict[str, tuple[tuple[str, Block], ...]]:
         """Each role's blocks in the order of its rows, each with the tensor it is in."""
-        found: dict[str, list[tuple[str, Block]]] = {}
+        found: dict[str, tuple[tuple[str, Block], ...]] = {}
         for name, blocks in self.blocks.items():
             for block in blocks:
-                found.setdefault(block.role, []).append((name, block))
+                found[block.role] = (*found.get(block.role, ()), (name, block))
         return found
 
 
@@ -254,6 +255,7 @@ class Stem:
 def read_stem(checkpoint: Checkpoint, prefix: str) -> Stem:
     """Take apart the names that begin with a prefix."""
     names = []
+    keys: dict[str, str] = {}  # one string for thousands of experts
     for full in checkpoint.tensors:
         if full.startswith(prefix):
             suffix = full[len(prefix) :]
@@ -266,7 +268,15 @@ def read_stem(checkpoint: Checkpoint, prefix: str) -> Stem:
                 if expert:
                     key = f"{rest[: expert.start(1)]}{EXPERT}{rest[expert.end(1) :]}"
                 key = f"{stack}#.{key}"
-                names.append(Name(full, key, stack, int(number), expert[1] if expert else EXPERT))
+                names.append(
+                    Name(
+                        full,
+                        keys.setdefault(key, key),
+                        keys.setdefault(stack, stack),
+                        int(number),
+                        expert[1] if expert else EXPERT,
+                    )
+                )
     layers: dict[str, set[int]] = {}
     for name in names:
         if name.stack:
@@ -421,7 +431,8 @@ def _read_roles(
             found = roles.replace("#", str(number)).split()
             if name.expert != EXPERT and len(found) > 1:
                 found = [choose_share(found, int(name.expert), shared[name.key, name.number])]
-            roles_of[full] = [role.replace(EXPERT, name.expert) for role in found]
+            # Of both sides of a merge, so that a role is one string in memory
+            roles_of[full] = [sys.intern(role.replace(EXPERT, name.expert)) for role in found]
         else:
             kinds[full] = BUFFER if roles == "" else _own_kind(arch, name.key) or _kind(arch, full)
     return roles_of, kinds

@@ -47,7 +47,7 @@ def recognise(
     prefix. MappingError if nothing fits, or if several decoders fit and none stands out.
     """
     _refuse_encoder_decoder(checkpoint)
-    stems = _Stems(checkpoint, archs)
+    stems = _Stems(checkpoint, archs, declared)
     layout = _recognise(stems, archs, declared)
     _check_depth(stems, layout)
     kinds = {
@@ -87,14 +87,21 @@ def _announced_classes(checkpoint: Checkpoint) -> set[str]:
 class _Stems:
     """The names of a checkpoint under each prefix that is asked for, and how they are spelled."""
 
-    def __init__(self, checkpoint: Checkpoint, archs: Iterable[Arch]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, archs: Sequence[Arch], declared: Sequence[Arch]
+    ) -> None:
         self.checkpoint = checkpoint
         self._archs = tuple(archs)
+        known = (*archs, *declared, UNDECLARED)
+        self._embeddings = {name for arch in known for name in arch.embed_names}
         self._stems: dict[str, Stem] = {}
 
     def __getitem__(self, prefix: str) -> Stem:
         if prefix not in self._stems:
-            self._stems[prefix] = read_stem(self.checkpoint, prefix)
+            tensors = self.checkpoint.tensors
+            has_embedding = any(prefix + name in tensors for name in self._embeddings)
+            empty = Stem(prefix, (), {}, {})
+            self._stems[prefix] = read_stem(self.checkpoint, prefix) if has_embedding else empty
         return self._stems[prefix]
 
     def ranked(self, prefix: str, first: Sequence[Arch] = ()) -> list[_Candidate]:
@@ -167,7 +174,8 @@ def _check_declared_class(stems: _Stems, declared: Iterable[Arch], announced: se
     """MappingError where the user declared this very class, but its decoder is not there."""
     for arch in declared:
         for name in sorted(announced & set(arch.classes)):
-            fits = [measure_fit(stems[prefix], arch) for prefix, _ in arch.spellings]
+            found = [read_stem(stems.checkpoint, prefix) for prefix, _ in arch.spellings]
+            fits = [measure_fit(stem, arch) for stem in found]
             fit = max(fits, key=lambda fit: fit.score)
             raise MappingError(
                 f"{stems.checkpoint.path}: config.json announces {name}, which `arch` declares as"

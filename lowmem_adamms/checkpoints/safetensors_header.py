@@ -23,6 +23,9 @@ _SIZE_LIMIT = 1 << 64  # safetensors counts in 64 bits
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs/git-lfs, docs/spec.md
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor in a file: `start` and `stop` are absolute byte positions."""
@@ -87,7 +90,8 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("header __metadata__ is not a map of strings to strings")
     data_start = 8 + len(raw)
-    infos = [_parse_entry(name, entry, data_start) for name, entry in document.items()]
+    shapes: dict[Shape, Shape] = {}  # one tuple in memory for all experts of one size
+    infos = [_parse_entry(name, document.pop(name), data_start, shapes) for name in [*document]]
     infos.sort(key=lambda info: (info.start, info.stop))
     position = data_start
     for info in infos:
@@ -171,7 +175,7 @@ def _is_sizes(value: object) -> bool:
     )
 
 
-def _parse_entry(name: str, entry: Any, data_start: int) -> TensorInfo:
+def _parse_entry(name: str, entry: Any, data_start: int, shapes: dict[Shape, Shape]) -> TensorInfo:
     """One validated entry; the bytes it claims must be exactly dtype x shape."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FormatError(f"tensor {name}: expected dtype, shape and data_offsets")
@@ -193,7 +197,8 @@ def _parse_entry(name: str, entry: Any, data_start: int) -> TensorInfo:
             f"tensor {name}: data_offsets hold {stop - start} bytes,"
             f" {dtype.name} of shape {shape} takes {nbytes}"
         )
-    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + stop)
+    shape = shapes.setdefault(tuple(shape), tuple(shape))
+    return TensorInfo(name, dtype, shape, data_start + start, data_start + stop)
 
 
 def _count_elements(shape: list[int]) -> int:

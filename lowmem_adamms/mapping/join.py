@@ -49,9 +49,9 @@ _KIND_WORDS = (
 class Match:
     """What the donor has for one role of the base, and the rule by which it was found.
 
-    runs: rows of the role and the rows of `donor_name` that belong to them, ascending; other rows
-    stay the base's. pieces: where the donor has the role, if all of it is blended. misfit: what
-    does not fit, if that is why there are none.
+    runs: of rows that are joined by token, rows of the role and the rows of `donor_name` that
+    belong to them, ascending; other rows stay the base's. pieces: of another role, where the donor
+    has it; all of it is blended. misfit: what does not fit, if that is why there are neither.
     """
 
     reason: str
@@ -192,8 +192,7 @@ def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None
     if base_shape != donor_shape:
         misfit = f"shapes differ for {role}: {_compare_shapes(role, base, donor_role, donor)}"
         return Match("another shape in the donor", misfit=misfit)
-    runs = [RowRun(block.first, block.start, block.stop - block.start) for _, block in pieces]
-    return Match(reason, donor_name, runs, pieces)
+    return Match(reason, donor_name, pieces=pieces)
 
 
 def _donor_roles(role: str, donor: Side) -> list[tuple[str, str]]:
@@ -315,7 +314,8 @@ def _split_block(span: Span, block: Block, match: Match, donor: Side) -> Iterato
         return Part(rows, block.role, span.rows(*rows))
 
     position = block.first
-    for run in match.runs:
+    runs = match.runs or [RowRun(b.first, b.start, b.rows) for _, b in match.pieces]
+    for run in runs:
         start, stop = max(run.base, block.first), min(run.base + run.length, block.last)
         if start >= stop:
             continue
@@ -324,6 +324,7 @@ def _split_block(span: Span, block: Block, match: Match, donor: Side) -> Iterato
         rows = (start + shift, stop + shift)
         first = run.donor + start - run.base
         donor_rows = (first, first + stop - start)
+        donor_rows = rows if donor_rows == rows else donor_rows  # one tuple in memory
         lent = donor.tensors[match.donor_name].rows(*donor_rows)
         yield Part(rows, block.role, span.rows(*rows), lent, match.donor_name, donor_rows)
         position = stop

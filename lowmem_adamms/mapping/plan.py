@@ -214,14 +214,17 @@ class Plan:
 
     def identity(self) -> list[Any]:
         """Plain data that differs between any two plans, or after either checkpoint changed."""
-        spans = hashlib.sha256()  # the document of a step may sum up its parts
-        for _, part in self.parts:
-            sides = [(side.start, side.stop) if type(side) is Span else side for side in part.sides]
-            spans.update(repr(sides).encode())
+        steps = hashlib.sha256()  # of each by itself: their documents together take much memory
+        for step in self.steps:
+            steps.update(json.dumps(_step_to_json(step)).encode())
+            for part in step.parts:  # which the document may sum up
+                sides = [
+                    (side.start, side.stop) if type(side) is Span else side for side in part.sides
+                ]
+                steps.update(repr(sides).encode())
         return [
             [checkpoint.identity() for checkpoint in self.checkpoints.values()],
-            [_step_to_json(step) for step in self.steps],
-            spans.hexdigest(),
+            steps.hexdigest(),
             [arch.to_json() for arch in self.declared],
         ]
 

@@ -35,6 +35,9 @@ from .verify import verify
 if TYPE_CHECKING:
     from ..kernels.select import Kernel
 
+MANY_PARTS = 8192
+"""A plan of more parts, as of many experts, takes the memory that large windows would."""
+
 
 class Quantizer(Protocol):
     """How an output is quantized. The wing `quantizing` makes one for a plan."""
@@ -309,6 +312,7 @@ def _write_shards(
         if progress:
             progress(sum(step.nbytes for step in plan.steps if not sink.wants(step)))
         remote = remote_shards(plan)
+        has_many_parts = sum(len(step.parts) for step in plan.steps) > MANY_PARTS
         windows = spans_in_order(plan, alpha, sink, REMOTE_WINDOW)
         try:
             with RangeSource(remote, windows) if remote else MappedFiles() as source:
@@ -318,7 +322,7 @@ def _write_shards(
                     sink,
                     kernel=kernel,
                     source=source,
-                    window=REMOTE_WINDOW if remote else None,
+                    window=REMOTE_WINDOW if remote or has_many_parts else None,
                     evict=evict,
                     progress=progress,
                     nonfinite=note_nonfinite,
