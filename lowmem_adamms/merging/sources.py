@@ -24,17 +24,19 @@ def remote_shards(plan: Plan) -> dict[Path, RemoteFile]:
 
 def check_streamable(plan: Plan) -> None:
     """HubError where streaming would take more memory than a merge is allowed."""
-    remote = plan.donor.remote_files()
-    for step, part in plan.parts:
-        if not isinstance(part.donor, Arranged) or part.donor.path not in remote:
-            continue
-        nbytes = sum(span.nbytes for span in part.donor.spans)
-        if nbytes > MAX_AT_ONCE:
-            raise HubError(
-                f"{plan.donor.name}: {format_size(nbytes)} of it are needed at once to bring them"
-                f" into the order of {step.name}, expected at most {format_size(MAX_AT_ONCE)} where"
-                " nothing is stored; merge by way of the cache, without `no_cache=True`"
-            )
+    remote = remote_shards(plan)
+    for step, part in plan.parts if remote else ():
+        for side in part.sides:
+            if not isinstance(side, Arranged) or side.path not in remote:
+                continue
+            nbytes = sum(span.nbytes for span in side.spans)
+            if nbytes > MAX_AT_ONCE:
+                raise HubError(
+                    f"{remote[side.path].repo_id}: {format_size(nbytes)} of it are needed at once"
+                    f" to bring them into the order of {step.name}, expected at most"
+                    f" {format_size(MAX_AT_ONCE)} where nothing is stored; merge by way of the"
+                    " cache, without `no_cache=True`"
+                )
 
 
 def download(plan: Plan, *, show_bars: bool = False) -> None:
