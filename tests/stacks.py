@@ -22,10 +22,12 @@ Arrays: TypeAlias = dict[str, Array]
 HIDDEN, INNER, EXPERTS, ROWS, LAYERS = 16, 12, 3, 24, 2
 
 
-def ancestor(seed: int = 0, *, experts: int = EXPERTS, bias: bool = True) -> Arrays:
+def ancestor(
+    seed: int = 0, *, inner: int = INNER, experts: int = EXPERTS, bias: bool = True
+) -> Arrays:
     """A random decoder whose experts have biases or not; its first layer is dense."""
     random = np.random.default_rng(seed)
-    dense = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    dense = {"gate": (inner, HIDDEN), "up": (inner, HIDDEN), "down": (HIDDEN, inner)}
     sparse: dict[str, tuple[int, ...]] = {"router": (experts, HIDDEN)}
     for name, shape in dense.items():
         sparse[name] = (experts, *shape)
