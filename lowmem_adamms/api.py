@@ -408,8 +408,9 @@ def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
     """PromptError if a prompt has an image and the base is nothing but a decoder."""
     if set(plan.base_layout.kinds.values()) <= {BUFFER}:
         for prompt in prompts:
-            if prompt.images:
-                raise PromptError(f"{prompt.id}: has an image, but {plan.base.path} is text-only")
+            if prompt.images or prompt.audio:
+                what = "an image" if prompt.images else "a sound"
+                raise PromptError(f"{prompt.id}: has {what}, but {plan.base.path} is text-only")
 
 
 @contextmanager
@@ -444,14 +445,14 @@ def _load(
 ) -> SearchedModel:
     """The model, which takes a while."""
     from .live.live_model import LiveModel
-    from .live.processor import check_takes_images, check_template, load_processor
+    from .live.processor import check_takes_files, check_template, load_processor
 
     # A base that cannot be asked anything is found out before its weights are read
     trust = settings.trust_remote_code
     processor = load_processor(plan.base.path, trust_remote_code=trust)
     own_code = trust and "auto_map" in plan.base.config  # which need not use a template
     if not own_code:
-        check_takes_images(processor, prompts, plan.base.path)
+        check_takes_files(processor, prompts, plan.base.path)
         if not settings.force:
             check_template(processor, plan.base.path)
     if not isinstance(placement, Placement):

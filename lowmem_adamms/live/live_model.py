@@ -30,6 +30,7 @@ from .held_weights import HeldWeights
 from .placement import Placement, hold_instead, place
 from .prompt_encoder import Encoder
 from .streamed_weights import StreamedWeights
+from .transformers_model import find_answering_part
 
 Question = Prompt | str | Mapping[str, Any]
 """One thing to ask: a text, a prompt, or a dict with `prompt` and `image`."""
@@ -192,7 +193,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
     def make_answerer(self, settings: AnswerSettings, *, batch_size: int) -> Answerer:
         """An answerer of its own for this model, which remembers nothing yet."""
         return Answerer(
-            self.model,
+            find_answering_part(self.model),
             self._encoder,
             settings,
             batch_size=batch_size,
@@ -205,7 +206,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
     def _encoder(self) -> Encoder:
         """One for the model's lifetime, as it remembers what it encoded."""
         return Encoder(
-            self.model,
+            find_answering_part(self.model),
             self.plan.base.path,
             processor=self._processor,
             trust_remote_code=self._trust_remote_code,

@@ -107,11 +107,17 @@ def write_text(processor: Any, prompt: Prompt, folder: Path) -> str:
     """The prompt in the words of the chat template, ready for the model's answer."""
     template = _find_template(processor)
     if not template:
-        marker = getattr(processor, "image_token", "")
-        return f"{marker}\n" * len(prompt.images) + prompt.text
+        marker, sound_marker = (
+            getattr(processor, f"{kind}_token", "") for kind in ("image", "audio")
+        )
+        marks = [marker] * len(prompt.images) + [sound_marker] * len(prompt.audio)
+        return "".join(f"{mark}\n" for mark in marks) + prompt.text
     content: Any = prompt.text
-    if hasattr(processor, "image_processor"):
+    if hasattr(processor, "image_processor") or hasattr(processor, "feature_extractor"):
         content = [{"type": "image"} for _ in prompt.images]
+        content += [
+            {"type": "audio", "audio": ""} for _ in prompt.audio
+        ]  # templates ask for either
         content.append({"type": "text", "text": prompt.text})
     try:
         text: str = processor.apply_chat_template(
@@ -125,9 +131,11 @@ def write_text(processor: Any, prompt: Prompt, folder: Path) -> str:
     return text
 
 
-def check_takes_images(processor: Any, prompts: Sequence[Prompt], folder: Path) -> None:
-    """Raise PromptError if a prompt has an image and there is no processor to take it."""
+def check_takes_files(processor: Any, prompts: Sequence[Prompt], folder: Path) -> None:
+    """Raise PromptError if a prompt has an image or sound and no processor takes it."""
     for prompt in prompts:
+        if prompt.audio and not hasattr(processor, "feature_extractor"):
+            raise PromptError(f"{prompt.id}: has a sound, but {folder} hears none")
         if prompt.images and not hasattr(processor, "image_processor"):
             raise PromptError(
                 f"{prompt.id}: has an image, but {folder} is text-only"

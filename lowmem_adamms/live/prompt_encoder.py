@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import PromptError, first_line
-from ..prompts import Prompt, open_image
+from ..prompts import Prompt, open_image, open_sound
 from ..values import Tags
-from .processor import check_takes_images, load_processor, write_text
+from .processor import check_takes_files, load_processor, write_text
 from .transformers_model import quiet
 
 KEPT_BYTES = 256 << 20
@@ -58,7 +58,9 @@ class Encoder:
         self._encode: Callable[[Sequence[Prompt]], Inputs]
         if hasattr(model, "build_conversation_input_ids"):
             self._encode = self._encode_by_model
-        elif hasattr(self.processor, "image_processor"):
+        elif any(
+            hasattr(self.processor, part) for part in ("image_processor", "feature_extractor")
+        ):
             self._encode = self._encode_by_processor
         else:
             self._encode = self._encode_by_tokenizer
@@ -131,22 +133,28 @@ class Encoder:
         """The usual way: a processor with a chat template, or its image token before the text."""
         texts = [write_text(self.processor, prompt, self._folder) for prompt in prompts]
         images = [[open_image(image) for image in prompt.images] for prompt in prompts]
-        # A list for each prompt: some families ask for it, the others flatten it
-        with_images = [row for row in images if row] or None
-        options = {"padding": True, "return_tensors": "pt"}
+        options: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
         start_token = self.tokenizer.bos_token
         if start_token and texts[0].startswith(start_token):
             options["add_special_tokens"] = False  # the chat template has written it already
+        if any(prompt.audio for prompt in prompts):
+            rate = self.processor.feature_extractor.sampling_rate
+            options["sampling_rate"] = rate
+            options["audio"] = [open_sound(it, rate) for prompt in prompts for it in prompt.audio]
+        # A list for each prompt: some families ask for it, the others flatten it
+        with_images = [row for row in images if row]
+        if not with_images:
+            return dict(self.processor(**options))
         try:
-            return dict(self.processor(text=texts, images=with_images, **options))
+            return dict(self.processor(images=with_images, **options))
         except ValueError:
-            if with_images is None or len(with_images) == len(images):
+            if len(with_images) == len(images):
                 raise
             # Idefics3 counts by prompt: it wants an empty list for one without an image
-            return dict(self.processor(text=texts, images=images, **options))
+            return dict(self.processor(images=images, **options))
 
     def _encode_by_tokenizer(self, prompts: Sequence[Prompt]) -> Inputs:
-        check_takes_images(self.processor, prompts, self._folder)
+        check_takes_files(self.processor, prompts, self._folder)
         return dict(
             self.tokenizer(
                 [write_text(self.processor, prompt, self._folder) for prompt in prompts],

@@ -267,6 +267,19 @@ def quantized_tensors(param: Any) -> list[torch.Tensor]:
 # Running
 
 
+def find_answering_part(model: Any) -> Any:
+    """The model, or the part of it that answers in words: the first that has a forward pass.
+
+    Of Qwen-Omni, the thinker: the whole can only be asked for speech.
+    """
+    import torch
+
+    if type(model).forward is not torch.nn.Module.forward:
+        return model
+    parts = (part for part in model.children() if hasattr(part, "generate"))
+    return next(parts, model)
+
+
 def check_runnable(model: Any) -> None:
     """Raise PlacementError if bitsandbytes would fail in the middle of a forward pass.
 

@@ -35,9 +35,9 @@ class VisionCache:
         features; of remote code, the largest modules made of these parameters alone are taken.
         """
         inner = model.base_model
-        if hasattr(inner, "get_image_features"):
-            methods = [(inner, "get_image_features")]
-        else:
+        features = ("get_image_features", "get_audio_features")
+        methods = [(inner, name) for name in features if hasattr(inner, name)]
+        if not methods:
             methods = [(module, "forward") for module in _vision_modules(model, vision_names)]
         # Others (accelerate) may have put a method of theirs on the same module
         before = [vars(owner).get(name) for owner, name in methods]

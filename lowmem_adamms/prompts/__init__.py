@@ -2,6 +2,7 @@
 
 entry         one prompt, and the checks of its parts
 images        image files decoded to RGB
+sounds        WAV files as samples
 image_folder  a folder of images and one question
 records       a prompt as a JSON object: ours, LLaVA's conversations, OpenAI's messages
 json_files    a file with an object a line, or an array of them
@@ -17,5 +18,6 @@ from __future__ import annotations
 from .entry import Prompt, Prompts
 from .images import open_image
 from .load import as_prompt, digest, load_prompts
+from .sounds import open_sound
 
-__all__ = ["Prompt", "Prompts", "as_prompt", "digest", "load_prompts", "open_image"]
+__all__ = ["Prompt", "Prompts", "as_prompt", "digest", "load_prompts", "open_image", "open_sound"]

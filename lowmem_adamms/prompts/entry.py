@@ -16,18 +16,21 @@ _URL = re.compile(r"(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
 Image = Path | bytes
 """A path, or the bytes of an encoded image file."""
+Sound = Path | bytes
+"""A path, or the bytes of a WAV file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One unlabelled question.
 
-    images: in order. id: where the prompt stands, for people: "prompts.jsonl:3".
+    images, audio: in order. id: where the prompt stands, for people: "prompts.jsonl:3".
     """
 
     text: str
     images: tuple[Image, ...] = ()
     id: str = ""
+    audio: tuple[Sound, ...] = ()
 
 
 class Prompts(tuple[Prompt, ...]):
@@ -70,16 +73,19 @@ def check_text(value: object, name: str, where: str) -> str:
     return value
 
 
-def check_path(value: object, folder: Path, where: str) -> Path:
+def check_path(value: object, folder: Path, where: str, kind: str = "image") -> Path:
     """The file that an entry names, relative to `folder` unless it is absolute or begins with `~`.
 
     Raises PromptError for a URL and for anything that is not text. The file need not exist.
     """
     if not isinstance(value, str) or not value:
-        raise PromptError(f"{where}: an image is {show_value(value)}; expected a file's path")
+        article = "an" if kind == "image" else "a"
+        raise PromptError(
+            f"{where}: {article} {kind} is {show_value(value)}; expected a file's path"
+        )
     if _URL.match(value):
         raise PromptError(
-            f"{where}: image {one_line(value, 80)} is a URL; download it and give the path"
+            f"{where}: {kind} {one_line(value, 80)} is a URL; download it and give the path"
         )
     return folder / Path(value).expanduser()
 

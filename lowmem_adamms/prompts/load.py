@@ -19,6 +19,7 @@ from .images import check_images
 from .json_files import open_json_array, open_json_lines
 from .parquet import open_parquet
 from .records import read_record
+from .sounds import check_sounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def load_prompts(
         ref: One of
             - a `.jsonl` or `.ndjson` file with an object on each line, or a `.json` file with an
               array of them: `{"prompt": str, "image": path}` or `"images": [paths]`, LLaVA's
-              `conversations` or OpenAI's `messages` (see `records.py`). Other keys are ignored.
+              `conversations` or OpenAI's `messages` (see `records.py`), each with `"audio"`, a WAV
+              file or several, for bases that hear. Other keys are ignored.
               Paths are relative to the file's folder, or begin with `~/`; data: URLs are read;
             - a folder: one prompt, `settings.question`, for each image in it and its subfolders;
             - a `.csv` or `.tsv` file with a header, whose images are paths;
@@ -76,7 +78,7 @@ def load_prompts(
         >>> from pathlib import Path
         >>> _ = Path("prompts.jsonl").write_text('{"prompt": "What is two plus two?"}')
         >>> load_prompts("prompts.jsonl")[0]
-        Prompt(text='What is two plus two?', images=(), id='prompts.jsonl:1')
+        Prompt(text='What is two plus two?', images=(), id='prompts.jsonl:1', audio=())
     """
     if settings.samples < 1:
         raise RecipeError(f"a sample of {settings.samples} prompts; expected at least 1")
@@ -88,6 +90,7 @@ def load_prompts(
     checked_images: set[Path] = set()
     for prompt in found.read(_draw(found.count, settings.samples, settings.seed)):
         check_images(prompt, str(found.folder / prompt.id), checked_images)
+        check_sounds(prompt, str(found.folder / prompt.id))
         prompts.append(prompt)
     taken = Prompts(prompts)
     taken.ref = name
@@ -99,7 +102,7 @@ def as_prompt(entry: Prompt | str | Mapping[str, Any], id: str = "") -> Prompt:
 
     Example:
         >>> as_prompt({"prompt": "What is this?", "image": "cat.png"})
-        Prompt(text='What is this?', images=(PosixPath('cat.png'),), id='')
+        Prompt(text='What is this?', images=(PosixPath('cat.png'),), id='', audio=())
     """
     if isinstance(entry, Prompt):
         return entry
@@ -154,21 +157,22 @@ def _draw(count: int, samples: int, seed: int) -> Sequence[int]:
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """A sha256 in hex over texts and image contents in order, wherever the files lie."""
+    """A sha256 in hex over texts, images and sounds in order, wherever the files lie."""
     total = hashlib.sha256()
     for prompt in prompts:
         text = prompt.text.encode()
-        total.update(b"%d %d\n" % (len(text), len(prompt.images)) + text)
-        for image in prompt.images:
-            total.update(_content_hash(image))
+        sounds = b" %d" % len(prompt.audio) if prompt.audio else b""
+        total.update(b"%d %d%b\n" % (len(text), len(prompt.images), sounds) + text)
+        for file in (*prompt.images, *prompt.audio):
+            total.update(_content_hash(file))
     return total.hexdigest()
 
 
-def _content_hash(image: Path | bytes) -> bytes:
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).digest()
+def _content_hash(content: Path | bytes) -> bytes:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
     try:
-        with image.open("rb") as file:
+        with content.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise PromptError(f"image {image}: {error.strerror}; put it back") from None
+        raise PromptError(f"{content}: {error.strerror}; put it back") from None

@@ -4,9 +4,10 @@
     {"conversations": [{"from": "human", "value": text}, …]}       LLaVA's
     {"messages": [{"role": "user", "content": text or parts}, …]}  OpenAI's
 
-each with "image" or "images" beside it if the parts of a message do not hold them. Of a
-conversation its first question is asked, after the system's words if there are any. All images go
-before the text: marks that say where one stands are removed from its ends, and numbered inside it.
+each with "image" or "images" beside it if the parts of a message do not hold them, and with "audio"
+for sounds. Of a conversation its first question is asked, after the system's words if there are
+any. Sounds and images go before the text: marks that say where an image stands are removed from its
+ends, and numbered inside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from ..errors import PromptError
 from .entry import Image, Prompt, check_text, one_line, show_value
 from .images import read_image
+from .sounds import read_sounds
 
 IMAGE_MARK = "<image>"
 _FIRST_MARKS = re.compile(r"\A\s*(?:<image \d+>\s*)*")
@@ -48,7 +50,7 @@ def read_record(record: object, folder: Path, where: str, id: str) -> Prompt:
     images = images or _images_beside(record, folder, where)
     if names[0] != "prompt":
         text = check_text(_place_marks(text, len(images), where), names[0], where)
-    return Prompt(text, tuple(images), id)
+    return Prompt(text, tuple(images), id, tuple(read_sounds(record, folder, where)))
 
 
 def _images_beside(record: Mapping[str, Any], folder: Path, where: str) -> list[Image]:

@@ -283,10 +283,10 @@ def _first_of_each(prompts: Sequence[P]) -> list[int]:
 
 
 def _asked(prompt: Any) -> Any:
-    """What a prompt asks: its text but for white space, and its images, wherever it stands."""
+    """What a prompt asks: its text but for white space, and its files, wherever it stands."""
     text = getattr(prompt, "text", prompt)
     words = " ".join(text.split()) if isinstance(text, str) else text
-    return words, getattr(prompt, "images", ())
+    return words, getattr(prompt, "images", ()), getattr(prompt, "audio", ())
 
 
 # Conclusion

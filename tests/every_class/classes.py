@@ -276,6 +276,10 @@ TEXT_CONFIGS: dict[str, str] = {
 
 TEXT_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "csm": (("model.embed_tokens.", "embed_text_tokens."),),
+    "ernie4_5_vl_moe": (
+        (".mlp.experts.", ".mlp.text_moe.experts."),
+        (".mlp.gate.", ".mlp.text_moe.gate."),
+    ),
     "mllama": ((".layers.1.", ".layers.2."),),  # the ancestor has no cross-attention between
 }
 """By model type: names in the text-only model, and those of the same parameters in it."""
@@ -295,13 +299,33 @@ NO_TEXT_DONOR = ("llava around biogpt", "llava around rembert", "llava around rw
 """Text-only models whose head is another module than LLaVA's."""
 
 NOT_IN_TEXT: dict[str, tuple[str, str]] = {
+    "ernie4_5_vl_moe": (
+        r"\.mlp\.experts\.[4-7]\.|\.gate\.weight_1|\.moe_statics\.",
+        "the experts of images, which its ancestor lacks",
+    ),
     "higgs_audio_v2": (r"\.audio_", "copies for audio tokens, which take the plain weight"),
     "mllama": (r"embed_tokens", "eight rows of image tokens that its ancestor lacks"),
 }
 """By model type: a pattern of parameters that a text-only donor does not change as a donor of the
 same class does, and why."""
 
+_SPELLED_ELSE = "save_pretrained spells the two differently, and no declaration joins them"
+TEXT_REFUSED: dict[str, str] = {
+    "kimi_k25": _SPELLED_ELSE,
+    "llava around axk2": _SPELLED_ELSE,
+    "llava around bailing_hybrid": _SPELLED_ELSE,
+    "llava around hy_v4": _SPELLED_ELSE,
+    "llava around longcat_flash": _SPELLED_ELSE,
+    "llava around qwen4_exp_text": _SPELLED_ELSE,
+    "minimax_m3_vl": "gate and up of the shared experts are fused in the text-only model alone",
+    "nemo_speechlm": _SPELLED_ELSE,
+    "qwen4_exp": _SPELLED_ELSE,
+}
+"""Cases whose text-only donor is refused, by name of what lacks where, and why."""
+
 NOT_SEARCHED: dict[str, str] = {
+    "glm_image": "it answers in tokens of images; no auto class finds it",
+    "moshi": "it answers in speech; no auto class finds all of it",
     "evolla": "asked about proteins; transformers' auto classes do not find it",
     "shieldgemma2": "a classifier: it answers with a probability, not in words",
 }
@@ -383,8 +407,16 @@ NOT_CARRIED = frozenset(
 )
 """Causal language models that transformers does not let LLaVA carry."""
 
-REFUSED_IN_LLAVA: dict[str, str] = {}
+REFUSED_IN_LLAVA: dict[str, str] = {
+    "deepseek_v4": "written in its authors' spelling, which no declaration knows",
+    "git": "BERT, whose layers norm after they add",
+    "hrm_text": "two stacks of layers that run by turns",
+    "rembert": "BERT, whose layers norm after they add",
+}
 """Text decoders that are refused, and why."""
+
+SET_AT_LOADING: dict[str, tuple[str, float]] = {"llava around zaya": ("balancing_biases", -1.0)}
+"""By case: buffers whose last number transformers sets as it loads them, whatever the file says."""
 
 FILES: dict[str, tuple[str, ...]] = {"qwen2_5_omni": ("spk_dict.pt",)}
 """By model type: pickles besides the weights that its class looks for."""
@@ -393,10 +425,7 @@ NOT_DECODER_ONLY: dict[str, str] = {
     "blip": "BERT that reads the image by cross-attention",
     "florence2": "BART, an encoder and a decoder",
     "git": "BERT, whose layers norm after they add",
-    "kosmos-2": "a decoder that was trained from scratch with it",
-    "kosmos-2.5": "a decoder that was trained from scratch with it",
     "kyutai_speech_to_text": "a decoder of audio codes and text that was trained with it",
-    "moshi": "a decoder of audio codes and text that was trained with it",
     "pix2struct": "T5's decoder, which reads the image by cross-attention",
     "pp_formulanet": "mBART's decoder, which reads the image by cross-attention",
     "t5gemma2": "T5Gemma, an encoder and a decoder",

@@ -25,6 +25,7 @@ from classes import (
     NO_TEXT_DONOR,
     NOT_DECODER_ONLY,
     NOT_IN_TEXT,
+    SET_AT_LOADING,
     TEXT_CONFIGS,
     TEXT_EXCEPTIONS,
     TEXT_NAMES,
@@ -101,6 +102,10 @@ def try_case(case: Case, folder: Path) -> dict[str, Outcome]:
         base = build(case.model_class, case.config, seed=0)
         language = language_names(base, case.name)
         donor = make_relative(base, language, seed=1)
+        buffer, number = SET_AT_LOADING.get(case.name, ("", 0.0))
+        for name, tensor in (*base.state_dict().items(), *donor.state_dict().items()):
+            if buffer and name.endswith(buffer):
+                tensor[-1] = number
         save(base, folder / "base")
         save(donor, folder / "donor")
         save(donor, folder / "module names", hub_names=False)
@@ -194,7 +199,8 @@ def _find_counterpart(
     for text_part, part in renamings:
         text_name = text_name.replace(text_part, part)
     end = text_name
-    while end not in ("", "weight", "bias"):
+    last = "" if "layers." not in text_name else text_name.partition("layers.")[2]
+    while end not in (last, "", "weight", "bias"):
         if found := [name for name in language if f".{name}".endswith(f".{end}")]:
             return min(found, key=len)
         _, _, end = end.partition(".")

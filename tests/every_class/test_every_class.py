@@ -16,6 +16,7 @@ from classes import (
     NOT_DECODER_ONLY,
     NOT_SEARCHED,
     REFUSED_IN_LLAVA,
+    TEXT_REFUSED,
     multimodal_classes,
     text_decoders,
 )
@@ -45,8 +46,15 @@ def marked(names: list[str], not_yet: frozenset[str]) -> list[object]:
     return [pytest.param(name, marks=failing if name in not_yet else ()) for name in names]
 
 
-def check_merged(outcomes: dict[str, Outcome], *, searched: bool = True) -> None:
-    assert {donor: outcome for donor, outcome in outcomes.items() if outcome.merged != "full"} == {}
+def check_merged(outcomes: dict[str, Outcome], case: str, *, searched: bool = True) -> None:
+    """All donors in full; one that is spelled otherwise may be refused, never merged in part."""
+    found = {donor: outcome.merged for donor, outcome in outcomes.items()}
+    expected = dict.fromkeys(found, "full")
+    if found.get("module names") == "refused":
+        expected["module names"] = "refused"
+    if "text only" in found and case in TEXT_REFUSED:
+        expected["text only"] = "refused"
+    assert found == expected, outcomes
     outcome = outcomes["same class"]
     assert outcome.searched == ("full" if searched else "refused"), outcome
 
@@ -65,7 +73,7 @@ def test_multimodal_class(model_type: str, folder: Path) -> None:
     if model_type in NOT_DECODER_ONLY:
         check_refused(outcomes, folder)
     else:
-        check_merged(outcomes, searched=model_type not in NOT_SEARCHED)
+        check_merged(outcomes, model_type, searched=model_type not in NOT_SEARCHED)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +85,7 @@ def test_llava_around(text_type: str, folder: Path) -> None:
     if text_type in REFUSED_IN_LLAVA:
         check_refused(outcomes, folder)
     else:
-        check_merged(outcomes)
+        check_merged(outcomes, f"llava around {text_type}")
 
 
 def test_the_tables_name_only_what_there_is() -> None:
@@ -89,6 +97,6 @@ def test_the_tables_name_only_what_there_is() -> None:
 
 def test_most_classes_work() -> None:
     refused = NOT_DECODER_ONLY.keys() | NOT_SEARCHED.keys()
-    assert len(multimodal_classes()) - len(refused | NOT_YET) >= 33
+    assert len(multimodal_classes()) - len(refused | NOT_YET) >= 100
     carried = len(text_decoders()) - len(NOT_CARRIED)
-    assert carried - len(REFUSED_IN_LLAVA.keys() | LLAVA_NOT_YET) >= 20
+    assert carried - len(REFUSED_IN_LLAVA.keys() | LLAVA_NOT_YET) >= 60
