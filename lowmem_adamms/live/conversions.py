@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError
+from .transformers_model import is_quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,11 @@ def group_tensors(model: Any, tensors: Mapping[str, Any]) -> list[TensorGroup]:
         name, key = next(iter(keys.items()))
         if key is None:  # of several for one parameter it takes the first
             groups.append(TensorGroup((name,), (target,)))
+        elif is_quantized(state[target]):
+            raise RecipeError(
+                f"transformers converts {name} before bitsandbytes quantizes it as {target}, which"
+                " neither a search nor `quantize` follows; do without quantizing"
+            )
         else:
             shapes = {name: torch.Size(tensors[name].shape) for name, key in keys.items() if key}
             groups.append(_read_conversion(model, by_key[key], target, keys, shapes))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.mapped_files import MappedFiles
-from ..errors import MappingError, RecipeError
+from ..errors import MappingError
 from ..mapping.plan import Plan, Step
 from ..merging.loop import Source
 from .conversions import Pieces, TensorGroup
@@ -61,12 +61,7 @@ class LiveSink:
         merged: Mapping[str, Step],
     ) -> None:
         (target, param), *_ = params.items()
-        if any(is_quantized(each) for each in params.values()):
-            if group.operations:
-                raise RecipeError(
-                    f"transformers converts {group.names[0]} before bitsandbytes quantizes it as"
-                    f" {target}, which a search does not follow; use `live_quantize` none"
-                )
+        if is_quantized(param):
             step = merged[group.names[0]]
             self._targets[step.name] = _StagedTarget(model, target, step, param)
             return

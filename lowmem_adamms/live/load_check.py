@@ -65,11 +65,10 @@ def _find_different(
     """The names of those tensors of a group that are not what the model has."""
     param = state[group.targets[0]]
     if is_quantized(param):
-        if not group.operations:  # else LiveSink refuses it
-            span = plan.base.tensors[group.names[0]]
-            value = view_tensor(span, files).to(param.device, model.dtype)
-            if not _equals_quantized(param, quantize_like(param, value)):
-                yield group.names[0]
+        span = plan.base.tensors[group.names[0]]
+        value = view_tensor(span, files).to(param.device, model.dtype)
+        if not _equals_quantized(param, quantize_like(param, value)):
+            yield group.names[0]
         return
     for name, pieces in group.views(state).items():
         if not _equals_span(pieces, plan.base.tensors[name], files):

@@ -122,7 +122,7 @@ def _quantized_names(
         if not quantizer.param_needs_quantization(model, target):
             continue
         module = model.get_submodule(target.rpartition(".")[0])
-        if group.operations or module.source_cls.__name__ != "Linear":
+        if module.source_cls.__name__ != "Linear":
             raise RecipeError(
                 f"{plan.base.path}: transformers converts {name} as it loads it, which it does not"
                 " do once it is quantized; merge without `quantize` and quantize as you load"

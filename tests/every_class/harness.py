@@ -92,11 +92,11 @@ def llava_case(text_type: str) -> Case:
     return Case(f"llava around {text_type}", model_class, config)
 
 
-def try_case(case: Case, folder: Path) -> dict[str, Outcome]:
+def try_case(case: Case, folder: Path, *, thorough: bool = True) -> dict[str, Outcome]:
     """Merge a base with donors of the same language weights; outcome by kind of donor.
 
     The donors: one of its class, the same with other tensor names (those of its modules), and a
-    text-only model.
+    text-only model. thorough: with other names, and searched as well.
     """
     with quiet():
         base = build(case.model_class, case.config, seed=0)
@@ -108,15 +108,18 @@ def try_case(case: Case, folder: Path) -> dict[str, Outcome]:
                 tensor[-1] = number
         save(base, folder / "base")
         save(donor, folder / "donor")
-        save(donor, folder / "module names", hub_names=False)
+        if thorough:
+            save(donor, folder / "module names", hub_names=False)
         text = make_text_donor(donor, language, case.name)
         if text is not None:
             save(text, folder / "text only")
     for name in FILES.get(case.name, ()):
         torch.save({}, folder / "base" / name)
     kept, _ = KEPT.get(case.name, ("", ""))
-    outcomes = {"same class": _try_merge(base, blend(base, donor, language, kept), folder)}
-    if load_tensors(folder / "module names").keys() != load_tensors(folder / "donor").keys():
+    expected = blend(base, donor, language, kept)
+    outcomes = {"same class": _try_merge(base, expected, folder, searched=thorough)}
+    names, other_names = (load_tensors(folder / name).keys() for name in ("donor", "module names"))
+    if thorough and names != other_names:
         outcomes["module names"] = _try_other(folder, "module names", "")
     if text is not None:
         different, _ = NOT_IN_TEXT.get(case.name, ("", ""))
@@ -235,7 +238,7 @@ def _try_other(folder: Path, donor: str, different: str) -> Outcome:
     return _compare(load_tensors(folder / "base"), expected, found)
 
 
-def _try_merge(base: Any, expected: State, folder: Path) -> Outcome:
+def _try_merge(base: Any, expected: State, folder: Path, *, searched: bool) -> Outcome:
     try:
         plan = make_plan(folder / "base", folder / "donor")
         merge(plan, ALPHA, folder / "merged")
@@ -249,7 +252,7 @@ def _try_merge(base: Any, expected: State, folder: Path) -> Outcome:
     except Exception as error:
         return Outcome("wrong", why=f"the output does not load: {_last_line(error)}")
     outcome = _compare(base.state_dict(), expected, loaded.state_dict())
-    if outcome.merged != "full":
+    if outcome.merged != "full" or not searched:
         return outcome
     return replace(outcome, **_try_live(plan, expected))
 
