@@ -3,7 +3,6 @@
 NOT_YET = frozenset(
     {
         "diffusion_gemma",
-        "inkling2",
     }
 )
 
