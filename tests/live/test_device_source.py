@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stacks
 import torch
 
 from lowmem_adamms import make_plan
+from lowmem_adamms.checkpoints.arranged import Arranged
 from lowmem_adamms.checkpoints.dtypes import DTYPES
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.checkpoints.span import Span
@@ -93,6 +95,27 @@ def test_every_span_has_the_bytes_of_its_file_which_what_is_held_needs_no_more(
                 assert source.prefetch(span) == []
                 assert source.release(span, evict=True) is None
     assert found == locations
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (1.0, 0.0), (0.4, 0.3)])
+def test_experts_in_another_order_are_put_together_on_the_device(
+    shares: tuple[float, float], files: Spy, tmp_path: Path
+) -> None:
+    """From what is held or not, whole and in part."""
+    text = stacks.ancestor(bias=False)
+    sides = [
+        stacks.write(tmp_path / form, stacks.spell(stacks.descend(text, seed), form), form)
+        for seed, form in enumerate(("transposed", "each"))
+    ]
+    mixture = make_plan(*sides)
+    source = DeviceSource(mixture, files, placed(mixture, *shares), "cpu")
+    arranged = [part.donor for _, part in mixture.parts if isinstance(part.donor, Arranged)]
+    assert len(arranged) == 2 * stacks.EXPERTS
+    for donor in arranged:
+        for run in (donor, donor.flat_slice(5, donor.elements - 11)):
+            found = run.assemble(source.view)
+            assert found.dtype == torch.uint8
+            assert bytes(found.numpy()) == run.assemble(files.view).tobytes()
 
 
 def test_what_is_not_held_is_read_ahead_and_released(plan: Plan, files: Spy) -> None:
