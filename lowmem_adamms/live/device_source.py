@@ -1,7 +1,8 @@
 """Base and donor bytes on a card: held in its memory, in pinned host memory, or in the page cache.
 
 The source that the loop reads from when the live model is on a card. What is held is exact and in
-the checkpoint's own layout; the rest is read from the mapped files as it is needed.
+the checkpoint's own layout; the rest is read from the mapped files as it is needed, through two
+page-locked buffers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class DeviceSource:
 
     def __init__(self, plan: Plan, files: MappedFiles, placement: Placement, device: str) -> None:
         self._files, self._device = files, torch.device(device)
+        self._staging = _Staging(self._device)
         # By file: where a held stretch starts, and its bytes
         self._held: defaultdict[Path, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         vram_bytes, pinned_bytes = placement.vram_source_bytes, placement.pinned_source_bytes
@@ -54,7 +56,7 @@ class DeviceSource:
         """A span's bytes on the device."""
         held = self._find(span)
         if held is None:
-            return as_tensor(self._files.view(span)).to(self._device)
+            return self._staging.send(as_tensor(self._files.view(span)))
         return held.to(self._device, non_blocking=True)
 
     def prefetch(self, span: Span) -> list[Callable[[], None]]:
@@ -74,6 +76,32 @@ class DeviceSource:
             if 0 <= offset <= len(held) - span.nbytes:
                 return held[offset : offset + span.nbytes]
         return None
+
+
+class _Staging:
+    """Two page-locked buffers, by turns, through which bytes go to a device.
+
+    The copy to the device is queued on the current stream, so that the host fills one buffer while
+    the other is on its way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._sent = [torch.get_device_module(device).Event() for _ in self._buffers]
+        self._turn = 0
+
+    def send(self, content: torch.Tensor) -> torch.Tensor:
+        """The bytes on the device."""
+        self._turn = 1 - self._turn
+        self._sent[self._turn].synchronize()  # what was in it has left
+        if len(self._buffers[self._turn]) < len(content):
+            on_card = self._device.type == "cuda"
+            self._buffers[self._turn] = torch.empty_like(content, pin_memory=on_card)
+        staged = self._buffers[self._turn][: len(content)].copy_(content)
+        sent = staged.to(self._device, non_blocking=True, copy=True)
+        self._sent[self._turn].record()
+        return sent
 
 
 def as_tensor(view: Bytes) -> torch.Tensor:

@@ -129,6 +129,16 @@ def test_what_is_not_held_is_read_ahead_and_released(plan: Plan, files: Spy) -> 
     assert bytes(source.view(vision).numpy()) == bytes_on_disk(vision)
 
 
+def test_what_was_sent_stays_while_the_next_is_sent(plan: Plan, files: Spy) -> None:
+    """They go by turns through two buffers, of which the tensors must not be views."""
+    source = DeviceSource(plan, files, placed(plan, 0, 0), "cpu")
+    spans = [step.parts[0].base for step in plan.steps[:6]]
+    tensors = [source.view(span) for span in (*spans, *reversed(spans))]
+    for span, tensor in zip((*spans, *reversed(spans)), tensors, strict=True):
+        assert bytes(tensor.numpy()) == bytes_on_disk(span)
+    assert len({buffer.data_ptr() for buffer in source._staging._buffers}) == 2
+
+
 def numbered(path: Path, count: int = 4096) -> Path:
     path.write_bytes(np.arange(count, dtype=np.uint16).tobytes())
     return path

@@ -19,11 +19,14 @@ import pytest
 import talk
 import tiny
 import torch
+from lowmem_adamms.kernels import gpu
 
 from lowmem_adamms import Alphas, LiveModel, make_plan
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.errors import PlacementError, RecipeError
 from lowmem_adamms.live import decoder_layers, live_model, streamed_weights
 from lowmem_adamms.live.decoder_layers import CannotStreamError
+from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.placement import Placement, place
 from lowmem_adamms.live.streamed_weights import StreamedWeights
@@ -108,6 +111,26 @@ def test_alphas_by_layer_and_role_are_those_of_the_held_model(
             model.apply(alpha)
             answers.append(model.generate(prompts, SETTINGS))
     assert answers[0] == answers[1]
+
+
+def test_answers_are_those_of_the_held_model_by_way_of_a_device(
+    plan_of: Plans, images: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands in for a card: its source, its kernel, its streams and events."""
+    plan, prompts = plan_of("qwen2_vl"), talk.ask("qwen2_vl", images)
+    with load(plan, "held") as model:
+        model.apply(0.3)
+        expected = model.generate(prompts, SETTINGS, batch_size=2)
+
+    def read_from(self: StreamedWeights, files: MappedFiles, plan: Plan) -> DeviceSource:
+        where = replace(self._placement, vram_source_bytes=10**5, pinned_source_bytes=10**5)
+        return DeviceSource(plan, files, where, "cpu")
+
+    monkeypatch.setattr(StreamedWeights, "_read_from", read_from)
+    monkeypatch.setattr(streamed_weights, "choose_kernel", lambda *_: gpu.blend_torch)
+    with load(plan) as model:
+        model.apply(0.3)
+        assert model.generate(prompts, SETTINGS, batch_size=2) == expected
 
 
 # Batches side by side
