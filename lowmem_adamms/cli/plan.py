@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..errors import PlacementError
-from ..live.placement import output_bytes
+from ..live.placement import Placement, output_bytes
+from ..live.search_time import describe_time
 from ..merging.sources import remote_shards
-from ..settings import PlacementSettings, PlanSettings, QuantizeSettings, StreamSettings
+from ..settings import (
+    DEFAULT_ALPHAS,
+    PlacementSettings,
+    PlanSettings,
+    QuantizeSettings,
+    SearchSettings,
+    StreamSettings,
+)
 from ..values import format_size
 from .console import print_json, print_line, screen
 from .options import Command, spell_settings
@@ -49,8 +57,10 @@ def run(options: PlanOptions) -> int:
     """Print the plan as tables or as one document."""
     plan = make_plan(options.base, (options.donor, *options.more), options, bins=False)
     forecast = _forecast(plan, options)
+    placement = None
     try:
-        lines = api.place_search(plan, options, quantize=options.quantize).lines
+        placement = api.place_search(plan, options, quantize=options.quantize)
+        lines = placement.lines
     except PlacementError as error:
         lines = (spell_settings(str(error)),)
     if options.json:
@@ -60,6 +70,9 @@ def run(options: PlanOptions) -> int:
         show_plan(plan, screen())
         for note in plan.notes:
             print_line(f"note: {note}")
+        if isinstance(placement, Placement):
+            grid = len(DEFAULT_ALPHAS), SearchSettings().samples
+            lines = (*lines, *describe_time(plan, placement, *grid))
         _show_forecast(plan, forecast, options, lines)
     return 0
 

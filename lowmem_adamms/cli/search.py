@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from .. import api
 from ..errors import RecipeError
+from ..live.placement import Placement
+from ..live.search_time import describe_time
 from ..prompts import load_prompts
 from ..settings import (
     PlanSettings,
@@ -145,6 +147,9 @@ def find_alpha(
     counts = len(settings.alphas) + settings.donor_answers, len(prompts)
     if plan.coefficients > 1:
         counts = passes, len(prompts)
+    if isinstance(placement, Placement):
+        for line in describe_time(plan, placement, *counts):
+            print_info(line)
     if shows_progress():
         progress = terminal.SearchProgress(*counts)
     else:

@@ -3,6 +3,7 @@
 free_memory         how much RAM and card memory is free
 cpu_4bit            what bitsandbytes cannot run on a CPU
 placement           where the model and the weights it is blended from go
+search_time         how long a search would take
 transformers_model  loading through transformers, and its parameters
 conversions         which tensors on disk become which parameters
 load_check          that the loaded parameters are those of the files

@@ -55,7 +55,8 @@ TEXTS = (
     "Is the door open or closed? Answer yes or no.",
 )
 STDERR = re.compile(
-    r"(fits on the CPU in \w+|memory|work|page cache|note|base \+ donor|cpu \w+ at batch \d+): "
+    r"(fits on the CPU in \w+|memory|work|time|page cache|note|base \+ donor): "
+    r"|cpu \w+ at batch \d+: "
     r"|alpha [\d.]+: \d+/|alpha .* <- |load it:$|check it:$|  |$"
 )
 CONTRACT = {"alpha", "measure", "prompts", "candidates", "base", "donor", "version"}
@@ -805,7 +806,7 @@ def test_memory_shapes_what_plan_says_of_a_search(pair: tuple[Path, Path], capsy
     assert refusal.startswith("the model does not fit: cpu BF16 streamed at batch 1 needs ")
     assert run("plan", *pair, "--ram", "8GB", "--vram", "0") == 0
     shown = capsys.readouterr().out
-    assert shown.endswith("a search for alpha would run so:\n  " + "\n  ".join(host) + "\n")
+    assert "a search for alpha would run so:\n  " + "\n  ".join(host) + "\n  time: about " in shown
 
 
 def test_plan_imports_nothing_heavy(pair: tuple[Path, Path]) -> None:

@@ -1,0 +1,98 @@
+"""How long a search would take on this CPU, from a moment's measurement of it.
+
+An estimate within a factor of two or so: nothing in a header tells how long prompts and answers
+are. While a search runs it is refined by what was answered so far. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..mapping.plan import Plan
+from ..values import format_count, format_duration
+from .placement import Placement
+
+PROMPT_TOKENS, ANSWER_TOKENS = 512, 64
+"""Assumed of a question with its image, and of its answer."""
+GENERATED_SHARE = 0.65
+"""Of an answer's tokens, those that are generated one by one, as bench/search.md found."""
+MEASURED_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What this machine does in a second. disk: None where no file was there to read."""
+
+    operations: float
+    copied_bytes: float
+    disk_bytes: float | None
+
+
+def measure_speeds(path: Path) -> Speeds:
+    """Multiply matrices, copy memory, and read some of a file past the page cache."""
+    import numpy as np
+
+    matrix = np.ones((768, 768), np.float32)
+    source, copy = np.ones((2, 32 << 20), np.uint8)
+    operations = 2 * 768**3 / _seconds_of(lambda: matrix @ matrix)
+    copied_bytes = 2 * source.nbytes / _seconds_of(lambda: np.copyto(copy, source))
+    return Speeds(operations, copied_bytes, _measure_disk(path) if path.is_file() else None)
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    """The least of several runs, which takes MEASURED_SECONDS or one run."""
+    work()
+    least, begin = math.inf, time.perf_counter()
+    while math.isinf(least) or time.perf_counter() - begin < MEASURED_SECONDS:
+        start = time.perf_counter()
+        work()
+        least = min(least, time.perf_counter() - start)
+    return max(least, 1e-9)
+
+
+def _measure_disk(path: Path) -> float:
+    """Bytes a second from the middle of a file, which is not likely to be in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        at, size = os.fstat(file.fileno()).st_size // 2, 16 << 20
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), at, size, os.POSIX_FADV_DONTNEED)
+        file.seek(at)
+        start = time.perf_counter()
+        count = len(file.read(size))
+        return max(count, 1) / max(time.perf_counter() - start, 1e-9)
+
+
+def estimate_seconds(
+    plan: Plan, placement: Placement, speeds: Speeds, prompts: int, alphas: int
+) -> float:
+    """Seconds of a search on the CPU: prompts x alphas x passes."""
+    blended = [step for step in plan.steps if step.action == "interpolate"]
+    weights = sum(step.elements for step in blended)
+    blended_bytes = placement.cached_source_bytes + sum(step.nbytes for step in blended)
+    missed_bytes = max(0, placement.cached_source_bytes - placement.page_cache_bytes)
+    blend = blended_bytes / speeds.copied_bytes + missed_bytes / (speeds.disk_bytes or math.inf)
+    products = 2 * weights * prompts * (PROMPT_TOKENS + ANSWER_TOKENS) / speeds.operations
+    passes = 1 + GENERATED_SHARE * ANSWER_TOKENS
+    batches = -(-prompts // placement.batch_size)
+    if placement.live == "streamed":  # each pass blends all layers, for several batches at once
+        return alphas * (products + passes * -(-batches // placement.batches_at_once) * blend)
+    moved = batches * passes * placement.model_bytes / speeds.copied_bytes
+    return alphas * (products + moved + blend)
+
+
+def describe_time(plan: Plan, placement: Placement, alphas: int, prompts: int) -> list[str]:
+    """The estimate in a line; none for a card, which cannot be measured without torch."""
+    if placement.device != "cpu":
+        return []
+    path = next(part.base.path for _, part in plan.parts)
+    seconds = estimate_seconds(plan, placement, measure_speeds(path), prompts, alphas)
+    return [
+        f"time: about {format_duration(seconds)} for {format_count(prompts, 'question')} of"
+        f" {PROMPT_TOKENS} tokens at {format_count(alphas, 'alpha')}, answered in {ANSWER_TOKENS}:"
+        " a guess from a moment's measurement, refined while a search runs"
+    ]
