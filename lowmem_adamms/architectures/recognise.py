@@ -106,10 +106,12 @@ class _Stems:
 
     def ranked(self, prefix: str, first: Sequence[Arch] = ()) -> list[_Candidate]:
         """The spellings that fit under a prefix, the best first; of equals, those of `first`."""
-        known = {_spelling(arch): arch for arch in reversed((*self._archs, UNDECLARED))}
-        own = {_spelling(arch): arch for arch in reversed(first)}
+        own = {_spelling(arch) for arch in first}
+        archs: dict[tuple[object, ...], Arch] = {}
+        for arch in (*first, *self._archs, UNDECLARED):
+            archs.setdefault(_spelling(arch), arch)
         found = []
-        for spelling, arch in reversed((known | own).items()):
+        for spelling, arch in archs.items():
             fit = measure_fit(self[prefix], arch)
             if not fit.missing:
                 rank = (*fit.score, spelling in own, arch is not UNDECLARED)

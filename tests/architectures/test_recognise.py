@@ -508,3 +508,14 @@ def test_csm_is_its_backbone_and_higgs_audio_has_copies(tmp_path: Path) -> None:
         hollow(tmp_path / "h", tensors, "HiggsAudioV2ForConditionalGeneration"), ARCHS
     )
     assert "layers.1.mlp.up.weight@audio" in higgs.roles()
+
+
+def test_of_spellings_that_explain_as_much_the_first_is_taken(tmp_path: Path) -> None:
+    """Latent attention and experts fit ERNIE 4.5 VL's spelling as well, whose router is another."""
+    tensors = {name: spec for name, spec in llama_decoder(SMALL).items() if "self_attn" not in name}
+    for layer in (0, 1):
+        tensors[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = ("BF16", (8, 4))
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = ("BF16", (4, 8))
+    layout = recognise(hollow(tmp_path, tensors), ARCHS)
+    assert layout.arch == "Llama-style"
+    assert "layers.1.mlp.router.weight" in layout.roles()
