@@ -309,11 +309,7 @@ NOT_IN_TEXT: dict[str, tuple[str, str]] = {
 """By model type: a pattern of parameters that a text-only donor does not change as a donor of the
 same class does, and why."""
 
-_TWO_FIT = "two declarations fit it, which differ in the order of the router's numbers"
-TEXT_REFUSED: dict[str, str] = {
-    "inkling_mm_model": _TWO_FIT,
-    "llava around hy_v4": _TWO_FIT,
-}
+TEXT_REFUSED: dict[str, str] = {}
 """Cases whose text-only donor is refused, and why."""
 
 NOT_SEARCHED: dict[str, str] = {
