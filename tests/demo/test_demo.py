@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from lowmem_adamms import make_plan
 from lowmem_adamms.cli import main
-from lowmem_adamms.demo.exam import Question, accuracy, judge, load_exam
+from lowmem_adamms.demo.exam import Marks, Question, accuracy, judge, load_exam
 from lowmem_adamms.demo.pair import HERE, Pair, export_demo
 from lowmem_adamms.prompts import Prompt, load_prompts
 
 Capture = pytest.CaptureFixture[str]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +55,22 @@ def test_search_prompts_have_no_answers_and_share_no_picture_with_the_exam(
 
 
 def test_the_merged_model_beats_both_parents_at_the_alpha_that_was_found(
-    tmp_path: Path, capsys: Capture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    judged: dict[tuple[str, str], list[Marks]] = {}
+
+    def judge_once(base: Path, donor: Path, *rest: Any) -> list[Marks]:
+        return judged.setdefault((base.name, donor.name), judge(base, donor, *rest))
+
+    monkeypatch.setattr("lowmem_adamms.cli.demo.judge", judge_once)
     out = tmp_path / "out"
     assert main(["demo", "-o", str(out)]) == 0
     said = capsys.readouterr().out
     found = json.loads((out / "merged" / "adamms.json").read_text())
-    exam = load_exam(out / "eval.jsonl")
-    (merged,) = judge(out / "merged", out / "merged", [0.0], exam)
-    (donor,) = judge(out / "donor", out / "donor", [0.0], exam)
-    base, same = judge(out / "base", out / "donor", [0.0, found["alpha"]], exam)
-    assert same == merged
+    alphas = [candidate["alpha"] for candidate in found["candidates"]]
+    base, *_ = curve = judged["base", "donor"]
+    (donor,), (merged,) = judged["donor", "donor"], judged["merged", "merged"]
+    assert curve[alphas.index(found["alpha"])] == merged
     assert merged["mean"] >= base["mean"] + 3
     assert merged["mean"] > donor["mean"]
     for mark in (base["mean"], donor["mean"], merged["mean"]):
@@ -71,10 +79,14 @@ def test_the_merged_model_beats_both_parents_at_the_alpha_that_was_found(
     assert (out / "merged" / "report.html").is_file()
 
 
-def test_at_a_given_alpha_nothing_is_searched(tmp_path: Path, capsys: Capture) -> None:
+def test_at_a_given_alpha_nothing_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("lowmem_adamms.cli.demo.load_exam", lambda path: load_exam(path)[:4])
     assert main(["demo", "-o", str(tmp_path / "out"), "--alpha", "0.5"]) == 0
     assert json.loads((tmp_path / "out/merged/adamms.json").read_text())["alpha"] == 0.5
     said = capsys.readouterr()
+    assert "4 questions that the search has not seen" in said.out
     assert "report.html" not in said.out
     assert (said.out + said.err).count("rms_norm_eps") == 1, "a note is printed once"
 

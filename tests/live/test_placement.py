@@ -49,7 +49,6 @@ SOURCES = (2 + 4) * (LINEAR + REST)  # the base is BF16, the donor F32
 
 QWEN_BF16 = sum(tensor_bytes(*spec) for spec in FAMILIES["qwen2-vl-7b"].tensors.values())
 QWEN_KV_EACH = 28 * 2 * 512 * 2 * 2048
-QWEN_STAGING = 3 * 3584 * 18944 * 2
 # One layer: q and o, k and v, the MLP, biases of q, k and v, two norms
 QWEN_LAYER = 2 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 3584 * 18944 + 3584 + 1024 + 2 * 3584)
 QWEN_HEAD = 2 * (152064 * 3584 + 3584)  # and the last norm
