@@ -6,8 +6,8 @@
 MODELS has base, donor and ancestor of one architecture, as mergekit wants it. Both programs take
 the same YAML, in which mergekit is to compute in float32. Costs: wall and processor time, and peak
 anonymous memory; ours also beyond that of a process that has only done the imports. Inputs are out
-of the page cache before each run. Agreement: of all elements of the output, the share that is
-equal, the share one step of bf16 apart, and the largest distance in steps.
+of the page cache before each run. Agreement: of all elements that are blended, the share
+that is equal, the share one step of bf16 apart, and the largest distance in steps.
 
 Prints a row a method and, last, one line of JSON. mergekit 0.1.5 lives in an environment of its
 own, as in rivals.py.
@@ -104,8 +104,12 @@ def costs(done: Run) -> dict[str, float]:
     return {key: value for key, value in asdict(done).items() if key in COSTS}
 
 
-def compare(ours: Path, theirs: Path) -> dict[str, float]:
-    """How far two bf16 checkpoints of the same tensors lie apart."""
+def compare(models: dict[str, Path], ours: Path, theirs: Path) -> dict[str, float]:
+    """How far two bf16 outputs lie apart, in the rows that we blend.
+
+    mergekit blends the rows of embedding and head that belong to no token as well.
+    """
+    from lowmem_adamms import make_plan
     from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
     from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 
@@ -115,17 +119,17 @@ def compare(ours: Path, theirs: Path) -> dict[str, float]:
     counts, largest = np.zeros(2, np.int64), 0
     elements = 0
     with MappedFiles() as files:
-        for name, span in first.tensors.items():
-            for start in range(0, span.elements, 1 << 22):
-                count = min(1 << 22, span.elements - start)
-                sides = (
-                    _ordered(files.view(side.flat_slice(start, count)).view(np.uint16))
-                    for side in (span, second.tensors[name])
-                )
-                steps = np.abs(np.subtract(*sides))
-                counts += (np.count_nonzero(steps == 0), np.count_nonzero(steps == 1))
-                largest = max(largest, int(steps.max()))
-                elements += count
+        for step, part in make_plan(models["base"], models["donor"]).parts:
+            if not part.donor:
+                continue
+            sides = (
+                checkpoint.tensors[step.name].rows(*part.rows) for checkpoint in (first, second)
+            )
+            values = (_ordered(files.view(side).view(np.uint16)) for side in sides)
+            steps = np.abs(np.subtract(*values))
+            counts += (np.count_nonzero(steps == 0), np.count_nonzero(steps == 1))
+            largest = max(largest, int(steps.max()))
+            elements += steps.size
     equal, near = (float(count / elements) for count in counts)
     return {"share_equal": equal, "share_one_step": near, "max_steps": largest}
 
@@ -154,7 +158,7 @@ def measure_method(
         program = [str(mergekit_program(env)), str(path), str(theirs), "--lazy-unpickle"]
         row["mergekit"] = costs(run(program, inputs))
         if name in COMPARED:
-            row["agreement"] = compare(out, theirs)
+            row["agreement"] = compare(models, out, theirs)
     shutil.rmtree(out)
     shutil.rmtree(theirs, ignore_errors=True)
     return row

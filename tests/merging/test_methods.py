@@ -34,8 +34,8 @@ Floats = npt.NDArray[Any]
 Mask = npt.NDArray[Any]
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 ALL_BITS = (1 << 64) - 1
-ANCESTOR_ROWS = 300
-"""Of embedding and head; the base has 320, the donors more or as many."""
+ANCESTOR_ROWS, TEXT_ROWS = 300, 310
+"""Of embedding and head; the base has 320, the first donor more."""
 
 
 # The models: a base and a donor that see, a donor and an ancestor that only read
@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: dict[str, tuple[str, dict[str, Any]]] = {
         "base": ("qwen2_vl", {"seed": 1}),
         "donor": ("llava_onevision", {"seed": 2}),
-        "text": ("qwen2", {"seed": 3, "dtype": "float16"}),
+        "text": ("qwen2", {"seed": 3, "dtype": "float16", "vocab": TEXT_ROWS}),
         "ancestor": ("qwen2", {"seed": 4, "noise": 0.0, "vocab": ANCESTOR_ROWS}),
     }
     for name, (family, options) in made.items():
@@ -267,6 +267,7 @@ CASES = [
     Case("ties", (0.9,), ("text",), density=0.1, trim="model", dtype="fp32"),
     Case("dare-linear", (0.3, 0.2)),
     Case("dare-linear", (0.3,), ("text",), density=0.25, seed=7),
+    Case("dare-linear", (0.0,), ("donor",)),  # the base is thinned out as well
     Case("dare-ties", (0.8,)),
     Case("dare-ties", (0.8,), density=0.5, seed=3, dtype="fp32"),
     Case("breadcrumbs", (0.3, 0.2)),
