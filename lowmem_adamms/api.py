@@ -657,8 +657,10 @@ def merge(
 
     Args:
         plan: From `make_plan`.
-        alpha: Weight of the donor, 0 to 1, one for each layer or role (`Alphas`), or what
-            `find_alpha` found; then its report goes beside the weights.
+        alpha: Weight of the donor, 0 to 1, one for each layer or role (`Alphas`), of several
+            donors a tuple of these, or what `find_alpha` found; then its report goes beside the
+            weights. Of the methods ties, dare-ties, metagpt and ram: the factor of what all
+            models add; their authors take 1.
         out: Folder to create. It must be empty or hold the unfinished output of this merge.
         settings: Or its fields as keywords: `quantize`, `max_shard_size`, `force`, `no_cache`,
             `allow_nonfinite`, `overwrite`, `trust_remote_code`, `push_to_hub`, `private`,
