@@ -90,6 +90,9 @@ def test_prompts_have_sounds_beside_their_images(tmp_path: Path) -> None:
     assert (one.audio, two.audio) == ((a,), (a, b))
     assert len({digest([Prompt("?")]), digest([one]), digest([two])}) == 3
     assert digest([Prompt("?", (a,))]) != digest([one])
+    before = digest([one])
+    write(a, -WAVE)
+    assert digest([one]) != before
 
 
 @pytest.mark.parametrize("value", [7, {"path": "a.wav"}, ["a.wav", 7], "http://x/a.wav"])
