@@ -7,6 +7,7 @@ coded               spans whose numbers are computed as they are read
 arranged            elements of spans in another order
 torch_bin           the spans of a torch `.bin` file, found without running its code
 quantized           which tensors are quantized, and how they are computed
+adapter             what a LoRA adapter adds to which matrix
 weight_files        which files of a folder or repository hold the weights
 checkpoint          a folder, file or Hub id opened as a whole
 mapped_files        reading whole files in order, ahead of use

@@ -14,11 +14,14 @@ from ..hub import repository as hub
 from ..hub.remote_file import PARALLEL_REQUESTS, RemoteFile
 from ..values import format_size
 from . import torch_bin
+from .adapter import read_adapter
 from .quantized import check_method, dequantize, find_settings
 from .safetensors_header import MAX_HEADER_BYTES, Header, parse_header, read_header
 from .span import Span
 from .weight_files import (
     ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     WeightFiles,
     check_own_file,
     choose_weight_files,
@@ -39,6 +42,7 @@ class Checkpoint:
     """Every tensor of a checkpoint as a span, in the order of its shards and of their bytes.
 
     repo: the repository it comes from; then its shards may be on the Hub only (`remote_files`).
+    is_adapter: it is what a LoRA adapter adds to another one.
     """
 
     path: Path
@@ -46,6 +50,7 @@ class Checkpoint:
     tensors: Mapping[str, Span]
     config: Mapping[str, Any]
     repo: hub.Repository | None = None
+    is_adapter: bool = False
 
     @property
     def ref(self) -> str:
@@ -234,11 +239,15 @@ def open_checkpoint(
             raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
     if not tensors:
         raise FormatError(f"{path}: no tensors in it")
-    if all(name.startswith("base_model.model.") for name in tensors):  # as peft's save_pretrained
+    is_adapter = shards[0].name == ADAPTER_WEIGHTS and path.is_dir()
+    if is_adapter:
+        config = read_json_object(path / ADAPTER_CONFIG)
+        tensors = read_adapter(path, config, tensors)
+    elif all(name.startswith("base_model.model.") for name in tensors):
         raise FormatError(f"{path}: holds {ADAPTER}")
     if not as_stored:
         tensors = dequantize(path, tensors)
-    return Checkpoint(path, tuple(shards), tensors, config, repo)
+    return Checkpoint(path, tuple(shards), tensors, config, repo, is_adapter)
 
 
 def _hint_at_repo(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Spans whose numbers are computed while they are read: quantized weights are dequantized.
+"""Spans whose numbers are computed while they are read: quantized weights, a LoRA adapter's.
 
 A `CodedSpan` stands where a span would, and is cut like one. Its `start` and `stop` are bytes of
 the tensor that comes out, which no file holds; `spans` are the bytes of the file that it needs.
@@ -7,7 +7,7 @@ the tensor that comes out, which no file holds; `spans` are the bytes of the fil
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     Singles = npt.NDArray[np.float32]
 
-TILE = 1 << 17
+TILE = 1 << 15
 """Elements that are decoded together, so that what is in between takes little memory."""
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit number; the highest of its bits is the sign."""
 GROUP = 32
 """Numbers of 4 bits that have a scale in common."""
+ROWS, COLUMNS = 64, 1024
+"""Of a tile of a product of two matrices."""
 
 
 class Coding(Protocol):
@@ -192,6 +194,81 @@ class PackedFP4:
         return out.reshape(-1)[skipped : skipped + len(wanted)].view(np.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A matrix plus a scaled product of two thin ones: what a LoRA adapter makes of it.
+
+    Attributes:
+        base: The matrix; None for zeros.
+        left: [rows, rank]; `right`: [rank, columns].
+        scale: What the product is multiplied by.
+    """
+
+    base: Span | None
+    left: Span
+    right: Span
+    scale: float
+
+    @property
+    def dtype(self) -> DType:
+        """F32: rounding the sum to bf16 here would lose most of a small product."""
+        return DTYPES["F32"]
+
+    def onto(self, base: Span, rows: tuple[int, int]) -> CodedSpan:
+        """The same product, some rows of it, added to a matrix."""
+        coding = replace(self, base=base, left=self.left.rows(*rows))
+        return CodedSpan.whole(self.left, base.shape, coding)
+
+    def _rows(self, wanted: range) -> range:
+        width = self.right.shape[1]
+        return range(wanted.start // width, -(-wanted.stop // width))
+
+    def _tiles(self, rows: range) -> range:
+        """The first rows of the tiles that hold these rows.
+
+        Tiles lie where they lie, whatever is wanted: sums of another order differ in the last bit.
+        """
+        return range(rows.start // ROWS * ROWS, rows.stop, ROWS)
+
+    def _slice_base(self, rows: range) -> Span | None:
+        width = self.right.shape[1]
+        return self.base and self.base.flat_slice(rows.start * width, len(rows) * width)
+
+    def stored(self, wanted: range) -> tuple[Span, ...]:
+        """Rows of the base and of the left factor, and all of the right one."""
+        rows = self._rows(wanted)
+        tiles, base = self._tiles(rows), self._slice_base(rows)
+        left = self.left.rows(tiles.start, min(tiles.start + len(tiles) * ROWS, self.left.shape[0]))
+        return (*(base.spans if base else ()), left, self.right)
+
+    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+        """Multiply and add in float64, round to float32."""
+        import numpy as np
+
+        rows, width = self._rows(held), self.right.shape[1]
+        tiles, base = self._tiles(rows), self._slice_base(rows)
+        left, right = (
+            _as_bits(content, side).reshape(-1, side.shape[1])
+            for content, side in zip(contents[-2:], (self.left, self.right), strict=True)
+        )
+        out = np.zeros((len(rows), width), np.float32)
+        if base:
+            content = view_span(base, dict(zip(base.spans, contents, strict=False)).__getitem__)
+            old = _as_bits(content, base).reshape(-1, width)
+        for column in range(0, width, COLUMNS):
+            columns = slice(column, column + COLUMNS)
+            factor = _widen(right[:, columns], self.right)
+            for tile in tiles:
+                top = tile - tiles.start
+                product = self.scale * (_widen(left[top : top + ROWS], self.left) @ factor)
+                first, last = max(tile, rows.start), min(tile + ROWS, rows.stop)
+                here = slice(first - rows.start, last - rows.start)
+                product = product[first - tile : last - tile]
+                out[here, columns] = _widen(old[here, columns], base) + product if base else product
+        skipped = wanted.start - rows.start * width
+        return out.reshape(-1)[skipped : skipped + len(wanted)].view(np.uint8)
+
+
 def _unpack(blocks: Bytes, scales: Bytes) -> npt.NDArray[np.uint16]:
     """Rows of [rows, groups, 16] bytes as bf16."""
     import numpy as np
@@ -242,6 +319,18 @@ def _read_scales(content: Bytes, dtype: str) -> Singles:
     bits = content.view(reference.STORAGE[dtype])
     scales: Singles = reference.widen(bits, dtype).astype(np.float32)
     return scales
+
+
+def _as_bits(content: Bytes, span: Span) -> Any:
+    from ..kernels import reference
+
+    return content.view(reference.STORAGE[span.dtype.name])
+
+
+def _widen(bits: Any, span: Span) -> Any:
+    from ..kernels import reference
+
+    return reference.widen(bits, span.dtype.name)
 
 
 def _round_to_bf16(values: Singles) -> npt.NDArray[np.uint16]:

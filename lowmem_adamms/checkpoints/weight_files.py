@@ -25,6 +25,7 @@ _NO_WEIGHTS = frozenset({"spk_dict.pt"})
 _OTHERS_OWN = frozenset({"README.md", "adamms.json", "report.html", "answers.jsonl"})
 """Files of a checkpoint folder that describe that checkpoint only and are written anew."""
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER = "a LoRA adapter: merge it into its model first (peft's merge_and_unload) and save that"
 
 WeightFiles = tuple[list[Path], dict[str, str]]
@@ -60,6 +61,8 @@ def choose_weight_files(folder: Path, names: Collection[str]) -> WeightFiles | N
             return [folder / name for name in sorted(set(weight_map.values()))], weight_map
         if single in names:
             return [folder / single], {}
+    if ADAPTER_WEIGHTS in names and ADAPTER_CONFIG in names:
+        return [folder / ADAPTER_WEIGHTS], {}
     lone = [name for name in names if _is_whole_model(name)]
     return ([folder / lone[0]], {}) if len(lone) == 1 else None
 
@@ -164,4 +167,4 @@ def is_sidecar(relative: Path) -> bool:
     if relative.name.endswith(".index.json"):
         return False
     # transformers would load the model that an adapter's config names instead
-    return relative.name != "adapter_config.json" and str(relative) not in _OTHERS_OWN
+    return relative.name != ADAPTER_CONFIG and str(relative) not in _OTHERS_OWN

@@ -30,6 +30,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _UNPRINTABLE = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
 PLANNING_FILES = (
     "config.json",
+    "adapter_config.json",
     "*.index.json",
     "README.md",
     "tokenizer.json",

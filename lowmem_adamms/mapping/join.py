@@ -24,6 +24,7 @@ from ..checkpoints.vocabulary import RowRun
 from ..errors import MappingError
 from ..settings import Embeddings, Unmatched
 from ..values import parse_dtype
+from .adapter import read_adapter_side
 from .arrange import arrange_parts
 from .config_differences import describe_differences
 from .plan import KEPT, Part, Plan, Step
@@ -90,9 +91,14 @@ def make_plan(
     where a merge must be refused. For comparing two checkpoints.
     """
     output_dtype = DTYPES[parse_dtype(dtype)] if dtype else None
-    ours, theirs = (read_side(_open(checkpoint), declared) for checkpoint in (base, donor))
+    ours, lender = read_side(_open(base), declared), _open(donor)
+    if lender.is_adapter:
+        keep = unmatched == "keep"
+        theirs = read_adapter_side(lender, ours, declared, keep_unknown=keep)
+    else:
+        theirs = read_side(lender, declared)
     token_rows = None
-    if embeddings == "merge" and ours.row_shape == theirs.row_shape:
+    if embeddings == "merge" and not lender.is_adapter and ours.row_shape == theirs.row_shape:
         token_rows = find_token_rows(ours, theirs)
     matches = {
         role: Match("kept, as asked for")
@@ -100,9 +106,9 @@ def make_plan(
         else _match_role(role, ours, theirs, token_rows)
         for role in ours.pieces
     }
-    misfits = list(_compare_sizes(ours, theirs))
+    misfits = [] if lender.is_adapter else list(_compare_sizes(ours, theirs))
     misfits += [match.misfit for match in matches.values() if match.misfit]
-    alone = _list_unmatched(ours, theirs)
+    alone = "" if lender.is_adapter else _list_unmatched(ours, theirs)
     if alone and unmatched == "stop":
         sides = str(ours.path), str(theirs.path)
         misfits.append(
@@ -288,6 +294,11 @@ def _make_step(
             for block in blocks
             for part in _split_block(span, block, matches[block.role], donor)
         ]
+    elif donor.checkpoint.is_adapter and any(lent.values()):
+        raise MappingError(
+            f"{donor.path}: changes {name}, which {base.path} has in another order than the"
+            " adapter; merge the adapter into its model first and give that"
+        )
     else:
         parts = list(arrange_parts(name, base, donor, lent))
     reasons = dict.fromkeys(matches[block.role].reason for block in blocks)
@@ -325,7 +336,7 @@ def _split_block(span: Span, block: Block, match: Match, donor: Side) -> Iterato
         first = run.donor + start - run.base
         donor_rows = (first, first + stop - start)
         donor_rows = rows if donor_rows == rows else donor_rows  # one tuple in memory
-        lent = donor.tensors[match.donor_name].rows(*donor_rows)
+        lent = donor.lend(match.donor_name, donor_rows, span.rows(*rows))
         yield Part(rows, block.role, span.rows(*rows), lent, match.donor_name, donor_rows)
         position = stop
     if position < block.last:
@@ -353,12 +364,18 @@ def _notes(
     base: Side, donor: Side, token_rows: TokenRows | None, declared: Iterable[Arch]
 ) -> Iterator[str]:
     """What a user should know of the two checkpoints before merging them."""
+    if donor.checkpoint.is_adapter:
+        trained_for = donor.checkpoint.config.get("base_model_name_or_path")
+        yield f"{donor.path}: a LoRA adapter for {trained_for}, added to the base's own weights"
+        outside = sum(name not in donor.blocks for name in donor.tensors)
+        if outside:
+            yield f"{donor.path}: {outside} tensors outside of the language model are left out"
     for label, side in (("base", base), ("donor", donor)):
         if side.layout.assumed:
             yield f"{label}: {side.layout.assumed}"
         elif side.layout.declared:
             yield f"{label}: {side.layout.arch}, as `arch` declares it"
-    for side in (base, donor):
+    for side in (base,) if donor.checkpoint.is_adapter else (base, donor):
         yield from describe_ties(side.checkpoint, side.layout, side.tied)
     if token_rows and token_rows.assumption:
         yield token_rows.assumption
@@ -369,7 +386,8 @@ def _notes(
         )
     for name in base.tied_heads:
         yield f"{name} is left out: the base ties its head to the embedding"
-    yield from describe_differences(base.checkpoint, donor.checkpoint)
+    if not donor.checkpoint.is_adapter:
+        yield from describe_differences(base.checkpoint, donor.checkpoint)
     used = {side.layout.arch for side in (base, donor) if side.layout.declared}
     for arch in declared:
         if arch.name not in used:

@@ -11,6 +11,7 @@ from ..architectures.families import ARCHS
 from ..architectures.layout import Arch, Layout
 from ..architectures.recognise import recognise
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.coded import CodedSpan, LowRank
 from ..checkpoints.span import Span
 from ..errors import FormatError, MappingError
 from .tied_head import is_tied
@@ -68,6 +69,13 @@ class Side:
         shape = block.shape_in(self.tensors[name].shape)
         return (self.rows_of(role), *shape[1:]) if shape else ()
 
+    def lend(self, name: str, rows: tuple[int, int], base: Span) -> Span:
+        """Some rows of a tensor, to be blended into a span of the base."""
+        span = self.tensors[name]
+        if isinstance(span, CodedSpan) and isinstance(span.coding, LowRank):
+            return span.coding.onto(base, rows)
+        return span.rows(*rows)
+
     def require_blendable(self, name: str) -> None:
         """Raise FormatError unless a tensor's dtype can be blended."""
         dtype = self.tensors[name].dtype
@@ -77,6 +85,11 @@ class Side:
 
 def read_side(checkpoint: Checkpoint, declared: Sequence[Arch]) -> Side:
     """Recognise a checkpoint; MappingError if it has no decoder that is known."""
+    if checkpoint.is_adapter:
+        raise MappingError(
+            f"{checkpoint.path}: a LoRA adapter, expected a model; give the model as the base and"
+            " the adapter as a donor"
+        )
     layout = recognise(checkpoint, ARCHS, declared)
     tied = is_tied(checkpoint, layout)
     # In a .bin two names may share bytes, such as Phi-3-vision's second name of its embedding

@@ -336,18 +336,27 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
                 yield from _cut_copy(whole, size)
                 offset += whole.nbytes
                 continue
-            if whole.is_arranged and window and free_bytes < whole.nbytes:
-                yield window  # so that it is put together at once if it can be
+            share = _memory_share(whole)
+            least = LARGEST_ITEM * share
+            # What is arranged is put together at once if it can be
+            if window and free_bytes < (whole.nbytes if whole.is_arranged else least):
+                yield window
                 window, free_bytes = [], size
-            for piece in _cut_blend(whole, free_bytes, size):
+            for piece in _cut_blend(whole, free_bytes // share, size // share):
                 window.append(piece)
-                free_bytes -= piece.nbytes
-                if free_bytes < LARGEST_ITEM:
+                free_bytes -= piece.nbytes * share
+                if free_bytes < least:
                     yield window
                     window, free_bytes = [], size
             offset += whole.nbytes
     if window:
         yield window
+
+
+def _memory_share(whole: Blend | Mix) -> int:
+    """How much memory it takes, in bytes for each byte of output: what is computed counts too."""
+    computed = [side.dtype.bits for side in whole.sides if isinstance(side, CodedSpan)]
+    return 1 + -(-sum(computed) // whole.step.dtype.bits)
 
 
 def choose_work(
