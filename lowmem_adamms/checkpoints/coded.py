@@ -29,7 +29,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit number; the highest of its bits is the sign."""
 GROUP = 32
 """Numbers of 4 bits that have a scale in common."""
-ROWS, COLUMNS = 64, 1024
+ROWS, COLUMNS = 64, 256
 """Of a tile of a product of two matrices."""
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..architectures.block import Block
+from ..architectures.experts import EXPERT
 from ..architectures.families import ARCHS
 from ..architectures.layout import OTHER_PARTS, Arch, Layout
 from ..checkpoints.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from ..errors import MappingError
 from .side import Side
 
 _LAYER = re.compile(r"(?:^|(?<=\.))([A-Za-z_]+\.)(\d{1,6})\.")
+_EXPERT = re.compile(r"\bexperts\.(\d{1,6})\.")
 _STREAMS = ("", "@text", "@vision")
 Held = dict[str, tuple[str, ...]]
 """The roles that each tensor of an adapter holds, in the order of its rows."""
@@ -68,9 +70,11 @@ def _find_roles(names: Sequence[str], arch: Arch, base: Side) -> Held:
 def _read_name(name: str, arch: Arch) -> tuple[str, ...]:
     """The roles of a tensor, whatever its prefix."""
     for layer in _LAYER.finditer(name):
-        roles = arch.decoder.get(f"{layer[1]}#.{name[layer.end() :]}")
-        if roles:
-            return tuple(roles.replace("#", layer[2]).split())
+        rest, number = name[layer.end() :], EXPERT
+        if expert := _EXPERT.search(rest):
+            rest, number = rest.replace(expert[0], f"experts.{EXPERT}.", 1), expert[1]
+        if roles := arch.roles_of(f"{layer[1]}#.{rest}", frozenset({layer[1]})):
+            return tuple(roles.replace("#", layer[2]).replace(EXPERT, number).split())
     if any(name == head or name.endswith(f".{head}") for _, head in arch.spellings):
         return ("head",)
     for key, roles in arch.decoder.items():

@@ -186,6 +186,8 @@ def _match_role(role: str, base: Side, donor: Side, token_rows: TokenRows | None
     found = [rule for rule in _donor_roles(role, donor) if rule[0] in donor.pieces]
     if not found and role.endswith(f"@{OWN_STREAM}"):
         return Match("of visual tokens alone: the base's")
+    if not found and donor.checkpoint.is_adapter:
+        return Match("not changed by the adapter")
     if not found:
         return Match("no counterpart in the donor")
     donor_role, reason = found[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stacks
 import tiny
 import torch
 from command import run
@@ -331,3 +332,23 @@ def test_the_product_alone_is_what_it_stands_for(tmp_path: Path) -> None:
         for first, count in ((0, 1), (1499, 2), (64 * 1500 - 1, 2), (250_000, 50_000)):
             piece = reader.read_bytes(span.flat_slice(first, count))
             assert piece == got.reshape(-1)[first : first + count].tobytes()
+
+
+def test_experts(tmp_path: Path) -> None:
+    """One by one they are added to; not where the base has them stacked and transposed."""
+    arrays = stacks.spell(stacks.ancestor(), "each")
+    left, right = factors((stacks.HIDDEN, stacks.INNER), 0)
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    tensors = {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}
+    adapter = write(tmp_path / "adapter", {f"base_model.model.{n}": t for n, t in tensors.items()})
+    base = stacks.write(tmp_path / "each", arrays, "each")
+    plan = make_plan(base, adapter)
+    assert plan.counts["interpolate"] == 1
+    after = tiny.load(merge(plan, 0.5, tmp_path / "out"))[f"{name}.weight"].double().numpy()
+    exact = arrays[f"{name}.weight"] + (left.double() @ right.double()).numpy()
+    np.testing.assert_allclose(after, exact, rtol=1e-5, atol=1e-6)
+    stacked = stacks.write(
+        tmp_path / "stacked", stacks.spell(stacks.ancestor(), "transposed"), "transposed"
+    )
+    with pytest.raises(MappingError, match=r"changes .*experts.down_proj, which .* another order"):
+        make_plan(stacked, adapter)
