@@ -30,7 +30,7 @@ from .held_weights import HeldWeights
 from .placement import Placement, hold_instead, place
 from .prompt_encoder import Encoder
 from .streamed_weights import StreamedWeights
-from .transformers_model import find_answering_part
+from .transformers_model import copy_head_inputs, find_answering_part
 
 Question = Prompt | str | Mapping[str, Any]
 """One thing to ask: a text, a prompt, or a dict with `prompt` and `image`."""
@@ -100,6 +100,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         self.notes: tuple[str, ...] = ()
         self._weights = self._load(dtype_name)
         self.model = self._weights.model
+        copy_head_inputs(self.model)
         kinds = plan.base_layout.kinds
         self.vision_names = frozenset(
             target

@@ -267,6 +267,22 @@ def quantized_tensors(param: Any) -> list[torch.Tensor]:
 # Running
 
 
+def copy_head_inputs(model: Any) -> None:
+    """Hand the head its inputs as memory of their own.
+
+    A model hands it a slice, such as `hidden[:, -1:]`. In bf16 on a CPU torch then copies the whole
+    weight for each prompt: gigabytes, where the vocabulary is large.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_copy_input)
+
+
+def _copy_input(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    torch = importlib.import_module("torch")
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
+
+
 def find_answering_part(model: Any) -> Any:
     """The model, or the part of it that answers in words: the first that has a forward pass.
 

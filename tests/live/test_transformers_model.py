@@ -248,3 +248,28 @@ def test_an_assigned_value_is_quantized_as_at_loading(
         assert layer.quant_state is layer.weight.quant_state
     transformers_model.assign_parameter(model, name, value)
     assert all(same_bits(a, b) for a, b in zip(loaded, parts(), strict=True))
+
+
+def test_a_head_gets_its_input_in_memory_of_its_own() -> None:
+    """Of a slice torch would copy the whole weight for each prompt, in bf16 on a CPU."""
+    seen = []
+
+    class Head(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden)
+            return hidden
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = Head()
+
+        def get_output_embeddings(self) -> Head:
+            return self.head
+
+    model = Model()
+    transformers_model.copy_head_inputs(model)
+    hidden = torch.randn(2, 3, 4)
+    model.head(hidden[:, -1:])
+    assert torch.equal(seen[0], hidden[:, -1:])
+    assert seen[0].stride() == (4, 4, 1)
