@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import load_tensors, multimodal_case
+from safetensors.torch import save_file
 from tiny_models import build, save
 
 from lowmem_adamms.errors import RecipeError
@@ -82,6 +83,23 @@ def test_what_is_written_by_views_is_what_transformers_loads(
             assert torch.equal(value, expected[name]), name
         else:
             assert not expected[name].is_floating_point(), name
+
+
+def test_experts_are_turned_where_their_shape_asks_for_it(tmp_path: Path) -> None:
+    """As Qwen3-VL-MoE is published; transformers turns what has not the module's shape."""
+    _, tensors = loaded("qwen3_vl_moe", tmp_path)
+    experts = [name for name in tensors if ".experts." in name]
+    turned = {name: tensors[name].transpose(1, 2).contiguous() for name in experts}
+    save_file({**tensors, **turned}, tmp_path / "model.safetensors", {"format": "pt"})
+    with quiet():
+        model = multimodal_case("qwen3_vl_moe").model_class.from_pretrained(tmp_path)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in experts:
+        model.get_parameter(name).data.zero_()
+    write(model, group_tensors(model, load_tensors(tmp_path)), load_tensors(tmp_path))
+    for name in experts:
+        assert torch.equal(model.get_parameter(name), expected[name])
+        assert torch.equal(expected[name], tensors[name])
 
 
 def test_a_stack_is_in_the_order_of_numbers_whatever_that_of_the_file(tmp_path: Path) -> None:
