@@ -352,3 +352,16 @@ def test_experts(tmp_path: Path) -> None:
     )
     with pytest.raises(MappingError, match=r"changes .*experts.down_proj, which .* another order"):
         make_plan(stacked, adapter)
+
+
+def test_modules_fused_in_the_adapter_alone(base: Path, tmp_path: Path) -> None:
+    """As of Phi-3: the rows of q, k and v, as many as the base has of each."""
+    tensors, products = draw({"self_attn.qkv_proj": (128, H)})
+    before = tiny.load(base)
+    plan = make_plan(base, write(tmp_path / "adapter", tensors))
+    after = tiny.load(merge(plan, 0.5, tmp_path / "out"))
+    for layer in range(tiny.LAYERS):
+        product = products[f"{layer}.self_attn.qkv_proj"]
+        for part, added in zip("qkv", product.split([64, 32, 32]), strict=True):
+            name = find(before, f"layers.{layer}.self_attn.{part}_proj.weight")
+            assert_rounded(after[name], before[name].double() + 0.5 * 2 * added)
