@@ -49,7 +49,7 @@ def beside(out: Path) -> list[str]:
 def test_the_new_merge_takes_the_place_of_the_old(
     plan: Plan, out: Path, originals: dict[float, Path]
 ) -> None:
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="`overwrite=True`"):
         merge(plan, 0.6, out)
     overwrite(plan, out)
     assert seen(out) == seen(originals[0.6])
