@@ -6,9 +6,5 @@ NOT_YET = frozenset(
     }
 )
 
-LLAVA_NOT_YET = frozenset(
-    {
-        "xlstm",
-    }
-)
+LLAVA_NOT_YET: frozenset[str] = frozenset()
 """Text decoders in LLaVA."""

@@ -31,7 +31,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|shared_experts)", 4),
     (r"num_experts_per_tok|moe_k|moe_topk", 2),
     (r"n_group|topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
-    (r"(.*_)?(hidden_sizes?|d_model|(embed|emb|hidden|in|out)_dim|projection_dim|n_embd)", HIDDEN),
+    (
+        r"(.*_)?(hidden_sizes?|d_model|(embed|emb|embedding|hidden|in|out)_dim|projection_dim|n_embd)",
+        HIDDEN,
+    ),
 )
 """The most that a number may be, by a pattern of its whole key; the first that fits counts."""
 
