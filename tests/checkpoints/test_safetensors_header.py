@@ -274,7 +274,7 @@ def test_a_header_longer_than_allowed_is_not_read(tmp_path: Path, length: int) -
     with path.open("wb") as file:
         file.write(length.to_bytes(8, "little") + b"{")
         file.truncate(200_000_000)
-    with pytest.raises(FormatError, match=f"{length} bytes long, at most 100000000"):
+    with pytest.raises(FormatError, match=f"{length} bytes long, and at most 100000000"):
         read_header(path)
 
 
