@@ -143,8 +143,9 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
             parse_constant=_refuse_constant,
             parse_int=_parse_int,
         )
-        # Half a character outside the basic plane, which no UTF-8 file could hold again
-        json.dumps(document, ensure_ascii=False).encode()
+        if b"\\u" in raw:
+            # Half a character outside the basic plane, which no UTF-8 file could hold again
+            json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"header is not JSON ({error})") from None
     if not isinstance(document, dict):

@@ -53,7 +53,12 @@ def _find_twin(blocks: Sequence[Block], lent: Lent) -> str | None:
     names: set[str] = set()
     for block in blocks:
         pieces = lent[block.role]
-        if len(pieces) != 1 or replace(pieces[0][1], role=block.role) != block:
+        if len(pieces) != 1:
+            return None
+        piece = pieces[0][1]
+        if (piece.start, piece.stop) != (block.start, block.stop):  # the quick way to tell
+            return None
+        if replace(piece, role=block.role) != block:
             return None
         names.add(pieces[0][0])
     return names.pop() if len(names) == 1 else None
@@ -147,12 +152,8 @@ def _lend_rows(span: Span, block: Block, pieces: Sequence[Piece], donor: Side) -
         first, last = max(block.first, piece.first), min(block.last, piece.last)
         if first >= last:
             continue
-        start = block.start + first - block.first
-        rows, mine = _place_of(span, [replace(block, start=start, stop=start + last - first)])
-        shift = (first - piece.first) * piece.step
-        lent = replace(
-            piece, start=piece.start + shift, stop=piece.start + shift + (last - first) * piece.step
-        )
+        rows, mine = _place_of(span, [_cut(block, first, last)])
+        lent = _cut(piece, first, last)
         whole = donor.tensors[name]
         if _is_alone(lent):
             donor_rows, theirs = _place_of(whole, [lent])
@@ -161,6 +162,14 @@ def _lend_rows(span: Span, block: Block, pieces: Sequence[Piece], donor: Side) -
         columns = _columns_of(whole, lent, 0, 1, turned=False)
         arranged = Arranged(whole.dtype, last - first, matrix.width, (columns,), (name,))
         yield Part(rows, block.role, mine, arranged, name)
+
+
+def _cut(block: Block, first: int, last: int) -> Block:
+    """What of a block holds the role's rows `first` to `last - 1`."""
+    if (first, last) == (block.first, block.last):
+        return block
+    start = block.start + (first - block.first) * block.step
+    return replace(block, start=start, stop=start + (last - first) * block.step, first=first)
 
 
 def _lend_woven(span: Span, run: Sequence[Block], lent: Lent, donor: Side) -> Part:
