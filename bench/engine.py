@@ -48,21 +48,26 @@ def main() -> None:
     plan = make_plan(arguments.pair / "base", arguments.pair / "donor")
     prompts = load_prompts(arguments.pair / "prompts.jsonl")[: arguments.prompts]
     settings = EngineSettings(engine="vllm", vllm_option=tuple(arguments.option))
-    figures: dict[str, Any] = {"bytes": plan.bytes_written, "prompts": len(prompts)}
+    figures: dict[str, Any] = {}
+
+    def note(found: dict[str, Any]) -> None:
+        figures.update(found)
+        for name, value in found.items():
+            shown = f"{value:.2f}" if isinstance(value, float) else value
+            print(f"{name:36} {shown}", flush=True)
+
+    note({"bytes": plan.bytes_written, "prompts": len(prompts)})
     start, vllm = timed(lambda: VllmModel(plan, settings))
     with vllm:
         applies = [timed(partial(vllm.apply, alpha))[0] for alpha in ALPHAS]
-        figures |= {"vllm_start_s": start, "vllm_apply_s": statistics.median(applies)}
-        figures |= measure_answers("vllm", vllm, prompts, arguments.tokens)
-    figures["vllm_start_on_merged_s"] = start_on_merged(plan, settings)
+        note({"vllm_start_s": start, "vllm_apply_s": statistics.median(applies)})
+        note(measure_answers("vllm", vllm, prompts, arguments.tokens))
+    note({"vllm_start_on_merged_s": start_on_merged(plan, settings)})
     start, live = timed(lambda: LiveModel(plan, device="cpu"))
     with live:
         applies = [timed(partial(live.apply, alpha))[0] for alpha in ALPHAS]
-        figures |= {"transformers_start_s": start}
-        figures |= {"transformers_apply_s": statistics.median(applies)}
-        figures |= measure_answers("transformers", live, prompts, arguments.tokens)
-    for name, value in figures.items():
-        print(f"{name:36} {value:.2f}" if isinstance(value, float) else f"{name:36} {value}")
+        note({"transformers_start_s": start, "transformers_apply_s": statistics.median(applies)})
+        note(measure_answers("transformers", live, prompts, arguments.tokens))
     print(json.dumps(figures))
 
 
