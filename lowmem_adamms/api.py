@@ -456,8 +456,9 @@ def _load(
         if not settings.force:
             check_template(processor, plan.base.path)
     if not isinstance(placement, Placement):
-        from .serving.vllm_model import VllmModel
+        from .serving.vllm_model import VllmModel, check_prompts
 
+        check_prompts(prompts)
         return VllmModel(plan, placement.settings, trust_remote_code=trust, force=settings.force)
     return LiveModel(
         plan,

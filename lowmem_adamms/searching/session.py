@@ -141,7 +141,8 @@ class Session(AbstractContextManager["Session"]):
             return [known[place] for place in range(len(prompts))]
         live, _ = self._model()
         live.apply(alpha)
-        answerer = live.make_answerer(self._settings, batch_size=max(1, self._batch_size // 2))
+        half = max(1, min(self._batch_size, len(prompts)) // 2)
+        answerer = live.make_answerer(self._settings, batch_size=half)
         answerer.set_drafts(prompts, self._tokens[alpha])
         note = partial(self._journal.note, alpha, aside="again") if self._journal else None
         return answerer.answer(prompts, known, note)

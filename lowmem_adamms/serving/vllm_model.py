@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import RecipeError, SearchError, first_line
+from ..checkpoints.dtypes import DTYPES
+from ..errors import PromptError, RecipeError, SearchError, first_line
 from ..live.draft_decoding import Cost, Tokens
 from ..mapping import kinship
 from ..mapping.plan import Plan
@@ -35,7 +36,6 @@ from .vllm_worker import plan_recipe
 WORKER = "lowmem_adamms.serving.vllm_worker.BlendingWorker"
 _FIRST_GPU = (9, 0)
 """The compute capability from which vLLM can make answers independent of their batch."""
-_ALL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class EnginePlacement:
 def place_in_engine(
     plan: Plan, settings: SearchSettings, quantize: Quantization | None
 ) -> EnginePlacement:
-    """Check what can be checked before vLLM starts.
+    """Check what can be checked before vLLM starts; unless told otherwise, all prompts are a batch.
 
     RecipeError if vLLM is missing or does not know the base, or for settings that are not its own.
     """
@@ -80,9 +80,19 @@ def place_in_engine(
     return EnginePlacement(
         engine,
         version,
-        settings.batch_size or _ALL,
+        settings.batch_size or settings.samples,
         (f"answered by vLLM {version}{spread}, which takes the memory it is given",),
     )
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """PromptError for a prompt with a sound, which is not handed on to vLLM."""
+    for prompt in prompts:
+        if prompt.audio:
+            raise PromptError(
+                f"{prompt.id}: has a sound, and vLLM is asked about texts and images only; search"
+                " with the engine transformers"
+            )
 
 
 class VllmModel(AbstractContextManager["VllmModel"]):
@@ -195,8 +205,6 @@ def _start_engine(plan: Plan, settings: EngineSettings, *, trust_remote_code: bo
 
 def _torch_name(plan: Plan) -> str:
     """The dtype of the output, which vLLM calls as torch does; else what the config says."""
-    from ..checkpoints.dtypes import DTYPES
-
     name = plan.options["dtype"]
     return (DTYPES[name].torch if name else None) or "auto"
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from lowmem_adamms import find_alpha, make_plan, merge
 from lowmem_adamms.api import place_search
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
-from lowmem_adamms.errors import FormatError, RecipeError, SearchError
-from lowmem_adamms.prompts import load_prompts
+from lowmem_adamms.errors import FormatError, PromptError, RecipeError, SearchError
+from lowmem_adamms.prompts import Prompt, load_prompts
 from lowmem_adamms.searching.session import fingerprint
-from lowmem_adamms.serving.vllm_model import VllmModel, _parse_option
+from lowmem_adamms.serving.vllm_model import VllmModel, _parse_option, check_prompts
 from lowmem_adamms.serving.vllm_worker import blend_tensors, plan_from_recipe, plan_recipe
 from lowmem_adamms.settings import EngineSettings, SearchSettings
 
@@ -45,6 +45,7 @@ class FakeEngine:
         self.engine_core = SimpleNamespace(shutdown=lambda: self.calls.append(("shutdown",)))
         self.waiting: list[tuple[str, Any]] = []
         self.asked = 0
+        self.batches: list[int] = []
         self.alpha = 0.0
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[None]:
@@ -60,6 +61,7 @@ class FakeEngine:
     def enqueue_chat(self, messages: list[Any], sampling: Any, *, use_tqdm: bool) -> list[str]:
         numbers = [str(self.asked + i) for i in range(len(messages))]
         self.asked += len(messages)
+        self.batches.append(len(messages))
         self.waiting += zip(numbers, messages, strict=True)
         return [f"{number}-ab12" for number in numbers]
 
@@ -208,6 +210,18 @@ def test_a_base_that_vllm_does_not_know_is_refused(pair: Pair, engines: list[Fak
     with pytest.raises(RecipeError, match=r"vLLM 0\.99 does not know LlavaOnevision"):
         find_alpha(plan, PROMPTS, **VLLM)
     assert not engines
+
+
+def test_a_sound_is_refused_and_not_left_out(pair: Pair, engines: list[FakeEngine]) -> None:
+    check_prompts(PROMPTS)
+    with pytest.raises(PromptError, match=r"b\.wav: has a sound, and vLLM is asked about texts"):
+        check_prompts([*PROMPTS, Prompt("What is heard?", id="b.wav", audio=(b"",))])
+
+
+def test_the_noise_is_measured_in_other_batches(pair: Pair, engines: list[FakeEngine]) -> None:
+    found = find_alpha(make_plan(*pair), PROMPTS, **VLLM | {"noise": True})
+    assert engines[0].batches == [5, 5, 5, 2, 2, 1]
+    assert found.facts["Recipe"]["batch"] == "100"
 
 
 @pytest.mark.parametrize(
