@@ -9,7 +9,8 @@ have one successor and a few have two, between which the layers decide by all th
 shown before: a wholly random head would leave every token to chance, where a trained one is nearly
 always sure. `distance` and `branching` set how many answers change from one alpha to the next,
 which is what drafts live on; bench/search.py reports it. Writes PAIR/base, PAIR/donor,
-PAIR/prompts.jsonl and PAIR/images.
+PAIR/prompts.jsonl and PAIR/images. No model is ever in memory: numbers are drawn and written chunk
+by chunk, so that a pair may be larger than the machine (`--size 14b`: 29 GB a side).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import argparse
 import importlib
 import json
 import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import random_pair
+from synthetic import split_shards, tensor_bytes, write_json, write_shard
 
 from lowmem_adamms.live.transformers_model import quiet
 
@@ -43,17 +48,22 @@ class Size:
     rows: int
     vision: int
     depth: int
+    kv_heads: int = 2
 
 
 SIZES = {
     "tiny": Size(256, 704, 6, 4096, 128, 4),
     "small": Size(896, 4864, 24, 32768, 640, 16),
     "medium": Size(1536, 8960, 28, 65536, 1280, 32),  # Qwen2-VL-2B but for its vocabulary
+    "7b": Size(3584, 18944, 28, 152064, 1280, 32, 8),
+    "14b": Size(5120, 13824, 48, 152064, 1280, 32, 16),
 }
 FIRST = 16  # tokens an answer may begin with
 ENDING = 0.01  # of the tokens are followed by the end of the answer
 BLOCKS = 8  # colour blocks along the side of an image
 WORDS = ["what", "is", "shown", "here", "describe", "the", "colours", "count", "read", "blocks"]
+CHUNK = 1 << 24  # numbers drawn at a time
+SHARD_BYTES = 2 << 30
 
 
 def main() -> None:
@@ -75,26 +85,15 @@ def main() -> None:
 def make_pair(pair: Path, size: Size, distance: float, branching: float, seed: int) -> None:
     """Write base and donor in bf16."""
     transformers = importlib.import_module("transformers")
-    torch.manual_seed(seed)
     with quiet():
         tokens = random_pair.write_tokenizer(
             pair / "base", random_pair.BASE_TOKENS, chat_template=random_pair.CHAT_TEMPLATE
         )
-        base = _base(transformers, tokens, size)
-        _teach(base, tokens, branching)
-        language = base.model.language_model
-        ancestor = {name: p.detach().clone() for name, p in language.named_parameters()}
-        ancestor["lm_head.weight"] = base.lm_head.weight.detach().clone()
-        _write(base, pair / "base", tokens, transformers)
-        del base, language
+        numbers = Numbers(size, seed, 0, _teach(tokens, branching))
+        _write(_base(transformers, tokens, size), pair / "base", tokens, numbers)
         tokens = random_pair.write_tokenizer(pair / "donor", random_pair.DONOR_TOKENS)
-        donor = _donor(transformers, tokens, size)
-        mine = dict(donor.model.language_model.named_parameters())
-        mine["lm_head.weight"] = donor.lm_head.weight
-        for name, parent in ancestor.items():
-            scale = distance * parent.float().square().mean().sqrt()
-            mine[name].data.copy_(parent + scale * torch.randn(parent.shape))
-        _write(donor, pair / "donor", tokens, transformers)
+        numbers = Numbers(size, seed, distance, numbers.lessons)
+        _write(_donor(transformers, tokens, size), pair / "donor", tokens, numbers)
         for file in (pair / "donor").glob("tokenizer*"):
             file.unlink()  # so that all rows are joined, not only those of this small vocabulary
     config: dict[str, Any] = {
@@ -102,8 +101,106 @@ def make_pair(pair: Path, size: Size, distance: float, branching: float, seed: i
         "processor_class": "Qwen2VLProcessor",
     }
     config |= {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    path = pair / "base" / "preprocessor_config.json"
-    path.write_text(json.dumps(config | {"min_pixels": 3136, "max_pixels": 1003520}))
+    write_json(
+        pair / "base" / "preprocessor_config.json",
+        config | {"min_pixels": 3136, "max_pixels": 1003520},
+    )
+
+
+class Numbers:
+    """The numbers of a side: the ancestor's with noise in the language model, else its own.
+
+    distance: of the noise, in units of the numbers' RMS. lessons: of `_teach`.
+    """
+
+    def __init__(
+        self, size: Size, seed: int, distance: float, lessons: dict[int, list[int]]
+    ) -> None:
+        self.lessons = lessons
+        self._size, self._seed, self._distance = size, seed, distance
+
+    def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
+        """The bytes of one tensor in bf16, some rows at a time."""
+        rows, width = shape[0], int(np.prod(shape[1:]))
+        count = max(1, CHUNK // width)
+        for first in range(0, rows, count):
+            numbers = self._draw(name, first, min(count, rows - first), width, len(shape))
+            yield numbers.bfloat16().view(-1).view(torch.uint8).numpy().data
+
+    def _draw(self, name: str, first: int, rows: int, width: int, dims: int) -> torch.Tensor:
+        role = name.removeprefix("model.language_model.")
+        is_language = role != name or name == "lm_head.weight"
+        if name.endswith("bias"):
+            return torch.zeros(rows, width)
+        if dims == 1:
+            numbers = torch.ones(rows, width)
+        else:
+            random = self._random(role if is_language else f"{self._distance} {name}", first)
+            numbers = torch.randn(rows, width, generator=random)
+            numbers *= self._scale(role, is_language)
+        if name == "lm_head.weight":
+            self._follow_lessons(numbers, first)
+        if is_language and self._distance:
+            scale = self._distance * numbers.square().mean().sqrt()
+            random = self._random(f"noise of {role}", first)
+            numbers += scale * torch.randn(rows, width, generator=random)
+        return numbers
+
+    def _random(self, name: str, first: int) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name} {first}".encode()))
+
+    def _scale(self, role: str, is_language: bool) -> float:
+        if role == "embed_tokens.weight":
+            return 1.0
+        if role == "lm_head.weight":
+            return 0.1
+        return float((self._size.hidden if is_language else self._size.vision) ** -0.5)
+
+    def _follow_lessons(self, head: torch.Tensor, first: int) -> None:
+        """Add to the head's rows the embeddings of the tokens that they follow."""
+        count = min(CHUNK // self._size.hidden, self._size.rows)
+        random = self._random("embed_tokens.weight", 0)
+        embeddings = torch.randn(count, self._size.hidden, generator=random)
+        for token, before in self.lessons.items():
+            if first <= token < first + len(head):
+                head[token - first] += embeddings[before].sum(0)
+
+
+def _teach(tokens: Any, branching: float) -> dict[int, list[int]]:
+    """For each token of the ancestor, which ones it may follow."""
+    end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)[-1]
+    pieces = tokens.convert_ids_to_tokens(range(len(tokens) - len(random_pair.BASE_TOKENS)))
+    words = [i for i, p in enumerate(pieces) if p.startswith("\u0120") or p.isalpha()]
+    random = np.random.default_rng(0)
+    following = np.array(words)[random.permutation(len(words))].tolist()
+    other = np.array(words)[random.permutation(len(words))].tolist()
+    lessons: defaultdict[int, list[int]] = defaultdict(list)
+    for word, first, second in zip(words, following, other, strict=True):
+        lessons[end_of_turn if random.random() < ENDING else first].append(word)
+        if random.random() < branching:
+            lessons[second].append(word)
+    # All prompts end in the same token: what comes first is for image and question to decide
+    (last,) = tokens("\n").input_ids
+    for word in words[:: len(words) // FIRST]:
+        lessons[word].append(last)
+    return lessons
+
+
+def _write(model: Any, folder: Path, tokens: Any, numbers: Numbers) -> None:
+    """Write the weights of a model without memory, and its configs."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shards = split_shards(shapes, max(1, sum(map(tensor_bytes, shapes.values())) // SHARD_BYTES))
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, held in zip(files, shards, strict=True):
+        write_shard(folder / file, held, "BF16", numbers)
+    places = {name: file for file, held in zip(files, shards, strict=True) for name in held}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(folder)
+    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)
+    ends = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
+    write_json(folder / "generation_config.json", {"bos_token_id": end_of_text, **ends})
 
 
 def _text(tokens: Any, size: Size) -> dict[str, Any]:
@@ -114,7 +211,7 @@ def _text(tokens: Any, size: Size) -> dict[str, Any]:
         "intermediate_size": size.inner,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.hidden // 64,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": size.kv_heads,
         "max_position_embeddings": 4096,
         "initializer_range": 1 / size.hidden**0.5,
         "bos_token_id": end_of_text,
@@ -141,7 +238,7 @@ def _base(transformers: Any, tokens: Any, size: Size) -> Any:
         vision_start_token_id=start,
         vision_end_token_id=end,
     )
-    with torch.device("cpu"):
+    with torch.device("meta"):
         return transformers.Qwen2VLForConditionalGeneration(config)
 
 
@@ -162,37 +259,8 @@ def _donor(transformers: Any, tokens: Any, size: Size) -> Any:
         image_token_index=image,
         video_token_index=video,
     )
-    return transformers.LlavaOnevisionForConditionalGeneration(config)
-
-
-def _teach(model: Any, tokens: Any, branching: float) -> None:
-    """Embedding and head of the ancestor: which tokens may follow which."""
-    embed = model.model.language_model.embed_tokens.weight.data
-    embed.normal_()
-    end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)[-1]
-    pieces = tokens.convert_ids_to_tokens(range(len(tokens) - len(random_pair.BASE_TOKENS)))
-    words = [i for i, p in enumerate(pieces) if p.startswith("\u0120") or p.isalpha()]
-    random = np.random.default_rng(0)
-    following = np.array(words)[random.permutation(len(words))]
-    other = np.array(words)[random.permutation(len(words))]
-    head = 0.1 * torch.randn_like(embed)
-    for word, first, second in zip(words, following, other, strict=True):
-        head[end_of_turn if random.random() < ENDING else first] += embed[word]
-        if random.random() < branching:
-            head[second] += embed[word]
-    # All prompts end in the same token: what comes first is for image and question to decide
-    (last,) = tokens("\n").input_ids
-    for word in words[:: len(words) // FIRST]:
-        head[word] += embed[last]
-    model.lm_head.weight.data.copy_(head)
-
-
-def _write(model: Any, folder: Path, tokens: Any, transformers: Any) -> None:
-    end_of_text, _, end_of_turn = tokens.convert_tokens_to_ids(random_pair.SHARED_TOKENS)
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
-    )
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
+    with torch.device("meta"):
+        return transformers.LlavaOnevisionForConditionalGeneration(config)
 
 
 def make_prompts(pair: Path, count: int, pixels: int, seed: int) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -310,6 +310,13 @@ def to_bits(values: Floats, dtype: str) -> Bits:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+class Values(Protocol):
+    """What is written."""
+
+    def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
+        """The bytes of one tensor."""
+
+
 class Noise:
     """Endless values for tensors: a pool of noise read from a place that the role decides."""
 
@@ -359,7 +366,7 @@ def tensor_bytes(shape: tuple[int, ...]) -> int:
     return 2 * int(np.prod(shape))
 
 
-def write_shard(path: Path, shapes: Shapes, dtype: str, noise: Noise) -> None:
+def write_shard(path: Path, shapes: Shapes, dtype: str, noise: Values) -> None:
     """Streams one safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

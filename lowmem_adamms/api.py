@@ -24,7 +24,8 @@ from .architectures.layout import BUFFER, Arch
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
-from .live.placement import Placement, check_runnable, place
+from .live.placement import Placement
+from .live.placing import check_runnable, place
 from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json, resolve
 from .mapping.mixture import Mixture, ModelRef, make_mixture

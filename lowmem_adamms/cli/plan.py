@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..errors import PlacementError
-from ..live.placement import Placement, output_bytes
+from ..live.model_size import output_bytes
+from ..live.placement import Placement
 from ..live.search_time import describe_time
 from ..merging.sources import remote_shards
 from ..settings import (

@@ -2,7 +2,10 @@
 
 free_memory         how much RAM and card memory is free
 cpu_4bit            what bitsandbytes cannot run on a CPU
-placement           where the model and the weights it is blended from go
+model_size          how large a model is in memory
+placement           where the model and the weights it is blended from are
+placement_text      the same in words
+placing             where they go
 search_time         how long a search would take
 transformers_model  loading through transformers, and its parameters
 conversions         which tensors on disk become which parameters
@@ -13,7 +16,7 @@ held_weights        the base loaded whole, re-blended in place
 decoder_layers      the base loaded without its decoder layers, and where their tensors belong
 layer_turnstile     batches that share each reading of a layer
 streamed_layers     two buffers that layers are blended into as they run
-embedding_rows      of an embedding only the rows in use
+vocabulary_table    embedding and head, of which only rows in use are blended
 streamed_weights    the base of which only two layers are in memory
 processor           a checkpoint's processor or tokenizer
 prompt_encoder      prompts to model inputs

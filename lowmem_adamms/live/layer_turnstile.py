@@ -130,5 +130,6 @@ class LayerTurnstile:
 
     def _put_notes(self, notes: Notes) -> None:
         for owner, attributes in zip(self._owners, notes, strict=True):
-            vars(owner).clear()
-            vars(owner).update(attributes)
+            vars(owner).update(attributes)  # first: another thread looks up layers meanwhile
+            for name in vars(owner).keys() - attributes.keys():
+                del vars(owner)[name]

@@ -27,7 +27,8 @@ from .answerer import Answerer
 from .decoder_layers import CannotStreamError
 from .free_memory import measure_memory
 from .held_weights import HeldWeights
-from .placement import Placement, hold_instead, place
+from .placement import Placement
+from .placing import hold_instead, place
 from .prompt_encoder import Encoder
 from .streamed_weights import StreamedWeights
 from .transformers_model import copy_head_inputs, find_answering_part
@@ -42,7 +43,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
     Args:
         plan: From `make_plan`.
         device: "cpu" or "cuda". None for this, `dtype` or `quantize`: what fits best into the
-            memory that is free, see `placement.place`.
+            memory that is free, see `placing.place`.
         dtype: Of the parameters: "bf16", "fp16" or "fp32".
         quantize: "nf4" or "int8" (with bitsandbytes), or "none".
         live: "held", or "streamed" for a model of which two layers are in memory at a time.

@@ -13,15 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import PlacementError
 from ..mapping.plan import Plan
-from ..values import format_count, format_duration
+from ..settings import Live, PlacementSettings
+from ..values import format_count, format_duration, format_size
+from .free_memory import Memory
 from .placement import Placement
+from .placing import place
 
 PROMPT_TOKENS, ANSWER_TOKENS = 512, 64
 """Assumed of a question with its image, and of its answer."""
 GENERATED_SHARE = 0.65
 """Of an answer's tokens, those that are generated one by one, as bench/search.md found."""
 MEASURED_SECONDS = 0.1
+AMPLE_BYTES = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +91,37 @@ def estimate_seconds(
 
 
 def describe_time(plan: Plan, placement: Placement, alphas: int, prompts: int) -> list[str]:
-    """The estimate in a line; none for a card, which cannot be measured without torch."""
+    """The estimate in a line, held and streamed; none for a card: only torch can measure it."""
     if placement.device != "cpu":
         return []
-    path = next(part.base.path for _, part in plan.parts)
-    seconds = estimate_seconds(plan, placement, measure_speeds(path), prompts, alphas)
+    speeds = measure_speeds(next(part.base.path for _, part in plan.parts))
+
+    def guess(placed: Placement) -> str:
+        seconds = estimate_seconds(plan, placed, speeds, prompts, alphas)
+        return f"{format_duration(seconds)} {placed.live}"
+
+    times = guess(placement)
+    if other := _place_otherwise(plan, placement):
+        times += f", or {guess(other)} in {format_size(other.required_bytes)},"
     return [
-        f"time: about {format_duration(seconds)} for {format_count(prompts, 'question')} of"
+        f"time: about {times} for {format_count(prompts, 'question')} of"
         f" {PROMPT_TOKENS} tokens at {format_count(alphas, 'alpha')}, answered in {ANSWER_TOKENS}:"
         " a guess from a moment's measurement, refined while a search runs"
     ]
+
+
+def _place_otherwise(plan: Plan, placement: Placement) -> Placement | None:
+    """Streamed instead of held, or held on a machine that has the memory."""
+    live: Live = "held" if placement.live == "streamed" else "streamed"
+    settings = PlacementSettings(
+        device="cpu",
+        live=live,
+        live_quantize="none",
+        live_dtype=placement.dtype,
+        batch_size=placement.batch_size,
+    )
+    ram_bytes = AMPLE_BYTES if live == "held" else placement.available_bytes
+    try:
+        return place(plan, Memory(ram_bytes, None, None), settings)
+    except PlacementError:  # it has no layers, or not even two of them fit
+        return None

@@ -79,6 +79,7 @@ class StreamedLayers:
         """End the thread and let go of layers and memory."""
         self._filler.shutdown()
         self.discard()
+        self._device.synchronize()  # or a card might still be writing to the buffers
         for hook in self._hooks:
             hook.remove()
         self._layers, self._buffers, self._hooks = (), [], []

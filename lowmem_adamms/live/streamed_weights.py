@@ -1,7 +1,7 @@
 """A base of which only two decoder layers are in memory, each blended just before it runs.
 
 What is outside of the layers is held: blended where alpha changes it, else used where it lies
-mapped. Of an embedding that is not tied to the head only the rows in use are there.
+mapped. Embedding and head can do with the rows that are in use.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ..checkpoints.mapped_files import MappedFiles
 from ..mapping.alphas import Alpha
 from ..mapping.mixture import Mixture
 from ..mapping.plan import Plan, Step
-from ..merging.loop import Source, run
-from .decoder_layers import DecoderLayer, LayeredLoader
-from .device_source import DeviceSource
-from .embedding_rows import EmbeddingRows, SparseFiles
-from .held_weights import WINDOW_BYTES, choose_kernel
+from .conversions import TensorGroup
+from .decoder_layers import CannotStreamError, DecoderLayer, LayeredLoader
+from .held_weights import Blender, choose_kernel, make_source
 from .layer_turnstile import LayerTurnstile
 from .live_sink import LiveSink, TableSink
 from .load_check import check_equal, check_loaded
 from .placement import Placement
 from .streamed_layers import StreamedLayers
 from .transformers_model import find_tensor, untie_parameter
+from .vocabulary_table import RowBlender, RowFiles, VocabularyTable
 
 
 class StreamedWeights:
     """A plan's base whose decoder layers come and go, and how to set its alpha.
 
-    model: the transformers module. groups: of `group_tensors`.
+    model: the transformers module. groups: of `group_tensors`. run_batches: how an `Answerer` is to
+    do them, side by side.
     """
 
     def __init__(
@@ -45,21 +45,21 @@ class StreamedWeights:
         CannotStreamError if the model's layers cannot come and go.
         """
         self._plan, self._placement = plan, placement
-        self._kernel = choose_kernel(plan, placement.device)
         self._alpha: Alpha = 0.0
         with ExitStack() as opened:
+            # Layers, and what is held, come one after the other; rows come while a layer does
             files = opened.enter_context(MappedFiles(keep=placement.sources_stay_cached))
-            self._files = files
-            row_files = opened.enter_context(SparseFiles(keep=True))
+            row_files = opened.enter_context(RowFiles(keep=placement.sources_stay_cached))
             loader = LayeredLoader(plan, files)
             loader.load(device=placement.device, dtype=dtype, trust_remote_code=trust_remote_code)
             self.model, self.groups = loader.model, loader.groups
             _check(loader, plan, files)
-            # One after the other: `apply` waits for the layers, and these for it
-            self._source = self._read_from(files, plan)
-            self._row_source = self._read_from(row_files, replace(plan, steps=()))
-            self._held = self._hold(loader.layers, opened)
-            self.sink = LiveSink(self.model, self._held, self.groups, self._source)
+            kernel = choose_kernel(plan, placement.device)
+            self._blender = Blender(kernel, make_source(plan, files, placement))
+            row_source = make_source(replace(plan, steps=()), row_files, placement)
+            self._row_blender = Blender(kernel, row_source)
+            self._held = self._hold(loader.layers)
+            self.sink = LiveSink(self.model, self._held, self.groups, self._blender.source)
             self._dropped = _find_uncached(loader.layers, placement)
             turnstile = LayerTurnstile(
                 len(loader.layers), loader.find_owners(), placement.batches_at_once
@@ -73,12 +73,11 @@ class StreamedWeights:
             self._layers.start(0.0)
             self._opened = opened.pop_all()
 
-    def _read_from(self, files: MappedFiles, plan: Plan) -> Source:
-        device = self._placement.device
-        return files if device == "cpu" else DeviceSource(plan, files, self._placement, device)
+    def _hold(self, layers: Iterable[DecoderLayer]) -> Plan:
+        """The plan of what alpha changes outside of the layers and gets memory of its own.
 
-    def _hold(self, layers: Iterable[DecoderLayer], opened: ExitStack) -> Plan:
-        """The plan of what alpha changes outside of the layers, which gets memory of its own."""
+        CannotStreamError if the head cannot do without.
+        """
         streamed = {name for layer in layers for name in layer.names}
         changed = {
             step.name: step
@@ -88,13 +87,15 @@ class StreamedWeights:
         groups = [group for group in self.groups if not changed.keys().isdisjoint(group.names)]
         self._untie([target for group in groups for target in group.targets])
         for group in groups:
-            if embedding := self._find_lone_embedding(group.targets[0]):
-                rows = EmbeddingRows(embedding, changed.pop(group.names[0]), self._fill_table)
-                opened.callback(rows.close)
+            if users := self._find_table_users(group):
+                self._put_table(users, group.targets[0], changed.pop(group.names[0]))
                 continue
             for target in group.targets:
                 param = find_tensor(self.model, target)
                 param.data = param.data.clone()
+        head = self.model.get_output_embeddings()
+        if self._placement.head_in_windows and type(head.weight) is not VocabularyTable:
+            raise CannotStreamError(f"the head of {type(self.model).__name__} must be held whole")
         return replace(self._plan, steps=tuple(changed.values()))
 
     def _untie(self, targets: Iterable[str]) -> None:
@@ -105,54 +106,46 @@ class StreamedWeights:
                 untie_parameter(self.model, target)
             seen.add(id(find_tensor(self.model, target)))
 
-    def _find_lone_embedding(self, target: str) -> Any:
-        """The embedding whose weight this is, if it is tied to nothing and does no more."""
-        path, _, attribute = target.rpartition(".")
-        module = self.model.get_submodule(path)
-        users = [p for _, p in self.model.named_parameters(remove_duplicate=False)]
-        is_lone = sum(p is getattr(module, attribute) for p in users) == 1
-        is_plain = type(module).forward is torch.nn.Embedding.forward
-        # Some methods choose elements by their place in the whole
-        return module if is_lone and is_plain and not isinstance(self._plan, Mixture) else None
+    def _find_table_users(self, group: TensorGroup) -> list[Any]:
+        """The modules that use a weight, if they need no more of it than some rows at a time."""
+        if group.operations or isinstance(self._plan, Mixture):
+            return []  # some methods choose elements by their place in the whole
+        param = find_tensor(self.model, group.targets[0])
+        users = [
+            module
+            for module in self.model.modules()
+            if any(each is param for each in module._parameters.values())
+        ]
+        head = self.model.get_output_embeddings() if self._placement.head_in_windows else None
+        can_do = (
+            isinstance(user, torch.nn.Linear if user is head else torch.nn.Embedding)
+            for user in users
+        )
+        return users if all(can_do) else []
+
+    def _put_table(self, users: Iterable[Any], target: str, step: Step) -> None:
+        param = find_tensor(self.model, target)
+        table = VocabularyTable.replacing(param, RowBlender(step, param, self._fill_rows))
+        for user in users:
+            user._parameters["weight"] = table
 
     def apply(self, alpha: Alpha, progress: Callable[[int], None] | None) -> None:
         """Blend what is held; the layers are blended as they run."""
         self._layers.discard()
         self.sink.discard()
         self._alpha = alpha
-        run(
-            self._held,
-            alpha,
-            self.sink,
-            kernel=self._kernel,
-            source=self._source,
-            window=WINDOW_BYTES,
-            evict=not self._placement.sources_stay_cached,
-            progress=progress,
-        )
+        evict = not self._placement.sources_stay_cached
+        self._blender.blend(self._held, alpha, self.sink, evict=evict, progress=progress)
         self._layers.start(alpha)
 
     def _fill_layer(self, layer: DecoderLayer, alpha: Alpha) -> None:
-        steps = layer.plan.steps
-        sink = LiveSink(self.model, layer.plan, layer.groups, self._source, steps=steps)
-        run(
-            layer.plan,
-            alpha,
-            sink,
-            kernel=self._kernel,
-            source=self._source,
-            window=WINDOW_BYTES,
-            evict=layer in self._dropped,
-        )
+        source, steps = self._blender.source, layer.plan.steps
+        sink = LiveSink(self.model, layer.plan, layer.groups, source, steps=steps)
+        self._blender.blend(layer.plan, alpha, sink, evict=layer in self._dropped)
 
-    def _fill_table(self, step: Step, content: torch.Tensor) -> None:
-        run(
-            replace(self._plan, steps=(step,)),
-            self._alpha,
-            TableSink(content, self._row_source),
-            kernel=self._kernel,
-            source=self._row_source,
-        )
+    def _fill_rows(self, step: Step, content: torch.Tensor) -> None:
+        sink = TableSink(content, self._row_blender.source)
+        self._row_blender.blend(replace(self._plan, steps=(step,)), self._alpha, sink)
 
     def close(self) -> None:
         """End the thread, unmap the files and drop the model."""

@@ -794,14 +794,16 @@ def test_memory_shapes_what_plan_says_of_a_search(pair: tuple[Path, Path], capsy
         return found
 
     host = lines("--ram", "8GB", "--vram", "0")
-    assert host[0].startswith("fits on the CPU in bf16: 1.35 GB of 8.00 GB")
+    assert re.match(
+        r"fits: 0\.\dM exact \(bf16\) in 1\.35 GB of 8\.00 GB, held; on the CPU, 8 q", host[0]
+    )
     assert "memory: no CUDA card, 8.00 GB of RAM available" in host
     assert any(re.match(r"cpu BF16 at batch 8: .* = .* of 8\.00 GB: chosen", line) for line in host)
     card = lines("--ram", "8GB", "--vram", "80GB")
     assert any(re.match(r"cuda BF16 at batch 8: .* of 80\.00 GB: chosen", line) for line in card)
     assert any(line.endswith("in VRAM") for line in card)
     streamed = lines("--ram", "8GB", "--vram", "0", "--live", "streamed")
-    assert "of 8.00 GB, exact, layers streamed from the page cache, 8 q" in streamed[0]
+    assert "of 8.00 GB, layers streamed from the page cache; on the CPU, 8 q" in streamed[0]
     (refusal,) = lines("--ram", "100MB", "--vram", "0")
     assert refusal.startswith("the model does not fit: cpu BF16 streamed at batch 1 needs ")
     assert run("plan", *pair, "--ram", "8GB", "--vram", "0") == 0

@@ -23,7 +23,8 @@ from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.live.device_source import DeviceSource, as_tensor
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import Placement, locate_sources, place
+from lowmem_adamms.live.placement import Placement, locate_sources
+from lowmem_adamms.live.placing import place
 from lowmem_adamms.mapping.plan import Part, Plan
 from lowmem_adamms.settings import PlacementSettings
 

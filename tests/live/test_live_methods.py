@@ -65,7 +65,7 @@ def test_a_device_holds_every_model_of_a_mixture(models: dict[str, Path]) -> Non
     """On "cpu" in place of a card: the source gives torch tensors, so torch mixes."""
     from lowmem_adamms.checkpoints.mapped_files import MappedFiles
     from lowmem_adamms.live.free_memory import Memory
-    from lowmem_adamms.live.placement import place
+    from lowmem_adamms.live.placing import place
     from lowmem_adamms.settings import PlacementSettings
 
     plan = plan_of(models, "ties")

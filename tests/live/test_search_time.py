@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 
 from lowmem_adamms import make_plan
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import Placement, place
+from lowmem_adamms.live.placement import Placement
+from lowmem_adamms.live.placing import place
 from lowmem_adamms.live.search_time import Speeds, describe_time, estimate_seconds, measure_speeds
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.settings import PlacementSettings
+from lowmem_adamms.values import format_size
 
 SPEEDS = Speeds(operations=1e9, copied_bytes=1e6, disk_bytes=1e5)
 PASSES = 1 + 0.65 * 64
@@ -68,3 +71,19 @@ def test_the_machine_is_measured_and_the_line_says_for_what(plan: Plan, tmp_path
     assert line.startswith("time: about ")
     assert "for 100 questions of 512 tokens at 7 alphas, answered in 64" in line
     assert describe_time(plan, replace(placed(plan, "held"), device="cuda"), 7, 100) == []
+
+
+def test_the_line_tells_both_ways(plan: Plan) -> None:
+    """With what the other one takes, of memory that this machine may lack."""
+    held, streamed = placed(plan, "held"), placed(plan, "streamed")
+    for one, other in ((held, streamed), (streamed, held)):
+        (line,) = describe_time(plan, one, 7, 100)
+        size = format_size(other.required_bytes)
+        assert re.match(
+            rf"time: about [\w. ]+ {one.live}, or [\w. ]+ {other.live} in {size}, for 100", line
+        )
+    tight = replace(streamed, available_bytes=10**6)
+    (line,) = describe_time(plan, tight, 7, 100)
+    assert " held in " in line
+    (line,) = describe_time(plan, replace(held, available_bytes=10**6), 7, 100)
+    assert "streamed" not in line

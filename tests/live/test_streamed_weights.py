@@ -24,12 +24,22 @@ from lowmem_adamms.kernels import gpu
 from lowmem_adamms import Alphas, LiveModel, make_plan
 from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.errors import PlacementError, RecipeError
-from lowmem_adamms.live import decoder_layers, live_model, streamed_weights
+from lowmem_adamms.live import (
+    decoder_layers,
+    held_weights,
+    live_model,
+    streamed_weights,
+    vocabulary_table,
+)
 from lowmem_adamms.live.decoder_layers import CannotStreamError
 from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import Placement, place
+from lowmem_adamms.live.layer_turnstile import LayerTurnstile
+from lowmem_adamms.live.placement import Placement
+from lowmem_adamms.live.placing import place
 from lowmem_adamms.live.streamed_weights import StreamedWeights
+from lowmem_adamms.live.transformers_model import quiet
+from lowmem_adamms.live.vocabulary_table import VocabularyTable
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging import loop
 from lowmem_adamms.prompts import Prompt
@@ -68,6 +78,16 @@ def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Plans:
         return known[family]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A Qwen2-VL whose head is its embedding."""
+    root, parent = tmp_path_factory.mktemp("tied"), tiny.ancestor("qwen2", layers=3, tied=True)
+    base = tiny.make("qwen2_vl", root / "base", ancestor=parent, tied=True)
+    return make_plan(
+        base, tiny.make("qwen2_vl", root / "donor", ancestor=parent, tied=True, seed=2)
+    )
 
 
 @pytest.fixture
@@ -122,15 +142,17 @@ def test_answers_are_those_of_the_held_model_by_way_of_a_device(
         model.apply(0.3)
         expected = model.generate(prompts, SETTINGS, batch_size=2)
 
-    def read_from(self: StreamedWeights, files: MappedFiles, plan: Plan) -> DeviceSource:
-        where = replace(self._placement, vram_source_bytes=10**5, pinned_source_bytes=10**5)
+    def make_source(plan: Plan, files: MappedFiles, placement: Placement) -> DeviceSource:
+        where = replace(placement, vram_source_bytes=10**5, pinned_source_bytes=10**5)
         return DeviceSource(plan, files, where, "cpu")
 
-    monkeypatch.setattr(StreamedWeights, "_read_from", read_from)
+    monkeypatch.setattr(streamed_weights, "make_source", make_source)
     monkeypatch.setattr(streamed_weights, "choose_kernel", lambda *_: gpu.blend_torch)
-    with load(plan) as model:
-        model.apply(0.3)
-        assert model.generate(prompts, SETTINGS, batch_size=2) == expected
+    for head_in_windows in (False, True):
+        placement = replace(placed(plan), head_in_windows=head_in_windows)
+        with LiveModel(plan, placement=placement) as model:
+            model.apply(0.3)
+            assert model.generate(prompts, SETTINGS, batch_size=2) == expected
 
 
 # Batches side by side
@@ -189,6 +211,22 @@ def test_an_error_in_one_batch_ends_them_all(
     assert len(set(again)) > 1
 
 
+def test_a_model_is_whole_while_its_notes_are_swapped() -> None:
+    """Another thread looks up its layers at that time."""
+
+    class Watched(dict[str, Any]):
+        def clear(self) -> None:
+            pytest.fail("the model has no layers at this moment")
+
+    owner: Any = type("Owner", (), {})()
+    owner.__dict__ = Watched(layers=[1], position=0)
+    turnstile = LayerTurnstile(3, [owner], 2)
+    notes = turnstile._take_notes()
+    owner.later, owner.position = 5, 7
+    turnstile._put_notes(notes)
+    assert vars(owner) == {"layers": [1], "position": 0}
+
+
 def test_a_consumer_that_gives_up_ends_the_batches(live: LiveModel) -> None:
     def give_up(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -214,20 +252,134 @@ def test_two_layers_are_there_and_the_others_are_not(live: LiveModel) -> None:
 
 def test_of_the_embedding_only_rows_in_use_are_there(live: LiveModel) -> None:
     embedding = live.model.get_input_embeddings()
-    asked = torch.tensor([[7, 3, 7, 300]])
-    rows = embedding(asked)
-    assert embedding.weight.shape == (3, tiny.HIDDEN)
+    assert isinstance(embedding.weight, VocabularyTable)
+    blended: list[tuple[int, ...]] = []
+    blender: Any = embedding.weight.blender
+    fill = blender._fill
+
+    def watch(step: Any, out: Any) -> None:
+        blended.append(step.shape)
+        fill(step, out)
+
+    blender._fill = watch
+    rows = embedding(torch.tensor([[7, 3, 7, 300]]))
+    assert blended == [(3, tiny.HIDDEN)]
     assert torch.equal(rows[0, 0], rows[0, 2])
-    with pytest.raises(IndexError, match="token 320 of an embedding of 320 rows"):
-        embedding(torch.tensor([320]))
-    with pytest.raises(IndexError, match="token -1 "):
-        embedding(torch.tensor([-1]))
+    for token in (320, -1):
+        with pytest.raises(IndexError, match=f"token {token} of an embedding of 320 rows"):
+            embedding(torch.tensor([token]))
+
+
+# The vocabulary's tables
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Tied, and its embedding scales what it looks up."""
+    transformers = __import__("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=tiny.ROWS,
+        hidden_size=tiny.HIDDEN,
+        intermediate_size=tiny.INNER,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=64,
+    )
+    root = tmp_path_factory.mktemp("gemma")
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForCausalLM(config).bfloat16()
+    with quiet():
+        for name in ("base", "donor"):
+            for parameter in model.parameters():
+                parameter.data += 0.02 * torch.randn(parameter.shape)
+            model.save_pretrained(root / name)
+    return make_plan(root / "base", root / "donor")
+
+
+def logits_at(model: LiveModel, alpha: float) -> list[torch.Tensor]:
+    """Of a prompt, of one token, of a batch, and of a long batch."""
+    model.apply(alpha)
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for shape in ((1, 7), (1, 1), (3, 1), (4, 33)):
+        ids = torch.randint(0, 300, shape, generator=random)
+        with quiet(), torch.inference_mode():
+            found.append(model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("base", ["llama", "tied qwen2_vl", "gemma"])
+def test_a_head_in_windows_gives_the_bits_of_one_that_is_held(
+    base: str,
+    dtype: str,
+    plan_of: Plans,
+    tied: Plan,
+    gemma: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vocabulary_table, "HEAD_WINDOW_ROWS", 48)  # 320 rows: six, and one of 32
+    plan = {"tied qwen2_vl": tied, "gemma": gemma}.get(base) or plan_of(base)
+    placements = placed(plan, "held"), replace(placed(plan), head_in_windows=True)
+    found = []
+    for placement in placements:
+        with LiveModel(plan, placement=placement, dtype=dtype) as model:
+            found.append([logits_at(model, alpha) for alpha in (0.6, 0, 0.3)])
+            weights = [model.model.get_input_embeddings().weight, model.model.lm_head.weight]
+    assert all(isinstance(weight, VocabularyTable) for weight in weights)
+    for held, streamed in zip(*found, strict=True):
+        assert all(map(torch.equal, held, streamed))
+    assert not torch.equal(found[0][0][0], found[0][2][0])
+
+
+def test_a_row_is_taken_out_of_a_table_and_nothing_else_is_done_with_it(gemma: Plan) -> None:
+    """As Gemma 4 takes its padding's."""
+    with LiveModel(gemma, placement=replace(placed(gemma), head_in_windows=True)) as model:
+        model.apply(1)
+        weight = model.model.lm_head.weight
+        donor = tiny.load(gemma.donor.path)["model.embed_tokens.weight"]
+        assert torch.equal(weight[5], donor[5])
+        assert torch.equal(weight[5, :], donor[5])
+        assert (weight.shape, weight.dtype) == (donor.shape, donor.dtype)
+        with pytest.raises(TypeError):
+            weight + 1
+        with pytest.raises(TypeError, match="sum of a weight of which only the rows in use are"):
+            weight.sum()
+
+
+def test_a_head_that_does_more_than_multiply_cannot_go_in_windows(
+    plan_of: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("llama")
+
+    class Head(torch.nn.Module):
+        def __init__(self, columns: int, rows: int, bias: bool) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(rows, columns))
+
+    llama = __import__("transformers").models.llama.modeling_llama
+    monkeypatch.setattr(
+        llama.LlamaForCausalLM,
+        "get_output_embeddings",
+        lambda self: Head(1, 1, False),
+    )
+    with pytest.raises(CannotStreamError, match="head of LlamaForCausalLM must be held whole"):
+        StreamedWeights(
+            plan,
+            plan.base.path,
+            replace(placed(plan), head_in_windows=True),
+            dtype="auto",
+            trust_remote_code=False,
+        )
 
 
 def test_what_alpha_does_not_change_lies_in_the_file(plan_of: Plans) -> None:
     with load(plan_of("qwen2_vl")) as live:
         assert isinstance(live._weights, StreamedWeights)
-        mapped = live._weights._files._open.values()
+        files: Any = live._weights._blender.source
+        mapped = files._open.values()
         ranges = [(file._address, file._address + file._bytes.size) for file in mapped]
 
         def lies_in_file(param: Any) -> bool:
@@ -253,7 +405,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -
         run(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(streamed_weights, "run", broken)
+        patched.setattr(held_weights, "run", broken)
         yield
 
 

@@ -32,7 +32,7 @@ from lowmem_adamms.cli import main
 from lowmem_adamms.errors import FormatError, MappingError, MergeError, RecipeError
 from lowmem_adamms.live import transformers_model as loading
 from lowmem_adamms.live.free_memory import Memory
-from lowmem_adamms.live.placement import place
+from lowmem_adamms.live.placing import place
 from lowmem_adamms.mapping.plan import Part, Plan, Step
 from lowmem_adamms.merging import disk_sink as sink
 from lowmem_adamms.merging import loop

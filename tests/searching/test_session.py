@@ -17,7 +17,7 @@ import talk
 from lowmem_adamms import make_plan, search
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.placement import Placement
-from lowmem_adamms.live.placement import place as choose_placement
+from lowmem_adamms.live.placing import place as choose_placement
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.prompts import Prompt
