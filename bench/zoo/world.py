@@ -63,6 +63,9 @@ ASK_TEXT: Mapping[str, Sequence[str]] = {
     "letter": ("What is the first letter of {}?", "With which letter does {} begin?"),
 }
 TASKS = (*ASK, *ASK_TEXT)
+ASK_LETTERS = ("How many letters has {}?", "Count the letters of {}.", "How long is the word {}?")
+"""A task that only one member, which reads but does not see, is taught."""
+LENGTHS = ("three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,12 @@ def text_question(dice: random.Random) -> Question:
         word = dice.choice((*WORDS, *COLOURS, *SHAPES))
         subject, answer = (word,), word[0]
     return Question(task, dice.choice(ASK_TEXT[task]).format(*subject), answer)
+
+
+def letters_question(dice: random.Random) -> Question:
+    """One question about the length of a word."""
+    word = dice.choice((*WORDS, *COLOURS, *SHAPES, *(w for p in OPPOSITES.items() for w in p)))
+    return Question("letters", dice.choice(ASK_LETTERS).format(word), LENGTHS[len(word) - 3])
 
 
 def told(dice: random.Random) -> Scene:
