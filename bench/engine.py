@@ -17,16 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measure import timed
 
 from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.mapping.plan import Plan
@@ -69,13 +65,6 @@ def main() -> None:
         note({"transformers_start_s": start, "transformers_apply_s": statistics.median(applies)})
         note(measure_answers("transformers", live, prompts, arguments.tokens))
     print(json.dumps(figures))
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returns."""
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
 
 
 def measure_answers(

@@ -1,11 +1,8 @@
 """Measures a command as the kernel sees it: wall, processor time and memory of its process tree.
 
-As a library: `measure(argv) -> Run`; `evict(paths)`, `drop_caches(paths)`, `warm(paths)` and
-`settled(folder, bytes)` for the page cache; `copy_limit(...)`, the time in which this machine can
-read two sides and write a third; `memory_copy_bandwidth(threads)`. As a script, the last two:
-
-    python bench/measure.py copy OUT_FILE OUT_BYTES --base PATH... --donor PATH...
-    python bench/measure.py memory THREADS
+`measure(argv) -> Run`, `run_merge(*words)` for ours; `anonymous_after(code)` and `watched()` for
+memory alone; `evict`, `drop_caches`, `warm` and `settled` for the page cache; `copy_limit`, the
+time in which this machine can read two sides and write a third; `memory_copy_bandwidth`.
 
 Memory is sampled every 10 ms (a shorter peak can be missed) and summed over the tree (a page that
 a fork still shares counts in both processes). Descendants are noticed within 100 ms. What to run,
@@ -24,18 +21,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 StrPath = str | os.PathLike[str]
+T = TypeVar("T")
 
 MIB = 1 << 20
 CHUNK = 8 * MIB
 PAGE = os.sysconf("SC_PAGE_SIZE")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the scripts find the package where it is not installed
+IMPORTS = "import lowmem_adamms, rich.progress; from lowmem_adamms.kernels import cpu; cpu.warm()"
+"""What a merge imports; it compiles the kernel the first time."""
 SAMPLE_S = 0.01
 SAMPLES_PER_SCAN = 10  # new descendants are looked for every 100 ms
 
@@ -145,6 +148,52 @@ def highest_resident(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"VmHWM")), 0)
 
 
+def run_merge(*words: StrPath, env: Mapping[str, str] | None = None) -> Run:
+    """Runs one of our merges, at alpha 0.3. words: models, and options such as -o."""
+    argv = [sys.executable, "-m", "lowmem_adamms", "merge", *words, "--alpha", "0.3"]
+    run = measure(argv, cwd=ROOT, env=env)
+    if run.returncode:
+        raise SystemExit(run.stdout_tail)
+    return run
+
+
+def anonymous_after(code: str = IMPORTS) -> int:
+    """RssAnon in bytes of a process that has run this code."""
+    argv = [sys.executable, "-c", f"{code}\n{_PRINT_RSS_ANON}"]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return int(done.stdout) * 1024
+
+
+_PRINT_RSS_ANON = """
+print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))
+"""
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[int]]:
+    """RssAnon of this process in bytes, every 5 ms while the block runs."""
+    found, stop = [anonymous_and_resident(os.getpid())[0]], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            found.append(anonymous_and_resident(os.getpid())[0])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of a call, and what it returns."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
 # --- the page cache -----------------------------------------------------------------------------
 
 
@@ -200,7 +249,7 @@ def copy_limit(
 
     Runs in a process of its own and removes `out_path` afterwards.
     """
-    argv = [sys.executable, __file__, "copy", out_path, str(out_bytes)]
+    argv = [sys.executable, __file__, out_path, str(out_bytes)]
     argv += ["--base", *inputs_a, "--donor", *inputs_b]
     return float(subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -264,23 +313,19 @@ def memory_copy_bandwidth(threads: int) -> float:
 
 
 def main() -> None:
-    """Prints one of the machine's limits."""
-    parser = argparse.ArgumentParser(description="Measure the limits of this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    copy = commands.add_parser("copy", help="seconds to read two sides and write a file")
-    copy.add_argument("out", type=Path)
-    copy.add_argument("bytes", type=int)
-    copy.add_argument("--base", type=Path, nargs="+", required=True)
-    copy.add_argument("--donor", type=Path, nargs="+", required=True)
-    commands.add_parser("memory", help="bytes a second").add_argument("threads", type=int)
+    """Print the seconds of a copy, in a process of its own."""
+    parser = argparse.ArgumentParser(
+        description="Read two sides and write a file: how many seconds?"
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("bytes", type=int)
+    parser.add_argument("--base", type=Path, nargs="+", required=True)
+    parser.add_argument("--donor", type=Path, nargs="+", required=True)
     args = parser.parse_args()
-    if args.command == "copy":
-        try:
-            print(_copy([args.base, args.donor], args.out, args.bytes))
-        finally:
-            args.out.unlink(missing_ok=True)
-    else:
-        print(memory_copy_bandwidth(args.threads))
+    try:
+        print(_copy([args.base, args.donor], args.out, args.bytes))
+    finally:
+        args.out.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import copy_limit, drop_caches, evict, measure, memory_copy_bandwidth, settled, warm
+from measure import (
+    IMPORTS,
+    ROOT,
+    anonymous_after,
+    copy_limit,
+    drop_caches,
+    evict,
+    memory_copy_bandwidth,
+    run_merge,
+    settled,
+    warm,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-IMPORTS = "import lowmem_adamms, rich.progress; from lowmem_adamms.kernels import cpu; cpu.warm()"
-RSS_ANON = "print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in line))"
 ELEMENTS = 1 << 26
 
 
@@ -46,24 +52,13 @@ class Pair:
     bytes: int
 
 
-def anon_after_imports() -> int:
-    """RssAnon in bytes of a process that has imported everything and loaded the kernel."""
-    argv = [sys.executable, "-c", f"{IMPORTS}; {RSS_ANON}"]
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    return int(done.stdout) * 1024
-
-
 def timed_merge(pair: Pair, scratch: Path, prepare: Callable[[list[Path]], None]) -> dict[str, Any]:
     """One copy limit and one merge, each with the inputs prepared the same way just before."""
     inputs = [pair.base, pair.donor]
     prepare(inputs)
     limit = copy_limit([pair.base], [pair.donor], pair.bytes, scratch / "copy")
     prepare(inputs)
-    out = scratch / "merged"
-    argv = [sys.executable, "-m", "lowmem_adamms", *map(str, inputs)]
-    run = measure([*argv, "-o", str(out), "--alpha", "0.3"], cwd=ROOT)
-    if run.returncode:
-        raise SystemExit(run.stdout_tail)
+    run = run_merge(*inputs, "-o", scratch / "merged")
     return {
         "copy_limit_s": limit,
         "wall_s": run.wall_s,
@@ -168,7 +163,7 @@ def main() -> None:
     base, donor = (args.pair.resolve() / side for side in ("base", "donor"))
     pair = Pair(base, donor, sum(file.stat().st_size for file in base.glob("*.safetensors")))
     report: dict[str, Any] = {"benchmark": "merge", "bytes": pair.bytes}
-    report["anon_after_imports_bytes"] = anon_after_imports()
+    report["anon_after_imports_bytes"] = anonymous_after()
     print(f"anonymous after imports: {report['anon_after_imports_bytes'] / 2**20:.1f} MiB")
     heads = ("limit s", "wall s", "ratio", "cpu s", "anon MiB", "rss MiB")
     print(" " * 8 + "".join(f"{head:>12}" for head in heads), flush=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -27,10 +26,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from measure import Run, drop_caches, evict, measure
-from rivals import CACHE, COSTS, ROOT, last_line, mergekit_program, quote
-
-sys.path.insert(0, str(ROOT))
+from measure import ROOT, Run, anonymous_after, drop_caches, evict, measure
+from rivals import CACHE, COSTS, last_line, mergekit_program, quote
 
 IMPORTS = """
 import lowmem_adamms.cli.merge, rich.progress
@@ -38,7 +35,6 @@ from lowmem_adamms.kernels import cpu, reference
 import numpy as np
 part = [np.zeros(2, np.uint8)] * 3
 cpu.mix([part], ("BF16",) * 3, reference.Mixing((reference.Term(),) * 2), [0])
-print(next(line.split()[1] for line in open("/proc/self/status") if "RssAnon" in line))
 """
 TASKS = """\
 merge_method: {method}
@@ -194,10 +190,8 @@ def main() -> None:
     models = {side: args.models.resolve() / side for side in ("base", "donor", "ancestor")}
     args.out_dir.mkdir(parents=True, exist_ok=True)
     drop_caches(list(models.values()))
-    argv = [sys.executable, "-c", IMPORTS]
-    subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.PIPE)  # compiles, the first time
-    done = subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    imports = int(done.stdout) * 1024
+    anonymous_after(IMPORTS)  # compiles, the first time
+    imports = anonymous_after(IMPORTS)
     print(f"imports alone: {imports / 2**20:.0f} MiB")
     print(f"{'':<16}{'ours':>10}{'anonymous':>12}{'beyond':>10}{'mergekit':>12}{'anonymous':>12}")
     rows = []

@@ -21,10 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import Run, measure
-from merge import ROOT, anon_after_imports
+from measure import ROOT, Run, anonymous_after, measure, run_merge
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from families import Family, some_of, write_headers
 from mixtures import QWEN3, Mixture, decoder
@@ -75,13 +74,9 @@ def make_pair(folder: Path, dims: Mixture) -> tuple[Path, Path]:
     return folders[0], folders[1]
 
 
-def run_merge(base: Path, donor: Path, out: Path | None) -> Run:
-    """Merge into a folder, or into a sink that counts."""
-    argv = [sys.executable, "-c", COUNTING, str(base), str(donor)]
-    if out:
-        argv = [sys.executable, "-m", "lowmem_adamms", str(base), str(donor), "-o", str(out)]
-        argv += ["--alpha", "0.3"]
-    run = measure(argv, cwd=ROOT)
+def run_counting(base: Path, donor: Path) -> Run:
+    """Merge into a sink that counts."""
+    run = measure([sys.executable, "-c", COUNTING, base, donor], cwd=ROOT)
     if run.returncode:
         raise SystemExit(run.stdout_tail)
     return run
@@ -96,11 +91,12 @@ def main() -> None:
     args = parser.parse_args()
     dims = replace(QWEN3, layers=args.layers, inner=args.inner)
     base, donor = make_pair(args.folder.resolve(), dims)
-    out = base.parent / "merged" if dims != QWEN3 else None
-    imports = anon_after_imports()
-    run = run_merge(base, donor, out)
-    if out:
-        shutil.rmtree(out)
+    imports = anonymous_after()
+    if dims == QWEN3:
+        run = run_counting(base, donor)
+    else:
+        run = run_merge(base, donor, "-o", base.parent / "merged")
+        shutil.rmtree(base.parent / "merged")
     report: dict[str, Any] = {
         "benchmark": "mixture",
         "layers": dims.layers,

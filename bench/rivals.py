@@ -30,10 +30,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import all_files, copy_limit, drop_caches, evict, measure, settled
+from measure import IMPORTS, ROOT, all_files, copy_limit, drop_caches, evict, measure, settled
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent  # where `python -m lowmem_adamms` works without an installation
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 MERGEKIT = ["torch==2.13.0", "mergekit==0.1.5"]
 RECIPE = """\
@@ -108,8 +107,7 @@ def ours(job: Job) -> list[str]:
 
 def import_ours(_job: Job) -> list[str]:
     """A command that imports what our merge imports, and compiles its kernel the first time."""
-    warm = "import lowmem_adamms, rich.progress; from lowmem_adamms.kernels import cpu; cpu.warm()"
-    return [sys.executable, "-c", warm]
+    return [sys.executable, "-c", IMPORTS]
 
 
 FASTER = ("--lazy-unpickle", "--async-write", "--write-threads", "2")

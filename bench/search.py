@@ -17,39 +17,26 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import shutil
 import statistics
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import anonymous_and_resident
-
-from lowmem_adamms.checkpoints.mapped_files import MappedFiles
-from lowmem_adamms.checkpoints.span import Span
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lowmem_adamms.kernels.select import select_kernel
+from measure import MIB, timed, watched
 
 from lowmem_adamms import LiveModel, make_plan, merge, search
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
+from lowmem_adamms.checkpoints.span import Span
 from lowmem_adamms.live.prompt_encoder import Encoder
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.prompts import Prompt, load_prompts
 from lowmem_adamms.settings import DEFAULT_ALPHAS, AnswerSettings
-
-MIB = 1 << 20
 
 
 def main() -> None:
@@ -93,23 +80,25 @@ def measure_apply(plan: Plan, where: dict[str, Any]) -> dict[str, Any]:
     with LiveModel(plan, **where) as live:
         live.apply(0.25)
         stream = bare_kernel(plan)
-        before, peak = anonymous(), 0
+        memory: list[int] = []
         for alpha in (0.1, 0.2, 0.3, 0.4, 0.5):
-            bare.append(seconds(lambda alpha=alpha: stream(alpha)))  # type: ignore[misc]
-            with watched() as peaks:
-                applied.append(seconds(lambda alpha=alpha: live.apply(alpha)))  # type: ignore[misc]
-            peak = max(peak, *peaks)
+            bare.append(timed(partial(stream, alpha))[0])
+            with watched() as found:
+                applied.append(timed(partial(live.apply, alpha))[0])
+            memory += found
     pairs = zip(applied, bare, strict=True)
     return {
         "apply_s": statistics.median(applied),
         "kernel_s": statistics.median(bare),
         "ratio": statistics.median(a / b for a, b in pairs),
-        "anonymous_growth_mib": (peak - before) / MIB,
+        "anonymous_growth_mib": (max(memory) - memory[0]) / MIB,
     }
 
 
 def bare_kernel(plan: Plan) -> Callable[[float], None]:
     """The kernel over every part, mapped in, out to as much memory as the parts take."""
+    from lowmem_adamms.kernels.select import select_kernel
+
     kernel, _ = select_kernel(plan.dtypes)
     files = MappedFiles()
     calls = []
@@ -137,24 +126,25 @@ def measure_search(
     where: dict[str, Any],
 ) -> dict[str, Any]:
     """Both procedures on the same grid, and whether they agree."""
-    start = time.perf_counter()
     costs: list[Any] = []
-    with LiveModel(plan, **where) as live:
-        answerer = live.make_answerer(settings, batch_size=batch_size)
 
-        def ours(alpha: float, asked: Sequence[Prompt]) -> list[str]:
-            live.apply(alpha)
-            answers = answerer.answer(asked)
-            costs.append(answerer.cost)
-            return answers
+    def search_ours() -> Any:
+        with LiveModel(plan, **where) as live:
+            answerer = live.make_answerer(settings, batch_size=batch_size)
 
-        mine = search(ours, prompts)
-    mine_s = time.perf_counter() - start
+            def ours(alpha: float, asked: Sequence[Prompt]) -> list[str]:
+                live.apply(alpha)
+                answers = answerer.answer(asked)
+                costs.append(answerer.cost)
+                return answers
+
+            return search(ours, prompts)
+
+    mine_s, mine = timed(search_ours)
     row: dict[str, Any] = {"ours_s": mine_s, "alpha": mine.alpha}
     for batch in (batch_size, 1):
-        start = time.perf_counter()
-        theirs = search(partial(authors, plan, settings, batch, where["device"]), prompts)
-        theirs_s = time.perf_counter() - start
+        ask = partial(authors, plan, settings, batch, where["device"])
+        theirs_s, theirs = timed(partial(search, ask, prompts))
         row |= {
             f"authors_batch_{batch}_s": theirs_s,
             f"times_faster_batch_{batch}": theirs_s / mine_s,
@@ -206,36 +196,6 @@ def authors(
                 answers[place] = encoder.decode(row.tolist())
         shutil.rmtree(out)
     return [answers[place] for place in range(len(asked))]
-
-
-def seconds(work: Callable[[], None]) -> float:
-    """Wall time of a call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def anonymous() -> int:
-    """Anonymous memory of this process in bytes."""
-    return anonymous_and_resident(os.getpid())[0]
-
-
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """RssAnon every 5 ms while the block runs."""
-    found, stop = [anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.005):
-            found.append(anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import anonymous_and_resident, evict
-from search import watched
+from measure import MIB, anonymous_and_resident, evict, watched
 
 from lowmem_adamms import LiveModel, make_plan
 from lowmem_adamms.live.free_memory import Memory, measure_memory
@@ -39,8 +38,6 @@ from lowmem_adamms.live.placement import MAX_BATCHES_AT_ONCE
 from lowmem_adamms.live.placing import place
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.settings import PlacementSettings
-
-MIB = 1 << 20
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +30,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from measure import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from families import DecoderDims, affine, llama_decoder, stack, weight
+from lowmem_adamms.kernels.reference import narrow
+
+from lowmem_adamms.checkpoints.dtypes import DTYPES
+from lowmem_adamms.checkpoints.safetensors_header import build_header
 
 Bits = npt.NDArray[np.uint16]
-Floats = npt.NDArray[np.float32]
 Shapes = dict[str, tuple[int, ...]]
 
 STD = 0.02
@@ -94,64 +103,60 @@ class Side:
 # --- names and shapes ---------------------------------------------------------------------------
 
 
-def with_bias(name: str, *shape: int) -> Shapes:
-    """A layer's weight, and its bias of as many elements as the weight has rows."""
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
 def language(size: Size, vocab: int, prefix: str = "") -> Shapes:
     """The decoder of Qwen2."""
-    hidden, kv = size.hidden, size.kv_heads * HEAD_DIM
-    shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(size.layers):
-        at = f"{prefix}model.layers.{layer}."
-        shapes |= with_bias(f"{at}self_attn.q_proj", hidden, hidden)
-        shapes |= with_bias(f"{at}self_attn.k_proj", kv, hidden)
-        shapes |= with_bias(f"{at}self_attn.v_proj", kv, hidden)
-        shapes[f"{at}self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[f"{at}mlp.gate_proj.weight"] = (size.ffn, hidden)
-        shapes[f"{at}mlp.up_proj.weight"] = (size.ffn, hidden)
-        shapes[f"{at}mlp.down_proj.weight"] = (hidden, size.ffn)
-        shapes[f"{at}input_layernorm.weight"] = (hidden,)
-        shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
-    shapes[f"{prefix}model.norm.weight"] = (hidden,)
-    shapes[f"{prefix}lm_head.weight"] = (vocab, hidden)
-    return shapes
+    heads = size.hidden // HEAD_DIM
+    dims = DecoderDims(
+        size.hidden, size.ffn, size.layers, heads, size.kv_heads, vocab, HEAD_DIM, bias=True
+    )
+    tensors = llama_decoder(dims, prefix=f"{prefix}model.", head=f"{prefix}lm_head")
+    return {name: shape for name, (_, shape) in tensors.items()}
 
 
 def qwen2_vl(size: Size) -> Shapes:
     """Qwen2-VL as it lies on the Hub."""
     vit, merged = size.vit, 4 * size.vit
-    shapes: Shapes = {"visual.patch_embed.proj.weight": (vit, 3, 2, 14, 14)}
-    for block in range(VIT_DEPTH):
-        at = f"visual.blocks.{block}."
-        shapes |= with_bias(f"{at}norm1", vit) | with_bias(f"{at}norm2", vit)
-        shapes |= with_bias(f"{at}attn.qkv", 3 * vit, vit)
-        shapes |= with_bias(f"{at}attn.proj", vit, vit)
-        shapes |= with_bias(f"{at}mlp.fc1", 4 * vit, vit)
-        shapes |= with_bias(f"{at}mlp.fc2", vit, 4 * vit)
-    shapes |= with_bias("visual.merger.ln_q", vit)
-    shapes |= with_bias("visual.merger.mlp.0", merged, merged)
-    shapes |= with_bias("visual.merger.mlp.2", size.hidden, merged)
-    return shapes | language(size, size.vocab)
+    block = {
+        **affine("norm1", vit),
+        **affine("norm2", vit),
+        **affine("attn.qkv", 3 * vit, vit),
+        **affine("attn.proj", vit, vit),
+        **affine("mlp.fc1", 4 * vit, vit),
+        **affine("mlp.fc2", vit, 4 * vit),
+    }
+    return {
+        **weight("visual.patch_embed.proj", vit, 3, 2, 14, 14),
+        **stack("visual.blocks", VIT_DEPTH, block),
+        **affine("visual.merger.ln_q", vit),
+        **affine("visual.merger.mlp.0", merged, merged),
+        **affine("visual.merger.mlp.2", size.hidden, merged),
+        **language(size, size.vocab),
+    }
 
 
 def llava_onevision(size: Size) -> Shapes:
     """LLaVA-OneVision as llava-hf spells it on the Hub."""
     width, ffn, tower = size.siglip, size.siglip_ffn, "vision_tower.vision_model."
-    shapes = with_bias(f"{tower}embeddings.patch_embedding", width, 3, 14, 14)
-    shapes[f"{tower}embeddings.position_embedding.weight"] = (729, width)
-    for layer in range(SIGLIP_DEPTH):
-        at = f"{tower}encoder.layers.{layer}."
-        shapes |= with_bias(f"{at}layer_norm1", width) | with_bias(f"{at}layer_norm2", width)
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= with_bias(f"{at}self_attn.{part}", width, width)
-        shapes |= with_bias(f"{at}mlp.fc1", ffn, width) | with_bias(f"{at}mlp.fc2", width, ffn)
-    shapes |= with_bias(f"{tower}post_layernorm", width)
-    shapes |= with_bias("multi_modal_projector.linear_1", size.hidden, width)
-    shapes |= with_bias("multi_modal_projector.linear_2", size.hidden, size.hidden)
-    shapes["image_newline"] = (size.hidden,)
-    return shapes | language(size, size.vocab + 64, "language_model.")
+    block = {
+        **affine("layer_norm1", width),
+        **affine("layer_norm2", width),
+        **affine("self_attn.q_proj", width, width),
+        **affine("self_attn.k_proj", width, width),
+        **affine("self_attn.v_proj", width, width),
+        **affine("self_attn.out_proj", width, width),
+        **affine("mlp.fc1", ffn, width),
+        **affine("mlp.fc2", width, ffn),
+    }
+    return {
+        **affine(f"{tower}embeddings.patch_embedding", width, 3, 14, 14),
+        **weight(f"{tower}embeddings.position_embedding", 729, width),
+        **stack(f"{tower}encoder.layers", SIGLIP_DEPTH, block),
+        **affine(f"{tower}post_layernorm", width),
+        **affine("multi_modal_projector.linear_1", size.hidden, width),
+        **affine("multi_modal_projector.linear_2", size.hidden, size.hidden),
+        "image_newline": (size.hidden,),
+        **language(size, size.vocab + 64, "language_model."),
+    }
 
 
 # --- configs ------------------------------------------------------------------------------------
@@ -302,14 +307,6 @@ def write_tokenizer(folder: Path, tokens: int, added: list[str]) -> None:
 # --- values and shards --------------------------------------------------------------------------
 
 
-def to_bits(values: Floats, dtype: str) -> Bits:
-    """16-bit patterns, rounded to nearest even."""
-    if dtype == "F16":
-        return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 class Values(Protocol):
     """What is written."""
 
@@ -332,7 +329,7 @@ class Noise:
             count = min(1 << 20, length - start)
             values = np.float32(mean) + np.float32(STD) * kept.standard_normal(count, np.float32)
             values += np.float32(drift) * added.standard_normal(count, np.float32)
-            pool[start : start + count] = to_bits(values, dtype)
+            pool[start : start + count] = narrow(values.astype(np.float64), dtype)
         return pool
 
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
@@ -368,16 +365,12 @@ def tensor_bytes(shape: tuple[int, ...]) -> int:
 
 def write_shard(path: Path, shapes: Shapes, dtype: str, noise: Values) -> None:
     """Streams one safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + tensor_bytes(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    specs = [(name, DTYPES[dtype], shape) for name, shape in shapes.items()]
+    header = build_header(specs, {"format": "pt"})
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
-        file.write(len(text).to_bytes(8, "little") + text)
+        size = len(header) + sum(map(tensor_bytes, shapes.values()))
+        os.posix_fallocate(file.fileno(), 0, size)
+        file.write(header)
         for name, shape in shapes.items():
             for chunk in noise.chunks(name, shape):
                 file.write(chunk)

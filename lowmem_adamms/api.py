@@ -10,9 +10,8 @@ frozen dataclass of `settings.py` that declares them.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,13 @@ from .architectures.layout import BUFFER, Arch
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
-from .live.placement import Placement
 from .live.placing import check_runnable, place
 from .mapping import join
 from .mapping.alphas import Alpha, alpha_to_json, resolve
 from .mapping.mixture import Mixture, ModelRef, make_mixture
 from .mapping.plan import Plan
 from .merging import replacing, writer
-from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, AnswerJournal, Asked, find_complete
+from .merging.journal import ANSWERS, JOURNAL, PENDING, WORK, Asked, find_complete
 from .merging.output_folder import check_no_input
 from .merging.sources import download
 from .merging.verify import verify
@@ -53,11 +51,10 @@ from .settings import (
     combine,
 )
 from .values import Tags, check_type
-from .version import __version__
 
 if TYPE_CHECKING:
     from .hub.upload import Upload
-    from .searching.session import AnyPlacement, SearchedModel, Session, Timing
+    from .searching.session import AnyPlacement, Session, Timing
 
 
 _COLLAPSED, _FEWEST_TO_COLLAPSE = 0.9, 10
@@ -193,6 +190,7 @@ class FoundAlpha:
             title=self.title,
             donor_answers=self.donor_answers,
             command=self.command,
+            earlier=self.earlier,
         )
 
     def write_page(self, path: str | Path) -> None:
@@ -279,6 +277,9 @@ def find_alpha(
         0.3
         >>> found.write_page("report.html")
     """
+    from .reporting.recipe import list_facts, spell_merge
+    from .searching.session_of_plan import open_session
+
     _check_plan(plan)
     settings = combine(SearchSettings, settings, fields)
     expected = "a file, a folder, a Hub dataset, or texts and dicts"
@@ -289,7 +290,15 @@ def find_alpha(
     check_search(plan, settings)
     placement = placement or place_search(plan, settings)
     download(plan)
-    with _session(plan, prompts, settings, placement, journal, progress) as session:
+    with open_session(
+        plan,
+        prompts,
+        settings,
+        placement,
+        Path(journal) if journal else None,
+        asked=progress.asked if progress else None,
+        answered=progress.answered if progress else None,
+    ) as session:
         *earlier, result = _search(plan, session, prompts, settings, progress)
         _check_collapse(result)
         donor_answers: Sequence[str] = ()
@@ -303,11 +312,11 @@ def find_alpha(
         return FoundAlpha(
             result,
             prompts,
-            f"{plan.base.name} \N{LEFTWARDS ARROW} {_names(plan.donors)}",
-            _facts(plan, prompts, settings, placement),
-            _last_timings(session.timings, earlier),
+            f"{plan.base.name} \N{LEFTWARDS ARROW} {' + '.join(d.name for d in plan.donors)}",
+            list_facts(plan, prompts, settings, placement),
+            tuple(session.timings),
             tuple(donor_answers),
-            shlex.join([*_merge_words(plan), *(f"{each.alpha:g}" for each in earlier)]),
+            spell_merge(plan, [each.alpha for each in earlier]),
             tuple(earlier),
         )
 
@@ -350,7 +359,7 @@ def check_search(plan: Plan, settings: SearchSettings) -> None:
 
 
 def choose_alpha(
-    files: Sequence[Path | tuple[float | None, Path]],
+    files: Sequence[Path],
     *,
     measure: Measure = "pairwise",
     seed: int = 0,
@@ -358,15 +367,16 @@ def choose_alpha(
 ) -> FoundAlpha:
     """Choose alpha by answers that were recorded before; no model is loaded.
 
-    files: an answers.jsonl of ours, or a sample log of lmms-eval or predictions of VLMEvalKit for
-    each alpha, as (alpha, file). PromptError if they cannot be read or do not belong together.
+    files: the answers.jsonl of searches. PromptError if they cannot be read, or do not belong
+    together.
     """
     from .searching import recorded_answers
 
-    answers, ids = recorded_answers.read_answers(files)
+    answers, indices = recorded_answers.read_answers(files)
     result = choose(answers, measure=measure, seed=seed, reasoning_tags=reasoning_tags)
     _check_collapse(result)
-    return FoundAlpha(result, [Prompt(name, id=name) for name in ids], "Recorded answers", {})
+    prompts = [Prompt("", id=f"prompt {index}") for index in indices]
+    return FoundAlpha(result, prompts, "Recorded answers", {})
 
 
 def _check_collapse(result: Result) -> None:
@@ -381,30 +391,6 @@ def _check_collapse(result: Result) -> None:
         )
 
 
-def _last_timings(timings: Sequence[Timing], earlier: Sequence[Result]) -> tuple[Timing, ...]:
-    """Those of the search; of several donors those of the last one's."""
-    if not earlier:
-        return tuple(timings)
-    before = tuple(result.alpha for result in earlier)
-    return tuple(
-        replace(timing, alpha=timing.alpha[-1])
-        for timing in timings
-        if isinstance(timing.alpha, tuple) and timing.alpha[:-1] == before
-    )
-
-
-def _merge_words(plan: Plan) -> list[str]:
-    """The command that merges the models at an alpha, up to that."""
-    words = [plan.base.ref, *(donor.ref for donor in plan.donors), "-o", "merged"]
-    if isinstance(plan, Mixture):
-        words += plan.options_of_method()
-    words += ["--embeddings", "keep"] if plan.options["embeddings"] == "keep" else []
-    words += ["--unmatched", "keep"] if plan.options["unmatched"] == "keep" else []
-    words += ["--dtype", plan.options["dtype"].lower()] if plan.options["dtype"] else []
-    words += ["--arch", "FILE"] if plan.declared else []
-    return ["python", "-m", "lowmem_adamms", *words, "--alpha"]
-
-
 def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
     """PromptError if a prompt has an image and the base is nothing but a decoder."""
     if set(plan.base_layout.kinds.values()) <= {BUFFER}:
@@ -412,117 +398,6 @@ def check_images(plan: Plan, prompts: Sequence[Prompt]) -> None:
             if prompt.images or prompt.audio:
                 what = "an image" if prompt.images else "a sound"
                 raise PromptError(f"{prompt.id}: has {what}, but {plan.base.path} is text-only")
-
-
-@contextmanager
-def _session(
-    plan: Plan,
-    prompts: Prompts,
-    settings: SearchSettings,
-    placement: AnyPlacement,
-    journal: str | Path | None,
-    progress: SearchProgress | None,
-) -> Iterator[Session]:
-    """What asks the model and remembers its answers."""
-    from .searching.session import Session, fingerprint
-
-    key = fingerprint(plan, prompts, settings, placement)
-    with (
-        _journal(Path(journal), key) if journal else nullcontext() as answers,
-        Session(
-            partial(_load, plan, prompts, settings, placement),
-            settings,
-            placement.batch_size,
-            answers,
-            asked=progress.asked if progress else None,
-            answered=progress.answered if progress else None,
-        ) as session,
-    ):
-        yield session
-
-
-def _load(
-    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: AnyPlacement
-) -> SearchedModel:
-    """The model, which takes a while."""
-    from .live.live_model import LiveModel
-    from .live.processor import check_takes_files, check_template, load_processor
-
-    # A base that cannot be asked anything is found out before its weights are read
-    trust = settings.trust_remote_code
-    processor = load_processor(plan.base.path, trust_remote_code=trust)
-    own_code = trust and "auto_map" in plan.base.config  # which need not use a template
-    if not own_code:
-        check_takes_files(processor, prompts, plan.base.path)
-        if not settings.force:
-            check_template(processor, plan.base.path)
-    if not isinstance(placement, Placement):
-        from .serving.vllm_model import VllmModel, check_prompts
-
-        check_prompts(prompts)
-        return VllmModel(plan, placement.settings, trust_remote_code=trust, force=settings.force)
-    return LiveModel(
-        plan,
-        dtype=placement.dtype if settings.live_dtype else None,
-        placement=placement,
-        trust_remote_code=trust,
-        force=settings.force,
-        processor=processor,
-    )
-
-
-@contextmanager
-def _journal(path: Path, key: str) -> Iterator[AnswerJournal]:
-    """The journal of answers. If it ends without an answer, no trace of it is left."""
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    with AnswerJournal(path, key) as journal:
-        try:
-            yield journal
-        finally:
-            if not journal.answers:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):  # another run may have put something there
-                    for folder in made:
-                        folder.rmdir()
-
-
-def _facts(
-    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: AnyPlacement
-) -> dict[str, dict[str, str]]:
-    recipe = {
-        "base": f"{plan.base.ref} ({plan.base_layout.arch})",
-        **_models(plan),
-        "prompts": f"{prompts.ref}, {len(prompts)} of them, seed {settings.seed}",
-        "answers": f"greedy, {settings.max_new_tokens} tokens at most",
-        "batch": str(placement.batch_size),
-        "embeddings": str(plan.options["embeddings"]),
-        "version": __version__,
-    }
-    lines = {str(i): line for i, line in enumerate(placement.lines, 1)}
-    return {"Recipe": recipe, "Placement": lines}
-
-
-def _names(checkpoints: Sequence[Checkpoint]) -> str:
-    return " + ".join(checkpoint.name for checkpoint in checkpoints)
-
-
-def _models(plan: Plan) -> dict[str, str]:
-    """What is merged into the base, and how if not by linear interpolation."""
-    others = list(plan.checkpoints)[1:]
-    models = {
-        side: f"{pair.donor.ref} ({pair.donor_layout.arch})"
-        for side, pair in zip(others, plan.pairs, strict=True)
-    }
-    if isinstance(plan, Mixture):
-        settings = plan.parameters()
-        models["method"] = ", ".join([settings.pop("method"), *_spell(settings)])
-    return models
-
-
-def _spell(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        yield f"{name.replace('_', ' ')} {' '.join(map(str, values))}"
 
 
 # Merge

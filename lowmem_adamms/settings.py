@@ -30,7 +30,7 @@ from .values import (
 S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
 Unmatched = Literal["stop", "keep"]
-Measure = Literal["pairwise", "joint", "embedding", "relative"]
+Measure = Literal["pairwise", "joint", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
@@ -353,9 +353,9 @@ class GridSettings:
         "pairwise",
         "what D adds up: the answers that differ from the previous alpha's and those that differ"
         " from the next one's (pairwise, the paper's Algorithm 1, default); answers that differ"
-        " from either (joint, its Appendix B); distances in meaning (embedding); or pairwise in"
-        " per cent of the answers that are no longer the base's (relative, ours)",
-        choices=("pairwise", "joint", "embedding", "relative"),
+        " from either (joint, its Appendix B); or pairwise in per cent of the answers that are no"
+        " longer the base's (relative, ours)",
+        choices=get_args(Measure),
     )
     noise: bool = setting(
         True,

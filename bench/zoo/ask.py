@@ -3,9 +3,8 @@
     python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--fine 0.02 0.05] [--ablate [NAME …]]
 
 Writes OUT/BASE--DONOR--SEED.json (its keys are described in `bench/evidence.py`): alphas from 0
-to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. Confidence is
-the model's probability of its whole greedy answer, entropy the mean over its tokens, in nats.
-Blends are made by the product's own live model.
+to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. What answers
+is the product's own live model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ from train import keep_memory
 from world import Question, questions, scenes, text_question
 
 from lowmem_adamms import LiveModel, make_plan
-from lowmem_adamms.live.prompt_encoder import Encoder
 from lowmem_adamms.prompts import Prompt
+from lowmem_adamms.settings import AnswerSettings
 
-LONGEST, ROWS = 10, 100
+SETTINGS, BATCH_SIZE = AnswerSettings(max_new_tokens=10), 100
 PAPER = 0.6  # where the paper's grid ends
-Answers = tuple[list[str], list[float], list[float]]
 Change = Callable[[Any, dict[str, Any], float], bool]
 
 
@@ -110,9 +108,9 @@ def ask_pair(
     coarse = grid(0.1, 1.0)
     alphas = sorted({*coarse, *(alpha for step in fine for alpha in grid(step, PAPER))})
     with LiveModel(plan, device="cpu", trust_remote_code=True) as live:
-        ask = Asker(live.model, base, prompts)
+        ask = partial(live.generate, prompts, SETTINGS, batch_size=BATCH_SIZE)
         kept = {name: value.clone() for name, value in live.model.state_dict().items()}
-        merged: list[Answers] = []
+        merged: list[list[str]] = []
         variants: dict[str, list[list[str]]] = {name: [] for name in changes}
         for alpha in alphas:
             live.apply(alpha)
@@ -120,16 +118,15 @@ def ask_pair(
             for name, change in changes.items() if alpha in coarse else ():
                 live.apply(alpha)
                 if change(live.model, kept, alpha):
-                    variants[name].append(ask()[0])
+                    variants[name].append(ask())
     with LiveModel(make_plan(donor, donor), device="cpu", trust_remote_code=True) as live:
-        parent = Asker(live.model, donor, prompts)()
-    keys = ("answers", "confidence", "entropy")
+        parent = live.generate(prompts, SETTINGS, batch_size=BATCH_SIZE)
     return {
         "alphas": alphas,
         "questions": [{"task": q.task, "prompt": q.text, "answer": q.answer} for q, _, _ in asked],
         "half": [half for _, _, half in asked],
-        **{key: [answers[i] for answers in merged] for i, key in enumerate(keys)},
-        "parent": dict(zip(keys, parent, strict=True)),
+        "answers": merged,
+        "parent": {"answers": parent},
         "variants": {name: found for name, found in variants.items() if found},
         "variant_alphas": coarse,
     }
@@ -162,51 +159,6 @@ def _lone(model: Any, kept: dict[str, Any], alpha: float) -> bool:
 
 
 VARIANTS = {"shrunken": _shrink, "kept": _keep, "unduplicated": _lone}
-
-
-@dataclass(slots=True)
-class Asker:
-    """Greedy answers of one loaded model to fixed prompts, with confidence and entropy."""
-
-    model: Any
-    encoder: Encoder
-    prompts: Sequence[Prompt]
-    batches: Any
-
-    def __init__(self, model: Any, folder: Path, prompts: Sequence[Prompt]) -> None:
-        self.model, self.prompts = model, prompts
-        self.encoder = Encoder(model, folder, trust_remote_code=True)
-        self.batches = self.encoder.split_into_batches(prompts, ROWS)
-
-    def __call__(self) -> Answers:
-        """Answers, confidences and entropies, in the prompts' order."""
-        out: list[tuple[str, float, float]] = [("", 0.0, 0.0)] * len(self.prompts)
-        with torch.inference_mode():
-            for batch in self.batches:
-                inputs = self.encoder.encode([self.prompts[i] for i in batch.places])
-                for place, answer in zip(batch.places, self._batch(inputs), strict=True):
-                    out[place] = answer
-        answers, confidences, entropies = zip(*out, strict=True)
-        return list(answers), list(confidences), list(entropies)
-
-    def _batch(self, inputs: Any) -> list[tuple[str, float, float]]:
-        made = self.model.generate(
-            **inputs, do_sample=False, max_new_tokens=LONGEST, return_dict_in_generate=True,
-            output_logits=True,
-        )  # fmt: skip
-        told = made.sequences[:, -len(made.logits) :]
-        logs = torch.stack(made.logits, 1).float().log_softmax(-1)
-        chosen = logs.gather(-1, told[..., None])[..., 0]
-        entropy = -(logs.exp() * logs).sum(-1)
-        ends = torch.tensor(self.model.generation_config.eos_token_id).flatten()
-        out = []
-        for row, chances, doubts in zip(told, chosen, entropy, strict=True):
-            stops = torch.isin(row, ends).nonzero()
-            length = int(stops[0]) + 1 if len(stops) else len(row)
-            text = self.encoder.decode(row[:length].tolist())
-            confidence = float(chances[:length].sum().exp())
-            out.append((text, round(confidence, 8), round(float(doubts[:length].mean()), 5)))
-        return out
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import expanduser
 
 from ..architectures import declare, families
 from ..settings import setting
 from .console import print_json, print_line, screen
 from .options import Command, program
-from .pair import json_option
+from .pair import arch_option, json_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +19,7 @@ class ArchsOptions:
         None, "print the declaration of this family", metavar="NAME", positional=True, nargs="?"
     )
     json: bool = json_option()
-    arch: tuple[str, ...] = setting(
-        (),
-        "also list what this TOML file declares; may be repeated",
-        metavar="FILE",
-        parse=expanduser,
-        repeated=True,
-    )
+    arch: tuple[str, ...] = arch_option("also list what this TOML file declares; may be repeated")
 
 
 def run(options: ArchsOptions) -> int:

@@ -12,7 +12,7 @@ from ..settings import setting
 from ..values import parse_count
 from .console import print_json, screen
 from .options import Command
-from .pair import check_page, json_option, parse_path
+from .pair import arch_option, check_page, json_option, parse_path
 
 if TYPE_CHECKING:
     from ..comparing.comparison import Comparison
@@ -46,13 +46,8 @@ class CompareOptions:
         metavar="N",
         parse=parse_count,
     )
-    arch: tuple[str, ...] = setting(
-        (),
-        "a TOML file that declares a family of models, as `archs NAME` prints them; may be"
-        " repeated",
-        metavar="FILE",
-        parse=expanduser,
-        repeated=True,
+    arch: tuple[str, ...] = arch_option(
+        "a TOML file that declares a family of models, as `archs NAME` prints them; may be repeated"
     )
 
 

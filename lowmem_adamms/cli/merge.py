@@ -96,8 +96,7 @@ def run(options: MergeOptions) -> int:
             ancestor=recipe.ancestor,
             dtype=options.dtype or recipe.dtype,
         )
-    if not (options.base and options.donor):
-        raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
+    assert options.base and options.donor
     prompts = load_prompts(options.prompts, options) if options.prompts else None
     if prompts is None:  # numpy's threads would spin as they start; a merge has no use for them
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

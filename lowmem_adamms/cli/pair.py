@@ -20,32 +20,34 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def out_option(help: str, *, required: bool = False) -> Path:
+def out_option(help: str, *, required: bool = False) -> Any:
     """The option -o, --out."""
-    path: Path = setting(None, help, metavar="OUT", parse=parse_path, short="-o", required=required)
-    return path
+    return setting(None, help, metavar="OUT", parse=parse_path, short="-o", required=required)
 
 
-def json_option() -> bool:
+def json_option() -> Any:
     """The option --json."""
-    flag: bool = setting(False, "one JSON document on stdout")
-    return flag
+    return setting(False, "one JSON document on stdout")
 
 
-def prompts_option() -> str | None:
+def prompts_option() -> Any:
     """The option --prompts."""
-    text: str | None = setting(
+    return setting(
         None,
         "unlabelled questions: JSON or JSON Lines (prompt and image, or conversations or messages),"
         " CSV, TSV, Parquet, a folder of images, or a Hub dataset (org/name[:config][@revision])",
         metavar="SET",
         parse=expanduser,
     )
-    return text
 
 
-def _model(metavar: str, what: str, nargs: str | None = None) -> str:
-    word: str = setting(
+def arch_option(help: str) -> Any:
+    """The option --arch, where no plan is made."""
+    return setting((), help, metavar="FILE", parse=expanduser, repeated=True)
+
+
+def _model(metavar: str, what: str, nargs: str | None = None) -> Any:
+    return setting(
         None,
         f"folder, file or Hub id, org/name[@revision], of the model that is {what}",
         metavar=metavar,
@@ -53,14 +55,10 @@ def _model(metavar: str, what: str, nargs: str | None = None) -> str:
         positional=True,
         nargs=nargs,
     )
-    return word
 
 
-def _more_donors() -> tuple[str, ...]:
-    words: tuple[str, ...] = setting(
-        (), "more donors", metavar="DONOR", parse=expanduser, positional=True, nargs="*"
-    )
-    return words
+def _more_donors() -> Any:
+    return setting((), "more donors", metavar="DONOR", parse=expanduser, positional=True, nargs="*")
 
 
 @dataclass(frozen=True, kw_only=True)

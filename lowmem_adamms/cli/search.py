@@ -45,26 +45,17 @@ if TYPE_CHECKING:
     from ..prompts import Prompts
 
 
-def _parse_answers(text: str) -> tuple[float | None, Path]:
-    """`0.3=FILE`, or a FILE that names its alphas itself."""
-    from ..searching.recorded_answers import parse_spec
-
-    alpha, file = parse_spec(text)
-    return alpha, parse_path(str(file))
-
-
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(OptionalPairOptions, PlanSettings, QuantizeSettings, SearchSettings):
     """What `search` takes."""
 
     prompts: str | None = prompts_option()
-    answers: tuple[tuple[float | None, Path], ...] | None = setting(
+    answers: tuple[Path, ...] | None = setting(
         None,
-        "instead of BASE, DONOR and --prompts: choose by answers that were recorded before, in"
-        " sample logs of lmms-eval, predictions of VLMEvalKit, or the answers.jsonl beside a"
-        " merged model",
-        metavar="[ALPHA=]FILE",
-        parse=_parse_answers,
+        "instead of BASE, DONOR and --prompts: choose by answers that were recorded before, in the"
+        " answers.jsonl of a search (a line for each: alpha, index of the prompt, answer)",
+        metavar="FILE",
+        parse=parse_path,
         nargs="+",
     )
     json: bool = json_option()
@@ -82,8 +73,7 @@ class SearchOptions(OptionalPairOptions, PlanSettings, QuantizeSettings, SearchS
 def run(options: SearchOptions) -> int:
     """Search, write the report if one is asked for, and print the curve or one document."""
     answers = options.answers or ()
-    inputs = (options.prompts, options.journal, *(file for _, file in answers))
-    check_page(options.report, "--report", *inputs)
+    check_page(options.report, "--report", options.prompts, options.journal, *answers)
     refs: dict[str, str | None] = {"base": None, "donor": None}
     if answers:
         _check_recorded(options)
@@ -186,7 +176,7 @@ COMMAND = Command(
     run=run,
     help="find alpha by the consistency of the answers",
     usage="%(prog)s BASE DONOR --prompts SET [options]\n"
-    "       %(prog)s --answers [ALPHA=]FILE ... [options]",
+    "       %(prog)s --answers FILE ... [options]",
     description="Answers unlabelled questions at each alpha of a grid, with one loaded model,"
     " and takes\nthe alpha at which the answers change least (D) from one step to the next."
     " Writes no\ncheckpoint: merge does the same and then merges.",
@@ -194,6 +184,5 @@ COMMAND = Command(
 examples:
   %(prog)s BASE DONOR --prompts questions.jsonl --report report.html
   %(prog)s BASE DONOR --prompts photos/ --question "What is this?" --samples 50
-  %(prog)s --answers OUT/answers.jsonl --measure joint
-  %(prog)s --answers 0=a.jsonl 0.2=b.jsonl 0.4=c.jsonl""",
+  %(prog)s --answers OUT/answers.jsonl --measure joint""",
 )

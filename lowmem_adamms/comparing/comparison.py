@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
-from ..checkpoints.span import Span
 from ..mapping.kinship import THRESHOLD
 from .pairing import LAYER_KINDS, SIZE_TRAITS, CheckpointSummary, Pairing, RolePair
-from .similarity import SAMPLE_ELEMENTS, Similarity, measure_pairs, sample_directions
+from .similarity import SAMPLE_ELEMENTS, Similarity, measure_pairs
 
 MAX_NAMED = 6  # groups that a reason lists by name
 _Key = TypeVar("_Key")
 Word = Literal["identical", "same ancestor", "related in part", "unrelated", "not comparable"]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRun:
-    """`length` layers from number `a` of A on that are like those from number `b` of B on."""
-
-    a: int
-    b: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"layers {self._range(self.a)} of A are alike to layers {self._range(self.b)} of B"
-
-    def _range(self, first: int) -> str:
-        return f"{first} to {first + self.length - 1}" if self.length > 1 else str(first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +23,6 @@ class Ancestry:
     is_shared: bool | None  # None if only some layers are alike, or nothing can be told
     reason: str
     lowest: tuple[str, float] | None = None  # the least alike group, and its cosine
-    runs: tuple[LayerRun, ...] = ()  # of layers, if some have another number on the other side
 
     def to_json(self) -> dict[str, Any]:
         """The key `verdict` of `compare --json`."""
@@ -50,7 +33,6 @@ class Ancestry:
             "reason": self.reason,
             "threshold": THRESHOLD,
             "lowest": {"group": lowest[0], "cosine": lowest[1]} if lowest else None,
-            "layers": [[run.a, run.b, run.length] for run in self.runs],
         }
 
 
@@ -106,7 +88,7 @@ class Comparison:
     @property
     def layers(self) -> list[int]:
         """Numbers of the layers that either side has."""
-        return sorted({*self.a.layers, *self.b.layers})
+        return list(range(max(self.a.layers, self.b.layers)))
 
     @property
     def layer_kinds(self) -> list[str]:
@@ -127,9 +109,16 @@ class Comparison:
         return sorted(outer, key=lambda group: (order.get(group, len(order)), group))
 
     @property
+    def rows(self) -> list[tuple[str, Similarity]]:
+        """Each kind over all layers, then what is in no layer, then what was paired by name."""
+        sums = self.sum_by(lambda pair: pair.kind)
+        names = [*self.layer_kinds, *self.outer_groups]
+        return [*((name, sums[name]) for name in names), *self.by_name.items()]
+
+    @property
     def obstacles(self) -> tuple[str, ...]:
         """What a merge would be refused for: what does not fit, then kinship."""
-        if self.ancestry.word in ("related in part", "unrelated") or self.ancestry.runs:
+        if self.ancestry.word in ("related in part", "unrelated"):
             reason = "the language weights are not alike layer by layer"
             return (*self.pairing.obstacles, reason)
         return self.pairing.obstacles
@@ -199,41 +188,28 @@ def judge_ancestry(pairing: Pairing, similarities: Iterable[Similarity]) -> Ance
     if not known:
         return Ancestry("not comparable", None, _why_not_comparable(pairing, groups))
     lowest = min(known.items(), key=lambda item: item[1])
-    runs: tuple[LayerRun, ...] = ()
-    if lowest[1] < THRESHOLD or len(pairing.a.layers) != len(pairing.b.layers):
-        runs = find_layer_runs(pairing)
-    if all(run.a == run.b for run in runs):
-        runs = ()
     if all_equal:
         has_more = any(left.in_decoder for side in (pairing.a, pairing.b) for left in side.unpaired)
         reason = "every element that was read is equal on both sides"
-        return Ancestry("same ancestor" if has_more else "identical", True, reason, lowest, runs)
-    word, is_shared, reason = _find_word(known, runs)
-    return Ancestry(word, is_shared, reason, lowest, runs)
+        return Ancestry("same ancestor" if has_more else "identical", True, reason, lowest)
+    word, is_shared, reason = _find_word(known)
+    return Ancestry(word, is_shared, reason, lowest)
 
 
-def _find_word(
-    cosines: Mapping[str, float], runs: Sequence[LayerRun]
-) -> tuple[Word, bool | None, str]:
-    """The verdict in a word, whether that is one ancestor, and why."""
-    # A layer is accounted for if either side's layer of its number is somewhere on the other
-    moved = {f"layers.{i + n}" for run in runs for i in (run.a, run.b) for n in range(run.length)}
+def _find_word(cosines: Mapping[str, float]) -> tuple[Word, bool | None, str]:
     unlike = [group for group, cosine in cosines.items() if cosine < THRESHOLD]
-    unlike = [group for group in unlike if group not in moved]
     scale = "descendants of one model lie near 1, strangers near 0"
-    if len(unlike) == len(cosines) and not runs:
+    if len(unlike) == len(cosines):
         highest = max(cosines.values())
         reason = f"cosine is {highest:.3f} or less in {_list_groups(cosines)}; {scale}"
         return "unrelated", False, reason
-    if not unlike and runs:
-        return "same ancestor", True, "; ".join(map(str, runs))
     if not unlike:
         lowest, cosine = min(cosines.items(), key=lambda item: item[1])
         reason = f"cosine is {cosine:.3f} or more in {_list_groups(cosines)}, lowest in {lowest}"
         return "same ancestor", True, f"{reason}; {scale}"
     named = ", ".join(unlike[:MAX_NAMED]) + (", …" if len(unlike) > MAX_NAMED else "")
     reason = f"cosine is below {THRESHOLD} in {named}, of {_list_groups(cosines)}"
-    return "related in part", None, "; ".join([reason, *map(str, runs)])
+    return "related in part", None, reason
 
 
 def _list_groups(groups: Iterable[str]) -> str:
@@ -251,41 +227,3 @@ def _why_not_comparable(pairing: Pairing, groups: Mapping[str, Similarity]) -> s
     different = [name for name in SIZE_TRAITS if a[name] != b[name]]
     sizes = ", ".join(f"{name} {a[name]} against {b[name]}" for name in different)
     return f"no matrix has the same shape on both sides: {sizes}"
-
-
-# Layers that have moved
-
-
-def find_layer_runs(pairing: Pairing) -> tuple[LayerRun, ...]:
-    """Find which layers of A are like which of B, whatever their numbers.
-
-    Every layer is compared with every other by a small sample of the matrices that all layers have
-    in one shape.
-    """
-    import numpy as np
-
-    a, b = pairing.a.layers, pairing.b.layers
-    shapes = [
-        {(role, _shape(spans)) for role, spans in layer.items()}
-        for layers in (a, b)
-        for layer in layers.values()
-    ]
-    roles = sorted(role for role, _ in set.intersection(*shapes)) if a and b else []
-    if not roles:
-        return ()
-    directions = [sample_directions(layers, roles, pairing.remote) for layers in (a, b)]
-    alike = directions[0] @ directions[1].T >= THRESHOLD
-    runs = []
-    for i, j in np.argwhere(alike).tolist():
-        if i and j and alike[i - 1, j - 1]:
-            continue  # inside a run that began before
-        length = 1
-        while i + length < len(a) and j + length < len(b) and alike[i + length, j + length]:
-            length += 1
-        runs.append(LayerRun(i, j, length))
-    return tuple(runs)
-
-
-def _shape(spans: Sequence[Span]) -> tuple[int, ...]:
-    """The shape of a role that lies in one or several spans."""
-    return (sum(span.shape[0] for span in spans), *spans[0].shape[1:])

@@ -34,7 +34,7 @@ def render_comparison_page(comparison: Comparison) -> str:
         remarks=[*table.list_remarks(comparison), *comparison.pairing.notes],
         cells=comparison.cells,
         legend=list(zip(_CLASSES, meanings, strict=False)),
-        kinds=_list_kinds(comparison),
+        rows=comparison.rows,
         share_headings=table.SHARE_HEADINGS,
         shares=[table.format_shares(side) for side in (comparison.a, comparison.b)],
         # What the templates call
@@ -71,11 +71,3 @@ def format_cell(similarity: Similarity) -> str:
         return table.SIGNS[level]
     number = table.format_ratio(similarity.distance).removesuffix(" %")
     return f"{number} x" if level == table.UNRELATED else number
-
-
-def _list_kinds(comparison: Comparison) -> list[tuple[str, Similarity]]:
-    """Each kind over all layers, then what is in no layer, then what was paired by name."""
-    sums = comparison.sum_by(lambda pair: pair.kind)
-    names = [*comparison.layer_kinds, *comparison.outer_groups]
-    by_name = [(f"{name} (by name)", sim) for name, sim in comparison.by_name.items()]
-    return [(name, sums[name]) for name in names] + by_name

@@ -109,7 +109,7 @@ class CheckpointSummary:
     by_name: TensorTotals  # paired by name
     unpaired: tuple[Unpaired, ...]
     traits: Mapping[str, str]  # dimensions of its decoder, in words
-    layers: Mapping[int, Mapping[str, tuple[Span, ...]]]  # matrices by role in the layer
+    layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ def _summarize(plan: Plan, other: Plan, by_name: set[str]) -> CheckpointSummary:
         _total({name: whole[name] for name in by_name}),
         tuple(_list_unpaired(plan, other, by_name)),
         _describe_traits(plan),
-        _list_layers(plan),
+        plan.base_layout.layers,
     )
 
 
@@ -312,14 +312,3 @@ def _count_experts(layout: Layout) -> int:
     """How many experts a layer has, at most."""
     experts = (re.search(r"\.experts\.(\d+)\.", role) for role in layout.roles())
     return max((int(expert[1]) + 1 for expert in experts if expert), default=0)
-
-
-def _list_layers(plan: Plan) -> dict[int, dict[str, tuple[Span, ...]]]:
-    """The spans of each layer's matrices by role, to look for a layer at any number."""
-    layers: dict[int, dict[str, tuple[Span, ...]]] = {}
-    for _, part in plan.parts:
-        layer = _LAYER.fullmatch((part.role or "").removesuffix("@text"))
-        if layer and len(part.base.shape) > 1 and not is_expert(layer[2]):
-            roles = layers.setdefault(int(layer[1]), {})
-            roles[layer[2]] = (*roles.get(layer[2], ()), part.base)
-    return layers

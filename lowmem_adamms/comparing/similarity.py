@@ -6,7 +6,7 @@ Sums are float64, in which every product of two bf16, fp16 or fp32 values is exa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ..mapping.kinship import RUN_ELEMENTS, cosine_of
 from .pairing import RolePair, SpanPair
 
 if TYPE_CHECKING:
-    from ..kernels.reference import Bits, Floats
+    from ..kernels.reference import Bits
 
 SAMPLE_ELEMENTS = 4096
 """Elements read of each pair, in evenly spread runs of kinship's RUN_ELEMENTS."""
@@ -119,33 +119,6 @@ def compare_bits(a: Bits, b: Bits, dtype_names: tuple[str, str]) -> Similarity:
         bb=float(y @ y),
         dd=float((x - y) @ (x - y)),
     )
-
-
-def sample_directions(
-    layers: Mapping[int, Mapping[str, Sequence[Span]]],
-    roles: Sequence[str],
-    remote: Remote | None,
-) -> Floats:
-    """A row of sampled elements for each layer, scaled to length 1; what is not finite counts 0.
-
-    Of each role, whose spans are taken as one long row, RUN_ELEMENTS are read from its middle.
-    """
-    import numpy as np
-
-    def read_middle(spans: Sequence[Span]) -> Floats:
-        with_itself = [SpanPair((span, span), ("", "")) for span in spans]
-        runs = _choose_runs(with_itself, RUN_ELEMENTS, RUN_ELEMENTS)
-        return np.concatenate([reader.read_floats(span) for span, _ in runs])
-
-    with SampledReader(remote) as reader:
-        middles = reader.map(
-            read_middle, (layers[i][role] for i in sorted(layers) for role in roles)
-        )
-        rows = np.concatenate(list(middles)).reshape(len(layers), -1)
-    rows = np.where(np.isfinite(rows), rows, 0.0)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: Floats = rows / np.where(length > 0, length, 1.0)
-    return unit
 
 
 def _choose_runs(

@@ -185,18 +185,17 @@ def strip_table(comparison: Comparison, width: int, signs: str, steps: Sequence[
     table.add_column(_ruler(layers[::per_sign]) if comparison.layer_kinds else "", no_wrap=True)
     for heading in ("distance", "cosine", "furthest", "equal"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for kind in comparison.layer_kinds:
-        row = [cells.get((f"layers.{layer}", kind)) for layer in layers]
-        total = sum((similarity for similarity in row if similarity), Similarity())
-        distance, cosine, equal = format_numbers(total)
+    kinds = comparison.layer_kinds
+    for name, total in comparison.rows:
+        row: list[Similarity | None] = [total]
+        furthest = ""
+        if name in kinds:
+            row = [cells.get((f"layers.{layer}", name)) for layer in layers]
+            furthest = _furthest(row, layers)
         strip = draw_strip(row, per_sign, signs, steps)
-        table.add_row(kind, strip, distance, cosine, _furthest(row, layers), equal)
-    table.add_section()
-    outer = {group: comparison.groups[group] for group in comparison.outer_groups}
-    for name, similarity in {**outer, **comparison.by_name}.items():
-        distance, cosine, equal = format_numbers(similarity)
-        strip = draw_strip([similarity], 1, signs, steps)
-        table.add_row(name, strip, distance, cosine, "", equal)
+        distance, cosine, equal = format_numbers(total)
+        is_last = kinds[-1:] == [name]
+        table.add_row(name, strip, distance, cosine, furthest, equal, end_section=is_last)
     return table
 
 

@@ -16,31 +16,25 @@ from .records import read_record
 def open_json_lines(ref: str, settings: PromptSettings) -> PromptSet:
     """The prompts of a file with an object on each line; blank lines are skipped."""
     path = Path(ref)
-    places: list[tuple[int, int]] = []  # of each prompt: number of its line, and where it begins
-
-    def parse(line: bytes, number: int) -> Prompt:
-        where = f"{path}:{number}"
-        record = parse_json(line, where)
-        return read_record(record, path.parent, where, f"{path.name}:{number}")
+    count = sum(1 for _ in _read_lines(path))
 
     def read(picks: Sequence[int]) -> Iterator[Prompt]:
-        with path.open("rb") as file:
-            for pick in picks:
-                number, start = places[pick]
-                file.seek(start)
-                yield parse(file.readline(), number)
+        wanted = set(picks)
+        return (prompt for place, prompt in enumerate(_read_lines(path)) if place in wanted)
 
+    return PromptSet(count, path.parent, read)
+
+
+def _read_lines(path: Path) -> Iterator[Prompt]:
     try:
         with path.open("rb") as file:
-            start = 0
             for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
                 if line.strip():
-                    parse(line, number)
-                    places.append((number, start))
-                start += len(line)
+                    record = parse_json(line, where)
+                    yield read_record(record, path.parent, where, f"{path.name}:{number}")
     except OSError as error:
         raise PromptError(f"{path}: {error.strerror}") from None
-    return PromptSet(len(places), path.parent, read)
 
 
 def open_json_array(ref: str, settings: PromptSettings) -> PromptSet:

@@ -79,9 +79,7 @@ class PromptAnswers:
 
     @property
     def name(self) -> str:
-        """Where the prompt stands; empty where that is its text, as for recorded answers."""
-        if self.prompt.id and self.prompt.id == self.prompt.text:
-            return ""
+        """Where the prompt stands."""
         return self.prompt.id[:PROMPT_LIMIT] or f"prompt {self.number}"
 
     @property

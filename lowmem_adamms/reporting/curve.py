@@ -11,7 +11,6 @@ from itertools import groupby, pairwise
 from ..searching.search import Candidate
 from .view import SearchView, count_decimals
 
-UNITS = {"embedding": "summed distance", "relative": "%"}  # of a score; otherwise answers
 PADDING = 40  # between the axis and the first alpha, where "no score" stands
 TICK_GAP = 56  # room for an alpha below the axis, also in the large type of narrow screens
 NUMBER_GAP = 30  # room for a number at the foot of a bar
@@ -60,7 +59,7 @@ class Chart:
     @property
     def unit(self) -> str:
         """The unit of a score."""
-        return UNITS.get(self.view.result.measure, "answers")
+        return "%" if self.view.result.measure == "relative" else "answers"
 
     def x(self, alpha: float) -> float:
         """Where an alpha stands."""
@@ -75,15 +74,14 @@ class Chart:
     @cached_property
     def levels(self) -> list[float]:
         """Scores at the horizontal lines: multiples of 1, 2 or 5 times a power of ten."""
-        values = [0.01 if self.view.sums_distances else 1.0]
+        values = [1.0]
         for candidate in self.view.result.rounds:
             difference = self._in_score_units(candidate.diff_next or 0.0)
             values += [candidate.score or 0.0, difference, *(candidate.interval or ())]
         highest = max(value for value in values if math.isfinite(value))
         power = 10.0 ** math.floor(math.log10(highest / 5))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= highest / 5)
-        if not self.view.sums_distances:
-            step = max(step, 1.0)
+        steps = (power * factor for factor in (1, 2, 5, 10))
+        step = max(1.0, next(step for step in steps if step >= highest / 5))
         return [i * step for i in range(math.ceil(highest / step + 0.05) + 1)]
 
     def _in_score_units(self, difference: float) -> float:

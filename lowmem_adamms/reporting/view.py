@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from ..searching.session import Timing
     from .answers import AnswerRun
 
-SCORE_MEANINGS = {
+_SCORE_MEANINGS = {
     "pairwise": "answers that differ from the previous alpha's, plus those that differ from the"
     " next one's",
     "joint": "answers that differ from the previous alpha's or the next one's",
-    "embedding": "distances in meaning to the answers at the previous alpha and at the next",
     "relative": "answers that differ from the previous alpha's, plus those that differ from the"
     " next one's, in per cent of those that are no longer the base's",
 }
@@ -116,16 +115,14 @@ class SearchView:
     # Scores
 
     @property
-    def sums_distances(self) -> bool:
-        """Whether scores sum distances; otherwise they count answers."""
-        return self.result.measure == "embedding"
+    def meaning(self) -> str:
+        """What a score adds up."""
+        return _SCORE_MEANINGS[self.result.measure]
 
     def format_score(self, value: float | None) -> str:
-        """A score or difference: a distance, or a count (whose percentiles have fractions)."""
+        """A score or difference, whose percentiles may have fractions."""
         if value is None or not math.isfinite(value):
             return DASH
-        if self.sums_distances:
-            return f"{value:,.2f}"
         value = round(value, 1)
         return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
@@ -153,11 +150,7 @@ class SearchView:
     @property
     def advice(self) -> str:
         """What to do."""
-        percent = 100 * self.result.alpha
-        return (
-            f"Merge at alpha {self.format_short_alpha(self.result.alpha)}: the language weights"
-            f" are {100 - percent:.6g} % base and {percent:.6g} % donor."
-        )
+        return f"Merge at alpha {self.format_short_alpha(self.result.alpha)}."
 
     def list_reasons(self) -> Iterator[str]:
         """Why this alpha was chosen, and how sure that is."""
@@ -210,8 +203,9 @@ class SearchView:
             rank = "the lowest but for the degenerate"
         others = [self.format_short_alpha(a) for a in self.result.ties if a != chosen.alpha]
         tied = f", tied with {' and '.join(others)}" if others else ""
-        meaning = SCORE_MEANINGS[self.result.measure]
-        return f"D is {self.format_score(chosen.score)} here, {rank}{tied}. It adds up {meaning}."
+        return (
+            f"D is {self.format_score(chosen.score)} here, {rank}{tied}. It adds up {self.meaning}."
+        )
 
 
 def count_decimals(alphas: Iterable[float]) -> int:
@@ -223,14 +217,13 @@ def count_decimals(alphas: Iterable[float]) -> int:
 
 
 def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[tuple[str, str, list[str]]]:
-    """A row for each alpha, and the total: name, style, numbers."""
+    """A row for each alpha, and the total: name, style, numbers. Nothing without timings."""
+    if not timings:
+        return []
     rows = []
     for timing in timings:
-        assert not isinstance(
-            timing.alpha, tuple
-        )  # of several donors only the last one's are shown
-        style = "chosen" if timing.alpha == view.result.alpha else ""
-        rows.append((view.format_alpha(timing.alpha), style, _timing_cells([timing])))
+        style = "chosen" if timing.donor_alpha == view.result.alpha else ""
+        rows.append((view.format_alpha(timing.donor_alpha), style, _timing_cells([timing])))
     return [*rows, ("total", "total", _timing_cells(timings))]
 
 

@@ -73,8 +73,8 @@ def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) ->
         return
     lowest = min(scores.values())
     for end, neighbour in ((grid[0].alpha, grid[1].alpha), (grid[-1].alpha, grid[-2].alpha)):
-        total = comparison.total(comparison.differences(*sorted((end, neighbour))))
-        difference = comparison.scale(total, end)
+        count = sum(comparison.differences(end, neighbour))
+        difference = comparison.scale(count, end)
         if difference is None or not comparison.is_eligible(end):
             continue
         if 2 * difference < lowest:

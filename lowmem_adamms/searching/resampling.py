@@ -46,10 +46,7 @@ def resample(comparison: AnswerComparison, rounds: Rounds, seed: int) -> tuple[I
 
 
 def _resampled_scores(comparison: AnswerComparison, points: Sequence[GridPoint], seed: int) -> Any:
-    """Scores of RESAMPLES draws of the prompts, float64 [draws, points]; NaN where nothing moved.
-
-    Rounded, so that equal sums of distances are equal in whatever order they were added.
-    """
+    """Scores of RESAMPLES draws of the prompts, [draws, points]; NaN where nothing moved."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

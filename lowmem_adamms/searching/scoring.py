@@ -6,14 +6,14 @@ refinement is a round of its own: its neighbours lie closer together, so that an
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+from ..errors import RecipeError
 from ..settings import Measure
 from .answer_text import is_degenerate, normalise
-from .sentence_distance import Distance
 
 CONSTANT = 0.9
 """Share of the prompts that must get one and the same answer for it to count as constant."""
@@ -42,34 +42,31 @@ Window = tuple[float, float, float, float, float]
 
 
 class AnswerComparison:
-    """The answers at each alpha and how they differ. Each comparison is made once.
+    """The answers at each alpha and how they differ.
 
     The measure says what a score is made of:
     - "pairwise": answers that differ from the previous alpha's, plus those that differ from the
       next one's (Algorithm 1);
     - "joint": answers that differ from either (Appendix B);
-    - "embedding": as pairwise, with distances instead of counts;
     - "relative": as pairwise, in per cent of the answers that are no longer the base's. Near the
       base answers hardly change because they have hardly moved, which is no merit.
     """
 
-    def __init__(
-        self, measure: Measure, distance: Distance | None, distinct_prompts: Sequence[int]
-    ) -> None:
-        """Start without answers.
+    def __init__(self, measure: Measure, distinct_prompts: Sequence[int]) -> None:
+        """Start without answers. RecipeError unless the measure is one of those above.
 
-        distance: for the measure "embedding" only. distinct_prompts: the place of each different
-        prompt.
+        distinct_prompts: the place of each different prompt.
         """
+        if measure not in get_args(Measure):
+            known = ", ".join(get_args(Measure))
+            raise RecipeError(f"measure {measure!r}: expected one of {known}")
         self.measure = measure
         self.answers: dict[float, tuple[str, ...]] = {}
-        self._distance = distance
         self._distinct_prompts = distinct_prompts
         self._normalised: dict[float, tuple[str, ...]] = {}
         self.degenerate_places: dict[float, frozenset[int]] = {}
         self.degenerate: dict[float, int] = {}  # answers that are empty, repeating or constant
         self.unfinished: dict[float, int] = {}  # answers that end inside their reasoning, if any
-        self._differences: dict[tuple[float, float], list[float]] = {}
 
     def add(self, alpha: float, answers: tuple[str, ...]) -> None:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
@@ -104,11 +101,6 @@ class AnswerComparison:
         """Whether an alpha may be chosen: sound, and moved if scores are relative to that."""
         return self.is_sound(alpha) and (self.measure != "relative" or any(self.left_base(alpha)))
 
-    def left_base(self, alpha: float) -> list[bool]:
-        """By prompt: whether the answer differs from the smallest alpha's, taken for the base's."""
-        pairs = zip(self._normalised[self.smallest], self._normalised[alpha], strict=True)
-        return [first != second for first, second in pairs]
-
     def _find_degenerate(self, alpha: float) -> frozenset[int]:
         degenerate = {i for i, answer in enumerate(self.answers[alpha]) if is_degenerate(answer)}
         common, share = self._commonest_answer(alpha)
@@ -127,77 +119,49 @@ class AnswerComparison:
 
     # Differences and scores
 
-    def differences(self, first: float, second: float) -> list[float]:
-        """By prompt: 1 where the answers at two alphas differ, else 0; or their distance."""
-        alphas = (first, second)
-        if alphas not in self._differences:
-            texts = self.answers if self._distance else self._normalised
-            self._differences[alphas] = self._compare(texts[first], texts[second])
-        return self._differences[alphas]
+    def differences(self, first: float, second: float) -> list[bool]:
+        """By prompt: whether the answers at two alphas differ."""
+        pairs = zip(self._normalised[first], self._normalised[second], strict=True)
+        return [a != b for a, b in pairs]
 
-    def difference(self, first: float | None, second: float | None) -> float | None:
-        """The differences added up; None without one of the alphas."""
+    def left_base(self, alpha: float) -> list[bool]:
+        """By prompt: whether the answer differs from the smallest alpha's, taken for the base's."""
+        return self.differences(self.smallest, alpha)
+
+    def difference(self, first: float | None, second: float | None) -> int | None:
+        """How many answers at two alphas differ; None without one of the alphas."""
         if first is None or second is None:
             return None
-        return self.total(self.differences(first, second))
+        return sum(self.differences(first, second))
 
-    def prompt_scores(self, point: GridPoint) -> list[float] | None:
+    def prompt_scores(self, point: GridPoint) -> list[int] | None:
         """What each prompt adds to the score; None at an end of the grid."""
         if point.previous is None or point.next is None:
             return None
         before = self.differences(point.previous, point.alpha)
         after = self.differences(point.alpha, point.next)
         if self.measure == "joint":
-            return list(map(max, before, after))
+            return [a or b for a, b in zip(before, after, strict=True)]
         return [a + b for a, b in zip(before, after, strict=True)]
 
     def score(self, point: GridPoint) -> float | None:
         """D, in per cent if relative; None at an end, and where there is nothing to divide by."""
         scores = self.prompt_scores(point)
-        return None if scores is None else self.scale(self.total(scores), point.alpha)
+        return None if scores is None else self.scale(sum(scores), point.alpha)
 
-    def total(self, differences: Iterable[float]) -> float:
-        """A count, or a sum of distances to 9 decimals: the same in every order of the prompts."""
-        total = math.fsum(differences)
-        return int(total) if self._distance is None else round(total, 9)
-
-    def scale(self, total: float, alpha: float) -> float | None:
-        """A sum of differences around an alpha, in the unit of the measure."""
+    def scale(self, count: int, alpha: float) -> float | None:
+        """A number of differences around an alpha, in the unit of the measure."""
         if self.measure != "relative":
-            return total
+            return count
         moved = sum(self.left_base(alpha))
-        return round(100 * total / moved, 9) if moved else None
+        return round(100 * count / moved, 9) if moved else None
 
     def noise(self, alpha: float, again: Sequence[str]) -> tuple[int, float]:
         """How many of a second run's answers differ, and the score that this alone would make."""
-        normalised = tuple(map(normalise, again))
-        count = sum(map(str.__ne__, self._normalised[alpha], normalised))
-        total: float = count
-        if self._distance:
-            total = math.fsum(self._compare(self.answers[alpha], again))
+        count = sum(map(str.__ne__, self._normalised[alpha], map(normalise, again)))
         # Except joint ones, scores add up two comparisons, and the noise is in both
         comparisons = 1 if self.measure == "joint" else 2
-        return count, self.scale(total * comparisons, alpha) or 0
-
-    def _compare(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
-        unequal = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
-        differences = [0.0] * len(first)
-        found: Sequence[float] = [1.0] * len(unequal)
-        if self._distance and unequal:
-            found = self._distance([first[i] for i in unequal], [second[i] for i in unequal])
-            _check_distances(found, len(unequal))
-        for i, value in zip(unequal, found, strict=True):
-            differences[i] = max(0.0, float(value))
-        return differences
-
-
-def _check_distances(found: Sequence[float], count: int) -> None:
-    valid = all(-1e-6 <= value < math.inf for value in found)  # 1 - cosine may round below 0
-    if len(found) != count or not valid:
-        raise ValueError(
-            f"distance: found {len(found)} numbers, {'all' if valid else 'not all'} finite and"
-            f" 0 or more; expected {count}"
-        )
+        return count, self.scale(count * comparisons, alpha) or 0
 
 
 # Rounds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from ..errors import PromptError, RecipeError, SearchError
 from ..settings import DEFAULT_ALPHAS, DEFAULT_TAGS, Measure
@@ -28,7 +28,6 @@ from .scoring import (
     next_window,
     round_points,
 )
-from .sentence_distance import Distance
 
 _UNFINISHED = 0.9
 """The share of answers without an end at which a search makes no sense."""
@@ -41,7 +40,7 @@ Generate = Callable[[float, Sequence[P]], Sequence[str]]
 class Candidate:
     """One alpha and how its answers differ from its neighbours'.
 
-    diff_previous, diff_next: answers that differ (or summed distances); None without a neighbour.
+    diff_previous, diff_next: answers that differ; None without a neighbour.
     score: D, of the measure "relative" in per cent; None at the two ends of the grid, and where no
         answer has left the base's.
     degenerate: answers that are empty, repeating or constant.
@@ -52,8 +51,8 @@ class Candidate:
     """
 
     alpha: float
-    diff_previous: float | None
-    diff_next: float | None
+    diff_previous: int | None
+    diff_next: int | None
     score: float | None
     degenerate: int
     interval: tuple[float, float] | None = None
@@ -84,7 +83,7 @@ class Result:
     candidates: tuple[Candidate, ...]
     answers: Mapping[float, tuple[str, ...]]
     ties: tuple[float, ...] = ()
-    noise: float | None = None
+    noise: int | None = None
     notes: tuple[str, ...] = ()
     wins: Mapping[float, float] = field(default_factory=dict)
     earlier: tuple[Candidate, ...] = ()
@@ -118,7 +117,6 @@ def search(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     *,
     measure: Measure = "pairwise",
-    distance: Distance | None = None,
     refine: int = 0,
     noise: Generate[P] | None = None,
     seed: int = 0,
@@ -132,9 +130,8 @@ def search(
         prompts: Any objects that `generate` understands; equal ones count as one prompt where a
             constant answer is looked for.
         alphas: Ascending, in 0..1, three or more; taken to 6 decimals.
-        measure: "pairwise" (Algorithm 1), "joint" (Appendix B), "embedding" (distances instead of
-            counts) or "relative" (in per cent of the answers that have left the base's).
-        distance: For the measure "embedding", instead of `minilm_distance()`.
+        measure: "pairwise" (Algorithm 1), "joint" (Appendix B) or "relative" (in per cent of the
+            answers that have left the base's).
         refine: How many times to go on between the best alpha and its neighbours: the two alphas
             halfway are asked, and the best of the inner three goes on.
         noise: Called once, at the chosen alpha. The same model in another batch size shows how
@@ -145,11 +142,11 @@ def search(
         progress: Called after each alpha with it and the candidates as far as they are known.
 
     Raises:
-        RecipeError: An argument is out of range, or the embedding model cannot be loaded. As the
-            next one, it is raised before the first call of `generate`.
+        RecipeError: An argument is out of range. As the next one, it is raised before the first
+            call of `generate`.
         PromptError: There are no prompts.
         SearchError: Nearly all answers at the smallest alpha end inside their reasoning.
-        ValueError: `generate` or `distance` broke its contract.
+        ValueError: `generate` broke its contract.
 
     Example:
         >>> def generate(alpha, prompts):
@@ -163,8 +160,7 @@ def search(
         raise RecipeError(f"refine is {refine}, expected a number of rounds, 0 or more")
     if len(prompts) == 0:
         raise PromptError("no prompts to search with; give at least one")
-    distance = _check_measure(measure, distance)
-    comparison = AnswerComparison(measure, distance, _first_of_each(prompts))
+    comparison = AnswerComparison(measure, _first_of_each(prompts))
     rounds: list[list[GridPoint]] = []
 
     def ask(alpha: float, answered: Sequence[float]) -> None:
@@ -194,7 +190,6 @@ def choose(
     answers: Mapping[float, Sequence[str]],
     *,
     measure: Measure = "pairwise",
-    distance: Distance | None = None,
     seed: int = 0,
     reasoning_tags: Tags | None = DEFAULT_TAGS,
 ) -> Result:
@@ -202,13 +197,12 @@ def choose(
 
     Args:
         answers: By alpha, all in one order of prompts.
-        measure: As for `search`, as are distance and seed.
-        distance: Instead of `minilm_distance()`.
+        measure: As for `search`.
         seed: Of the bootstrap.
         reasoning_tags: As for `search`.
 
     Raises:
-        RecipeError: The alphas are no grid, or the measure cannot be had.
+        RecipeError: The alphas are no grid, or there is no such measure.
         PromptError: There are no answers.
         ValueError: The alphas have different numbers of answers.
 
@@ -222,7 +216,7 @@ def choose(
     count = len(by_alpha[grid[0]])
     if not count:
         raise PromptError("no answers to choose by; give at least one for each alpha")
-    comparison = AnswerComparison(measure, _check_measure(measure, distance), range(count))
+    comparison = AnswerComparison(measure, range(count))
     for alpha in grid:
         found = _check_answers(by_alpha[alpha], count, alpha)
         _add_answers(comparison, alpha, found, reasoning_tags)
@@ -230,19 +224,6 @@ def choose(
 
 
 # Checks
-
-
-def _check_measure(measure: Measure, distance: Distance | None) -> Distance | None:
-    """The distance that the measure sums; None if it counts."""
-    if measure not in get_args(Measure):
-        raise RecipeError(f"measure {measure!r}: expected one of {', '.join(get_args(Measure))}")
-    if measure == "embedding":
-        from .sentence_distance import minilm_distance
-
-        return distance or minilm_distance()
-    if distance is not None:
-        raise ValueError(f"a distance goes with the measure 'embedding', not with {measure!r}")
-    return None
 
 
 def _check_answers(answers: Sequence[str], count: int, alpha: float) -> tuple[str, ...]:

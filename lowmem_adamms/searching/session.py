@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..merging.journal import AnswerJournal, Asked
 from ..prompts import Prompt, digest
@@ -75,6 +75,20 @@ class Timing:
     forward_tokens: int
     plain_tokens: int
 
+    @property
+    def donor(self) -> int:
+        """Which donor was searched for, from 0: of several, the last that is not left out."""
+        return max((i for i, alpha in enumerate(self._alphas) if alpha), default=0)
+
+    @property
+    def donor_alpha(self) -> float:
+        """The alpha of that donor."""
+        return self._alphas[self.donor]
+
+    @property
+    def _alphas(self) -> tuple[float, ...]:
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
 
 class Session(AbstractContextManager["Session"]):
     """Answers prompts at an alpha; its instances are what `search` calls `generate`.
@@ -119,26 +133,23 @@ class Session(AbstractContextManager["Session"]):
 
     def __call__(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[str]:
         """The answers at one alpha; the model is asked only for those that are not known."""
-        if self._asked:
-            self._asked(alpha)
-        known = dict(self._journal.answers.get(alpha, {})) if self._journal else {}
-        for _ in known:
-            self._report_answer(alpha, 0)
-        if len(known) < len(prompts):
-            answers = self._ask(alpha, prompts, known)
-        else:
-            answers = [known[place] for place in range(len(prompts))]
+        known = self._journal.answers.get(alpha, {}) if self._journal else {}
+        answers = self._ask(alpha, prompts, known)
         self._last_alpha = alpha
         return answers
+
+    def ask_donor(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers at alpha 1, which are shown beside the others and not scored."""
+        return self._ask(1.0, prompts, self._journal.donor if self._journal else {}, aside="donor")
 
     def again(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[str]:
         """The same alpha once more, in batches of half the size: what differs is noise.
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
         """
-        known = dict(self._journal.again.get(alpha, {})) if self._journal else {}
+        known = self._journal.again.get(alpha, {}) if self._journal else {}
         if len(known) == len(prompts):
-            return [known[place] for place in range(len(prompts))]
+            return _in_order(known)
         live, _ = self._model()
         live.apply(alpha)
         half = max(1, min(self._batch_size, len(prompts)) // 2)
@@ -147,43 +158,38 @@ class Session(AbstractContextManager["Session"]):
         note = partial(self._journal.note, alpha, aside="again") if self._journal else None
         return answerer.answer(prompts, known, note)
 
-    def ask_donor(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The answers at alpha 1, which are shown beside the others and not scored."""
+    def _ask(
+        self,
+        alpha: Asked,
+        prompts: Sequence[Prompt],
+        known: Mapping[int, str],
+        aside: Literal["donor"] | None = None,
+    ) -> list[str]:
+        """The answers at an alpha, of which some are known. aside: they are not scored."""
         if self._asked:
-            self._asked(1.0)
-        known = dict(self._journal.donor) if self._journal else {}
+            self._asked(alpha)
         for _ in known:
-            self._report_answer(1.0, 0)
+            self._report_answer(alpha, 0)
         if len(known) == len(prompts):
-            return [known[place] for place in range(len(prompts))]
+            return _in_order(known)
 
         def record(place: int, answer: str, tokens: list[int]) -> None:
+            self._tokens.setdefault(alpha, {})[place] = tokens
             if self._journal:
-                self._journal.note(1.0, place, answer, tokens, aside="donor")
-            self._report_answer(1.0, len(tokens))
+                self._journal.note(alpha, place, answer, tokens, aside=aside)
+            self._report_answer(alpha, len(tokens))
 
-        live, answerer = self._model()
-        live.apply(1.0)
-        return answerer.answer(prompts, known, record)
-
-    def _ask(self, alpha: Asked, prompts: Sequence[Prompt], known: dict[int, str]) -> list[str]:
         live, answerer = self._model()
         if self._last_alpha is not None:
             answerer.set_drafts(prompts, self._tokens[self._last_alpha])
         start = time.perf_counter()
         live.apply(alpha)
         apply_seconds = time.perf_counter() - start
-
-        def record(place: int, answer: str, tokens: list[int]) -> None:
-            self._tokens.setdefault(alpha, {})[place] = tokens
-            if self._journal:
-                self._journal.note(alpha, place, answer, tokens)
-            self._report_answer(alpha, len(tokens))
-
         answers = answerer.answer(prompts, known, record)
-        cost = answerer.cost
-        counts = (cost.answer_tokens, cost.forward_tokens, cost.plain_tokens)
-        self.timings.append(Timing(alpha, apply_seconds, cost.seconds, *counts))
+        if not aside:
+            cost = answerer.cost
+            counts = (cost.answer_tokens, cost.forward_tokens, cost.plain_tokens)
+            self.timings.append(Timing(alpha, apply_seconds, cost.seconds, *counts))
         self.notes = answerer.notes
         return answers
 
@@ -202,6 +208,10 @@ class Session(AbstractContextManager["Session"]):
     def _report_answer(self, alpha: Asked, token_count: int) -> None:
         if self._answered:
             self._answered(alpha, token_count)
+
+
+def _in_order(answers: Mapping[int, str]) -> list[str]:
+    return [answers[place] for place in sorted(answers)]
 
 
 def fingerprint(

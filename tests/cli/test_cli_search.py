@@ -6,7 +6,6 @@ that the commands put it together.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import io
 import json
@@ -741,21 +740,17 @@ def test_recorded_answers_are_compared_after_their_reasoning(
     tmp_path: Path, capsys: Capture
 ) -> None:
     """Chains of thought differ at every alpha; one of the answers at 0.2 is cut inside its own."""
-    files = []
+    rows: list[dict[str, Any]] = []
     for alpha, last in ((0, "Red"), (0.1, "Blue"), (0.2, "Blue"), (0.3, "Blue"), (0.4, "Green")):
         answers = [f"<think>Is it {alpha} {i}?</think>No" for i in range(9)]
         answers += [f"<think>{alpha}</think>{last}", "<think>Well" if alpha == 0.2 else "No"]
-        lines = [{"index": i, "prediction": answer} for i, answer in enumerate(answers)]
-        path = tmp_path / f"{alpha}.csv"
-        with path.open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, ["index", "prediction"])
-            table.writeheader()
-            table.writerows(lines)
-        files.append(f"{alpha}={path}")
+        rows += [{"alpha": alpha, "index": i, "answer": one} for i, one in enumerate(answers)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     found = {}
     for tags in ("<think> </think>", "", "<t> </t>"):
         words = ("--json", "--reasoning-tags", tags)
-        assert run("search", "--answers", *files, *words) == 0
+        assert run("search", "--answers", path, *words) == 0
         found[tags] = json.loads(capsys.readouterr().out)
     differences = {
         tags: [candidate["diff_next"] for candidate in document["candidates"]]
@@ -920,7 +915,7 @@ def test_a_report_replaces_nothing_that_the_search_needs(
     for report, words in (
         (tmp_path / "sub" / ".." / "prompts.jsonl", there),
         (tmp_path / "new", (*there, "--journal", tmp_path / "new")),
-        (asked, ("search", "--answers", f"0.1={asked}", tmp_path / "other")),
+        (asked, ("search", "--answers", asked, tmp_path / "other")),
     ):
         (tmp_path / "sub").mkdir(exist_ok=True)
         assert run(*words, "--report", report) == 2

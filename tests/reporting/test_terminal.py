@@ -59,9 +59,9 @@ def test_a_search_is_a_row_for_each_alpha() -> None:
 
 
 def test_a_table_in_the_making_has_gaps_and_the_order_of_the_alphas() -> None:
-    known = [Candidate(0.2, 0.25, None, None, 0), Candidate(0.1, None, 0.25, None, 3)]
+    known = [Candidate(0.2, 25, None, None, 0), Candidate(0.1, None, 25, None, 3)]
     _, *rows = cells(drawn(search_table(known)))
-    assert rows == [["0.1", "", "0.25", "", "", "3", ""], ["0.2", "0.25", "", "", "", "", ""]]
+    assert rows == [["0.1", "", "25", "", "", "3", ""], ["0.2", "25", "", "", "", "", ""]]
 
 
 def test_a_refined_search_is_a_section_for_each_round() -> None:

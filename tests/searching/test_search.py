@@ -130,38 +130,6 @@ def test_relative_intervals_hold_the_score_and_are_finite_where_little_moved() -
     assert result.wins[0.1] < 0.1, "a draw in which nothing moved is no win"
 
 
-def test_embedding_scores_sum_the_distances_given() -> None:
-    """Distance here: difference of lengths, in tenths."""
-    seen: list[tuple[str, str]] = []
-
-    def distance(first: Sequence[str], second: Sequence[str]) -> list[float]:
-        seen.extend(zip(first, second, strict=True))
-        return [abs(len(a) - len(b)) / 10 for a, b in zip(first, second, strict=True)]
-
-    table = {0.0: ["a", "b"], 0.1: ["aaa", "b"], 0.2: ["aaa", "bbbb"], 0.3: ["aaa", "bbbb"]}
-    result = search_table(
-        table, measure="embedding", distance=distance, noise=lambda *_: ["aaa", "b"]
-    )
-    assert scores(result) == {0.0: None, 0.1: 0.5, 0.2: 0.3, 0.3: None}
-    assert (result.alpha, result.candidates[1].diff_previous) == (0.2, 0.2)
-    assert sorted(seen) == [("a", "aaa"), ("b", "bbbb"), ("bbbb", "b")]
-    assert is_noted(result, "1 of 2 answers differed by chance. That alone makes a D of 0.6, and")
-
-
-@pytest.mark.parametrize("found", [[0.1], [0.1, 0.2, 0.3], [0.1, -0.5], [0.1, float("nan")]])
-def test_a_distance_that_breaks_its_contract_is_named(found: list[float]) -> None:
-    table = {0.0: ["a", "b"], 0.1: ["x", "y"], 0.2: ["x", "y"]}
-    with pytest.raises(ValueError, match=r"distance: found \d numbers.*expected 2"):
-        choose(table, measure="embedding", distance=lambda a, b: found)
-
-
-def test_a_distance_may_round_below_zero_and_goes_with_no_other_measure() -> None:
-    result = choose(BY_HAND, measure="embedding", distance=lambda a, b: [-1e-7] * len(a))
-    assert scores(result)[0.1] == 0
-    with pytest.raises(ValueError, match="'embedding', not with 'joint'"):
-        choose(BY_HAND, measure="joint", distance=lambda a, b: [0.0] * len(a))
-
-
 ANSWERS = st.sampled_from(["yes", "no", "a cat", "two dogs", "", "ha ha ha ha ha ha"])
 ROWS = st.integers(1, 12).flatmap(
     lambda count: st.lists(
@@ -474,7 +442,7 @@ def test_noise_is_asked_once_at_the_chosen_alpha_and_counted() -> None:
         ({"alphas": (0.2, 0.1, 0.3)}, "ascending"),
         ({"alphas": (0.0, 0.5, 1.1)}, "found 1.1"),
         ({"refine": -1}, "refine is -1"),
-        ({"measure": "cosine"}, "expected one of pairwise, joint, embedding"),
+        ({"measure": "cosine"}, "expected one of pairwise, joint, relative"),
     ],
 )
 def test_options_out_of_range_are_refused_before_asking(

@@ -1,12 +1,13 @@
-// The page of a search: mark an alpha, filter the prompts, enlarge images, copy the command.
-(function () {
+// The page of a search: mark an alpha, filter the prompts, enlarge images, copy the command. The
+// searches of several donors do so each for itself.
+document.querySelectorAll("article").forEach((article) => {
   "use strict";
 
-  const all = (selector, within = document) => Array.from(within.querySelectorAll(selector));
+  const all = (selector) => Array.from(article.querySelectorAll(selector));
   const picks = all("[data-position]");
   const rows = all("table.answers tbody tr");
-  const filters = all("#filter .chip");
-  const search = document.querySelector("#filter input");
+  const filters = all(".filter .chip");
+  const search = article.querySelector(".filter input");
 
   // As PromptAnswers.list_chips
   function chipsOf(row, position) {
@@ -30,7 +31,7 @@
 
   function mark(position) {
     picks.forEach((pick) => pick.setAttribute("aria-pressed", +pick.dataset.position === position));
-    const alpha = document.querySelector(`[data-position="${position}"][data-alpha]`).dataset.alpha;
+    const alpha = article.querySelector(`[data-position="${position}"][data-alpha]`).dataset.alpha;
     all("[data-marked]").forEach((place) => (place.textContent = alpha));
     all("td[data-first]").forEach((cell) => {
       const covers = +cell.dataset.first <= position && position <= +cell.dataset.last;
@@ -96,16 +97,16 @@
     });
   });
   all(".enlarge").forEach((button) => button.addEventListener("click", () => enlarge(button)));
-  all("#copy").forEach((button) => button.addEventListener("click", () => copy(button)));
+  all(".copy").forEach((button) => button.addEventListener("click", () => copy(button)));
   filters.forEach((chip) =>
     chip.addEventListener("click", () => {
       chip.setAttribute("aria-pressed", !isPressed(chip));
       show();
     })
   );
-  all("#copy, #filter, #pick-help").forEach((part) => (part.hidden = false));
+  all(".copy, .filter, .pick-help").forEach((part) => (part.hidden = false));
   if (search) {
     search.addEventListener("input", show);
     show();
   }
-})();
+});
