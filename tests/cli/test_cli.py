@@ -501,9 +501,9 @@ def test_a_home_that_the_shell_left_alone_is_found(
     assert run(base, donor, "--out=~/out", "--alpha", "0.3") == 0
     assert (tmp_path / "out" / "adamms.json").is_file()
     assert not list(here.iterdir())
-    words = ["search", "--answers", "0.1=~/a", "~/b", "c~/d", "--report=~/e", "--arch", "~/f"]
+    words = ["search", "--answers", "~/b", "c~/d", "--report=~/e", "--arch", "~/f"]
     _, found = parse(words)
-    assert found.answers == ((0.1, tmp_path / "a"), (None, tmp_path / "b"), (None, Path("c~/d")))
+    assert found.answers == (tmp_path / "b", Path("c~/d"))
     assert (found.report, found.arch) == (tmp_path / "e", (str(tmp_path / "f"),))
 
 
