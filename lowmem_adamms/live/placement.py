@@ -73,11 +73,11 @@ class Placement:
     @property
     def work_bytes(self) -> int:
         """Needed on the device besides the model."""
-        return self.activation_bytes + self.kv_cache_bytes + self.staging_bytes + self.waiting_bytes
+        return self.activation_bytes + self.kv_cache_bytes + self.staging_bytes
 
     @property
     def required_bytes(self) -> int:
-        """Needed on the device in all, without sources."""
+        """Needed on the device in all, without sources and batches that wait."""
         return self.model_bytes + self.work_bytes + SPARE_BYTES
 
     @property

@@ -26,15 +26,17 @@ def explain_choice(
         f"work: {format_size(chosen.activation_bytes)} assumed for activations and staging"
         f" + {_describe_cache(chosen)}"
     )
-    if chosen.waiting_bytes:
-        waiting = chosen.batches_at_once - 1
-        work += f" + {format_size(chosen.waiting_bytes)} for {waiting} batches that wait at a layer"
     if chosen.staging_bytes:
         work += f" + {format_size(chosen.staging_bytes)}, 3 x the largest quantized tensor"
     yield work
     for option in rejected:
         yield f"{option}: {_describe_sum(option)}: does not fit"
     yield f"{chosen}: {_describe_sum(chosen)}: chosen"
+    if chosen.waiting_bytes:
+        yield (
+            f"batches: {chosen.batches_at_once} go through a layer before the next is read;"
+            f" {format_size(chosen.waiting_bytes)} for those that wait"
+        )
     yield from _explain_sources(chosen)
 
 

@@ -211,12 +211,13 @@ def _place_sources(plan: Plan, memory: Memory, chosen: Placement) -> Placement:
     CPU nothing is copied: the mapped files serve, and the kernel caches what it has room for.
     """
     on_card = chosen.device == "cuda"
-    vram_bytes = chosen.available_bytes - chosen.required_bytes if on_card else 0
+    used_bytes = chosen.required_bytes + chosen.waiting_bytes
+    vram_bytes = chosen.available_bytes - used_bytes if on_card else 0
     pinned_bytes = memory.ram_bytes // 2 if on_card else 0
     total: Counter[Location] = Counter()
     for _, size, location in locate_sources(plan, vram_bytes, pinned_bytes):
         total[location] += size
-    used_ram = total["pinned"] + SPARE_BYTES if on_card else chosen.required_bytes
+    used_ram = total["pinned"] + SPARE_BYTES if on_card else used_bytes
     return replace(
         chosen,
         vram_source_bytes=total["vram"],
