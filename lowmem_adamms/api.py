@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import prompts as prompt_sets
+from .architectures.arch import BUFFER, Arch
 from .architectures.declare import read_declarations
-from .architectures.layout import BUFFER, Arch
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory

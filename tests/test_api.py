@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import Page
 
 from lowmem_adamms.api import choose_alpha, find_alpha, make_plan, merge, place_search
 from lowmem_adamms.demo.pair import export_demo
@@ -58,16 +57,3 @@ def test_what_is_of_a_wrong_type_says_what_is_expected(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=says):
             call(value)
     assert not out.exists()
-
-
-def test_a_plan_is_a_table_in_a_notebook(tmp_path: Path) -> None:
-    pair = export_demo(tmp_path / "<b>")
-    base = pair.base.rename(pair.base.with_name("<i>"))
-    plan = make_plan(base, pair.donor)
-    page = Page(plan._repr_html_())
-    assert "Plan: donor into <i>, 75 tensors interpolated" in page.text
-    rows = [page.cells[i : i + 5] for i in range(0, len(page.cells), 5)]
-    assert [[text for _, text in row] for row in rows] == [list(row) for row in plan.summary]
-    assert sum(int(row[1]) for row in plan.summary) == len(plan.steps)
-    assert all(f"note: {note}" in page.text for note in plan.notes)
-    assert not [tag for tag, _ in page.tags if tag == "i"]

@@ -81,10 +81,6 @@ class Declaration(BaseModel):
     others: dict[FilledText, FilledText] = Field(
         {}, description="prefixes of all other tensors, and what they are"
     )
-    foreign_layers: dict[Text, Text] = Field(
-        {},
-        description="names that only layers have which the ancestor lacks, and what those are",
-    )
 
     @model_validator(mode="after")
     def _check_decoder(self) -> Declaration:

@@ -27,8 +27,8 @@ from typing import Any
 
 from ..errors import DeclarationError, RecipeError
 from ..values import suggest
+from .arch import Arch
 from .families import ARCHS
-from .layout import Arch
 
 MAX_FILE_BYTES = 1 << 18  # the longest declaration of ours has a few thousand
 
@@ -132,7 +132,6 @@ def _rename(arch: Arch, changes: Mapping[str, str]) -> Arch:
         arch,
         decoder=decoder,
         interleaved=tuple(map(renamed, arch.interleaved)),
-        foreign_layers={renamed(name): kind for name, kind in arch.foreign_layers.items()},
     )
 
 

@@ -15,54 +15,37 @@ from .block import Block
 
 EXPERT = "*"
 """The number of an expert in a declared name or role; a stack has it in its roles alone."""
-_PARTS = {"gate": "gate", "up": "up", "down": "down", "w1": "gate", "w3": "up", "w2": "down"}
-"""What a matrix is by its name, which `_proj` may follow."""
-_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mixer")
 
 
 def _list_names() -> Iterator[tuple[str, str]]:
-    for mlp in _MLPS:
-        for word, part in _PARTS.items():
-            stem = f"{mlp}.experts.*.{word}" + ("" if word.startswith("w") else "_proj")
-            yield f"{stem}.weight", f"mlp.experts.*.{part}.weight"
-            yield f"{stem}.bias", f"mlp.experts.*.{part}.bias"
-        # Stacks
-        yield f"{mlp}.experts.gate_up_proj", "mlp.experts.*.gate.weight mlp.experts.*.up.weight"
-        for part in ("up", "down"):
-            yield f"{mlp}.experts.{part}_proj", f"mlp.experts.*.{part}.weight"
-            yield f"{mlp}.experts.{part}_proj_bias", f"mlp.experts.*.{part}.bias"
-        # Routers
-        for kind in ("weight", "bias"):
-            yield f"{mlp}.gate.{kind}", f"mlp.router.{kind}"
-            yield f"{mlp}.router.{kind}", f"mlp.router.{kind}"
-        for where in ("", ".gate", ".moe_statics", ".gate.moe_statics"):
-            yield f"{mlp}{where}.e_score_correction_bias", "mlp.router.correction_bias"
-        # Shared experts
-        for shared in ("shared_expert", "shared_experts"):
-            for part in ("gate", "up", "down"):
-                name = f"{mlp}.{shared}.{part}_proj.weight"
-                yield name, f"mlp.shared_expert.{part}.weight"
-            yield (
-                f"{mlp}.{shared}.gate_up_proj.weight",
-                ("mlp.shared_expert.gate.weight mlp.shared_expert.up.weight"),
-            )
-        for part in ("gate", "up", "down"):  # stacks of them
-            yield f"{mlp}.shared_experts.{part}_proj", f"mlp.shared_experts.*.{part}.weight"
-        yield f"{mlp}.shared_expert_gate.weight", "mlp.shared_expert_gate.weight"
-    # Step
-    yield "moe.gate.weight", "mlp.router.weight"
-    yield "moe.router_bias", "mlp.router.correction_bias"
     for part in ("gate", "up", "down"):
-        yield f"moe.{part}_proj.weight", f"mlp.experts.*.{part}.weight"
-        yield f"moe.{part}_proj.bias", f"mlp.experts.*.{part}.bias"
-        yield f"share_expert.{part}_proj.weight", f"mlp.shared_expert.{part}.weight"
+        expert, shared = f"mlp.experts.*.{part}", f"mlp.shared_expert.{part}.weight"
+        for kind in ("weight", "bias"):
+            yield f"mlp.experts.*.{part}_proj.{kind}", f"{expert}.{kind}"
+            yield f"moe.{part}_proj.{kind}", f"{expert}.{kind}"
+        yield f"mlp.experts.{part}_proj", f"{expert}.weight"
+        yield f"mlp.experts.{part}_proj_bias", f"{expert}.bias"
+        yield f"mlp.shared_experts.{part}_proj", f"mlp.shared_experts.*.{part}.weight"
+        for where in ("mlp.shared_expert", "mlp.shared_experts", "share_expert"):
+            yield f"{where}.{part}_proj.weight", shared
+    yield "mlp.experts.gate_up_proj", "mlp.experts.*.gate.weight mlp.experts.*.up.weight"
+    for where in ("mlp.shared_expert", "mlp.shared_experts"):
+        fused = "mlp.shared_expert.gate.weight mlp.shared_expert.up.weight"
+        yield f"{where}.gate_up_proj.weight", fused
+    yield "mlp.shared_expert_gate.weight", "mlp.shared_expert_gate.weight"
+    for where in ("mlp.gate", "mlp.router"):
+        for kind in ("weight", "bias"):
+            yield f"{where}.{kind}", f"mlp.router.{kind}"
+    yield "moe.gate.weight", "mlp.router.weight"
+    for name in ("mlp.gate.e_score_correction_bias", "moe.router_bias"):
+        yield name, "mlp.router.correction_bias"
 
 
 EXPERT_ROLES = dict(_list_names())
 """A tensor's name within its layer to the roles within the layer that it holds, in memory order.
 
-These are the names of transformers' classes and of the Hub, which one family has as another: Qwen,
-DeepSeek, GLM, Llama 4, ERNIE, Mixtral, gpt-oss, Step. A declaration that has the name goes before.
+These are the names of transformers' classes and of the Hub, once respelled: of Qwen, DeepSeek, GLM,
+Llama 4, ERNIE, Mixtral, gpt-oss and Step. A declaration that has the name goes before.
 """
 Shape = tuple[int, ...]
 

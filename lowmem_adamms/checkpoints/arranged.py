@@ -7,7 +7,7 @@ which spans follow one another. What is needed of it is put together when it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
@@ -159,14 +159,19 @@ def take_alike(
     return tuple(matrix.cut(*square) for matrix in matrices)
 
 
-def spans_begun(side: Span | Arranged) -> tuple[Span, ...]:
-    """What must be read for a stretch and no stretch before it needed: all of a run at once."""
-    return side.spans if isinstance(side, Span) or side.is_first else ()
+def spans_begun(sides: Iterable[Span | Arranged]) -> list[Span]:
+    """What must be read for a stretch of each side and for no stretch before it.
+
+    What is arranged is read at once, with its first stretch.
+    """
+    begun = (side for side in sides if isinstance(side, Span) or side.is_first)
+    return [span for side in begun for span in side.spans]
 
 
-def spans_ended(side: Span | Arranged) -> tuple[Span, ...]:
-    """What no stretch behind this one needs."""
-    return side.spans if isinstance(side, Span) or side.is_last else ()
+def spans_ended(sides: Iterable[Span | Arranged]) -> list[Span]:
+    """What no stretch after this one needs."""
+    ended = (side for side in sides if isinstance(side, Span) or side.is_last)
+    return [span for side in ended for span in side.spans]
 
 
 def view_side(side: Span | Arranged, view: Callable[[Span], Any]) -> Any:

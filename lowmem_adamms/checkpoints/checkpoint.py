@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,7 @@ def _language_configs(level: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def open_checkpoint(
-    ref: str | Path,
+    ref: str | Path | Checkpoint,
     *,
     cache: bool = True,
     download_bins: bool = False,
@@ -197,7 +197,7 @@ def open_checkpoint(
     What exists on disk is never looked for on the Hub.
 
     Args:
-        ref: Where the checkpoint is.
+        ref: Where the checkpoint is; one that is open is returned as it is.
         cache: Keep the small files of a Hub id in the ordinary cache.
         download_bins: Download a repository that holds only .bin files, whose tensors cannot be
             located otherwise.
@@ -206,8 +206,9 @@ def open_checkpoint(
     Raises:
         FormatError: A file is missing, damaged, or not of a kind that can be merged.
         HubError: The repository cannot be read.
-
     """
+    if isinstance(ref, Checkpoint):
+        return ref
     path = Path(ref)
     repo = None
     if not path.exists():
@@ -227,18 +228,7 @@ def open_checkpoint(
         for shard in shards if path.is_dir() else ():
             check_own_file(shard, path)
     headers = _read_remote_headers(repo.missing(shards)) if repo else {}
-    tensors: dict[str, Span] = {}
-    for shard in shards:
-        for name, span in _read_spans(shard, headers.get(shard)):
-            if name in tensors:
-                first = tensors[name].path.name
-                raise FormatError(f"{path}: tensor {name} is in {first} and {shard.name}")
-            tensors[name] = span
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].path.name != file:
-            raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
-    if not tensors:
-        raise FormatError(f"{path}: no tensors in it")
+    tensors = _read_tensors(path, shards, headers, weight_map)
     is_adapter = shards[0].name == ADAPTER_WEIGHTS and path.is_dir()
     if is_adapter:
         config = read_json_object(path / ADAPTER_CONFIG)
@@ -298,6 +288,28 @@ def _read_remote_header(file: RemoteFile) -> Header:
         return parse_header(file.header[8:], file.size)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
+
+
+def _read_tensors(
+    path: Path,
+    shards: Sequence[Path],
+    headers: Mapping[Path, Header],
+    weight_map: Mapping[str, str],
+) -> dict[str, Span]:
+    """Every tensor of all shards, each where the index, if there is one, says it is."""
+    tensors: dict[str, Span] = {}
+    for shard in shards:
+        for name, span in _read_spans(shard, headers.get(shard)):
+            if name in tensors:
+                first = tensors[name].path.name
+                raise FormatError(f"{path}: tensor {name} is in {first} and {shard.name}")
+            tensors[name] = span
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].path.name != file:
+            raise FormatError(f"{path}: the index says {name} is in {file}; it is not there")
+    if not tensors:
+        raise FormatError(f"{path}: no tensors in it")
+    return tensors
 
 
 def _read_spans(shard: Path, header: Header | None) -> Iterator[tuple[str, Span]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .dtypes import DTYPES, DType
 from .span import Span
@@ -34,17 +34,21 @@ ROWS, COLUMNS = 64, 256
 
 
 class Coding(Protocol):
-    """How the elements of a tensor are computed. Elements are numbered as they come out."""
+    """How a tensor is computed, in whole rows of the matrix that it is read as."""
 
     @property
     def dtype(self) -> DType:
         """What comes out."""
 
-    def stored(self, wanted: range) -> tuple[Span, ...]:
-        """What must be read to compute some consecutive elements."""
+    @property
+    def width(self) -> int:
+        """Elements of a row that comes out."""
 
-    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
-        """The bytes of elements `wanted`, from the contents of `stored(held)`, which has them."""
+    def stored(self, rows: range) -> tuple[Span, ...]:
+        """What must be read to compute some rows."""
+
+    def decode(self, contents: Sequence[Bytes], held: range, rows: range) -> npt.NDArray[Any]:
+        """Compute `rows`, a matrix, from the contents of `stored(held)`, which has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,18 @@ class CodedSpan(Span):
     @property
     def spans(self) -> tuple[Span, ...]:
         """What is read."""
-        return self.coding.stored(self.wanted)
+        return self.coding.stored(self.computed_rows)
 
     @property
-    def wanted(self) -> range:
-        """Its elements, as the coding numbers them."""
-        size = self.coding.dtype.itemsize
-        return range(self.start // size, -(-self.stop // size))
+    def computed_row_bytes(self) -> int:
+        """Bytes of a row, as the coding counts rows."""
+        return self.coding.dtype.nbytes(self.coding.width)
+
+    @property
+    def computed_rows(self) -> range:
+        """The rows that it lies in."""
+        nbytes = self.computed_row_bytes
+        return range(self.start // nbytes, -(-self.stop // nbytes))
 
 
 def view_span(span: Span, view: Callable[[Span], Any], piece: Span | None = None) -> Any:
@@ -84,9 +93,9 @@ def view_span(span: Span, view: Callable[[Span], Any], piece: Span | None = None
     assert isinstance(piece, CodedSpan)
     contents = [view(each) for each in span.spans]
     on_host = [each if isinstance(each, np.ndarray) else each.cpu().numpy() for each in contents]
-    decoded = span.coding.decode(on_host, span.wanted, piece.wanted)
-    first = piece.start - piece.wanted.start * span.coding.dtype.itemsize
-    decoded = decoded[first : first + piece.nbytes]
+    rows = span.coding.decode(on_host, span.computed_rows, piece.computed_rows)
+    first = piece.start - piece.computed_rows.start * piece.computed_row_bytes
+    decoded = rows.reshape(-1).view(np.uint8)[first : first + piece.nbytes]
     return decoded if on_host[0] is contents[0] else contents[0].new_tensor(decoded)
 
 
@@ -105,40 +114,36 @@ class BlockScaled:
     scales: Span
     grid: tuple[int, int]
     block: tuple[int, int]
+    dtype: ClassVar[DType] = DTYPES["BF16"]  # as transformers dequantizes to
 
     @property
-    def dtype(self) -> DType:
-        """BF16, as transformers dequantizes to."""
-        return DTYPES["BF16"]
+    def width(self) -> int:
+        """Columns of a matrix."""
+        return self.codes.shape[-1]
 
-    def _rows(self, wanted: range) -> range:
-        width = self.codes.shape[-1]
-        return range(wanted.start // width, -(-wanted.stop // width))
+    def stored(self, rows: range) -> tuple[Span, ...]:
+        """The rows, and all scales, which are few."""
+        codes = self.codes.flat_slice(rows.start * self.width, len(rows) * self.width)
+        return codes, self.scales
 
-    def stored(self, wanted: range) -> tuple[Span, ...]:
-        """Whole rows of the numbers, and all scales, which are few."""
-        rows, width = self._rows(wanted), self.codes.shape[-1]
-        return self.codes.flat_slice(rows.start * width, len(rows) * width), self.scales
-
-    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+    def decode(self, contents: Sequence[Bytes], held: range, rows: range) -> npt.NDArray[Any]:
         """Multiply in float32 and round to bf16."""
         import numpy as np
 
         height, width = self.codes.shape[-2:]
-        rows, before = self._rows(wanted), self._rows(held).start
         codes = contents[0].reshape(-1, width)
         scales = _read_scales(contents[1], self.scales.dtype.name).reshape(-1, self.grid[1])
         table = _fp8_values(self.codes.dtype.name)
         out = np.empty((len(rows), width), np.uint16)
         step = max(1, TILE // width)
         for top in range(rows.start, rows.stop, step):
-            here = np.arange(top, min(top + step, rows.stop))
-            values = table[codes[here[0] - before : here[-1] + 1 - before]]
+            stop = min(top + step, rows.stop)
+            values = table[codes[top - held.start : stop - held.start]]
+            here = np.arange(top, stop)
             line = here // height * self.grid[0] + here % height // self.block[0]
             values *= np.repeat(scales[line], self.block[1], axis=1)[:, :width]
-            out[here[0] - rows.start : here[-1] + 1 - rows.start] = _round_to_bf16(values)
-        first = wanted.start - rows.start * width
-        return out.reshape(-1)[first : first + len(wanted)].view(np.uint8)
+            out[top - rows.start : stop - rows.start] = _round_to_bf16(values)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,36 +157,36 @@ class PackedFP4:
 
     blocks: Span
     scales: Span
+    dtype: ClassVar[DType] = DTYPES["BF16"]  # which holds every such number
 
     @property
-    def dtype(self) -> DType:
-        """BF16, which holds every such number."""
-        return DTYPES["BF16"]
+    def width(self) -> int:
+        """Stored rows of an expert: each of its rows that comes out has a number of each."""
+        return self.blocks.shape[1]
 
-    def _experts(self, wanted: range) -> range:
-        size = self.blocks.shape[1] * self.blocks.shape[2] * GROUP
-        return range(wanted.start // size, -(-wanted.stop // size))
+    def _experts(self, rows: range) -> range:
+        height = self.blocks.shape[2] * GROUP
+        return range(rows.start // height, -(-rows.stop // height))
 
-    def stored(self, wanted: range) -> tuple[Span, ...]:
-        """Whole experts: a row that comes out has a number of each row that is stored."""
-        experts = self._experts(wanted)
+    def stored(self, rows: range) -> tuple[Span, ...]:
+        """Whole experts."""
+        experts = self._experts(rows)
         ends = experts.start, experts.stop
         return self.blocks.rows(*ends), self.scales.rows(*ends)
 
-    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+    def decode(self, contents: Sequence[Bytes], held: range, rows: range) -> npt.NDArray[Any]:
         """Multiply, and turn the matrix, a few groups at a time."""
         import numpy as np
 
-        _, height, groups, _ = self.blocks.shape
+        _, width, groups, _ = self.blocks.shape
         before = self._experts(held).start
-        blocks = contents[0].reshape(-1, height, groups, GROUP // 2)
-        scales = contents[1].reshape(-1, height, groups)
-        first, last = wanted.start // height, -(-wanted.stop // height)
-        out = np.empty((last - first, height), np.uint16)
-        step = max(1, TILE // (height * GROUP))
-        for expert in self._experts(wanted):
+        blocks = contents[0].reshape(-1, width, groups, GROUP // 2)
+        scales = contents[1].reshape(-1, width, groups)
+        out = np.empty((len(rows), width), np.uint16)
+        step = max(1, TILE // (width * GROUP))
+        for expert in self._experts(rows):
             start = expert * groups * GROUP  # the expert's first row, as they come out
-            low, high = max(first - start, 0), min(last - start, groups * GROUP)
+            low, high = max(rows.start - start, 0), min(rows.stop - start, groups * GROUP)
             for group in range(low // GROUP, -(-high // GROUP), step):
                 columns = slice(group, min(group + step, -(-high // GROUP)))
                 values = _unpack(
@@ -189,9 +194,8 @@ class PackedFP4:
                 )
                 top, bottom = max(low, columns.start * GROUP), min(high, columns.stop * GROUP)
                 here = values[:, top - columns.start * GROUP : bottom - columns.start * GROUP]
-                out[start + top - first : start + bottom - first] = here.T
-        skipped = wanted.start - first * height
-        return out.reshape(-1)[skipped : skipped + len(wanted)].view(np.uint8)
+                out[start + top - rows.start : start + bottom - rows.start] = here.T
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +212,18 @@ class LowRank:
     left: Span
     right: Span
     scale: float
+    # Rounding the sum to bf16 here would lose most of a small product
+    dtype: ClassVar[DType] = DTYPES["F32"]
 
     @property
-    def dtype(self) -> DType:
-        """F32: rounding the sum to bf16 here would lose most of a small product."""
-        return DTYPES["F32"]
+    def width(self) -> int:
+        """Columns of the matrix."""
+        return self.right.shape[1]
 
     def onto(self, base: Span, rows: tuple[int, int]) -> CodedSpan:
         """The same product, some rows of it, added to a matrix."""
         coding = replace(self, base=base, left=self.left.rows(*rows))
         return CodedSpan.whole(self.left, base.shape, coding)
-
-    def _rows(self, wanted: range) -> range:
-        width = self.right.shape[1]
-        return range(wanted.start // width, -(-wanted.stop // width))
 
     def _tiles(self, rows: range) -> range:
         """The first rows of the tiles that hold these rows.
@@ -231,42 +233,38 @@ class LowRank:
         return range(rows.start // ROWS * ROWS, rows.stop, ROWS)
 
     def _slice_base(self, rows: range) -> Span | None:
-        width = self.right.shape[1]
-        return self.base and self.base.flat_slice(rows.start * width, len(rows) * width)
+        return self.base and self.base.flat_slice(rows.start * self.width, len(rows) * self.width)
 
-    def stored(self, wanted: range) -> tuple[Span, ...]:
+    def stored(self, rows: range) -> tuple[Span, ...]:
         """Rows of the base and of the left factor, and all of the right one."""
-        rows = self._rows(wanted)
         tiles, base = self._tiles(rows), self._slice_base(rows)
         left = self.left.rows(tiles.start, min(tiles.start + len(tiles) * ROWS, self.left.shape[0]))
         return (*(base.spans if base else ()), left, self.right)
 
-    def decode(self, contents: Sequence[Bytes], held: range, wanted: range) -> Bytes:
+    def decode(self, contents: Sequence[Bytes], held: range, rows: range) -> npt.NDArray[Any]:
         """Multiply and add in float64, round to float32."""
         import numpy as np
 
-        rows, width = self._rows(held), self.right.shape[1]
-        tiles, base = self._tiles(rows), self._slice_base(rows)
+        first_tile, base = self._tiles(held).start, self._slice_base(held)
         left, right = (
             _as_bits(content, side).reshape(-1, side.shape[1])
             for content, side in zip(contents[-2:], (self.left, self.right), strict=True)
         )
-        out = np.zeros((len(rows), width), np.float32)
+        out = np.zeros((len(rows), self.width), np.float32)
         if base:
             content = view_span(base, dict(zip(base.spans, contents, strict=False)).__getitem__)
-            old = _as_bits(content, base).reshape(-1, width)
-        for column in range(0, width, COLUMNS):
+            old = _as_bits(content, base).reshape(-1, self.width)[rows.start - held.start :]
+        for column in range(0, self.width, COLUMNS):
             columns = slice(column, column + COLUMNS)
             factor = _widen(right[:, columns], self.right)
-            for tile in tiles:
-                top = tile - tiles.start
+            for tile in self._tiles(rows):
+                top = tile - first_tile
                 product = self.scale * (_widen(left[top : top + ROWS], self.left) @ factor)
                 first, last = max(tile, rows.start), min(tile + ROWS, rows.stop)
                 here = slice(first - rows.start, last - rows.start)
                 product = product[first - tile : last - tile]
                 out[here, columns] = _widen(old[here, columns], base) + product if base else product
-        skipped = wanted.start - rows.start * width
-        return out.reshape(-1)[skipped : skipped + len(wanted)].view(np.uint8)
+        return out
 
 
 def _unpack(blocks: Bytes, scales: Bytes) -> npt.NDArray[np.uint16]:

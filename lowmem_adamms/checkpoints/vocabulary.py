@@ -1,9 +1,8 @@
 """Tokenizer files, and which rows of two embeddings hold the same token.
 
 Reads the first of FORMS that a folder has, then the added tokens of `added_tokens.json` and
-`tokenizer_config.json`. Byte-level vocabularies (tokenizer.json, vocab.json, .tiktoken) spell a
-token alike, and so do both forms of a SentencePiece one. Other forms (tekken.json, tokenizers that
-are Python code) are not read.
+`tokenizer_config.json`. A token is spelled alike in all forms of a vocabulary. Other forms
+(tiktoken, tekken.json, tokenizers that are Python code) are not read.
 
 A vocabulary is kept as one hash per id, and of tokenizer.json only the parts that name tokens are
 parsed: two of 150 000 tokens, merges included, would as Python objects not fit the memory a whole
@@ -12,7 +11,6 @@ merge is allowed.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from array import array
@@ -25,7 +23,7 @@ from typing import Any
 from ..errors import FormatError, first_line
 from .safetensors_header import refuse_lfs_pointer
 
-FORMS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
+FORMS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 """Where a vocabulary may stand, in the order they are looked for."""
 MAX_FILE_BYTES = 1 << 27
 """Of a tokenizer's file; the largest known, of 262 000 tokens, has 33 MB."""
@@ -33,16 +31,6 @@ MAX_IDS = 1 << 22
 _ABSENT = 0
 
 _PROTOBUF_PIECE = 0x0A  # field 1, a run of bytes; ModelProto.pieces and SentencePiece.piece
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTE_LEVEL = dict(
-    zip((i for i in range(256) if i not in _PRINTABLE), range(256, 512), strict=False)
-)
-"""How byte-level vocabularies write bytes that are no visible Latin-1 letter: GPT-2's table."""
-_QWEN_SPECIAL = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    *(f"<|extra_{i}|>" for i in range(205)),
-)
-"""Tokens after those of qwen.tiktoken: hf.co/Qwen/Qwen-7B, tokenization_qwen.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +112,7 @@ def _read_file(hashes: array[int], path: Path) -> None:
                 decoder = json.loads(data).get("added_tokens_decoder", {})
                 _add_tokens(hashes, {token["content"]: int(i) for i, token in decoder.items()})
             case _:
-                _add_tokenizer_model(hashes, data)
-                hashes.extend(map(_hash, _QWEN_SPECIAL if path.name == "qwen.tiktoken" else ()))
+                hashes.extend(map(_hash, _sentence_pieces(data)))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.200}"
         raise FormatError(f"{path}: not a tokenizer's file ({reason}); download it again") from None
@@ -149,24 +136,13 @@ def _hash(token: str) -> int:
     return hash(token) or 1  # 0 is _ABSENT
 
 
-# tokenizer.model and qwen.tiktoken
-
-
-def _add_tokenizer_model(hashes: array[int], data: bytes) -> None:
-    """Enter a SentencePiece model, or tiktoken's lines of base64 and rank."""
-    if data[:1] == bytes([_PROTOBUF_PIECE]):
-        hashes.extend(map(_hash, _sentence_pieces(data)))
-        return
-    for line in data.splitlines():
-        word, rank = line.split()
-        if int(rank) != len(hashes):
-            raise ValueError(f"token {len(hashes)} has rank {int(rank)}")
-        token = base64.b64decode(word, validate=True).decode("latin-1").translate(_BYTE_LEVEL)
-        hashes.append(_hash(token))
+# tokenizer.model
 
 
 def _sentence_pieces(data: bytes) -> Iterator[str]:
     """The pieces of a ModelProto: google/sentencepiece, sentencepiece_model.proto."""
+    if data[:1] != bytes([_PROTOBUF_PIECE]):
+        raise ValueError("no SentencePiece model; give its tokenizer.json")
     for tag, start, stop in _protobuf_fields(data, 0, len(data)):
         if tag == _PROTOBUF_PIECE:
             fields = _protobuf_fields(data, start, stop)

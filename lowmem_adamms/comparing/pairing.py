@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architectures.arch import BUFFER
 from ..architectures.experts import is_expert
-from ..architectures.layout import BUFFER, Layout
+from ..architectures.layout import Layout
 from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.span import Span

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from ..architectures.arch import Arch, guess_kind
 from ..architectures.block import Block
 from ..architectures.experts import EXPERT
 from ..architectures.families import ARCHS
-from ..architectures.layout import OTHER_PARTS, Arch, Layout
+from ..architectures.layout import Layout
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MappingError
 from .side import Side
@@ -31,7 +32,7 @@ def read_adapter_side(
 
     keep_unknown: leave out what has no role in the base, instead of raising MappingError.
     """
-    kinds = {name: kind for name in checkpoint.tensors if (kind := _find_kind(name))}
+    kinds = {name: kind for name in checkpoint.tensors if (kind := guess_kind(name))}
     names = [name for name in checkpoint.tensors if name not in kinds]
     archs = sorted([*declared, *ARCHS], key=lambda arch: arch.name != base.layout.arch)
     arch, held = max(
@@ -50,11 +51,6 @@ def read_adapter_side(
     }
     layout = Layout(f"LoRA ({arch.name})", "", None, blocks, kinds, None)
     return Side(checkpoint, layout, blocks, layout.pieces(), tied=False)
-
-
-def _find_kind(name: str) -> str | None:
-    """What a tensor is that is no part of the decoder, by the words in its name."""
-    return next((kind for kind, words in OTHER_PARTS if words.search(name)), None)
 
 
 def _find_roles(names: Sequence[str], arch: Arch, base: Side) -> Held:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..architectures.arch import BUFFER, Arch
 from ..architectures.block import Block
 from ..architectures.experts import is_expert
-from ..architectures.layout import BUFFER, Arch
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.dtypes import DTYPES, DType
 from ..checkpoints.span import Span
@@ -91,10 +91,9 @@ def make_plan(
     where a merge must be refused. For comparing two checkpoints.
     """
     output_dtype = DTYPES[parse_dtype(dtype)] if dtype else None
-    ours, lender = read_side(_open(base), declared), _open(donor)
+    ours, lender = read_side(open_checkpoint(base), declared), open_checkpoint(donor)
     if lender.is_adapter:
-        keep = unmatched == "keep"
-        theirs = read_adapter_side(lender, ours, declared, keep_unknown=keep)
+        theirs = read_adapter_side(lender, ours, declared, keep_unknown=unmatched == "keep")
     else:
         theirs = read_side(lender, declared)
     token_rows = None
@@ -106,17 +105,13 @@ def make_plan(
         else _match_role(role, ours, theirs, token_rows)
         for role in ours.pieces
     }
-    misfits = [] if lender.is_adapter else list(_compare_sizes(ours, theirs))
-    misfits += [match.misfit for match in matches.values() if match.misfit]
-    alone = "" if lender.is_adapter else _list_unmatched(ours, theirs)
-    if alone and unmatched == "stop":
-        sides = str(ours.path), str(theirs.path)
-        misfits.append(
-            f"{_describe_unmatched(alone, sides)}; declare with `arch` how they are spelled if they"
-            " belong together, or keep the base's with `unmatched='keep'`"
-        )
+    alone = [] if lender.is_adapter else _list_unmatched(ours, theirs)
+    misfits = tuple(_find_misfits(ours, theirs, matches, alone if unmatched == "stop" else []))
     if misfits and not allow_misfits:
         raise MappingError(misfits[0])
+    notes = list(_notes(ours, theirs, token_rows, declared))
+    if alone and unmatched == "keep":
+        notes.append(f"{_describe_unmatched(alone, ('the base', 'the donor'))}{KEPT}")
     tied_heads = ours.tied_heads
     steps = tuple(
         _make_step(name, ours, theirs, matches, output_dtype)
@@ -126,51 +121,53 @@ def make_plan(
     donor_names = {name for step in steps for part in step.parts for name in part.donor_names}
     if not (allow_misfits or donor_names):
         raise MappingError(f"{ours.path} and {theirs.path} have no parameter in common")
+    leftover = {
+        name: theirs.layout.kinds.get(name, "no counterpart in the base")
+        for name in theirs.tensors
+        if name not in donor_names
+    }
+    options = {
+        "embeddings": embeddings,
+        "dtype": output_dtype.name if output_dtype else None,
+        "unmatched": unmatched,
+    }
     return Plan(
         ours.checkpoint,
         theirs.checkpoint,
         ours.layout,
         theirs.layout,
         steps,
-        leftover={
-            name: theirs.layout.kinds.get(name, "no counterpart in the base")
-            for name in theirs.tensors
-            if name not in donor_names
-        },
-        notes=(
-            *_notes(ours, theirs, token_rows, declared),
-            *(
-                [f"{_describe_unmatched(alone, ('the base', 'the donor'))}{KEPT}"]
-                if alone and unmatched == "keep"
-                else []
-            ),
-        ),
-        options={
-            "embeddings": embeddings,
-            "dtype": output_dtype.name if output_dtype else None,
-            "unmatched": unmatched,
-        },
+        leftover=leftover,
+        notes=tuple(notes),
+        options=options,
         declared=tuple(declared),
-        misfits=tuple(misfits),
+        misfits=misfits,
     )
-
-
-def _open(checkpoint: str | Path | Checkpoint) -> Checkpoint:
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
 
 
 # Roles
 
 
-def _compare_sizes(base: Side, donor: Side) -> Iterator[str]:
-    """Say what is different if the two decoders do not have the same depth and width."""
-    if base.layout.layers != donor.layout.layers:
+def _find_misfits(
+    base: Side, donor: Side, matches: Mapping[str, Match], alone: Sequence[str]
+) -> Iterator[str]:
+    """Why the two do not fit: depth and width first. alone: of what only one side has."""
+    if donor.checkpoint.is_adapter:
+        pass
+    elif base.layout.layers != donor.layout.layers:
         yield (
             f"layer counts differ: {base.path} has {base.layout.layers} decoder layers,"
             f" {donor.path} has {donor.layout.layers}; they do not share an ancestor"
         )
     elif base.row_shape != donor.row_shape:
         yield f"widths differ: {_compare_shapes('embed', base, 'embed', donor)}"
+    yield from (match.misfit for match in matches.values() if match.misfit)
+    if alone:
+        yield (
+            f"{_describe_unmatched(alone, (str(base.path), str(donor.path)))}; declare with `arch`"
+            " how they are spelled if they belong together, or keep the base's with"
+            " `unmatched='keep'`"
+        )
 
 
 def _compare_shapes(role: str, base: Side, donor_role: str, donor: Side) -> str:

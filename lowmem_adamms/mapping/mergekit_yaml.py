@@ -2,7 +2,7 @@
 
 The meaning is mergekit's (github.com/arcee-ai/mergekit: README "Parameter Specification",
 docs/merge_methods.md, config.py and plan.py for what these leave open):
-- A list is interpolated over a slice's layers; embedding, final norm and head take its first value.
+- A list is interpolated over the layers; embedding, final norm and head take its first value.
 - Of a list of filters the first whose text occurs in the tensor's name counts, in the spelling of
   the model that the weight is for.
 - Weights are divided by their sum unless normalize is false.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 
-from ..architectures.layout import BUFFER
+from ..architectures.arch import BUFFER
 from ..errors import ConfigError, RecipeError
 from ..settings import MethodName
 from ..values import parse_alpha, parse_dtype
@@ -106,18 +106,6 @@ class Model(_Mapping):
     parameters: ModelParameters
 
 
-class Source(Model):
-    """Layers of a model, from the first number to before the second."""
-
-    layer_range: tuple[int, int]
-
-
-class Slice(_Mapping):
-    """The same layers of all models."""
-
-    sources: Annotated[list[Source], SOME]
-
-
 class Parameters(_Mapping):
     """Parameters of a linear merge."""
 
@@ -136,8 +124,7 @@ class _Document(_Mapping):
 class Document(_Document):
     """A linear merge."""
 
-    models: Annotated[list[Model], SOME] = []
-    slices: list[Slice] = []
+    models: Annotated[list[Model], SOME]
     base_model: ModelRef | None = None
     parameters: Parameters = Parameters()
 
@@ -236,36 +223,16 @@ def _shorten(value: Any) -> str:
 
 
 def _read_linear(path: Path, document: Document) -> Recipe:
-    """Bring models and slices into one form; RecipeError for what cannot be done."""
-    if bool(document.models) == bool(document.slices):
-        raise RecipeError("expected the models under models, or else under slices")
-    sections = [Section(0, None, _weights(document.models))] if document.models else []
-    for part in document.slices:
-        start = sections[-1].stop if sections else 0
-        (first, stop), *others = (source.layer_range for source in part.sources)
-        if first != start or first >= stop or any(other != (first, stop) for other in others):
-            ranges = " and ".join(str(list(source.layer_range)) for source in part.sources)
-            raise RecipeError(
-                f"slices: found layer_range {ranges}, expected [{start}, N] for each: layers are"
-                " not moved"
-            )
-        sections.append(Section(first, stop, _weights(part.sources)))
-    names = list(sections[0].weights)
+    cases = {model.model: model.parameters.weight for model in document.models}
+    names = list(cases)
     base = document.base_model or names[0]
-    for section in sections:
-        if len(section.weights) < 2 or section.weights.keys() != {base, *names}:
-            raise RecipeError(
-                f"found models {', '.join(section.weights)}; expected two or more, the same"
-                f" everywhere and one of them the base, {base}"
-            )
+    if len(names) < 2 or base not in names:
+        raise RecipeError(
+            f"found models {', '.join(names)}; expected two or more, one of them the base, {base}"
+        )
     donors = tuple(name for name in names if name != base)
-    return _make_recipe(
-        path, document, "linear", base, donors, sections, normalize=document.parameters.normalize
-    )
-
-
-def _weights(models: Sequence[Model]) -> dict[str, list[Case]]:
-    return {model.model: model.parameters.weight for model in models}
+    normalize = document.parameters.normalize
+    return _make_recipe(path, document, "linear", base, donors, cases, normalize=normalize)
 
 
 def _read_slerp(path: Path, document: SlerpDocument) -> Recipe:
@@ -276,8 +243,8 @@ def _read_slerp(path: Path, document: SlerpDocument) -> Recipe:
             f"found models {', '.join(names)}; expected two, one of them the base,"
             f" {document.base_model}"
         )
-    sections = [Section(0, None, {others[0]: document.parameters.t})]
-    return _make_recipe(path, document, "slerp", document.base_model, tuple(others), sections)
+    cases = {others[0]: document.parameters.t}
+    return _make_recipe(path, document, "slerp", document.base_model, tuple(others), cases)
 
 
 def _read_tasks(path: Path, method: Method, document: TaskDocument) -> Recipe:
@@ -312,7 +279,7 @@ def _read_tasks(path: Path, method: Method, document: TaskDocument) -> Recipe:
         method.name,
         base,
         tuple(donors),
-        [Section(0, None, varying)],
+        varying,
         ancestor=ancestor,
         weights=weights,
         densities=tuple(each.density for each in models.values()) if method.takes_density else None,
@@ -352,7 +319,7 @@ def _make_recipe(
     method: MethodName,
     base: str,
     donors: tuple[str, ...],
-    sections: Sequence[Section],
+    cases: Mapping[str, Sequence[Case]],
     **more: Any,
 ) -> Recipe:
     if document.tokenizer_source not in (None, "base", base):
@@ -361,25 +328,17 @@ def _make_recipe(
             " base"
         )
     dtype = document.out_dtype or document.dtype
-    return Recipe(path, method, base, donors, dtype, sections, **more)
+    return Recipe(path, method, base, donors, dtype, cases, **more)
 
 
 # What it means
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """Layers `first` to `stop` - 1 (None: to the last), and each model's weights for them."""
-
-    first: int
-    stop: int | None
-    weights: Mapping[str, Sequence[Case]]
-
-
-@dataclass(frozen=True, slots=True)
 class Recipe:
     """What a file says: how which models are merged, the output's dtype ("BF16"), and the weights.
 
+    cases: each model's weights, by tensor name and depth.
     ancestor, weights, densities: as for `make_mixture`, of methods that mix differences.
     factor: of what all models add, of methods that have it.
     """
@@ -389,7 +348,7 @@ class Recipe:
     base: str
     donors: tuple[str, ...]
     dtype: str | None
-    sections: Sequence[Section]
+    cases: Mapping[str, Sequence[Case]]
     normalize: bool = True
     ancestor: str | None = None
     weights: tuple[float, ...] | None = None
@@ -399,12 +358,9 @@ class Recipe:
     def alphas(self, plan: Plan) -> tuple[Alpha, tuple[str, ...]]:
         """The donors' weights for all that `plan` blends, and notes for the user.
 
-        RecipeError where slices do not fit the layers, or weights are missing or no average.
+        RecipeError where weights are missing or no average.
         """
         layers = plan.base_layout.layers
-        stop = self.sections[-1].stop
-        if stop not in (None, layers):
-            raise RecipeError(f"{self.path}: slices end at layer {stop}, the models have {layers}")
         names = [_name_roles(pair) for pair in plan.donor_plans]
         notes = tuple(self._notes(plan, names))
         if self.factor is not None:
@@ -415,7 +371,7 @@ class Recipe:
     def _alpha_of_donor(
         self, donor: int, names: Sequence[Mapping[str, tuple[str, str]]], layers: int
     ) -> OneAlpha:
-        if self.ancestor and self.donors[donor] not in self.sections[0].weights:
+        if self.ancestor and self.donors[donor] not in self.cases:
             return 1.0  # its weight is a number, in `weights`
         return from_roles({role: self._alpha(donor, role, names, layers) for role in names[donor]})
 
@@ -423,16 +379,16 @@ class Recipe:
         self, donor: int, role: str, names: Sequence[Mapping[str, tuple[str, str]]], layers: int
     ) -> float:
         """A donor's share in one role, which every model calls differently."""
-        section, depth = self._locate(role, layers)
+        depth = _relative_depth_of(role, layers)
         own = names[donor][role]
         if self.method != "linear":
             name = own[0] if self.method == "slerp" else own[1]
-            return round(self._weight(section, self.donors[donor], name, depth), COMPUTED_DECIMALS)
-        weights = [self._weight(section, self.base, own[0], depth)]
+            return round(self._weight(self.donors[donor], name, depth), COMPUTED_DECIMALS)
+        weights = [self._weight(self.base, own[0], depth)]
         # A donor that lacks the role is called by the base's name, and its share stays the base's
         for model, calls in zip(self.donors, names, strict=True):
             called = calls[role][1] if role in calls else own[0]
-            weights.append(self._weight(section, model, called, depth))
+            weights.append(self._weight(model, called, depth))
         total = sum(weights)
         adds_up = total > 0 if self.normalize else abs(total - 1) <= SUM_TOLERANCE
         if min(weights) < 0 or not adds_up:
@@ -444,18 +400,8 @@ class Recipe:
         share = weights[donor + 1] / total if self.normalize else weights[donor + 1]
         return round(share, COMPUTED_DECIMALS)
 
-    def _locate(self, role: str, layers: int) -> tuple[Section, float]:
-        """The section a role belongs to, and its relative depth in it."""
-        kind, _, rest = role.partition(".")
-        if kind != "layers":
-            return self.sections[0 if kind == "embed" else -1], 0.0
-        layer = int(rest.partition(".")[0])
-        section = next(one for one in reversed(self.sections) if one.first <= layer)
-        stop = layers if section.stop is None else section.stop
-        return section, relative_depth(layer - section.first, stop - section.first)
-
-    def _weight(self, section: Section, model: str, name: str, depth: float) -> float:
-        for case in section.weights[model]:
+    def _weight(self, model: str, name: str, depth: float) -> float:
+        for case in self.cases[model]:
             if case.fits(name):
                 return interpolate(case.value, depth)
         raise RecipeError(
@@ -467,11 +413,10 @@ class Recipe:
         for donor, calls in zip(self.donors, names, strict=True):
             side = 0 if self.method == "slerp" else 1
             called[donor] = {pair[side] for pair in calls.values()}
-        for section in self.sections:
-            for model in (self.base, *self.donors):
-                for case in section.weights.get(model, ()):
-                    if not any(case.fits(name) for name in called[model]):
-                        yield f"filter {case.filter!r} matches no blended tensor of {model}"
+        for model in (self.base, *self.donors):
+            for case in self.cases.get(model, ()):
+                if not any(case.fits(name) for name in called[model]):
+                    yield f"filter {case.filter!r} matches no blended tensor of {model}"
         if METHODS[self.method].by_chance:
             yield "what is kept is divided by the density, where mergekit restores the norm"
         kept = sorted(set(plan.base_layout.kinds.values()) - {BUFFER})
@@ -480,6 +425,12 @@ class Recipe:
                 f"only language weights are blended: {', '.join(kept)} stay the base's, also where"
                 " mergekit would blend them"
             )
+
+
+def _relative_depth_of(role: str, layers: int) -> float:
+    """What lies outside of the layers has the weight of the first."""
+    kind, _, rest = role.partition(".")
+    return relative_depth(int(rest.partition(".")[0]), layers) if kind == "layers" else 0.0
 
 
 def _name_roles(plan: Plan) -> dict[str, tuple[str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..architectures.layout import Arch
+from ..architectures.arch import Arch
 from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.span import Span
@@ -86,11 +86,6 @@ class Mixture(Plan):
     def coefficients(self) -> int:
         """How many alphas it takes: one for each donor, or one for all."""
         return len(self.plans) if self.method.alpha_of_each else 1
-
-    @property
-    def donors(self) -> tuple[Checkpoint, ...]:
-        """The models that are mixed in."""
-        return tuple(plan.donor for plan in self.plans)
 
     @property
     def donor_plans(self) -> tuple[Plan, ...]:
@@ -222,7 +217,7 @@ def make_mixture(
     """
     method = METHODS[settings.method]
     _check_settings(method, settings, ancestor is not None, len(donors))
-    opened = _open(base)
+    opened = open_checkpoint(base)
     how: Any = {
         "embeddings": embeddings,
         "dtype": dtype,
@@ -248,10 +243,6 @@ def make_mixture(
         trim=settings.trim,
         mask_seed=settings.mask_seed,
     )
-
-
-def _open(checkpoint: ModelRef) -> Checkpoint:
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
 
 
 def _check_settings(

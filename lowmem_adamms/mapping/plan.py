@@ -7,7 +7,6 @@ the span of the donor to blend into it. There is no alpha in it and no tensor da
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import re
 from collections import Counter
@@ -15,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..architectures.layout import Arch, Layout
+from ..architectures.arch import Arch
+from ..architectures.layout import Layout
 from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import DType
@@ -137,17 +137,6 @@ class Plan:
             for (kind, action, reason), steps in alike.items()
         ]
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        heading, *rows = (
-            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            for tag, cells in (("th", SUMMARY_HEADINGS), *(("td", row) for row in self.summary))
-        )
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        notes = "".join(f"<p>note: {html.escape(note)}</p>" for note in self.notes)
-        title = f"<p>{html.escape(repr(self).strip('<>'))}</p>"
-        return f"{title}<table><tr>{heading}</tr>{body}</table>{notes}"
-
     @property
     def counts(self) -> dict[str, int]:
         """How many output tensors are blended (`interpolate`) and how many are not (`copy`)."""
@@ -178,7 +167,7 @@ class Plan:
     @property
     def donors(self) -> tuple[Checkpoint, ...]:
         """The models that are blended in."""
-        return (self.donor,)
+        return tuple(plan.donor for plan in self.donor_plans)
 
     @property
     def donor_plans(self) -> tuple[Plan, ...]:

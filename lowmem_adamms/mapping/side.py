@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.arch import Arch
 from ..architectures.block import Block
 from ..architectures.families import ARCHS
-from ..architectures.layout import Arch, Layout
+from ..architectures.layout import Layout
 from ..architectures.recognise import recognise
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.coded import CodedSpan, LowRank

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..architectures.layout import Layout, block_span
+from ..architectures.layout import Layout
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sampled_reads import SampledReader, evenly_spread
 from ..checkpoints.span import Span
@@ -28,8 +28,9 @@ def is_tied(checkpoint: Checkpoint, layout: Layout) -> bool | None:
         return checkpoint.tied
     if not ties[0]:
         return False
-    head, embedding = (block_span(checkpoint, *roles[role]) for role in ("head", "embed"))
-    return _look_equal(checkpoint, head, embedding)
+    held = (roles[role] for role in ("head", "embed"))
+    spans = (checkpoint.tensors[name].rows(block.start, block.stop) for name, block in held)
+    return _look_equal(checkpoint, *spans)
 
 
 def describe_ties(checkpoint: Checkpoint, layout: Layout, tied: bool | None) -> Iterator[str]:

@@ -64,11 +64,6 @@ class Piece:
         """Everything that is read."""
         return (*self.models.values(), *([self.ancestor] if self.ancestor else []))
 
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """What must be read for it and not for a piece before it."""
-        return tuple(span for side in self.sides for span in spans_begun(side))
-
 
 Look = Callable[[Piece, Mapping[int, Any], Any], None]
 """look(piece, contents of its models by number, content of the ancestor)."""
@@ -214,17 +209,21 @@ def _read(mixture: Mixture, steps: Sequence[Step], look: Look) -> None:
     with ExitStack() as stack:
         source: Any = MappedFiles()
         if remote:
-            source = RangeSource(remote, (piece.spans for piece in _pieces(steps)))
+            source = RangeSource(remote, (spans_begun(piece.sides) for piece in _pieces(steps)))
         stack.enter_context(source)
-        sides = max((len(piece.spans) for piece in _pieces(steps)), default=0)
+        sides = max((len(spans_begun(piece.sides)) for piece in _pieces(steps)), default=0)
         readers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(sides)]
         for piece in read_ahead(
-            _pieces(steps), lambda piece: [piece.spans], source.prefetch, readers, AHEAD
+            _pieces(steps),
+            lambda piece: [spans_begun(piece.sides)],
+            source.prefetch,
+            readers,
+            AHEAD,
         ):
             contents = {model: view_side(side, source.view) for model, side in piece.models.items()}
             ancestor = view_side(piece.ancestor, source.view) if piece.ancestor else None
             look(piece, contents, ancestor)
-            for span in (span for side in piece.sides for span in spans_ended(side)):
+            for span in spans_ended(piece.sides):
                 if release := source.release(span, evict=False):
                     release()
 

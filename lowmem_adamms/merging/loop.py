@@ -100,18 +100,6 @@ class Blend:
     alpha: float
 
     @property
-    def spans(self) -> tuple[Span, ...]:
-        """The input bytes it needs and no stretch before it did."""
-        donor = spans_begun(self.donor) if self.donor else ()
-        return (*spans_begun(self.base), *donor)
-
-    @property
-    def ended(self) -> tuple[Span, ...]:
-        """The input bytes that no stretch after it needs."""
-        donor = spans_ended(self.donor) if self.donor else ()
-        return (*spans_ended(self.base), *donor)
-
-    @property
     def dtypes(self) -> tuple[str, str, str]:
         """Of base, donor and output."""
         donor = self.donor or self.base
@@ -121,11 +109,6 @@ class Blend:
     def sides(self) -> tuple[Span | Arranged, ...]:
         """Base and, if it has one, donor."""
         return (self.base, self.donor) if self.donor else (self.base,)
-
-    @property
-    def is_arranged(self) -> bool:
-        """Whether a side is put together from several places."""
-        return any(isinstance(side, Arranged) for side in self.sides)
 
     def cut(self, first: int, count: int) -> Blend:
         """`count` elements of it from element `first` on."""
@@ -146,16 +129,6 @@ class Copy:
     step: Step
     offset: int
     span: Span
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The input bytes it needs."""
-        return (self.span,)
-
-    @property
-    def ended(self) -> tuple[Span, ...]:
-        """The same, which no other stretch needs."""
-        return (self.span,)
 
     @property
     def sides(self) -> tuple[Span, ...]:
@@ -220,7 +193,7 @@ def run(
             else:
                 _blend_window(todo, sink, source, kernel, nonfinite)
             pieces = _pieces(todo)
-            for span in (span for piece in pieces for span in piece.ended):
+            for span in spans_ended(side for piece in pieces for side in piece.sides):
                 if release := source.release(span, evict=evict):
                     releaser.submit(_release_after, written, release)
             if progress:
@@ -230,15 +203,15 @@ def run(
 def spans_in_order(plan: Plan, alpha: Alpha, sink: Sink, window: int) -> Iterator[list[Span]]:
     """The input spans of each window that `run` will ask for, in its order."""
     for todo in _cut_windows(plan, alpha, sink, window):
-        yield [span for piece in _pieces(todo) for span in piece.spans]
+        yield spans_begun(side for piece in _pieces(todo) for side in piece.sides)
 
 
 def _pieces(window: Window) -> Sequence[Blend | Mix | Copy]:
     return [window] if isinstance(window, Copy) else window
 
 
-def _spans(window: Window) -> Iterator[tuple[Span, ...]]:
-    return (piece.spans for piece in _pieces(window))
+def _spans(window: Window) -> Iterator[list[Span]]:
+    return (spans_begun(piece.sides) for piece in _pieces(window))
 
 
 def _release_after(written: Future[None] | None, release: Callable[[], None]) -> None:
@@ -260,13 +233,12 @@ def _blend_window(
     mixed: list[tuple[Mix, Sequence[Any]]] = []
     checked: list[tuple[Blend | Mix, Sequence[Any]]] = []
     for piece in window:
+        views = [view_side(side, source.view) for side in piece.sides]
+        slot = sink.slot(piece.step, piece.offset, piece.nbytes)
         if isinstance(piece, Mix):
-            views = [view_side(side, source.view) for side in piece.sides]
-            mixed.append((piece, [*views, sink.slot(piece.step, piece.offset, piece.nbytes)]))
+            mixed.append((piece, [*views, slot]))
             continue
-        base = view_side(piece.base, source.view)
-        donor = view_side(piece.donor, source.view) if piece.donor else base
-        buffers = base, donor, sink.slot(piece.step, piece.offset, piece.nbytes)
+        buffers = views[0], views[-1], slot  # what is only cast, with itself
         calls.setdefault((piece.dtypes, piece.alpha), []).append(buffers)
         if piece.dtypes in _MAY_OVERFLOW or (nonfinite and piece.donor):
             checked.append((piece, buffers))
@@ -339,7 +311,8 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
             share = _memory_share(whole)
             least = LARGEST_ITEM * share
             # What is arranged is put together at once if it can be
-            if window and free_bytes < (whole.nbytes if whole.is_arranged else least):
+            is_arranged = any(isinstance(side, Arranged) for side in whole.sides)
+            if window and free_bytes < (whole.nbytes if is_arranged else least):
                 yield window
                 window, free_bytes = [], size
             for piece in _cut_blend(whole, free_bytes // share, size // share):
@@ -372,10 +345,13 @@ def choose_work(
             if lone is None:
                 return make_mix(plan, step, offset, part, shares)
             base = lone
-    else:
+    elif part.donor:
         assert not isinstance(alpha, tuple)
         weight = alpha_of(alpha, part.role)
-        base, donor = _sides(part, weight)
+        if weight == 1:
+            base = part.donor
+        elif weight > 0:
+            donor = part.donor
     if donor is None and _is_stored(base) and base.dtype == step.dtype:
         return Copy(step, offset, base)
     nbytes = step.dtype.nbytes(base.elements)
@@ -385,13 +361,6 @@ def choose_work(
 def _is_stored(side: Span | Arranged) -> TypeGuard[Span]:
     """Whether its bytes are in a file as they are wanted."""
     return isinstance(side, Span) and not isinstance(side, CodedSpan)
-
-
-def _sides(part: Part, alpha: float) -> tuple[Span | Arranged, Span | Arranged | None]:
-    """What a part is made of at this alpha: at 0 the base alone, at 1 the donor alone."""
-    if part.donor is None or alpha == 0:
-        return part.base, None
-    return (part.donor, None) if alpha == 1 else (part.base, part.donor)
 
 
 def _cut_copy(whole: Copy, size: int) -> Iterator[Copy]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.arranged import Arranged, spans_begun, spans_ended
+from ..checkpoints.arranged import Arranged
 from ..checkpoints.span import Span
 from ..mapping.mixture import MixedPart, Mixture, Shares
 from ..mapping.plan import Step
@@ -31,21 +31,6 @@ class Mix:
     sides: tuple[Span | Arranged, ...]
     shares: Shares
     nbytes: int
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The input bytes it needs and no stretch before it did."""
-        return tuple(span for side in self.sides for span in spans_begun(side))
-
-    @property
-    def ended(self) -> tuple[Span, ...]:
-        """The input bytes that no stretch after it needs."""
-        return tuple(span for side in self.sides for span in spans_ended(side))
-
-    @property
-    def is_arranged(self) -> bool:
-        """Whether a side is put together from several places."""
-        return any(isinstance(side, Arranged) for side in self.sides)
 
     @property
     def dtypes(self) -> tuple[str, ...]:

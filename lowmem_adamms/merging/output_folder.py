@@ -114,18 +114,18 @@ def publish(out: Path) -> None:
     everything = sorted(work.rglob("*"))
     files = [path for path in everything if path.is_file() and path.name != JOURNAL]
     if (work / ANSWERS).is_file():  # a search does not fsync it as it grows
-        _sync(work / ANSWERS)
+        sync(work / ANSWERS)
     for path in sorted(files, key=lambda path: (path.name == INDEX, path.name == SINGLE)):
         target = out / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
     for folder in {out.absolute().parent, *(out / path.relative_to(work).parent for path in files)}:
-        _sync(folder)
+        sync(folder)
     for folder in [path for path in reversed(everything) if path.is_dir()]:
         folder.rmdir()
     (work / JOURNAL).unlink()
     work.rmdir()
-    _sync(out)
+    sync(out)
 
 
 def _nearest(path: Path) -> Path:
@@ -133,7 +133,8 @@ def _nearest(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file or the entries of a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,13 +7,12 @@ change places. The same command goes on from wherever it was killed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from ..errors import OutputError
 from .journal import ANSWERS, PENDING, WORK, find_complete
-from .output_folder import INDEX
+from .output_folder import INDEX, sync
 
 _PAPERS = {"README.md", "adamms.json", "config.json", "report.html", ANSWERS, PENDING, INDEX}
 
@@ -47,11 +46,7 @@ def move_into_place(out: Path) -> None:
         raise OutputError(
             f"{out} cannot be replaced ({error.strerror}); the new merge is complete in {staging}"
         ) from None
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

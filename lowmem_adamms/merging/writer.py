@@ -33,6 +33,7 @@ from .sources import check_streamable, download, remote_shards
 from .verify import verify
 
 if TYPE_CHECKING:
+    from ..hub.upload import Upload
     from ..kernels.select import Kernel
 
 MANY_PARTS = 8192
@@ -59,18 +60,6 @@ class Quantizer(Protocol):
 
     def note_machine(self, plan: Plan) -> str | None:
         """Why the output cannot be run on this machine, if it cannot."""
-
-
-class ShardUpload(Protocol):
-    """An upload that sends each shard as soon as it is durable. The caller commits it."""
-
-    repo: str
-
-    def begin(self) -> None:
-        """Make the repository; called once, before anything is written."""
-
-    def add_shard(self, path: Path) -> None:
-        """Send a complete file, which may be moved to its final place meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +122,7 @@ def write(
     stream: bool = False,
     allow_nonfinite: bool = False,
     show_bars: bool = False,
-    upload: ShardUpload | None = None,
+    upload: Upload | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], object] | None = None,
     search: Mapping[str, Any] | None = None,
@@ -281,7 +270,7 @@ def _write_shards(
     alpha: Alpha,
     journal: Journal,
     kernel: Kernel,
-    upload: ShardUpload | None,
+    upload: Upload | None,
     progress: Callable[[int], None] | None,
     *,
     allow_nonfinite: bool,
@@ -342,7 +331,7 @@ def _discard(work: Path) -> None:
 
 @contextmanager
 def _open_sink(
-    output: Output, journal: Journal, upload: ShardUpload | None, *, evict: bool
+    output: Output, journal: Journal, upload: Upload | None, *, evict: bool
 ) -> Iterator[Sink]:
     """The disk sink, behind the one that quantizes if there is one."""
     finished = (lambda name: upload.add_shard(output.work / name)) if upload else None
@@ -354,7 +343,7 @@ def _open_sink(
                 yield sink
 
 
-def _note_upload(work: Path, journal: Journal, upload: ShardUpload | None) -> None:
+def _note_upload(work: Path, journal: Journal, upload: Upload | None) -> None:
     """Note whether the output is to be uploaded, and hand over the shards complete already."""
     if upload is None:
         (work / PENDING).unlink(missing_ok=True)

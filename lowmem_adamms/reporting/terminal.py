@@ -15,7 +15,7 @@ from ..mapping.plan import SUMMARY_HEADINGS
 from ..values import format_count, format_duration
 
 if TYPE_CHECKING:
-    from ..architectures.layout import Arch
+    from ..architectures.arch import Arch
     from ..mapping.alphas import Alpha
     from ..mapping.plan import Plan
     from ..searching.search import Candidate, Result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import struct
 import time
@@ -16,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lowmem_adamms.checkpoints.vocabulary import (
     MAX_FILE_BYTES,
@@ -208,33 +206,6 @@ def test_sentence_piece_models_name_the_same_tokens_as_their_tokenizer_json(
     assert_same_tokens(folder, tokens | {"<image>": 9}, tmp_path)
     other = put(tmp_path / "o", tokenizer=fast(tokens, {"<pad>": 8}, byte_fallback=True))
     assert shared(folder, other) == [(0, 0, 8)]
-
-
-def tiktoken(words: list[bytes]) -> bytes:
-    return b"".join(base64.b64encode(word) + b" %d\n" % i for i, word in enumerate(words))
-
-
-def test_tiktoken_files_name_the_same_tokens_as_vocab_json(tmp_path: Path) -> None:
-    """All 256 bytes and two words, spelled as GPT-2's code spells bytes."""
-    words = [bytes([i]) for i in range(256)] + [b" the", "größe\n".encode()]
-    (tmp_path / "qwen.tiktoken").write_bytes(tiktoken(words))
-    letters = bytes_to_unicode()  # type: ignore[no-untyped-call]
-    # What follows the words is told by Qwen's code
-    special = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        *(f"<|extra_{i}|>" for i in range(205)),
-    ]
-    tokens = ["".join(letters[byte] for byte in word) for word in words] + special
-    assert_same_tokens(tmp_path, {token: i for i, token in enumerate(tokens)}, tmp_path)
-
-
-def test_a_tokenizer_model_may_be_tiktoken_as_well(tmp_path: Path) -> None:
-    """Meta's own Llama-3 files; their special tokens are in code and unknown here."""
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "tokenizer.model").write_bytes(tiktoken([b"a", b"b", b" c"]))
-    assert_same_tokens(tmp_path / "t", {"a": 0, "b": 1, "Ġc": 2}, tmp_path)
 
 
 BROKEN = {

@@ -73,12 +73,6 @@ def linear(pair: Pair, base: Any, donor: Any, **more: Any) -> Document:
     return {"merge_method": "linear", "models": models(pair, base, donor), **more}
 
 
-def sliced(pair: Pair, *parts: tuple[list[int], Any, Any]) -> Document:
-    """Slices from their layers and the weights of base and donor."""
-    slices = [{"sources": models(pair, *weights, layer_range=at)} for at, *weights in parts]
-    return {"merge_method": "linear", "slices": slices}
-
-
 # What weights mean
 
 
@@ -119,30 +113,6 @@ def test_any_setting_means_what_the_docs_say(pair: Pair, plan: Plan, base: Any, 
             assert share == pytest.approx(theirs / (ours + theirs), abs=1e-11)
 
 
-def test_lists_are_interpolated_within_a_slice(pair: Pair, plan: Plan, tmp_path: Path) -> None:
-    """Embedding as the first slice's first layer, norm and head as the last slice's first."""
-    document = sliced(
-        pair,
-        ([0, 2], [3, 1], 1),
-        ([2, 4], 0.75, [{"filter": "mlp", "value": 0.25}, {"value": 0.75}]),
-        ([4, 5], [9, 1], [0, 3]),
-    )
-    alpha, _ = read(tmp_path, document).alphas(plan)
-    assert not isinstance(alpha, tuple)
-    roles = {
-        "embed": 0.25,
-        "layers.0.attn.q.weight": 0.25,
-        "layers.1.attn.q.weight": 0.5,
-        "layers.2.attn.q.weight": 0.5,
-        "layers.3.mlp.up.weight": 0.25,
-        # A slice of one layer takes the lists' last values, what follows it their first
-        "layers.4.mlp.up.weight": 0.75,
-        "norm": 0.0,
-        "head": 0.0,
-    }
-    assert {role: alpha_of(alpha, role) for role in roles} == roles
-
-
 def test_weights_that_are_not_normalized_are_taken_as_they_are(
     pair: Pair, plan: Plan, tmp_path: Path
 ) -> None:
@@ -179,13 +149,6 @@ def test_weights_that_are_no_average_are_refused(
     with pytest.raises(RecipeError) as error:
         read(tmp_path, document).alphas(plan)
     assert says in str(error.value) and str(tmp_path / "recipe.yml") in str(error.value)
-
-
-def test_slices_that_do_not_reach_the_last_layer_are_refused(
-    pair: Pair, plan: Plan, tmp_path: Path
-) -> None:
-    with pytest.raises(RecipeError, match="slices end at layer 3, the models have 5"):
-        read(tmp_path, sliced(pair, ([0, 3], 1, 1))).alphas(plan)
 
 
 # Models, dtype and tokenizer
@@ -225,22 +188,15 @@ def with_weight(weight: str) -> str:
     return MODELS.replace("weight: 1}}]", f"weight: {weight}}}}}]")
 
 
-def with_ranges(*ranges: tuple[str, str]) -> str:
-    """Slices, with the layers of each model."""
-    source = "{model: %s, layer_range: %s, parameters: {weight: 1}}"
-    slices = [f"{{sources: [{source % ('a', a)}, {source % ('b', b)}]}}" for a, b in ranges]
-    return f"slices: [{', '.join(slices)}]"
-
-
 REFUSED = [
-    ("", "expected the models under models, or else under slices"),
-    (MODELS + with_ranges(("[0, 2]", "[0, 2]")), "expected the models under models, or else"),
+    ("", "models: Field required"),
+    (MODELS + "slices: []", "slices: Extra inputs are not permitted"),
     (MODELS + "chat_template: auto", "chat_template: Extra inputs are not permitted; found 'auto'"),
     (MODELS + "parameters: {weight: 1}", "parameters.weight: Extra inputs are not permitted"),
     (MODELS + "dtype: int64", "'int64' cannot be written"),
     (
         MODELS + "base_model: c",
-        "found models a, b; expected two or more, the same everywhere and one of them the base, c",
+        "found models a, b; expected two or more, one of them the base, c",
     ),
     (MODELS.replace("b", "a"), "found models a; expected two"),
     (MODELS + "tokenizer_source: union", "tokenizer_source: found union; the output has the"),
@@ -250,16 +206,6 @@ REFUSED = [
     (with_weight(".inf"), "models.1.parameters.weight.0.value.0: Input should be a finite number"),
     (with_weight("[]"), "should have at least 1 item"),
     (with_weight("[{filter: mlp}]"), "weight.0.value: Field required"),
-    (
-        with_ranges(("[0, 2]", "[0, 2]"), ("[3, 5]", "[3, 5]")),
-        "found layer_range [3, 5] and [3, 5], expected [2, N] for each",
-    ),
-    (with_ranges(("[0, 2]", "[0, 3]")), "found layer_range [0, 2] and [0, 3]"),
-    (with_ranges(("[0, 0]", "[0, 0]")), "found layer_range [0, 0] and [0, 0]"),
-    (
-        with_ranges(("[0, 2]", "[0, 2]"), ("[2, 4]", "[2, 4]")).replace("b", "c", 1),
-        "found models a, b; expected two",
-    ),
 ]
 
 

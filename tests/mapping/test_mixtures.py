@@ -29,7 +29,13 @@ class Expected:
 
 
 VISION = {TOWER: 1, CONNECTOR: 1}
-OMNI = {"audio tower": 1, CONNECTOR: 1, "vocoder": 1, "talker": 3 + 20 * (2 + 6 + 1 + 3 * 128)}
+# Of the talker, which is a decoder as well, the codec's embedding is by itself
+OMNI = {
+    "audio tower": 1,
+    CONNECTOR: 1,
+    "talker": 2,
+    "another decoder": 2 + 20 * (2 + 6 + 1 + 3 * 128),
+}
 MTP = {"multi-token prediction": 5 + 3 * 128}
 PAIRS = {
     ("qwen3-vl-30b-a3b", "qwen3-30b-a3b"): Expected(VISION, {}),
@@ -72,7 +78,6 @@ def test_all_of_the_decoder_is_blended(pair: tuple[str, str], sized: dict[str, C
             part.donor is None or part.donor.elements == part.base.elements for part in step.parts
         )
     assert any("HARC" in note for note in plan.notes)
-    assert not plan.base_layout.assumed and not plan.donor_layout.assumed
     assert len(json.dumps(plan.to_json())) < 300_000
 
 

@@ -1,4 +1,6 @@
-"""Every architecture we know, as data. A new family is one more entry.
+"""The architectures that are declared, as data: what the names in a file do not tell by themselves.
+
+A decoder that is spelled as one of these is read without an entry of its own.
 
 Each entry tells how its checkpoints are spelled on the Hub and by transformers' save_pretrained
 (`layout.Arch` explains the fields), with the source of its names beside it. `shared_ids` come from
@@ -7,18 +9,17 @@ the tokenizers of the ancestors: how many leading ids no descendant has reassign
     spelling  what several declarations share
     llama     Llama, Mistral and SmolLM2, and what descends from them
     qwen      Qwen, Qwen2, Qwen2.5 and Qwen3, likewise
-    experts   mixtures of experts: Qwen3, Qwen3.5, GLM-4.5, DeepSeek-V3, Llama 4, ERNIE 4.5, gpt-oss
-    others    InternLM2, Phi-3, Gemma and OLMo 2, likewise
+    others    InternLM2, Phi-3, Gemma 2, OLMo 2, Inkling, ERNIE 4.5 VL and gpt-oss
 """
 
 from __future__ import annotations
 
-from ..layout import Arch
-from . import experts, llama, others, qwen
+from ..arch import Arch
+from . import llama, others, qwen
 from .spelling import LLAMA
 
 # Of two that explain all tensors of a checkpoint which announces neither, the first is taken.
-ARCHS = (*llama.ARCHS, *qwen.ARCHS, *experts.ARCHS, *others.ARCHS)
+ARCHS = (*llama.ARCHS, *qwen.ARCHS, *others.ARCHS)
 
 UNDECLARED = Arch(
     name="undeclared",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..layout import Arch
+from ..arch import Arch
 from .spelling import (
     COGVLM,
-    COGVLM2,
     CSM,
     HIGGS_AUDIO,
     LLAMA,
@@ -16,10 +15,6 @@ from .spelling import (
     PLAIN,
     parts,
 )
-
-_IDEFICS3 = (("model.text_model.", "lm_head.weight"), ("text_model.", "lm_head.weight"))
-_IDEFICS3_VISION = parts("vision_model.", "connector.")
-_COGVLM_VISION = parts("vision.", "vision.linear_proj.", prefixes=("model.",))
 
 ARCHS = (
     Arch(
@@ -41,17 +36,11 @@ ARCHS = (
     ),
     Arch(
         name="LLaVA",
-        source="hf.co/llava-hf/llava-1.5-7b-hf: weight index",
-        classes=("LlavaForConditionalGeneration", "LlavaModel"),
-        spellings=NESTED,
-        decoder=LLAMA,
-        others=LLAVA_HF,
-        shared_ids=32000,
-    ),
-    Arch(
-        name="LLaVA-NeXT",
-        source="hf.co/llava-hf/llava-v1.6-vicuna-7b-hf: weight index",
-        classes=("LlavaNextForConditionalGeneration", "LlavaNextModel"),
+        source="hf.co/llava-hf/llava-1.5-7b-hf, llava-v1.6-vicuna-7b-hf: weight index",
+        classes=(
+            *("LlavaForConditionalGeneration", "LlavaModel"),
+            *("LlavaNextForConditionalGeneration", "LlavaNextModel"),
+        ),
         spellings=NESTED,
         decoder=LLAMA,
         others=LLAVA_HF,
@@ -59,17 +48,9 @@ ARCHS = (
     ),
     Arch(
         name="LLaVA (liuhaotian)",
-        source="hf.co/liuhaotian/llava-v1.5-7b, llava-v1.6-vicuna-7b: weight index",
-        classes=("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
-        spellings=PLAIN,
-        decoder=LLAMA,
-        others=LLAVA_ORIGINAL,
-        shared_ids=32000,
-    ),
-    Arch(
-        name="ShareGPT4V",
-        source="hf.co/Lin-Chen/ShareGPT4V-7B: weight index; its vision tower is another repository",
-        classes=("Share4VLlamaForCausalLM",),
+        source="hf.co/liuhaotian/llava-v1.5-7b, llava-v1.6-vicuna-7b: weight index; ShareGPT4V is"
+        " spelled alike",
+        classes=("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "Share4VLlamaForCausalLM"),
         spellings=PLAIN,
         decoder=LLAMA,
         others=LLAVA_ORIGINAL,
@@ -77,23 +58,12 @@ ARCHS = (
     ),
     Arch(
         name="CogVLM",
-        source="hf.co/THUDM/cogvlm-chat-hf: modeling_cogvlm.py, VisionExpertAttention and MLP;"
-        " fused rows are q, k, v",
+        source="hf.co/THUDM/cogvlm-chat-hf, cogvlm2-llama3-chat-19B: modeling_cogvlm.py,"
+        " VisionExpertAttention and MLP; fused rows are q, k, v",
         classes=("CogVLMForCausalLM",),
         spellings=PLAIN,
         decoder=COGVLM,
-        others=_COGVLM_VISION,
-        shared_ids=32000,
-    ),
-    Arch(
-        name="CogVLM2",
-        source="hf.co/THUDM/cogvlm2-llama3-chat-19B: modeling_cogvlm.py; grouped queries, and a"
-        " bias in the vision expert alone",
-        classes=("CogVLMForCausalLM",),
-        spellings=PLAIN,
-        decoder=COGVLM2,
-        others=_COGVLM_VISION,
-        shared_ids=128256,
+        others=parts("vision.", "vision.linear_proj.", prefixes=("model.",)),
     ),
     Arch(
         name="mPLUG-Owl2",
@@ -104,43 +74,6 @@ ARCHS = (
         decoder=MPLUG_OWL2,
         others=parts("vision_model.", "visual_abstractor.", prefixes=("model.",)),
         shared_ids=32000,
-    ),
-    Arch(
-        name="Idefics3",
-        source="transformers, models/idefics3; hf.co/HuggingFaceM4/Idefics3-8B-Llama3",
-        classes=("Idefics3ForConditionalGeneration", "Idefics3Model"),
-        spellings=_IDEFICS3,
-        decoder=LLAMA,
-        others=_IDEFICS3_VISION,
-        shared_ids=128256,
-    ),
-    Arch(
-        name="SmolVLM",
-        source="transformers, models/smolvlm; hf.co/HuggingFaceTB/SmolVLM-Instruct",
-        classes=("SmolVLMForConditionalGeneration", "SmolVLMModel"),
-        spellings=_IDEFICS3,
-        decoder=LLAMA,
-        others=_IDEFICS3_VISION,
-        shared_ids=49152,
-    ),
-    Arch(
-        name="Mllama",
-        source="transformers, models/mllama and conversion_mapping.py;"
-        " hf.co/meta-llama/Llama-3.2-11B-Vision",
-        classes=("MllamaForConditionalGeneration", "MllamaModel"),
-        spellings=NESTED,
-        decoder=LLAMA,
-        others=parts("vision_model.", "multi_modal_projector."),
-        shared_ids=128256,
-    ),
-    Arch(
-        name="Mllama's text model",
-        source="transformers, models/mllama",
-        classes=("MllamaForCausalLM", "MllamaTextModel"),
-        spellings=PLAIN,
-        decoder=LLAMA,
-        others={},
-        shared_ids=128256,
     ),
     Arch(
         name="Evolla",

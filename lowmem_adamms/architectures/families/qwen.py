@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layout import Arch
+from ..arch import Arch
 from .spelling import (
     CONNECTOR,
     LLAMA,
@@ -11,15 +11,11 @@ from .spelling import (
     MOLMO,
     NESTED,
     PLAIN,
-    QIANFAN_OCR,
     QWEN,
     QWEN_TOWER,
     TOWER,
     parts,
 )
-
-_AUDIO = {"audio_tower.": "audio tower", "model.audio_tower.": "audio tower"}
-_LLM = (("llm.model.", "llm.lm_head.weight"),)
 
 ARCHS = (
     Arch(
@@ -82,32 +78,6 @@ ARCHS = (
         shared_ids=151669,
     ),
     Arch(
-        name="Qwen2.5-Omni",
-        source="transformers, models/qwen2_5_omni; hf.co/Qwen/Qwen2.5-Omni-7B. Its talker is a"
-        " second language model, of another ancestor",
-        classes=("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"),
-        spellings=tuple(
-            (f"thinker.{prefix}", "thinker.lm_head.weight")
-            for prefix in ("model.", "model.language_model.")
-        ),
-        decoder=LLAMA,
-        others={
-            **{f"thinker.{name}": kind for name, kind in (QWEN_TOWER | _AUDIO).items()},
-            "talker.": "talker",
-            "token2wav.": "vocoder",
-        },
-        shared_ids=151665,
-    ),
-    Arch(
-        name="Qwen2.5-Omni's thinker",
-        source="transformers, models/qwen2_5_omni",
-        classes=("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniThinkerModel"),
-        spellings=(*PLAIN, *NESTED),
-        decoder=LLAMA,
-        others=QWEN_TOWER | _AUDIO,
-        shared_ids=151665,
-    ),
-    Arch(
         name="LLaVA-OneVision",
         source="hf.co/llava-hf/llava-onevision-qwen2-7b-ov-hf: weight index",
         classes=("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel"),
@@ -126,88 +96,16 @@ ARCHS = (
         shared_ids=151646,
     ),
     Arch(
-        name="LLaVA-OneVision-1.5",
-        source="hf.co/lmms-lab/LLaVA-OneVision-1.5-8B-Instruct: modeling_llavaonevision1_5.py;"
-        " files have the older or the newer of Qwen2.5-VL's two spellings",
-        classes=("LLaVAOneVision1_5_ForConditionalGeneration",),
-        spellings=(*PLAIN, *NESTED),
-        decoder=LLAMA,
-        others=QWEN_TOWER,
-        shared_ids=151665,
-    ),
-    Arch(
         name="InternVL",
         source="OpenGVLab/InternVL, modeling_internvl_chat.py: InternVL2, 2.5, 3 and 3.5 around"
-        " Qwen2, Qwen2.5, Qwen3 or Llama",
+        " Qwen2, Qwen2.5, Qwen3, Llama, InternLM2 or Phi-3",
         classes=("InternVLChatModel",),
-        spellings=(("language_model.model.", "language_model.lm_head.weight"),),
+        spellings=(
+            ("language_model.model.", "language_model.lm_head.weight"),
+            ("language_model.model.", "language_model.output.weight"),  # InternLM2's
+        ),
         decoder=LLAMA,
         others={"vision_model.": TOWER, "mlp1.": CONNECTOR},
-        shared_ids=151646,
-    ),
-    Arch(
-        name="Qianfan-OCR",
-        source="transformers, models/qianfan_ocr; save_pretrained calls the layers encoder.layers",
-        classes=("QianfanOCRForConditionalGeneration",),
-        spellings=(("language_model.model.", "language_model.lm_head.weight"),),
-        decoder=QIANFAN_OCR,
-        others={"vision_model.": TOWER, "mlp1.": CONNECTOR},
-        shared_ids=151669,
-    ),
-    Arch(
-        name="InternVL (-hf)",
-        source="transformers, models/internvl and conversion_mapping.py;"
-        " hf.co/OpenGVLab/InternVL3-8B-hf",
-        classes=("InternVLForConditionalGeneration", "InternVLModel"),
-        spellings=NESTED,
-        decoder=LLAMA,
-        others=LLAVA_HF,
-        shared_ids=151646,
-    ),
-    Arch(
-        name="MiniCPM-V",
-        source="hf.co/openbmb/MiniCPM-V-2_6: weight index (Qwen2); MiniCPM-Llama3-V-2_5 (Llama-3)",
-        classes=("MiniCPMV",),
-        spellings=_LLM,
-        decoder=LLAMA,
-        others={"vpm.": TOWER, "resampler.": CONNECTOR},
-        shared_ids=151646,
-    ),
-    Arch(
-        name="VideoLLaMA3",
-        source="DAMO-NLP-SG/VideoLLaMA3, videollama3_arch.py",
-        classes=("Videollama3Qwen2ForCausalLM",),
-        spellings=PLAIN,
-        decoder=LLAMA,
-        others=parts("vision_encoder.", "mm_projector.", prefixes=("model.",)),
-        shared_ids=151665,
-    ),
-    Arch(
-        name="VideoLLaMA3 (-hf)",
-        source="transformers, models/video_llama_3",
-        classes=("VideoLlama3ForConditionalGeneration", "VideoLlama3Model"),
-        spellings=NESTED,
-        decoder=LLAMA,
-        others=parts("vision_model.", "projector."),
-        shared_ids=151665,
-    ),
-    Arch(
-        name="Ovis2",
-        source="hf.co/AIDC-AI/Ovis2-8B: modeling_ovis.py",
-        classes=("Ovis",),
-        spellings=_LLM,
-        decoder=LLAMA,
-        others={"visual_tokenizer.": TOWER, "vte.": CONNECTOR},
-        shared_ids=151646,
-    ),
-    Arch(
-        name="Ovis2 (-hf)",
-        source="transformers, models/ovis2",
-        classes=("Ovis2ForConditionalGeneration", "Ovis2Model"),
-        spellings=NESTED,
-        decoder=LLAMA,
-        others=parts("vision_tower.", "visual_embeddings_table."),
-        shared_ids=151646,
     ),
     Arch(
         name="Molmo",

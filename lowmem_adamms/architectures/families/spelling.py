@@ -27,8 +27,6 @@ _MLP = {
 }
 _BUFFER = {"self_attn.rotary_emb.inv_freq": ""}
 _BLOCK = {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP, **_BUFFER}
-
-
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
@@ -51,29 +49,27 @@ LLAMA = decoder(_BLOCK)
 """Llama, Vicuna, Mistral, Qwen2 (biases) and Qwen3 (q and k norms) spell their layers alike:
 transformers, models/llama/modeling_llama.py and its copies. Gemma too."""
 
-_STREAMS = (("language", "text"), ("vision", "vision"))
-_COGVLM = {
-    **_NORMS,
-    **{
-        f"self_attn.{expert}_expert_query_key_value.weight": fused(*QKV, stream=f"@{stream}")
-        for expert, stream in _STREAMS
-    },
-    **{
-        f"self_attn.{expert}_expert_dense.weight": f"attn.o.weight@{stream}"
-        for expert, stream in _STREAMS
-    },
-    **{
-        f"mlp.{expert}_mlp.{part}_proj.weight": f"mlp.{part}.weight@{stream}"
-        for expert, stream in _STREAMS
-        for part in ("gate", "up", "down")
-    },
-    **_BUFFER,
-}
-COGVLM = decoder(_COGVLM)
-COGVLM2 = decoder(
-    _COGVLM
-    | {
+
+def _spell_expert(expert: str, stream: str) -> dict[str, str]:
+    """CogVLM's weights for the tokens of a stream."""
+    return {
+        f"self_attn.{expert}_expert_query_key_value.weight": fused(*QKV, stream=stream),
+        f"self_attn.{expert}_expert_dense.weight": f"attn.o.weight{stream}",
+        **{
+            f"mlp.{expert}_mlp.{part}_proj.weight": f"mlp.{part}.weight{stream}"
+            for part in ("gate", "up", "down")
+        },
+    }
+
+
+COGVLM = decoder(
+    {
+        **_NORMS,
+        **_spell_expert("language", "@text"),
+        **_spell_expert("vision", "@vision"),
+        # CogVLM2 alone has it
         "self_attn.vision_expert_query_key_value.bias": fused(*QKV, kind="bias", stream="@vision"),
+        **_BUFFER,
     }
 )
 
@@ -188,27 +184,51 @@ HIGGS_AUDIO = decoder(
     }
 )
 
-QIANFAN_OCR = decoder(_BLOCK, layers="encoder.layers")
-
 _INKLING_EXPERTS = (
     ("mlp.experts.", "mlp.experts.*"),
     ("mlp.shared_experts.shared_", "mlp.shared_experts.*"),
-)
-INKLING_INTERLEAVED = (
-    "layers.#.mlp.experts.w13_weight",
-    "layers.#.mlp.shared_experts.shared_w13_weight",
 )
 INKLING = decoder(
     {
         **_BLOCK,
         **{
-            f"{names}w13_weight": f"{experts}.gate.weight {experts}.up.weight"
-            for names, experts in _INKLING_EXPERTS
+            f"{name}w13_weight": fused(f"{role}.gate", f"{role}.up")
+            for name, role in _INKLING_EXPERTS
         },
-        **{f"{names}w2_weight": f"{experts}.down.weight" for names, experts in _INKLING_EXPERTS},
+        **{f"{name}w2_weight": f"{role}.down.weight" for name, role in _INKLING_EXPERTS},
         "mlp.gate.bias": "mlp.router.correction_bias",
     },
     embed="embed.weight",
+)
+INKLING_INTERLEAVED = tuple(f"layers.#.{name}w13_weight" for name, _ in _INKLING_EXPERTS)
+
+_GATE_UP = "mlp.experts.gate_up_proj"
+_EXPERTS_GATE_UP = ("mlp.experts.*.gate", "mlp.experts.*.up")
+GPT_OSS = decoder(
+    {
+        **_BLOCK,
+        _GATE_UP: fused(*_EXPERTS_GATE_UP),
+        f"{_GATE_UP}_bias": fused(*_EXPERTS_GATE_UP, kind="bias"),
+    }
+)
+"""Its stacks alone have biases, by which they are told from those of the same names whose gate and
+up do not alternate."""
+GPT_OSS_INTERLEAVED = (f"layers.#.{_GATE_UP}", f"layers.#.{_GATE_UP}_bias")
+
+_CORRECTION_BIAS = "mlp.router.correction_bias"
+ERNIE_VL = decoder(
+    {
+        **_BLOCK,
+        **{
+            f"mlp.experts.*.{part}_proj.weight": f"mlp.experts.*.{part}.weight@text"
+            f" mlp.experts.*.{part}.weight@vision_expert"
+            for part in ("gate", "up", "down")
+        },
+        "mlp.gate.weight": "mlp.router.weight@text",
+        "mlp.gate.weight_1": "mlp.router.weight@vision_expert",
+        "mlp.moe_statics.e_score_correction_bias": f"{_CORRECTION_BIAS}@text"
+        f" {_CORRECTION_BIAS}@vision_expert",
+    }
 )
 
 # Pairs of the decoder's prefix and the head's full name
@@ -244,12 +264,12 @@ def parts(
     return {f"{prefix}{name}": kind for prefix in prefixes for name, kind in named.items()}
 
 
-LLAVA_HF = {
-    **parts("vision_tower.", "multi_modal_projector."),
-    "image_newline": "image newline",
-    "model.image_newline": "image newline",
+_NEWLINE = "image newline"
+LLAVA_HF = parts("vision_tower.", "multi_modal_projector.") | {
+    "image_newline": _NEWLINE,
+    "model.image_newline": _NEWLINE,
 }
 LLAVA_ORIGINAL = {
     **parts("vision_tower.", "mm_projector. vision_resampler.", prefixes=("model.",)),
-    "model.image_newline": "image newline",
+    "model.image_newline": _NEWLINE,
 }
