@@ -44,12 +44,24 @@ class Layout:
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
-        return len({role.split(".")[1] for role in self.pieces() if role.startswith("layers.")})
+        roles = (block.role for blocks in self.blocks.values() for block in blocks)
+        return len({role.split(".")[1] for role in roles if role.startswith("layers.")})
 
     @property
     def unknown(self) -> int:
         """Number of tensors that are nothing its Arch knows."""
         return sum(kind == UNKNOWN for kind in self.kinds.values())
+
+    @property
+    def embedding(self) -> str:
+        """The tensor that holds the embedding."""
+        return next(name for name, blocks in self.blocks.items() if blocks[0].role == "embed")
+
+    @property
+    def head(self) -> str | None:
+        """The tensor that holds the head, if there is one."""
+        held = (name for name, blocks in self.blocks.items() if blocks[0].role == "head")
+        return next(held, None)
 
     def roles(self) -> dict[str, tuple[str, Block]]:
         """Each role's tensor and its (in nearly all layouts only) block there, the first."""
@@ -120,7 +132,7 @@ def _read_roles(
         elif stem.is_foreign(name):
             kinds[full] = stem.foreign[name.stack, name.number]
         elif roles := _find_roles(arch, name, stem, stacks, is_alone):
-            number = stem.ancestors_number(name)
+            number = stem.ancestors_number(name.stack, name.number)
             found = roles.replace("#", str(number)).split()
             if name.expert != EXPERT and len(found) > 1:
                 found = [choose_share(found, int(name.expert), shared[name.key, name.number])]

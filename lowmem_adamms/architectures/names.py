@@ -76,10 +76,9 @@ class Stem:
         """Whether a name is in a layer that the ancestor lacks."""
         return (name.stack, name.number) in self.foreign
 
-    def ancestors_number(self, name: Name) -> int:
-        """The number that a name's layer has in the ancestor."""
-        foreign = (number for stack, number in self.foreign if stack == name.stack)
-        return name.number - sum(number < name.number for number in foreign)
+    def ancestors_number(self, stack: str, number: int) -> int:
+        """The number that a layer has in the ancestor."""
+        return number - sum(other == stack and before < number for other, before in self.foreign)
 
 
 def read_stem(checkpoint: Checkpoint, prefix: str) -> Stem:
@@ -93,11 +92,10 @@ def read_stem(checkpoint: Checkpoint, prefix: str) -> Stem:
     layers: dict[str, set[int]] = {}
     counts: Counter[str] = Counter()
     stem = Stem(prefix, names, counts, layers, foreign)
-    for name in names:
-        if not stem.is_foreign(name):
-            counts[name.key] += 1
-            if name.stack:
-                layers.setdefault(name.stack, set()).add(stem.ancestors_number(name))
+    own = [name for name in names if not stem.is_foreign(name)] if foreign else names
+    counts.update(name.key for name in own)
+    for stack, number in {(name.stack, name.number) for name in own if name.stack}:
+        layers.setdefault(stack, set()).add(stem.ancestors_number(stack, number))
     return stem
 
 

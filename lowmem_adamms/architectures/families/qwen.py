@@ -11,6 +11,7 @@ from .spelling import (
     MOLMO,
     NESTED,
     PLAIN,
+    QIANFAN_OCR,
     QWEN,
     QWEN_TOWER,
     TOWER,
@@ -94,6 +95,15 @@ ARCHS = (
         decoder=LLAMA,
         others=LLAVA_ORIGINAL,
         shared_ids=151646,
+    ),
+    Arch(
+        name="Qianfan-OCR",
+        source="transformers, models/qianfan_ocr; save_pretrained calls the layers encoder.layers",
+        classes=("QianfanOCRForConditionalGeneration",),
+        spellings=(("language_model.model.", "language_model.lm_head.weight"),),
+        decoder=QIANFAN_OCR,
+        others={"vision_model.": TOWER, "mlp1.": CONNECTOR},
+        shared_ids=151669,
     ),
     Arch(
         name="InternVL",

@@ -173,6 +173,8 @@ CSM = decoder(
     layers="backbone_model.layers",
 )
 
+QIANFAN_OCR = decoder(_BLOCK, layers="encoder.layers")
+
 HIGGS_AUDIO = decoder(
     {
         **_BLOCK,
