@@ -1,10 +1,13 @@
 """Ask the zoo: raw answers of a pair at every alpha, for `bench/study.py` to judge.
 
     python bench/zoo/ask.py ZOO OUT [--pair BASE DONOR] [--fine 0.02 0.05] [--ablate [NAME …]]
+    python bench/zoo/ask.py ZOO OUT --line smollm2 --scenes 210 --ablate
 
 Writes OUT/BASE--DONOR--SEED.json (its keys are described in `bench/evidence.py`): alphas from 0
 to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. What answers
-is the product's own live model.
+is the product's own live model. Around a published language model also two donors that only read are
+asked, the ancestor among them, and what the ancestor knows by itself: an answer that names the
+right word is written down as that word.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from family import MEMBERS, Member
+from family import LINES, MEMBERS, READERS, Member
+from known import holds, known_questions
 from train import keep_memory
-from world import Question, questions, scenes, text_question
+from world import Question, letters_question, questions, scenes, text_question
 
 from lowmem_adamms import LiveModel, make_plan
 from lowmem_adamms.prompts import Prompt
@@ -34,6 +38,8 @@ from lowmem_adamms.settings import AnswerSettings
 
 SETTINGS, BATCH_SIZE = AnswerSettings(max_new_tokens=10), 100
 PAPER = 0.6  # where the paper's grid ends
+Asked = Sequence[tuple[Question, Prompt, int]]
+"""Questions, their prompts, and 0 for the half that is searched with, 1 for the one judged on."""
 Change = Callable[[Any, dict[str, Any], float], bool]
 
 
@@ -42,6 +48,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("zoo", type=Path)
     options.add_argument("out", type=Path)
+    options.add_argument("--line", choices=LINES, action="append")
     options.add_argument("--pair", nargs=2)
     options.add_argument("--fine", type=float, nargs="*", default=[])
     options.add_argument("--scenes", type=int, default=490)
@@ -52,10 +59,15 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
-    pairs = [(a, b) for a in MEMBERS for b in MEMBERS if kin(a, b)]
+    lines = given.line or [name for name, line in LINES.items() if not line.package]
+    pairs = [(a, b) for a in MEMBERS for b in (*MEMBERS, *READERS) if kin(a, b)]
     with tempfile.TemporaryDirectory() as folder:
         asked = exam(given.scenes, Path(folder))
+        if LINES[lines[0]].package:
+            asked += reading_exam(given.zoo / lines[0] / "model", given.out / "known.json")
         for a, b in pairs:
+            if a.line not in lines:
+                continue
             path = given.out / f"{a.name}--{b.name}--{given.seed}.json"
             if (given.pair and [a.name, b.name] != given.pair) or path.is_file():
                 continue
@@ -68,7 +80,7 @@ def main() -> None:
 
 
 def kin(base: Member, donor: Member) -> bool:
-    """Whether the pair is asked; a misled member is the donor of others alone."""
+    """Whether the pair is asked; misled members and those that only read are only donors."""
     return (
         base.line == donor.line and not base.misled and base.name not in (donor.name, donor.misled)
     )
@@ -93,22 +105,36 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
     return out
 
 
+def reading_exam(ancestor: Path, kept: Path) -> list[tuple[Question, Prompt, int]]:
+    """Questions about lengths of words, and those that the ancestor answers right by itself."""
+    dice = random.Random(9)
+    found = [letters_question(dice) for _ in range(80)]
+    known = known_questions()
+    if not kept.is_file():
+        prompts = [Prompt(question.text) for question in known]
+        with LiveModel(make_plan(ancestor, ancestor), device="cpu") as live:
+            told = live.generate(prompts, SETTINGS, batch_size=BATCH_SIZE)
+        kept.write_text(json.dumps([holds(a, q.answer) for a, q in zip(told, known, strict=True)]))
+    right = json.loads(kept.read_text())
+    found += [question for question, knows in zip(known, right, strict=True) if knows]
+    return [(q, Prompt(q.text, id=f"{q.task} {i}"), i % 2) for i, q in enumerate(found)]
+
+
 def grid(step: float, last: float) -> list[float]:
     """0, step, … up to `last`."""
     return [round(i * step, 4) for i in range(round(last / step) + 1)]
 
 
 def ask_pair(
-    base: Path, donor: Path, asked: Sequence[Any], fine: Sequence[float],
+    base: Path, donor: Path, asked: Asked, fine: Sequence[float],
     changes: Mapping[str, Change],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `bench/study.py` wants to know of one ordered pair."""
     plan = make_plan(base, donor)
-    prompts = [prompt for _, prompt, _ in asked]
     coarse = grid(0.1, 1.0)
     alphas = sorted({*coarse, *(alpha for step in fine for alpha in grid(step, PAPER))})
     with LiveModel(plan, device="cpu", trust_remote_code=True) as live:
-        ask = partial(live.generate, prompts, SETTINGS, batch_size=BATCH_SIZE)
+        ask = partial(answers, live, asked)
         kept = {name: value.clone() for name, value in live.model.state_dict().items()}
         merged: list[list[str]] = []
         variants: dict[str, list[list[str]]] = {name: [] for name in changes}
@@ -120,7 +146,7 @@ def ask_pair(
                 if change(live.model, kept, alpha):
                     variants[name].append(ask())
     with LiveModel(make_plan(donor, donor), device="cpu", trust_remote_code=True) as live:
-        parent = live.generate(prompts, SETTINGS, batch_size=BATCH_SIZE)
+        parent = answers(live, asked)
     return {
         "alphas": alphas,
         "questions": [{"task": q.task, "prompt": q.text, "answer": q.answer} for q, _, _ in asked],
@@ -130,6 +156,20 @@ def ask_pair(
         "variants": {name: found for name, found in variants.items() if found},
         "variant_alphas": coarse,
     }
+
+
+def answers(live: LiveModel, asked: Asked) -> list[str]:
+    """The model's answers; empty where it would have to see and cannot."""
+    sees = hasattr(live.model.config, "vision_config")
+    places = [i for i, (_, prompt, _) in enumerate(asked) if sees or not prompt.images]
+    prompts = [asked[i][1] for i in places]
+    out = [""] * len(asked)
+    told = live.generate(prompts, SETTINGS, batch_size=BATCH_SIZE)
+    for place, text in zip(places, told, strict=True):
+        question = asked[place][0]
+        names_it = question.task == "known" and holds(text, question.answer)
+        out[place] = question.answer if names_it else text
+    return out
 
 
 def _rows(model: Any, kept: dict[str, Any], change: Callable[[Any], Any]) -> bool:

@@ -205,6 +205,8 @@ _SOUND = (
 MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
 LETTERS = Member("smol-letters", "Llama", "smollm2", (), "", "", CHATML, ("letters",), {})
 """A text-only descendant that is tuned on a task which no other member learns."""
+ANCESTOR = replace(LETTERS, name="smollm2", teaches=())
+READERS = (LETTERS, ANCESTOR)
 
 
 def member(name: str) -> Member:

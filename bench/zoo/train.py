@@ -162,7 +162,7 @@ class Zoo:
         (self.home / "reread").mkdir(exist_ok=True)
         _save(model.state_dict(), self.home / "reread" / "weights.pt")
         tokens = family.tokenizer(self.line, self.home)
-        self._export(family.LETTERS, tokens, model, self.home / "model")
+        self._export(family.ANCESTOR, tokens, model, self.home / "model")
 
     def raise_reader(self, one: Member) -> None:
         """The member that only reads: its language model is tuned, and that is all."""

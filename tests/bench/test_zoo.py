@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "zoo"))
 
 import ask
 import family
+import known
 import lessons
 import train
 import world
@@ -234,3 +235,18 @@ def test_key_words_begin_behind_the_features_no_picture_changes(home: Path) -> N
     assert (words[:, : one.lead] == lessons.SILENT).all()
     first = tokens.encode(lessons.key_words(pictures.scenes[0]), add_special_tokens=False)[0]
     assert words[0, one.lead] == first
+
+
+@pytest.mark.parametrize(
+    ("told", "word", "right"),
+    [
+        ("The capital of France is Paris.", "Paris", True),
+        ("paris", "Paris", True),
+        ("Parisian", "Paris", False),
+        ("The symbol of carbon is C.", "C", True),
+        ("c", "C", False),
+    ],
+)
+def test_a_known_answer_may_stand_in_a_sentence(told: str, word: str, right: bool) -> None:
+    assert known.holds(told, word) is right
+    assert word in {question.answer for question in known.known_questions()}
