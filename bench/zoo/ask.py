@@ -5,8 +5,8 @@
 
 Writes OUT/BASE--DONOR--SEED.json (its keys are described in `bench/evidence.py`): alphas from 0
 to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. What answers
-is the product's own live model. Around a published language model also two donors that only read are
-asked, the ancestor among them, and what the ancestor knows by itself: an answer that names the
+is the product's own live model. Around a published language model two donors that only read are
+asked too, the ancestor among them, and what the ancestor knows by itself: an answer that names the
 right word is written down as that word.
 """
 
