@@ -22,7 +22,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pair", type=Path)
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--layers", type=int, help="instead of those of the size")
     parser.add_argument("--distance", type=float, default=0.1, help="noise, of each tensor's RMS")
     parser.add_argument("--branching", type=float, default=0.2, help="tokens with two successors")
     parser.add_argument("--prompts", type=int, default=24)
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
+    if arguments.layers:
+        size = replace(size, layers=arguments.layers)
     make_pair(arguments.pair, size, arguments.distance, arguments.branching, arguments.seed)
     make_prompts(arguments.pair, arguments.prompts, arguments.pixels, arguments.seed)
 

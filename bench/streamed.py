@@ -6,13 +6,15 @@ Any pair will do, also one without a tokenizer: what is asked are random tokens.
 in a process of its own, and they take turns, so that a ratio of the two comes from one run. For
 each number of batches, one alpha is applied and all batches are answered, as `Answerer` does it:
 side by side in a streamed model, one after the other in a held one. Answers must be the same.
---evict: the weights are put out of the page cache before each. Prints a table and, last, one line
-of JSON. Linux only. From `plan` to report on a pair that this machine cannot hold:
+--evict: as if the page cache had no room: weights are put out of it before each alpha, and again
+once they were used. Prints a table and, last, one line of JSON. Linux only.
+
+From `plan` to report on a pair that this machine cannot hold:
 
     python bench/runnable.py PAIR --size 14b --prompts 2
     python -m lowmem_adamms plan PAIR/base PAIR/donor --vram 0
     python -m lowmem_adamms search PAIR/base PAIR/donor --vram 0 --prompts PAIR/prompts.jsonl \
-        --alphas 0.2,0.4 --no-noise --max-new-tokens 4 --report PAIR/report.html
+        --alphas 0,0.3,0.6 --no-noise --max-new-tokens 4 --report PAIR/report.html
 """
 
 from __future__ import annotations
@@ -86,12 +88,13 @@ def measure_way(arguments: Any) -> dict[str, Any]:
     settings = PlacementSettings(
         live=way, live_quantize="none", batch_size=arguments.batch_size, device="cpu"
     )
-    placement = place(plan, memory, settings)
+    placement = replace(place(plan, memory, settings), batches_at_once=MAX_BATCHES_AT_ONCE)
+    if arguments.evict:
+        placement = replace(placement, page_cache_bytes=0)  # what was used is dropped
     rows = []
     with watched() as found:
         start = time.perf_counter()
-        most = replace(placement, batches_at_once=MAX_BATCHES_AT_ONCE)
-        with LiveModel(plan, placement=most) as live:
+        with LiveModel(plan, placement=placement) as live:
             load_seconds = time.perf_counter() - start
             peak_of_load = max(found) - before
             for index, count in enumerate(arguments.batches):

@@ -138,7 +138,7 @@ def find_alpha(
     if plan.coefficients > 1:
         counts = passes, len(prompts)
     if isinstance(placement, Placement):
-        for line in describe_time(plan, placement, *counts):
+        for line in describe_time(plan, placement, *counts, settings.max_new_tokens):
             print_info(line)
     if shows_progress():
         progress = terminal.SearchProgress(*counts)

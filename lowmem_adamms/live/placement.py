@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..mapping.plan import Part, Plan
-from ..settings import Device, Live, Quantization
+from ..settings import Device, Live, PlacementSettings, Quantization
 
 Location = Literal["vram", "pinned", "cache"]
 """Where base and donor bytes are kept: card, page-locked RAM, or page cache."""
@@ -64,6 +64,16 @@ class Placement:
     def identity(self) -> list[Any]:
         """Plain data that differs where answers may."""
         return [self.device, self.quantize, self.dtype, self.batch_size]
+
+    def settings(self, live: Live) -> PlacementSettings:
+        """What to ask for to have the same, but unquantized and held or streamed."""
+        return PlacementSettings(
+            device=self.device,
+            live=live,
+            live_quantize="none",
+            live_dtype=self.dtype,
+            batch_size=self.batch_size,
+        )
 
     @property
     def activation_bytes(self) -> int:

@@ -109,15 +109,8 @@ def hold_instead(plan: Plan, streamed: Placement, memory: Memory, reason: str) -
 
     PlacementError if it does not fit.
     """
-    settings = PlacementSettings(
-        device=streamed.device,
-        live="held",
-        live_quantize="none",
-        live_dtype=streamed.dtype,
-        batch_size=streamed.batch_size,
-    )
     try:
-        held = place(plan, memory, settings)
+        held = place(plan, memory, streamed.settings("held"))
     except PlacementError as error:
         raise PlacementError(f"{reason}, so that it cannot be streamed; {error}") from None
     return replace(held, lines=(f"the model is held: {reason}", *held.lines))

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from ..errors import PlacementError
 from ..mapping.plan import Plan
-from ..settings import Live, PlacementSettings
+from ..settings import Live
 from ..values import format_count, format_duration, format_size
 from .free_memory import Memory
 from .placement import Placement
 from .placing import place
 
 PROMPT_TOKENS, ANSWER_TOKENS = 512, 64
-"""Assumed of a question with its image, and of its answer."""
+"""Assumed of a question with its image, and of its answer, unless that may not be so long."""
 GENERATED_SHARE = 0.65
 """Of an answer's tokens, those that are generated one by one, as bench/search.md found."""
 MEASURED_SECONDS = 0.1
@@ -73,7 +73,12 @@ def _measure_disk(path: Path) -> float:
 
 
 def estimate_seconds(
-    plan: Plan, placement: Placement, speeds: Speeds, prompts: int, alphas: int
+    plan: Plan,
+    placement: Placement,
+    speeds: Speeds,
+    prompts: int,
+    alphas: int,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> float:
     """Seconds of a search on the CPU: prompts x alphas x passes."""
     blended = [step for step in plan.steps if step.action == "interpolate"]
@@ -81,8 +86,8 @@ def estimate_seconds(
     blended_bytes = placement.cached_source_bytes + sum(step.nbytes for step in blended)
     missed_bytes = max(0, placement.cached_source_bytes - placement.page_cache_bytes)
     blend = blended_bytes / speeds.copied_bytes + missed_bytes / (speeds.disk_bytes or math.inf)
-    products = 2 * weights * prompts * (PROMPT_TOKENS + ANSWER_TOKENS) / speeds.operations
-    passes = 1 + GENERATED_SHARE * ANSWER_TOKENS
+    products = 2 * weights * prompts * (PROMPT_TOKENS + answer_tokens) / speeds.operations
+    passes = 1 + GENERATED_SHARE * answer_tokens
     batches = -(-prompts // placement.batch_size)
     if placement.live == "streamed":  # each pass blends all layers, for several batches at once
         return alphas * (products + passes * -(-batches // placement.batches_at_once) * blend)
@@ -90,14 +95,20 @@ def estimate_seconds(
     return alphas * (products + moved + blend)
 
 
-def describe_time(plan: Plan, placement: Placement, alphas: int, prompts: int) -> list[str]:
-    """The estimate in a line, held and streamed; none for a card: only torch can measure it."""
+def describe_time(
+    plan: Plan, placement: Placement, alphas: int, prompts: int, longest: int = ANSWER_TOKENS
+) -> list[str]:
+    """The estimate in a line, held and streamed; none for a card: only torch can measure it.
+
+    longest: tokens of an answer, at most.
+    """
     if placement.device != "cpu":
         return []
+    answer_tokens = min(longest, ANSWER_TOKENS)
     speeds = measure_speeds(next(part.base.path for _, part in plan.parts))
 
     def guess(placed: Placement) -> str:
-        seconds = estimate_seconds(plan, placed, speeds, prompts, alphas)
+        seconds = estimate_seconds(plan, placed, speeds, prompts, alphas, answer_tokens)
         return f"{format_duration(seconds)} {placed.live}"
 
     times = guess(placement)
@@ -105,7 +116,7 @@ def describe_time(plan: Plan, placement: Placement, alphas: int, prompts: int) -
         times += f", or {guess(other)} in {format_size(other.required_bytes)},"
     return [
         f"time: about {times} for {format_count(prompts, 'question')} of"
-        f" {PROMPT_TOKENS} tokens at {format_count(alphas, 'alpha')}, answered in {ANSWER_TOKENS}:"
+        f" {PROMPT_TOKENS} tokens at {format_count(alphas, 'alpha')}, answered in {answer_tokens}:"
         " a guess from a moment's measurement, refined while a search runs"
     ]
 
@@ -113,15 +124,8 @@ def describe_time(plan: Plan, placement: Placement, alphas: int, prompts: int) -
 def _place_otherwise(plan: Plan, placement: Placement) -> Placement | None:
     """Streamed instead of held, or held on a machine that has the memory."""
     live: Live = "held" if placement.live == "streamed" else "streamed"
-    settings = PlacementSettings(
-        device="cpu",
-        live=live,
-        live_quantize="none",
-        live_dtype=placement.dtype,
-        batch_size=placement.batch_size,
-    )
     ram_bytes = AMPLE_BYTES if live == "held" else placement.available_bytes
     try:
-        return place(plan, Memory(ram_bytes, None, None), settings)
+        return place(plan, Memory(ram_bytes, None, None), placement.settings(live))
     except PlacementError:  # it has no layers, or not even two of them fit
         return None

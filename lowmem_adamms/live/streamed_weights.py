@@ -90,9 +90,10 @@ class StreamedWeights:
             if users := self._find_table_users(group):
                 self._put_table(users, group.targets[0], changed.pop(group.names[0]))
                 continue
-            for target in group.targets:
-                param = find_tensor(self.model, target)
-                param.data = param.data.clone()
+            if self._placement.device == "cpu":  # elsewhere they do not lie in the file
+                for target in group.targets:
+                    param = find_tensor(self.model, target)
+                    param.data = param.data.clone()
         head = self.model.get_output_embeddings()
         if self._placement.head_in_windows and type(head.weight) is not VocabularyTable:
             raise CannotStreamError(f"the head of {type(self.model).__name__} must be held whole")

@@ -12,20 +12,18 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..architectures.declare import parse_declaration
 from ..checkpoints.mapped_files import MappedFiles
 from ..errors import FormatError
+from ..live.device_source import torch_dtype
+from ..live.live_sink import TableSink
 from ..mapping.join import make_plan
-from ..mapping.plan import Plan, Step
+from ..mapping.plan import Plan
 from ..merging.loop import run
-
-if TYPE_CHECKING:
-    from ..checkpoints.mapped_files import Bytes
 
 
 class BlendingWorker:
@@ -97,27 +95,7 @@ def blend_tensors(plan: Plan, alpha: float, files: MappedFiles) -> Iterator[tupl
     kernel, _ = select_kernel(plan.dtypes)
     for step in plan.steps:
         if any(part.role for part in step.parts):
-            sink = _TensorSink(step)
+            content = torch.empty(step.nbytes, dtype=torch.uint8)
+            sink = TableSink(content, files)
             run(replace(plan, steps=(step,)), alpha, sink, kernel=kernel, source=files)
-            yield step.name, sink.tensor
-
-
-class _TensorSink:
-    """A sink that keeps one tensor in memory."""
-
-    def __init__(self, step: Step) -> None:
-        self._content = np.empty(step.nbytes, np.uint8)
-        dtype = getattr(torch, step.dtype.torch or "")
-        self.tensor = torch.from_numpy(self._content).view(dtype).view(step.shape)
-
-    def wants(self, step: Step) -> bool:
-        return True
-
-    def copy(self, step: Step, offset: int, content: Bytes) -> None:
-        self._content[offset : offset + len(content)] = content
-
-    def slot(self, step: Step, offset: int, nbytes: int) -> Bytes:
-        return self._content[offset : offset + nbytes]
-
-    def commit(self) -> None:
-        pass
+            yield step.name, content.view(torch_dtype(step.dtype)).view(step.shape)

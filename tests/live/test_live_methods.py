@@ -16,6 +16,7 @@ from tiny import Tensors
 from lowmem_adamms import LiveModel, find_alpha, make_plan, merge
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.device_source import DeviceSource
+from lowmem_adamms.live.transformers_model import quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,6 +60,21 @@ def test_the_live_parameters_are_what_is_merged(
         written = dict(tiny.load_model(out).named_parameters())
         for name, parameter in live.model.named_parameters():
             assert torch.equal(parameter, written[name]), name
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare-linear"])
+def test_a_streamed_mixture_runs_as_a_held_one(method: str, models: dict[str, Path]) -> None:
+    """What a value becomes may hang on its place in the whole tensor: none goes by rows."""
+    ids = torch.tensor([[5, 9, 301, 7]])
+    logits = []
+    for live in ("held", "streamed"):
+        plan = plan_of(models, method)
+        with LiveModel(plan, device="cpu", quantize="none", live=live) as model:
+            model.apply((0.3, 0.2) if method != "ties" else 0.7)
+            with quiet(), torch.inference_mode():
+                out = model.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            logits.append(out.logits)
+    assert torch.equal(*logits)
 
 
 def test_a_device_holds_every_model_of_a_mixture(models: dict[str, Path]) -> None:

@@ -82,6 +82,8 @@ def test_the_line_tells_both_ways(plan: Plan) -> None:
         assert re.match(
             rf"time: about [\w. ]+ {one.live}, or [\w. ]+ {other.live} in {size}, for 100", line
         )
+    (line,) = describe_time(plan, held, 7, 100, longest=4)
+    assert "at 7 alphas, answered in 4:" in line
     tight = replace(streamed, available_bytes=10**6)
     (line,) = describe_time(plan, tight, 7, 100)
     assert " held in " in line

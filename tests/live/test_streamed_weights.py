@@ -343,6 +343,9 @@ def test_a_row_is_taken_out_of_a_table_and_nothing_else_is_done_with_it(gemma: P
         assert torch.equal(weight[5], donor[5])
         assert torch.equal(weight[5, :], donor[5])
         assert (weight.shape, weight.dtype) == (donor.shape, donor.dtype)
+        inputs, bias = torch.randn(2, tiny.HIDDEN).bfloat16(), torch.randn(tiny.ROWS).bfloat16()
+        found = torch.nn.functional.linear(inputs, weight, bias)
+        assert torch.equal(found, torch.nn.functional.linear(inputs, donor, bias))
         with pytest.raises(TypeError):
             weight + 1
         with pytest.raises(TypeError, match="sum of a weight of which only the rows in use are"):
