@@ -112,7 +112,7 @@ def locate_sources(
 ) -> Iterator[tuple[Part, int, Location]]:
     """Every interpolated part in plan order, its base and donor bytes, and where they are kept.
 
-    LOCATE_DOC
+    A part lies whole in one place; VRAM is filled first, then pinned RAM.
     """
     remaining: list[tuple[Location, int]] = [("vram", vram_bytes), ("pinned", pinned_bytes)]
     for _, part in plan.parts:
