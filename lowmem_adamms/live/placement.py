@@ -112,7 +112,9 @@ def locate_sources(
 ) -> Iterator[tuple[Part, int, Location]]:
     """Every interpolated part in plan order, its base and donor bytes, and where they are kept.
 
-    A part lies whole in one place; VRAM is filled first, then pinned RAM.
+    The card is filled until a part does not fit, then pinned RAM. A location that was once left is
+    not used again, so that more memory never holds less, and the sums of bytes in a Placement are
+    enough to find the locations again.
     """
     remaining: list[tuple[Location, int]] = [("vram", vram_bytes), ("pinned", pinned_bytes)]
     for _, part in plan.parts:
