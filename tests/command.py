@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_adamms.cli import main
 
 ROOT = Path(__file__).parent.parent
 
-_KILLED = """
-import os, signal, sys
-from lowmem_adamms import cli
+NUMPY_KERNEL = """
+from lowmem_adamms.kernels import select
+name = "numba: compiled, parallel"  # but numpy, which has the same bits, loads sooner
+select.select_kernel = lambda triples=(): (select.blend_numpy, name)
+select._has_numba = lambda: False
+"""
+_SMALL_WINDOWS = """
 from lowmem_adamms.merging import disk_sink, loop, writer
-words = sys.argv[1:]
-disk_sink.WINDOW = loop.WINDOW = writer.REMOTE_WINDOW = 4096
+from lowmem_adamms.quantizing import quantizing_sink
+disk_sink.WINDOW = loop.WINDOW = writer.REMOTE_WINDOW = quantizing_sink.WINDOW = 4096
 disk_sink.DURABLE = 10_000
-if "--quantize" in words:
-    from lowmem_adamms.quantizing import quantizing_sink
-    quantizing_sink.WINDOW = 4096
-pwrite, count = os.pwrite, 0
-def killing(*args):
-    global count
-    count += 1
-    if count == 60:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return pwrite(*args)
-os.pwrite = killing
-cli.main(words)
 """
 
 
@@ -44,8 +38,57 @@ def run(*words: object) -> int:
         return end.code
 
 
-def run_until_killed(words: Sequence[object], *, env: Mapping[str, str] | None = None) -> None:
-    """Run a command, in small windows, until SIGKILL at its sixtieth write."""
-    argv = [sys.executable, "-c", _KILLED, *map(str, words)]
-    done = subprocess.run(argv, cwd=ROOT, env={**os.environ, **(env or {})}, check=False)
-    assert done.returncode == -signal.SIGKILL
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of a command in a process of its own; the code is that of `subprocess`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Forker:
+    """Runs commands in processes of their own, which are forked instead of started: see forking.py.
+
+    env: what its environment has besides this process's own.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "forking.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **one_thread, "PYTHONPATH": str(ROOT), **(env or {})},
+        )
+
+    def __enter__(self) -> Forker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.communicate()
+
+    def run(
+        self,
+        words: Sequence[object],
+        calls: Sequence[str] = (),
+        at: int = -1,
+        *,
+        number: int = signal.SIGKILL,
+        setup: str = "",
+    ) -> Done:
+        """Run a command that is sent signal `number` before call `at`, from 0, of these functions.
+
+        If it is not killed, the last line it prints tells how many of these calls it made. setup:
+        Python that runs before the command, or alone if there are no words.
+        """
+        job = {"words": [str(word) for word in words], "calls": calls, "at": at, "setup": setup}
+        assert self._server.stdin is not None and self._server.stdout is not None
+        print(json.dumps({**job, "signal": int(number)}), file=self._server.stdin, flush=True)
+        return Done(**json.loads(self._server.stdout.readline()))
+
+    def run_until_killed(self, words: Sequence[object]) -> None:
+        """Run a command, in small windows, until SIGKILL at its sixtieth write."""
+        done = self.run(words, ["os.pwrite"], 59, setup=NUMPY_KERNEL + _SMALL_WINDOWS)
+        assert done.returncode == -signal.SIGKILL, done.stderr

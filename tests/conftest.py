@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
+from command import Forker
 from families import FAMILIES, write_headers
 from hypothesis import HealthCheck, settings
 
@@ -109,6 +110,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     import talk
 
     return talk.draw_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Runs commands that are killed."""
+    with Forker() as forker:
+        yield forker
 
 
 Talkers = Callable[[str], "LiveModel"]

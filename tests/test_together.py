@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import run, run_until_killed
+from command import Forker, run
 from hub_server import TOKEN, HubServer, use
 
 from lowmem_adamms import make_plan, merge
@@ -116,7 +116,8 @@ def test_killed_while_it_quantizes_from_the_hub_it_resumes(
     out = tmp_path / "out"
     words = [*IDS, "-o", str(out), "--alpha-layers", ALPHAS, "--quantize", "nf4", "--no-cache"]
     places = {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    run_until_killed(words, env=places | {"HF_HUB_OFFLINE": "0"})
+    with Forker(places | {"HF_HUB_OFFLINE": "0"}) as forker:
+        forker.run_until_killed(words)
     assert any((out / WORK).iterdir())
     server.seen.clear()
     assert run(*words) == 0

@@ -678,22 +678,10 @@ _COGVLM_CONFIG: Config = {
 }
 _QUERIES = 8
 _MPLUG_CONFIG: Config = {
-    "visual_model": {
-        "hidden_size": _NARROW,
-        "image_size": SIDE,
-        "intermediate_size": _WIDE,
-        "layer_norm_eps": 1e-6,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "patch_size": PATCH,
-    },
+    "visual_model": {"hidden_size": _NARROW, "image_size": SIDE, "patch_size": PATCH},
     "visual_abstractor": {
         "encoder_hidden_size": _NARROW,
         "hidden_size": _NARROW,
-        "intermediate_size": _WIDE,
-        "layer_norm_eps": 1e-6,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
         "num_learnable_queries": _QUERIES,
     },
 }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command import Forker
 
 from lowmem_adamms.cli import _CUT_SHORT
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import os, sys, threading
+import os, threading
 import numpy as np
 from pathlib import Path
 from lowmem_adamms import cli
@@ -20,7 +19,7 @@ from lowmem_adamms.checkpoints.mapped_files import MappedFile
 from lowmem_adamms.kernels import cpu
 
 def lose_an_input():
-    path = Path(sys.argv[1])
+    path = Path({path!r})
     mapped = MappedFile(path)
     view = mapped.view(0, path.stat().st_size)
     os.truncate(path, 0)
@@ -41,13 +40,8 @@ READS = {
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
 @pytest.mark.parametrize("read", READS)
-def test_an_input_that_is_cut_short_is_one_line(read: str, tmp_path: Path) -> None:
+def test_an_input_that_is_cut_short_is_one_line(read: str, tmp_path: Path, forker: Forker) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(16 << 20))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(read=READS[read]), str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (2, b"error: " + _CUT_SHORT + b"\n")
+    done = forker.run((), setup=PROGRAM.format(read=READS[read], path=str(path)))
+    assert (done.returncode, done.stderr) == (2, f"error: {_CUT_SHORT.decode()}\n")

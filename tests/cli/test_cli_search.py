@@ -25,7 +25,7 @@ import pytest
 import talk
 import tiny
 import torch
-from command import run
+from command import Forker, run
 from tiny import seen
 
 from lowmem_adamms import LiveModel, __version__, make_plan, merge, search
@@ -338,41 +338,9 @@ def test_a_quantized_search_writes_whole_weights(
 # Killed, interrupted, met by another
 
 
-DRIVER = """
-import importlib, os, pathlib, signal, sys
-from lowmem_adamms import cli
-from lowmem_adamms.merging import journal, shard_file
-
-home, name = {
-    "answer": (journal.AnswerJournal, "note"),
-    "write": (shard_file.ShardFile, "write"),
-    "publish": (pathlib.Path, "replace"),
-}[sys.argv[1]]
-call, left = getattr(home, name), int(sys.argv[2])
-
-def counted(*args, **options):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return call(*args, **options)
-
-setattr(home, name, counted)
-sys.exit(cli.main(sys.argv[3:]))
-"""
-
-
-def kill_before(call: str, number: int, words: tuple[object, ...]) -> None:
-    """Run a command in a process of its own until it is killed before such a call."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, call, str(number), *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+NOTED = "lowmem_adamms.merging.journal.AnswerJournal.note"
+WRITTEN = "lowmem_adamms.merging.shard_file.ShardFile.write"
+PUBLISHED = "pathlib.Path.replace"
 
 
 def timeless(folder: Path) -> Files:
@@ -386,27 +354,36 @@ def timeless(folder: Path) -> Files:
 
 
 def test_killed_three_times_it_asks_nothing_twice_and_writes_the_same(
-    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forker: Forker,
 ) -> None:
     """During the search, during the merge after it, and while the result gets its names."""
     words = (*pair, "--prompts", prompts, *QUICK)
     out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def kill_before(call: str, number: int) -> None:
+        done = forker.run((*words, "-o", out), [call], number)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
     assert run(*words, "-o", whole) == 0
     assert len(journalled(whole / ANSWERS)) == 3 * 10 + 10  # the last ten for the noise floor
 
-    kill_before("answer", 13, (*words, "-o", out))
+    kill_before(NOTED, 13)
     assert sorted(path.name for path in out.rglob("*")) == [WORK, ANSWERS]
     first = (out / WORK / ANSWERS).read_bytes()
     assert len(journalled(out / WORK / ANSWERS)) == 13
 
-    kill_before("write", 1, (*words, "-o", out))
+    kill_before(WRITTEN, 1)
     second = (out / WORK / ANSWERS).read_bytes()
     assert second.startswith(first)
     assert not list(out.glob("*"))[1:]  # nothing has its final name
     assert (out / WORK / JOURNAL).is_file()
 
     forbid(monkeypatch, "lowmem_adamms.live.transformers_model.load_model")  # every answer is there
-    kill_before("publish", 4, (*words, "-o", out))
+    kill_before(PUBLISHED, 4)
     assert (out / ANSWERS).read_bytes() == second
     assert run(*words, "-o", out) == 0
     assert (out / ANSWERS).read_bytes() == second

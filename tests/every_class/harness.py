@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from tiny_models import build, make_relative, save, tiny_config, transformers
 
 from lowmem_adamms import LiveModel, make_plan, merge
+from lowmem_adamms.checkpoints.safetensors_header import read_header
 from lowmem_adamms.errors import MergeError
 from lowmem_adamms.live.transformers_model import quiet
 
@@ -96,7 +97,8 @@ def try_case(case: Case, folder: Path, *, thorough: bool = True) -> dict[str, Ou
     """Merge a base with donors of the same language weights; outcome by kind of donor.
 
     The donors: one of its class, the same with other tensor names (those of its modules), and a
-    text-only model. thorough: with other names, and searched as well.
+    text-only model. thorough: all of them, and the first is searched as well; else one, text-only
+    where there is such a class.
     """
     with quiet():
         base = build(case.model_class, case.config, seed=0)
@@ -106,24 +108,23 @@ def try_case(case: Case, folder: Path, *, thorough: bool = True) -> dict[str, Ou
         for name, tensor in (*base.state_dict().items(), *donor.state_dict().items()):
             if buffer and name.endswith(buffer):
                 tensor[-1] = number
+        donors = {}
+        if (text := make_text_donor(donor, language, case.name)) is not None:
+            donors["text only"] = save(text, folder / "text only")
+        if thorough or not donors:
+            donors = {"same class": save(donor, folder / "same class"), **donors}
+            if thorough and not saved_names(folder / "same class") <= donor.state_dict().keys():
+                donors["module names"] = save(donor, folder / "module names", hub_names=False)
         save(base, folder / "base")
-        save(donor, folder / "donor")
-        if thorough:
-            save(donor, folder / "module names", hub_names=False)
-        text = make_text_donor(donor, language, case.name)
-        if text is not None:
-            save(text, folder / "text only")
     for name in FILES.get(case.name, ()):
         torch.save({}, folder / "base" / name)
     kept, _ = KEPT.get(case.name, ("", ""))
     expected = blend(base, donor, language, kept)
-    outcomes = {"same class": _try_merge(base, expected, folder, searched=thorough)}
-    names, other_names = (load_tensors(folder / name).keys() for name in ("donor", "module names"))
-    if thorough and names != other_names:
-        outcomes["module names"] = _try_other(folder, "module names", "")
-    if text is not None:
-        different, _ = NOT_IN_TEXT.get(case.name, ("", ""))
-        outcomes["text only"] = _try_other(folder, "text only", different)
+    first, *others = donors
+    outcomes = {first: _try_merge(base, expected, folder, first, searched=thorough)}
+    for name in others:
+        different, _ = NOT_IN_TEXT.get(case.name, ("", "")) if name == "text only" else ("", "")
+        outcomes[name] = _try_other(folder, name, first, different)
     return outcomes
 
 
@@ -221,8 +222,15 @@ def load_tensors(folder: Path) -> State:
     }
 
 
-def _try_other(folder: Path, donor: str, different: str) -> Outcome:
-    """Merge another donor: the same bytes must come out, but for tensors named in `different`."""
+def saved_names(folder: Path) -> set[str]:
+    """Of every tensor of a saved model."""
+    return {
+        info.name for path in folder.glob("*.safetensors") for info in read_header(path).tensors
+    }
+
+
+def _try_other(folder: Path, donor: str, first: str, different: str) -> Outcome:
+    """Merge another donor: the bytes of the first must come out, but for tensors in `different`."""
     out = folder / f"merged with {donor}"
     try:
         merge(make_plan(folder / "base", folder / donor), ALPHA, out)
@@ -230,25 +238,26 @@ def _try_other(folder: Path, donor: str, different: str) -> Outcome:
         return Outcome("refused", why=str(error))
     except Exception as error:
         return Outcome("wrong", why=_last_line(error))
-    if not (folder / "merged").exists():
+    if not (folder / f"merged with {first}").exists():
         return Outcome("untried", why="merged with nothing to compare it to")
-    expected, found = load_tensors(folder / "merged"), load_tensors(out)
+    expected, found = load_tensors(folder / f"merged with {first}"), load_tensors(out)
     kept = {name for name in expected if different and re.search(different, name)}
     expected |= {name: found[name] for name in kept}
     return _compare(load_tensors(folder / "base"), expected, found)
 
 
-def _try_merge(base: Any, expected: State, folder: Path, *, searched: bool) -> Outcome:
+def _try_merge(base: Any, expected: State, folder: Path, donor: str, *, searched: bool) -> Outcome:
+    out = folder / f"merged with {donor}"
     try:
-        plan = make_plan(folder / "base", folder / "donor")
-        merge(plan, ALPHA, folder / "merged")
+        plan = make_plan(folder / "base", folder / donor)
+        merge(plan, ALPHA, out)
     except MergeError as error:
         return Outcome("refused", why=str(error))
     except Exception as error:
         return Outcome("wrong", why=_last_line(error))
     try:
         with quiet():
-            loaded = type(base).from_pretrained(folder / "merged", dtype=torch.float32)
+            loaded = type(base).from_pretrained(out, dtype=torch.float32)
     except Exception as error:
         return Outcome("wrong", why=f"the output does not load: {_last_line(error)}")
     outcome = _compare(base.state_dict(), expected, loaded.state_dict())

@@ -16,13 +16,12 @@ from classes import (
     NOT_CARRIED,
     NOT_DECODER_ONLY,
     NOT_SEARCHED,
+    NOT_YET,
     REFUSED_IN_LLAVA,
-    TEXT_REFUSED,
     multimodal_classes,
     text_decoders,
 )
 from harness import Outcome, llava_case, multimodal_case, try_case
-from not_yet import LLAVA_NOT_YET, NOT_YET
 from tiny_models import timm_stub
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,22 +46,24 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def marked(names: list[str], not_yet: frozenset[str]) -> list[object]:
-    """A parameter for each name; those that fail today must begin to pass only with a change."""
-    failing = pytest.mark.xfail(strict=True, reason="see not_yet.py")
-    return [pytest.param(name, marks=failing if name in not_yet else ()) for name in names]
+def multimodal() -> list[object]:
+    """Every class; what fails today must begin to pass only with a change."""
+    failing = pytest.mark.xfail(strict=True, reason="see NOT_YET in classes.py")
+    return [
+        pytest.param(name, marks=failing if name in NOT_YET else ())
+        for name in multimodal_classes()
+    ]
 
 
-def check_merged(outcomes: dict[str, Outcome], case: str, searched: str) -> None:
+def check_merged(outcomes: dict[str, Outcome], searched: str) -> None:
     """All donors in full; one that is spelled otherwise may be refused, never merged in part."""
     found = {donor: outcome.merged for donor, outcome in outcomes.items()}
     expected = dict.fromkeys(found, "full")
     if found.get("module names") == "refused":
         expected["module names"] = "refused"
-    if "text only" in found and case in TEXT_REFUSED:
-        expected["text only"] = "refused"
     assert found == expected, outcomes
-    assert outcomes["same class"].searched == searched, outcomes
+    first, *_ = outcomes.values()
+    assert first.searched == searched, outcomes
 
 
 def check_refused(outcomes: dict[str, Outcome], folder: Path) -> None:
@@ -73,36 +74,33 @@ def check_refused(outcomes: dict[str, Outcome], folder: Path) -> None:
         assert "get the files that lack" not in outcome.why  # nothing is missing
 
 
-@pytest.mark.parametrize("model_type", marked(list(multimodal_classes()), NOT_YET))
+@pytest.mark.parametrize("model_type", multimodal())
 def test_multimodal_class(model_type: str, folder: Path) -> None:
     outcomes = try_case(multimodal_case(model_type), folder)
     if model_type in NOT_DECODER_ONLY:
         check_refused(outcomes, folder)
     else:
-        check_merged(outcomes, model_type, "refused" if model_type in NOT_SEARCHED else "full")
+        check_merged(outcomes, "refused" if model_type in NOT_SEARCHED else "full")
 
 
-@pytest.mark.parametrize(
-    "text_type",
-    marked([name for name in text_decoders() if name not in NOT_CARRIED], LLAVA_NOT_YET),
-)
+@pytest.mark.parametrize("text_type", [name for name in text_decoders() if name not in NOT_CARRIED])
 def test_llava_around(text_type: str, folder: Path) -> None:
     outcomes = try_case(llava_case(text_type), folder, thorough=False)
     if text_type in REFUSED_IN_LLAVA:
         check_refused(outcomes, folder)
     else:
-        check_merged(outcomes, f"llava around {text_type}", "")
+        check_merged(outcomes, "")
 
 
 def test_the_tables_name_only_what_there_is() -> None:
     assert NOT_DECODER_ONLY.keys() | NOT_SEARCHED.keys() | NOT_YET <= multimodal_classes().keys()
     decoders = set(text_decoders())
-    assert NOT_CARRIED | REFUSED_IN_LLAVA.keys() | LLAVA_NOT_YET <= decoders
-    assert not NOT_CARRIED & (REFUSED_IN_LLAVA.keys() | LLAVA_NOT_YET)
+    assert NOT_CARRIED | REFUSED_IN_LLAVA.keys() <= decoders
+    assert not NOT_CARRIED & REFUSED_IN_LLAVA.keys()
 
 
 def test_most_classes_work() -> None:
     refused = NOT_DECODER_ONLY.keys() | NOT_SEARCHED.keys()
     assert len(multimodal_classes()) - len(refused | NOT_YET) >= 100
     carried = len(text_decoders()) - len(NOT_CARRIED)
-    assert carried - len(REFUSED_IN_LLAVA.keys() | LLAVA_NOT_YET) >= 60
+    assert carried - len(REFUSED_IN_LLAVA) >= 60

@@ -103,8 +103,10 @@ def threads() -> set[str]:
 # Answers
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", [*talk.DONORS, "mistral"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((name, "bf16") for name in (*talk.DONORS, "mistral")), ("qwen2_vl", "fp32")],
+)
 def test_answers_are_those_of_the_held_model_at_alphas_in_any_order(
     family: str, dtype: str, plan_of: Plans, images: tuple[Path, ...]
 ) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 import tiny
 import torch
-from command import run, run_until_killed
+from command import Forker, run
 from lowmem_adamms.kernels import reference
 from tiny import Tensors, raw, seen
 
@@ -395,11 +395,11 @@ def test_another_seed_drops_other_values(models: dict[str, Path], tmp_path: Path
 
 @pytest.mark.parametrize("case", [Case("ties", (0.9,)), Case("metagpt", (1.0,))], ids=words_of)
 def test_a_killed_merge_resumes_with_the_same_bytes(
-    case: Case, models: dict[str, Path], tmp_path: Path
+    case: Case, forker: Forker, models: dict[str, Path], tmp_path: Path
 ) -> None:
     paths = [models["base"], *(models[name] for name in case.donors)]
     words = ["merge", *paths, "--method", case.method, "--ancestor", models["ancestor"]]
-    run_until_killed([*words, "-o", tmp_path / "killed" / "out"])
+    forker.run_until_killed([*words, "-o", tmp_path / "killed" / "out"])
     assert run(*words, "-o", tmp_path / "killed" / "out") == 0
     assert run(*words, "-o", tmp_path / "whole" / "out") == 0
     assert seen(tmp_path / "killed" / "out") == seen(tmp_path / "whole" / "out")

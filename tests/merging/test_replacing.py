@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import run, run_until_killed
+from command import Forker, run
 from tiny import seen
 
 from lowmem_adamms import make_plan, merge
@@ -118,11 +118,11 @@ def test_without_a_complete_merge_it_changes_nothing(
 
 
 def test_killed_while_it_writes_the_old_one_stays_and_the_same_command_resumes(
-    pair: Pair, out: Path, originals: dict[float, Path]
+    pair: Pair, forker: Forker, out: Path, originals: dict[float, Path]
 ) -> None:
     before = seen(out)
     words = [*pair, "-o", out, "--alpha", "0.6", "--overwrite"]
-    run_until_killed(words)
+    forker.run_until_killed(words)
     assert seen(out) == before
     assert beside(out) == [".out.new", "out"]
     assert run(*words) == 0

@@ -12,9 +12,7 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import pytest
 import random_pair
 import tiny
 from blake3 import blake3
+from command import NUMPY_KERNEL, Done, Forker
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from tiny import seen
@@ -45,11 +44,11 @@ from lowmem_adamms.merging.shard_file import ShardFile
 from lowmem_adamms.merging.shard_layout import lay_out_shards
 from lowmem_adamms.merging.verify import verify
 
-ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 PAPERS = {"README.md", "adamms.json", INDEX}
 Pair = tuple[Path, Path]
 Files = dict[str, bytes]
+Drive = Callable[..., Done]
 
 LICENCE = (
     "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\ntags:\n- x\n---\n# Base\n"
@@ -804,54 +803,30 @@ def test_a_shard_that_is_durable_but_not_yet_noted_is_finished(
     assert seen(merge(plan, 0.3, tmp_path / "out")) == seen(merge(plan, 0.3, tmp_path / "whole"))
 
 
-DRIVER = """
-import os, pathlib, signal, sys
-from lowmem_adamms import cli
-from lowmem_adamms.merging import disk_sink as sink, loop, writer
-
-loop.WINDOW = sink.WINDOW = 12_288  # with whole pages, for the page cache to be passed by
+SETUP = """
+from lowmem_adamms.merging import disk_sink, loop, writer
+loop.WINDOW = disk_sink.WINDOW = 12_288  # with whole pages, for the page cache to be passed by
 writer._physical_memory = lambda: 0
-sink.DURABLE = 50_000
-number, at, *names = sys.argv[1].split(",")
-count = 0
-
-def counted(call):
-    def wrapper(*args, **options):
-        global count
-        if count == int(at):
-            os.kill(os.getpid(), int(number))
-        count += 1
-        return call(*args, **options)
-    return wrapper
-
-for name in names:
-    home = pathlib.Path if name == "replace" else os
-    setattr(home, name, counted(getattr(home, name)))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-code = cli.main(sys.argv[2:])
-print("calls", count)
-sys.exit(code)
+disk_sink.DURABLE = 50_000
 """
-WRITES = "pwrite,fsync,fdatasync,posix_fallocate"
+WRITES = ("os.pwrite", "os.fsync", "os.fdatasync", "os.posix_fallocate")
+RENAMES = ("pathlib.Path.replace",)
 
 
-def drive(
-    pair: Pair, out: Path, calls: str, at: int, number: int = signal.SIGKILL
-) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def drive(forker: Forker, pair: Pair) -> Drive:
     """A merge in a process of its own, sent a signal before call `at` of these calls."""
-    command = [sys.executable, "-c", DRIVER, f"{int(number)},{at},{calls}"]
-    return subprocess.run(
-        [*command, *map(str, pair), "-o", str(out), "--alpha", "0.3"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+
+    def merge_until(out: Path, calls: Sequence[str], at: int, number: int = signal.SIGKILL) -> Done:
+        words = (*pair, "-o", out, "--alpha", "0.3")
+        return forker.run(words, calls, at, number=number, setup=NUMPY_KERNEL + SETUP)
+
+    return merge_until
 
 
-def number_of(calls: str, pair: Pair, folder: Path) -> int:
+def number_of(calls: Sequence[str], drive: Drive, folder: Path) -> int:
     """How many of these calls an undisturbed merge makes."""
-    done = drive(pair, folder / "undisturbed", calls, -1)
+    done = drive(folder / "undisturbed", calls, -1)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("calls ")[1])
 
@@ -864,8 +839,10 @@ def assert_nothing_incomplete(out: Path, whole: Files) -> None:
         assert {name for name in whole if name.endswith(".safetensors")} <= set(final)
 
 
-def kill_and_resume(pair: Pair, out: Path, whole: Files, calls: str, at: int) -> None:
-    done = drive(pair, out, calls, at)
+def kill_and_resume(
+    pair: Pair, drive: Drive, out: Path, whole: Files, calls: Sequence[str], at: int
+) -> None:
+    done = drive(out, calls, at)
     assert done.returncode == -signal.SIGKILL, (calls, at, done.stderr)
     assert_nothing_incomplete(out, whole)
     if seen(out) != whole:  # else all was done but the last fsync
@@ -874,31 +851,31 @@ def kill_and_resume(pair: Pair, out: Path, whole: Files, calls: str, at: int) ->
 
 
 def test_killed_while_writing_it_resumes_to_the_same_bytes(
-    pair: Pair, whole: Files, tmp_path: Path
+    pair: Pair, drive: Drive, whole: Files, tmp_path: Path
 ) -> None:
-    total = number_of(WRITES, pair, tmp_path)
+    total = number_of(WRITES, drive, tmp_path)
     assert total > 100
     moments = {0, 1, total - 1, *random.Random(0).sample(range(total), 5)}
     for at in sorted(moments):
-        kill_and_resume(pair, tmp_path / str(at), whole, WRITES, at)
+        kill_and_resume(pair, drive, tmp_path / str(at), whole, WRITES, at)
 
 
 def test_killed_while_publishing_it_resumes_to_the_same_bytes(
-    pair: Pair, whole: Files, tmp_path: Path
+    pair: Pair, drive: Drive, whole: Files, tmp_path: Path
 ) -> None:
-    total = number_of("replace", pair, tmp_path)
+    total = number_of(RENAMES, drive, tmp_path)
     assert total == sum(what != b"(folder)" for what in whole.values())
     for at in (0, 1, total // 2, total - 1):
-        kill_and_resume(pair, tmp_path / str(at), whole, "replace", at)
+        kill_and_resume(pair, drive, tmp_path / str(at), whole, RENAMES, at)
 
 
 @pytest.mark.parametrize("nth", range(4))
 def test_killed_while_clearing_up_it_resumes_to_the_same_bytes(
-    pair: Pair, whole: Files, nth: int, tmp_path: Path
+    pair: Pair, drive: Drive, whole: Files, nth: int, tmp_path: Path
 ) -> None:
     """Between the last rename and the end: journal and folders go one by one."""
     out = tmp_path / "out"
-    done = drive(pair, out, "unlink,rmdir", nth)
+    done = drive(out, ("os.unlink", "os.rmdir"), nth)
     if nth == 0:
         assert done.returncode == -signal.SIGKILL
     assert_nothing_incomplete(out, whole)
@@ -908,10 +885,10 @@ def test_killed_while_clearing_up_it_resumes_to_the_same_bytes(
 
 @pytest.mark.parametrize("at", [5, 90])
 def test_ctrl_c_exits_130_and_says_how_to_resume(
-    pair: Pair, whole: Files, at: int, tmp_path: Path
+    pair: Pair, drive: Drive, whole: Files, at: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = drive(pair, out, WRITES, at, signal.SIGINT)
+    done = drive(out, WRITES, at, signal.SIGINT)
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1] == "interrupted: run the same command again to resume"
     assert "Traceback" not in done.stderr

@@ -1,9 +1,10 @@
 """A small mPLUG-Owl2 for tests: keys, values and norms of each layer twice, for text and images.
 
-Written from the layout of the published checkpoints (names and shapes of the tensors) and the
-paper (arXiv 2311.04257). `input_ids` hold `config.image_token_index` once for each feature of an
-image; those tokens take way 1 of every multiway module, all others way 0. The float32 rotary
-frequencies are buffers of each layer that the checkpoint carries.
+The decoder is written from the layout of the published checkpoints (names and shapes of the
+tensors) and the paper (arXiv 2311.04257); tower and abstractor are no more than tests need.
+`input_ids` hold `config.image_token_index` once for each feature of an image; those tokens take
+way 1 of every multiway module, all others way 0. The float32 rotary frequencies are buffers of
+each layer that the checkpoint carries.
 """
 
 # mypy: allow-subclassing-any
@@ -133,195 +134,43 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class VisionEmbeddings(nn.Module):
-    """Pixels [images, 3, side, side] to tokens [images, 1 + patches, size]."""
+class VisionModel(nn.Module):
+    """The tower, of no depth: pixels [images, 3, side, side] to patches [images, patches, size]."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         size, patch = settings["hidden_size"], settings["patch_size"]
-        count = (settings["image_size"] // patch) ** 2 + 1
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
+        count = (settings["image_size"] // patch) ** 2
         self.patch_embed = nn.Conv2d(3, size, kernel_size=patch, stride=patch, bias=False)
         self.position_embedding = nn.Parameter(torch.zeros(1, count, size))
-        self.pre_layernorm = nn.LayerNorm(size, eps=settings["layer_norm_eps"])
+        self.post_layernorm = nn.LayerNorm(size)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1)
-        out: Tensor = self.pre_layernorm(tokens + self.position_embedding)
-        return out
-
-
-class VisionAttention(nn.Module):
-    """Plain attention with fused, biased q, k, v."""
-
-    def __init__(self, size: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query_key_value = nn.Linear(size, 3 * size)
-        self.dense = nn.Linear(size, size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        parts = self.query_key_value(hidden).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.dense(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
-class VisionMLP(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, size: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(size, inner)
-        self.fc2 = nn.Linear(inner, size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.fc2(functional.gelu(self.fc1(hidden)))
-        return out
-
-
-class VisionLayer(nn.Module):
-    """One layer of the tower, with norms before the blocks."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        size, eps = settings["hidden_size"], settings["layer_norm_eps"]
-        self.input_layernorm = nn.LayerNorm(size, eps=eps)
-        self.self_attn = VisionAttention(size, settings["num_attention_heads"])
-        self.post_attention_layernorm = nn.LayerNorm(size, eps=eps)
-        self.mlp = VisionMLP(size, settings["intermediate_size"])
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden))
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return out
-
-
-class Encoder(nn.Module):
-    """A list of layers, called `layers` in the checkpoint."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-
-class VisionModel(nn.Module):
-    """The tower: pixels to features [images, 1 + patches, size]."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.embeddings = VisionEmbeddings(settings)
-        self.encoder = Encoder(
-            [VisionLayer(settings) for _ in range(settings["num_hidden_layers"])]
-        )
-        self.post_layernorm = nn.LayerNorm(settings["hidden_size"], eps=settings["layer_norm_eps"])
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.embeddings(images)
-        for layer in self.encoder.layers:
-            hidden = layer(hidden)
-        out: Tensor = self.post_layernorm(hidden)
-        return out
-
-
-class CrossProjections(nn.Module):
-    """What the queries and the image are projected with before they meet."""
-
-    def __init__(self, size: int, seen: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(size, size)
-        self.key = nn.Linear(seen, size)
-        self.value = nn.Linear(seen, size)
-
-    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        parts = (self.query(queries), self.key(features), self.value(features))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-class GatedMLP(nn.Module):
-    """The abstractor's feed-forward block, with a norm inside."""
-
-    def __init__(self, size: int, inner: int, eps: float) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(size, inner)
-        self.w2 = nn.Linear(inner, size)
-        self.w3 = nn.Linear(size, inner)
-        self.ffn_ln = nn.LayerNorm(inner, eps=eps)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        gated = functional.silu(self.w1(hidden)) * self.w3(hidden)
-        out: Tensor = self.w2(self.ffn_ln(gated))
-        return out
-
-
-class CrossOutput(nn.Module):
-    """What follows the cross attention: projection and feed-forward block, each added."""
-
-    def __init__(self, size: int, inner: int, eps: float) -> None:
-        super().__init__()
-        self.out_proj = nn.Linear(size, size)
-        self.norm2 = nn.LayerNorm(size, eps=eps)
-        self.mlp = GatedMLP(size, inner, eps)
-
-    def forward(self, mixed: Tensor, queries: Tensor) -> Tensor:
-        queries = queries + self.out_proj(mixed)
-        out: Tensor = queries + self.mlp(self.norm2(queries))
-        return out
-
-
-class CrossAttention(nn.Module):
-    """The queries look at themselves and at the image."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        size, seen = settings["hidden_size"], settings["encoder_hidden_size"]
-        eps = settings["layer_norm_eps"]
-        self.attention = CrossProjections(size, seen, settings["num_attention_heads"])
-        self.norm1 = nn.LayerNorm(size, eps=eps)
-        self.normk = nn.LayerNorm(seen, eps=eps)
-        self.output = CrossOutput(size, settings["intermediate_size"], eps)
-
-    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        normed = self.norm1(queries)
-        both = torch.cat((normed, self.normk(features)), dim=1)
-        out: Tensor = self.output(self.attention(normed, both), queries)
-        return out
-
-
-class AbstractorLayer(nn.Module):
-    """One round of looking at the image."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.crossattention = CrossAttention(settings)
-
-    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        out: Tensor = self.crossattention(queries, features)
+        out: Tensor = self.post_layernorm(patches + self.position_embedding)
         return out
 
 
 class VisualAbstractor(nn.Module):
-    """The connector: features to decoder inputs [images, queries + 1, wide]."""
+    """The connector: learned queries look at the patches; to inputs [images, queries + 1, wide]."""
 
     def __init__(self, settings: dict[str, Any], wide: int) -> None:
         super().__init__()
-        size, count = settings["hidden_size"], settings["num_learnable_queries"]
-        layers = range(settings["num_hidden_layers"])
+        size, seen = settings["hidden_size"], settings["encoder_hidden_size"]
+        count = settings["num_learnable_queries"]
         self.query_embeds = nn.Parameter(torch.zeros(1, count, size))
-        self.encoder = Encoder([AbstractorLayer(settings) for _ in layers])
+        self.key = nn.Linear(seen, size)
+        self.value = nn.Linear(seen, size)
         self.visual_fc = nn.Linear(size, wide)
         self.vit_eos = nn.Parameter(torch.zeros(1, 1, wide))
 
-    def forward(self, features: Tensor) -> Tensor:
-        queries: Tensor = self.query_embeds.expand(len(features), -1, -1)
-        for layer in self.encoder.layers:
-            queries = layer(queries, features)
-        end = self.vit_eos.expand(len(features), -1, -1)
-        return torch.cat((self.visual_fc(queries), end), dim=1)
+    def forward(self, patches: Tensor) -> Tensor:
+        queries: Tensor = self.query_embeds.expand(len(patches), -1, -1)
+        mixed = functional.scaled_dot_product_attention(
+            queries, self.key(patches), self.value(patches)
+        )
+        end = self.vit_eos.expand(len(patches), -1, -1)
+        return torch.cat((self.visual_fc(queries + mixed), end), dim=1)
 
 
 class MPLUGOwl2PreTrainedModel(transformers.PreTrainedModel):
@@ -329,7 +178,7 @@ class MPLUGOwl2PreTrainedModel(transformers.PreTrainedModel):
 
     config_class = MPLUGOwl2Config
     base_model_prefix = "model"
-    _no_split_modules = ("DecoderLayer", "VisionLayer", "AbstractorLayer")
+    _no_split_modules = ("DecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     # Rounded to bfloat16 the frequencies would no longer be those of the file
     _keep_in_fp32_modules_strict = ("inv_freq",)
@@ -352,7 +201,7 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Features of images [images, 3, side, side]: [images, queries + 1, size]."""
-        weight = self.vision_model.embeddings.patch_embed.weight
+        weight = self.vision_model.patch_embed.weight
         features = self.vision_model(images.to(weight.device, weight.dtype))
         out: Tensor = self.visual_abstractor(features)
         return out
