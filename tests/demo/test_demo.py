@@ -54,17 +54,25 @@ def test_search_prompts_have_no_answers_and_share_no_picture_with_the_exam(
     assert not pictures(prompts) & pictures(exam)
 
 
+def export_less(folder: Path) -> Pair:
+    """The demo with 40 prompts."""
+    pair = export_demo(folder)
+    pair.prompts.write_text("".join(pair.prompts.read_text().splitlines(keepends=True)[:40]))
+    return pair
+
+
 def test_the_merged_model_beats_both_parents_at_the_alpha_that_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """On every fifth question, of each task some."""
+    """By 40 of its prompts, on every eighth question."""
     judged: dict[tuple[str, str], list[Marks]] = {}
 
     def judge_once(base: Path, donor: Path, *rest: Any) -> list[Marks]:
         return judged.setdefault((base.name, donor.name), judge(base, donor, *rest))
 
     monkeypatch.setattr("lowmem_adamms.cli.demo.judge", judge_once)
-    monkeypatch.setattr("lowmem_adamms.cli.demo.load_exam", lambda path: load_exam(path)[::5])
+    monkeypatch.setattr("lowmem_adamms.cli.demo.load_exam", lambda path: load_exam(path)[::8])
+    monkeypatch.setattr("lowmem_adamms.cli.demo.export_demo", export_less)
     out = tmp_path / "out"
     assert main(["demo", "-o", str(out)]) == 0
     said = capsys.readouterr().out
