@@ -29,12 +29,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, ROOT, anonymous_after, run_merge, warm
+from measure import MIB, ROOT, anonymous_after, run_merge, sampled, warm
 
 IMPORTS = """
 import lowmem_adamms, rich.progress, huggingface_hub
@@ -102,23 +102,13 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@contextlib.contextmanager
-def watched_disk(folder: Path) -> Iterator[list[int]]:
-    """What a folder holds while the block runs, in bytes on the disk."""
-    found, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            with contextlib.suppress(OSError):  # a file or folder that has just gone
-                found.append(sum(path.stat().st_blocks * 512 for path in folder.rglob("*")))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
+def bytes_on_disk(folder: Path) -> int:
+    """What a folder holds, as far as it does not vanish meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_blocks * 512
+    return total
 
 
 def compare(pair: Path, hub: dict[str, str], pid: int, scratch: Path) -> dict[str, Any]:
@@ -132,7 +122,7 @@ def compare(pair: Path, hub: dict[str, str], pid: int, scratch: Path) -> dict[st
     env = hub | {key: str(path) for key, path in places.items()}
     warm(inputs)
     before = cpu_of(pid)
-    with watched_disk(home) as disk:
+    with sampled(partial(bytes_on_disk, home), 0.05) as disk:
         remote = run_merge("bench/base", "bench/donor", "-o", home / "out", "--no-cache", env=env)
     server_cpu_s = cpu_of(pid) - before
     fetch = subprocess.run(

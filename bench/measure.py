@@ -170,13 +170,13 @@ print(next(line.split()[1] for line in open('/proc/self/status') if 'RssAnon' in
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[int]]:
-    """RssAnon of this process in bytes, every 5 ms while the block runs."""
-    found, stop = [anonymous_and_resident(os.getpid())[0]], threading.Event()
+def sampled(read: Callable[[], int], every_s: float) -> Iterator[list[int]]:
+    """What `read` returns, again and again while the block runs."""
+    found, stop = [read()], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.005):
-            found.append(anonymous_and_resident(os.getpid())[0])
+        while not stop.wait(every_s):
+            found.append(read())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -185,6 +185,11 @@ def watched() -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def watched() -> contextlib.AbstractContextManager[list[int]]:
+    """RssAnon of this process in bytes, every 5 ms while the block runs."""
+    return sampled(lambda: anonymous_and_resident(os.getpid())[0], 0.005)
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

@@ -185,7 +185,6 @@ class FoundAlpha:
         return render_search_page(
             self.result,
             self.prompts,
-            timings=self.timings,
             facts=self.facts,
             title=self.title,
             donor_answers=self.donor_answers,
@@ -313,7 +312,7 @@ def find_alpha(
             result,
             prompts,
             f"{plan.base.name} \N{LEFTWARDS ARROW} {' + '.join(d.name for d in plan.donors)}",
-            list_facts(plan, prompts, settings, placement),
+            list_facts(plan, prompts, settings, placement, session.timings),
             tuple(session.timings),
             tuple(donor_answers),
             spell_merge(plan, [each.alpha for each in earlier]),

@@ -26,13 +26,18 @@ def open_json_lines(ref: str, settings: PromptSettings) -> PromptSet:
 
 
 def _read_lines(path: Path) -> Iterator[Prompt]:
+    for number, record in read_json_lines(path):
+        where, id = f"{path}:{number}", f"{path.name}:{number}"
+        yield read_record(record, path.parent, where, id)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not blank, and what it holds."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
                 if line.strip():
-                    record = parse_json(line, where)
-                    yield read_record(record, path.parent, where, f"{path.name}:{number}")
+                    yield number, parse_json(line, f"{path}:{number}")
     except OSError as error:
         raise PromptError(f"{path}: {error.strerror}") from None
 

@@ -10,14 +10,20 @@ from ..mapping.mixture import Mixture
 from ..mapping.plan import Plan
 from ..prompts import Prompts
 from ..settings import SearchSettings
+from ..values import format_duration
 from ..version import __version__
+from .text import format_percent
 
 if TYPE_CHECKING:
-    from ..searching.session import AnyPlacement
+    from ..searching.session import AnyPlacement, Timing
 
 
 def list_facts(
-    plan: Plan, prompts: Prompts, settings: SearchSettings, placement: AnyPlacement
+    plan: Plan,
+    prompts: Prompts,
+    settings: SearchSettings,
+    placement: AnyPlacement,
+    timings: Sequence[Timing],
 ) -> dict[str, dict[str, str]]:
     """Sections of key and value for the end of a report."""
     recipe = {
@@ -26,6 +32,7 @@ def list_facts(
         "prompts": f"{prompts.ref}, {len(prompts)} of them, seed {settings.seed}",
         "answers": f"greedy, {settings.max_new_tokens} tokens at most",
         "batch": str(placement.batch_size),
+        **({"time": _describe_time(timings)} if timings else {}),
         "embeddings": str(plan.options["embeddings"]),
         "version": __version__,
     }
@@ -44,6 +51,23 @@ def _list_models(plan: Plan) -> dict[str, str]:
         settings = plan.parameters()
         models["method"] = ", ".join([settings.pop("method"), *_spell(settings)])
     return models
+
+
+def _describe_time(timings: Sequence[Timing]) -> str:
+    """What the answers took, of those alphas at which not all were known before."""
+    answering = sum(timing.seconds for timing in timings)
+    applying = sum(timing.apply_seconds for timing in timings)
+    tokens = sum(timing.answer_tokens for timing in timings)
+    forwarded = sum(timing.forward_tokens for timing in timings)
+    without_drafts = sum(timing.plain_tokens for timing in timings)
+    saved = ""
+    if without_drafts:
+        share = format_percent(forwarded, without_drafts)
+        saved = f"; with drafts, {share} of the tokens had to be forwarded"
+    return (
+        f"{format_duration(applying)} to set {len(timings)} alphas, {format_duration(answering)}"
+        f" for answers of {tokens:,} tokens{saved}"
+    )
 
 
 def _spell(settings: Mapping[str, Any]) -> Iterator[str]:

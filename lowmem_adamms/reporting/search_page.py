@@ -8,7 +8,6 @@ from functools import cache, partial
 
 from ..prompts import Prompt
 from ..searching.search import Result
-from ..searching.session import Timing
 from .answers import (
     FEW_IMAGES,
     LARGE_PIXELS,
@@ -19,7 +18,7 @@ from .answers import (
 )
 from .curve import Chart
 from .page import render_page
-from .view import SearchView, describe_drafts, list_timings
+from .view import SearchView
 
 MAX_CHANGING = 200  # prompts in the table of changes; each may bring images
 MAX_STEADY = 500  # prompts in the list of those that never change
@@ -35,8 +34,6 @@ class Section:
     view: SearchView
     changing: Sequence[PromptAnswers]
     steady: Sequence[PromptAnswers]
-    timings: Sequence[tuple[str, str, list[str]]]
-    drafts: str
 
     @property
     def chart(self) -> Chart | None:
@@ -59,7 +56,6 @@ def render_search_page(
     prompts: Sequence[Prompt],
     *,
     earlier: Sequence[Result] = (),
-    timings: Sequence[Timing] = (),
     facts: Mapping[str, Mapping[str, str]] | None = None,
     title: str = "Search for alpha",
     donor_answers: Sequence[str] = (),
@@ -68,15 +64,14 @@ def render_search_page(
     """Render the report of a search. Every string in it may be hostile.
 
     prompts: in the order of the answers; may be fewer or none, as for recorded answers. earlier: of
-    several donors the results of all but the last. timings: what each alpha cost, if known. facts:
+    several donors the results of all but the last. facts:
     sections at the end of the page, by name: keys and values. title: base and donor, such as
     "Qwen2-VL ← LLaVA-OneVision". donor_answers: at alpha 1, in the order of the answers. command:
     what merges the pair at an alpha, which follows it.
     """
     results = (*earlier, result)
     sections = [
-        _make_section(results, donor, prompts, timings, donor_answers)
-        for donor in range(len(results))
+        _make_section(results, donor, prompts, donor_answers) for donor in range(len(results))
     ]
     images = sum(len(item.images) for section in sections for item in section.changing_shown)
     pixels = LARGE_PIXELS if images <= FEW_IMAGES else SMALL_PIXELS
@@ -98,20 +93,16 @@ def _make_section(
     results: Sequence[Result],
     donor: int,
     prompts: Sequence[Prompt],
-    timings: Sequence[Timing],
     donor_answers: Sequence[str],
 ) -> Section:
     view = SearchView(results[donor])
     answers = collect_answers(results[donor], prompts, donor_answers)
-    own_timings = [timing for timing in timings if timing.donor == donor]
     return Section(
         donor + 1,
         _describe_donor(results, donor),
         view,
         [item for item in answers if item.changes],
         [item for item in answers if not item.changes],
-        list_timings(view, own_timings),
-        describe_drafts(own_timings),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from ..values import format_count
 from .text import DASH, format_percent
 
 if TYPE_CHECKING:
-    from ..searching.session import Timing
     from .answers import AnswerRun
 
 _SCORE_MEANINGS = {
@@ -211,49 +210,3 @@ class SearchView:
 def count_decimals(alphas: Iterable[float]) -> int:
     """How many decimals, one or more, show all of these alphas."""
     return max(len(f"{alpha:.6f}".rstrip("0").partition(".")[2]) for alpha in alphas) or 1
-
-
-# Timings
-
-
-def list_timings(view: SearchView, timings: Sequence[Timing]) -> list[tuple[str, str, list[str]]]:
-    """A row for each alpha, and the total: name, style, numbers. Nothing without timings."""
-    if not timings:
-        return []
-    rows = []
-    for timing in timings:
-        style = "chosen" if timing.donor_alpha == view.result.alpha else ""
-        rows.append((view.format_alpha(timing.donor_alpha), style, _timing_cells([timing])))
-    return [*rows, ("total", "total", _timing_cells(timings))]
-
-
-def _timing_cells(timings: Sequence[Timing]) -> list[str]:
-    """Seconds, and tokens over all prompts, of several timings added up."""
-    apply_seconds = sum(timing.apply_seconds for timing in timings)
-    seconds = sum(timing.seconds for timing in timings)
-    answer_tokens = sum(timing.answer_tokens for timing in timings)
-    forward_tokens = sum(timing.forward_tokens for timing in timings)
-    plain_tokens = sum(timing.plain_tokens for timing in timings)
-    return [
-        _format_seconds(apply_seconds),
-        _format_seconds(seconds),
-        f"{answer_tokens:,}",
-        f"{answer_tokens / seconds:,.1f}" if seconds > 0 else DASH,
-        f"{forward_tokens:,}",
-        f"{plain_tokens:,}",
-        f"{forward_tokens / plain_tokens:.2f}" if plain_tokens else DASH,
-    ]
-
-
-def describe_drafts(timings: Sequence[Timing]) -> str:
-    """What drafts saved, in a sentence; empty if nothing is known of it."""
-    forward_tokens = sum(timing.forward_tokens for timing in timings)
-    plain_tokens = sum(timing.plain_tokens for timing in timings)
-    if not plain_tokens:
-        return ""
-    share = format_percent(forward_tokens, plain_tokens)
-    return f"With drafts, {share} of the tokens had to be forwarded."
-
-
-def _format_seconds(value: float) -> str:
-    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"

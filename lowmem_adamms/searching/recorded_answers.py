@@ -6,15 +6,13 @@ One format is read, that of the answers.jsonl which a search writes: an object o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
 from ..prompts.entry import show_value
-from ..prompts.json_files import parse_json
-
-_NOT_SCORED = {"search", "again", "donor"}
+from ..prompts.json_files import read_json_lines
 
 
 def read_answers(paths: Sequence[Path]) -> tuple[dict[float, list[str]], list[int]]:
@@ -25,7 +23,11 @@ def read_answers(paths: Sequence[Path]) -> tuple[dict[float, list[str]], list[in
     """
     answers: dict[float, dict[int, str]] = {}
     for path in paths:
-        for where, record in _read_records(path):
+        for number, record in read_json_lines(path):
+            where = f"{path}:{number}"
+            # Neither a search's first line, nor answers that it does not score
+            if isinstance(record, dict) and {"search", "again", "donor"} & record.keys():
+                continue
             alpha, index, answer = _parse_record(record, where)
             if index in answers.setdefault(alpha, {}):
                 raise PromptError(
@@ -42,21 +44,6 @@ def read_answers(paths: Sequence[Path]) -> tuple[dict[float, list[str]], list[in
                 " that other alphas have; record the rest, or leave this alpha out"
             )
     return {alpha: [answers[alpha][i] for i in indices] for alpha in sorted(answers)}, indices
-
-
-def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line that is to be scored, with its place."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    record = parse_json(line, where)
-                    # Neither a search's first line, nor answers that it does not score
-                    if not isinstance(record, dict) or not _NOT_SCORED & record.keys():
-                        yield where, record
-    except OSError as error:
-        raise PromptError(f"{path}: {error.strerror}") from None
 
 
 def _parse_record(record: Any, where: str) -> tuple[float, int, str]:

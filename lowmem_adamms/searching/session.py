@@ -75,20 +75,6 @@ class Timing:
     forward_tokens: int
     plain_tokens: int
 
-    @property
-    def donor(self) -> int:
-        """Which donor was searched for, from 0: of several, the last that is not left out."""
-        return max((i for i, alpha in enumerate(self._alphas) if alpha), default=0)
-
-    @property
-    def donor_alpha(self) -> float:
-        """The alpha of that donor."""
-        return self._alphas[self.donor]
-
-    @property
-    def _alphas(self) -> tuple[float, ...]:
-        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
-
 
 class Session(AbstractContextManager["Session"]):
     """Answers prompts at an alpha; its instances are what `search` calls `generate`.

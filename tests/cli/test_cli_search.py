@@ -344,12 +344,10 @@ PUBLISHED = "pathlib.Path.replace"
 
 
 def timeless(folder: Path) -> Files:
-    """All files; of the report not the timings: a resumed run has only its own."""
+    """All files; of the report not the time taken: a resumed run has only its own."""
     files = seen(folder)
     page = files["report.html"].decode()
-    files["report.html"] = re.sub(
-        r"<section><h2>Timings</h2>.*?</section>\n", "", page, flags=re.DOTALL
-    ).encode()
+    files["report.html"] = re.sub(r"<dt>time</dt>.*?</dd>\n", "", page).encode()
     return files
 
 
@@ -636,24 +634,23 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    report = importlib.import_module("lowmem_adamms.reporting.search_page")
+    recipe = importlib.import_module("lowmem_adamms.reporting.recipe")
     features = importlib.import_module("lowmem_adamms.live.vision_cache")
-    render, over = report.render_search_page, features.VisionCache.patch
+    list_facts, over = recipe.list_facts, features.VisionCache.patch
     timings: list[Any] = []
     caches: list[Any] = []
 
-    def page(*args: Any, **options: Any) -> Any:
-        timings.extend(options["timings"])
-        return render(*args, **options)
+    def facts(*args: Any) -> Any:
+        timings.extend(args[-1])
+        return list_facts(*args)
 
     def used(cache: Any, *args: Any) -> Any:
         caches.append(cache)
         return over(cache, *args)
 
-    monkeypatch.setattr(report, "render_search_page", page)
+    monkeypatch.setattr(recipe, "list_facts", facts)
     monkeypatch.setattr(features.VisionCache, "patch", used)
-    report_to = ("--report", tmp_path / "report.html")
-    found = searched(exact, prompts, tmp_path / "journal.jsonl", switch, *report_to)
+    found = searched(exact, prompts, tmp_path / "journal.jsonl", switch)
     assert found == small[0]
     assert answers_at(tmp_path / "journal.jsonl", 0.2) == answers_at(small[1], 0.2)
     assert [timing.alpha for timing in timings] == [0, 0.2, 0.4]

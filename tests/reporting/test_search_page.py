@@ -24,7 +24,6 @@ from lowmem_adamms.reporting.search_page import MAX_CHANGING, render_search_page
 from lowmem_adamms.reporting.text import DASH, show_hidden
 from lowmem_adamms.searching.answer_text import normalise
 from lowmem_adamms.searching.search import Candidate, Result, choose, search
-from lowmem_adamms.searching.session import Timing
 
 GRID = (0.0, 0.1, 0.2, 0.3)
 
@@ -70,15 +69,13 @@ def test_the_page_refers_to_nothing_outside_and_allows_only_its_own_script() -> 
 
 
 def test_sections_stand_in_their_order() -> None:
-    timings = [Timing(0.1, 0.5, 2.0, 10, 20, 40)]
     facts = {"Placement": {"model": "cpu"}, "Recipe": {"base": "b"}}
-    text = page_of(SOME, timings=timings, facts=facts, title="Base-7B <- Donor-7B").text
+    text = page_of(SOME, facts=facts, title="Base-7B <- Donor-7B").text
     marks = ["Base-7B ← Donor-7B", "Merge at alpha", "Disagreement", "Alphas that were tried"]
-    marks += ["Answers that change", "at every alpha", "Timings", "Placement", "Recipe"]
+    marks += ["Answers that change", "at every alpha", "Placement", "Recipe"]
     places = [text.find(mark, text.find("measure")) for mark in marks]
     assert -1 not in places and places == sorted(places)
     without = page_of(SOME)
-    assert "Timings" not in without.text
     assert not [tag for tag, _ in without.tags if tag == "dl"]
 
 
@@ -433,17 +430,13 @@ def test_the_command_ends_in_the_alpha() -> None:
     assert not page_of(SOME).of_class("button", "copy")
 
 
-def test_several_donors_have_a_curve_a_table_and_timings_each() -> None:
+def test_several_donors_have_a_curve_and_a_table_each() -> None:
     first, second = SOME, result_of(["a", "b", "c", "c"], ["x", "x", "x", "x"])
-    timings = [Timing((alpha, 0.0), 1.0, 2.0, 3, 4, 5) for alpha in GRID]
-    timings += [Timing((first.alpha, alpha), 6.0, 7.0, 8, 9, 10) for alpha in GRID[1:]]
-    page = page_of(second, earlier=(first,), timings=timings, command="merge --alpha 0.1")
+    page = page_of(second, earlier=(first,), command="merge --alpha 0.1")
     for heading in ("Donor 1, with donor 2 left out", "Donor 2, with donor 1 at alpha 0.1"):
         assert page.text.count(heading) == 1
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2
-    assert len(page.of_class("circle", "chosen")) == len(page.of_class("tr", "chosen")) // 2 == 2
-    cells = [text for _, text in page.cells]
-    assert [cells.count(seconds) for seconds in ("2.00", "7.00")] == [4, 3]
+    assert len(page.of_class("circle", "chosen")) == len(page.of_class("tr", "chosen")) == 2
     assert len(page.of_class("button", "copy")) == 1
     assert f"merge --alpha 0.1 {second.alpha}" in page.text
 
@@ -464,23 +457,6 @@ def test_the_page_stays_bounded_and_says_what_it_left_out() -> None:
     assert "300 prompts of 1,200" in page.text and "The 100 that change least" in page.text
     assert "900 prompts keep" in page.text and "400 more are left out" in page.text
     assert "and 5 more" in page.text and "more characters" in page.text
-
-
-# Timings
-
-
-def test_timings_are_shown_with_rates_ratios_and_totals() -> None:
-    timings = [
-        Timing(0.0, 0.0, 0.0, 0, 0, 0),
-        Timing(0.1, 0.25, 5.0, 1000, 2000, 8000),
-        Timing(0.2, 0.5, 20.0, 1000, 8000, 8000),
-    ]
-    page = page_of(SOME, timings=timings)
-    assert "With drafts, 62 % of the tokens" in page.text
-    cells = [text for _, text in page.cells][-28:]
-    assert cells[:7] == ["0.00", "0.00", "0", DASH, "0", "0", DASH]
-    assert cells[7:14] == ["0.25", "5.00", "1,000", "200.0", "2,000", "8,000", "0.25"]
-    assert cells[21:] == ["0.75", "25.0", "2,000", "80.0", "10,000", "16,000", "0.62"]
 
 
 # Writing

@@ -53,7 +53,7 @@ def test_an_alpha_that_lacks_answers_is_named_with_the_first_prompt_it_lacks(
 
 def test_a_second_answer_is_refused_with_its_place(tmp_path: Path) -> None:
     one, two = (journal(tmp_path / name, {0.0: "a"}) for name in ("one.jsonl", "two.jsonl"))
-    with pytest.raises(PromptError, match=r"two\.jsonl, line 1: a second answer to prompt 0 at"):
+    with pytest.raises(PromptError, match=r"two\.jsonl:1: a second answer to prompt 0 at"):
         read_answers([one, two])
 
 
@@ -77,7 +77,7 @@ def test_a_second_answer_is_refused_with_its_place(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path, line: bytes, words: str) -> None:
     path = journal(tmp_path / "answers.jsonl", {0.0: "a"})
     path.write_bytes(path.read_bytes() + b"\n" + line + b"\n")
-    with pytest.raises(PromptError, match=rf"answers\.jsonl, line 3: .*{words}"):
+    with pytest.raises(PromptError, match=rf"answers\.jsonl:3: .*{words}"):
         read_answers([path])
 
 

@@ -25,9 +25,8 @@
     table.querySelectorAll("thead th").forEach((other) => other.removeAttribute("aria-sort"));
     heading.setAttribute("aria-sort", order);
     const body = table.tBodies[0];
-    const isTotal = (row) => row.classList.contains("total");
-    const rows = Array.from(body.rows).sort(
-      (a, b) => isTotal(a) - isTotal(b) || compare(valueOf(a, column), valueOf(b, column), sign)
+    const rows = Array.from(body.rows).sort((a, b) =>
+      compare(valueOf(a, column), valueOf(b, column), sign)
     );
     body.append(...rows);
   }
