@@ -103,10 +103,10 @@ def cpu_of(pid: int) -> float:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """What a folder holds, as far as it does not vanish meanwhile."""
+    """What a folder holds, up to the first file or folder that has just gone."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
             total += path.stat().st_blocks * 512
     return total
 

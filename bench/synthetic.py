@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from measure import ROOT
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -240,18 +241,12 @@ def llava_onevision_config(size: Size, dtype: str) -> dict[str, Any]:
 # --- tokenizer ----------------------------------------------------------------------------------
 
 
-def byte_alphabet() -> list[str]:
-    """GPT-2's 256 characters, one a byte: printable ones stand for themselves, space is Ġ."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) for byte in plain] + [chr(256 + place) for place in range(len(others))]
-
-
 def grow_vocabulary(tokens: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A consistent byte-level BPE: every further token is the merge of two earlier ones."""
     chance = random.Random(0)
-    vocab = {token: place for place, token in enumerate(byte_alphabet())}
-    pieces = [*8 * "etaoinshrdlcumwfgypbvk", *sorted(vocab)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: place for place, token in enumerate(alphabet)}
+    pieces = [*8 * "etaoinshrdlcumwfgypbvk", *alphabet]
     merges: list[tuple[str, str]] = []
     while len(vocab) < tokens:
         left = "Ġ" if chance.random() < 0.25 else pieces[int(chance.random() ** 3 * len(pieces))]
@@ -268,38 +263,14 @@ def grow_vocabulary(tokens: int) -> tuple[dict[str, int], list[tuple[str, str]]]
 def write_tokenizer(folder: Path, tokens: int, added: list[str]) -> None:
     """Writes tokenizer.json and tokenizer_config.json as transformers 5 does for Qwen2."""
     vocab, merges = grow_vocabulary(tokens)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    split = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated"}
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": tokens + place, "content": content, **flags, "special": True}
-            for place, content in enumerate(added)
-        ],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
-        },
-        "post_processor": byte_level | {"use_regex": False},
-        "decoder": byte_level | {"use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-    write_json(folder / "tokenizer.json", document)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(added)
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": added[2], "pad_token": added[0]}
     write_json(folder / "tokenizer_config.json", settings)
 
