@@ -300,21 +300,17 @@ def find_alpha(
     ) as session:
         *earlier, result = _search(plan, session, prompts, settings, progress)
         _check_collapse(result)
-        donor_answers: Sequence[str] = ()
-        if settings.donor_answers:
-            donor_answers = result.answers.get(1.0) or [
-                answer or ""
-                for answer in drop_reasoning(session.ask_donor(prompts), settings.reasoning_tags)
-            ]
-        for line in session.notes if note else ():
-            note(line)  # type: ignore[misc]
+        donor_answers = _ask_donor(session, result, prompts, settings)
+        if note:
+            for line in session.notes:
+                note(line)
         return FoundAlpha(
             result,
             prompts,
             f"{plan.base.name} \N{LEFTWARDS ARROW} {' + '.join(d.name for d in plan.donors)}",
             list_facts(plan, prompts, settings, placement, session.timings),
             tuple(session.timings),
-            tuple(donor_answers),
+            donor_answers,
             spell_merge(plan, [each.alpha for each in earlier]),
             tuple(earlier),
         )
@@ -342,6 +338,18 @@ def _search(
     return search_in_turn(
         session, prompts, plan.coefficients, settings.alphas, adds_up=adds_up, **how
     )
+
+
+def _ask_donor(
+    session: Session, result: Result, prompts: Prompts, settings: SearchSettings
+) -> tuple[str, ...]:
+    """The donor's own answers, if they are wanted: those at alpha 1."""
+    if not settings.donor_answers:
+        return ()
+    if 1.0 in result.answers:
+        return result.answers[1.0]
+    answers = drop_reasoning(session.ask_donor(prompts), settings.reasoning_tags)
+    return tuple(answer or "" for answer in answers)
 
 
 def check_search(plan: Plan, settings: SearchSettings) -> None:

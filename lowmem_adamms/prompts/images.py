@@ -27,11 +27,8 @@ _decoding = threading.Lock()  # the filters for warnings belong to the process, 
 def open_image(image: Path | bytes) -> Image.Image:
     """Decode an image file's first frame: RGB, upright by its EXIF orientation.
 
-    Transparent parts turn white, as on a page; 16-bit grey is scaled to 8 bits.
-
-    Raises:
-        PromptError: The image is missing, broken, of a format not in FORMATS, or larger than
-            Pillow's MAX_IMAGE_PIXELS.
+    Transparent parts turn white, as on a page; 16-bit grey is scaled to 8 bits. PromptError if it
+    is missing, broken, of a format not in FORMATS, or larger than Pillow's MAX_IMAGE_PIXELS.
     """
     return _decode(
         image, f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"

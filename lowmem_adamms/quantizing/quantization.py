@@ -68,10 +68,8 @@ class Quantization(QuantizedLayout):
 def prepare(plan: Plan, method: str, *, trust_remote_code: bool = False) -> Quantization:
     """How the merge of `plan` is quantized; imports torch and transformers, reads no weights.
 
-    Raises:
-        RecipeError: The method is unknown, a package is missing, or transformers converts tensors
-            as it loads them.
-        FormatError, MappingError: The output is not one that transformers would load.
+    RecipeError for an unknown method, a missing package, or tensors that transformers converts as
+    it loads them; FormatError or MappingError if transformers would not load the output.
     """
     if method not in get_args(Method):
         raise RecipeError(f"`quantize` {method!r}: expected nf4 or int8")

@@ -66,24 +66,17 @@ class SearchView:
     # Chips, of answers at the alpha that is marked
 
     @property
-    def chip_labels(self) -> dict[str, str]:
-        """What each chip is called."""
-        usual = (
-            "base" if self.alphas[0] == 0 else f"alpha {self.format_short_alpha(self.alphas[0])}"
-        )
+    def chips(self) -> dict[str, tuple[str, str]]:
+        """What each chip is called, and what it means."""
+        smallest = f"alpha {self.format_short_alpha(self.alphas[0])}"
+        usual = "base" if self.alphas[0] == 0 else smallest
         return {
-            "changed": "changed",
-            "differs": f"differs from {usual}",
-            "degenerate": "degenerate",
-        }
-
-    @property
-    def chip_meanings(self) -> dict[str, str]:
-        """What each chip means."""
-        return {
-            "changed": "The answer is not that of the alpha before or after",
-            "differs": f"The answer is not that at alpha {self.format_short_alpha(self.alphas[0])}",
-            "degenerate": "The answer is empty, repeats itself, or is the same to nearly all",
+            "changed": ("changed", "The answer is not that of the alpha before or after"),
+            "differs": (f"differs from {usual}", f"The answer is not that at {smallest}"),
+            "degenerate": (
+                "degenerate",
+                "The answer is empty, repeats itself, or is the same to nearly all",
+            ),
         }
 
     # Candidates

@@ -35,21 +35,11 @@ def search_in_turn(
     noise: Generate[P] | None = None,
     **how: Any,
 ) -> tuple[Result, ...]:
-    """Choose an alpha for each donor in turn.
+    """Choose an alpha for each donor in turn; the result of each donor's search.
 
-    Args:
-        generate: As for `search`, with an alpha for each donor.
-        prompts: As for `search`, as are `alphas` and what is in `how`.
-        donors: How many there are.
-        alphas: The grid of each donor.
-        adds_up: Together the alphas must not exceed 1, so that a later donor's grid may end sooner.
-        noise: Called once, at the chosen alphas.
-
-    Returns:
-        The result of each donor's search.
-
-    Raises:
-        RecipeError: The alphas chosen before leave a donor fewer than three to try.
+    generate, noise: as for `search`, with an alpha for each donor; `noise` is called once, at the
+    chosen alphas. adds_up: together the alphas must not exceed 1, so that a later donor's grid may
+    end sooner; RecipeError if that leaves it fewer than three. how: what else `search` takes.
     """
     chosen: Weights = (0.0,) * donors
     known: dict[Weights, Sequence[str]] = {}

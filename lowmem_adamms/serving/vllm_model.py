@@ -98,16 +98,9 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 class VllmModel(AbstractContextManager["VllmModel"]):
     """A plan's base in a vLLM engine, at whatever alpha was applied last.
 
-    Args:
-        plan: From `make_plan`.
-        settings: How vLLM spreads the model, and its own options.
-        trust_remote_code: Let vLLM run Python code that comes with the base.
-        force: Load also two models that look unrelated.
-
-    Raises:
-        RecipeError: vLLM refuses an option.
-        MappingError: Base and donor look unrelated.
-        SearchError: The engine does not start.
+    trust_remote_code: let vLLM run Python code that comes with the base. force: load also two
+    models that look unrelated. RecipeError if vLLM refuses an option, SearchError if the engine
+    does not start, MappingError if base and donor look unrelated.
 
     Example:
         >>> with VllmModel(plan, EngineSettings(engine="vllm")) as model:
