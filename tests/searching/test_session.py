@@ -207,6 +207,7 @@ def test_the_donors_answers_are_asked_aside_and_kept(tmp_path: Path) -> None:
 
         with opened(model, tmp_path / "a", asked=begun.append, answered=answered) as session:
             assert session.ask_donor(PROMPTS) == answers_at(1.0)
+            assert session.timings == []
         assert begun == [1.0]
         assert told == [(1.0, 2 if model else 0) for _ in PROMPTS]
     with AnswerJournal(tmp_path / "a", "mine") as journal:
