@@ -1,33 +1,44 @@
-"""Measures every merging method, and holds those that mergekit has against mergekit's output.
+"""Measures every merging method against the copy limit, with mergekit beside those that it has.
 
-    python bench/synthetic.py MODELS --kind qwen2 --size 1gb --ancestor
-    python bench/methods.py MODELS OUT_DIR [--only NAME ...] [--env FOLDER] [--skip-mergekit]
+    python bench/synthetic.py MODELS --kind qwen2 --size full --ancestor
+    python bench/methods.py MODELS OUT_DIR [--runs 3] [--only NAME ...] [--skip-mergekit]
+    python bench/methods.py MODELS OUT_DIR --compare
 
 MODELS has base, donor and ancestor of one architecture, as mergekit wants it. Both programs take
-the same YAML, in which mergekit is to compute in float32. Costs: wall and processor time, and peak
-anonymous memory; ours also beyond that of a process that has only done the imports. Inputs are out
-of the page cache before each run. Agreement: of all elements that are blended, the share
-that is equal, the share one step of bf16 apart, and the largest distance in steps.
+the same YAML, in which mergekit is to compute in float32. Rows are those of rivals.py; the copy
+limit reads every input once, while slerp, ties, breadcrumbs and metagpt read them twice.
 
-Prints a row a method and, last, one line of JSON. mergekit 0.1.5 lives in an environment of its
-own, as in rivals.py.
+--compare measures no time, but how far the two outputs agree: of all elements that are blended, the
+share that is equal, the share one step of bf16 apart, and the largest distance in steps.
+
+Prints a table and, last, one line of JSON, which has the anonymous memory of a process that has
+only done the imports, as `imports`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from measure import ROOT, Run, anonymous_after, drop_caches, evict, measure
-from rivals import CACHE, COSTS, last_line, mergekit_program, quote
+from measure import anonymous_after
+from rivals import (
+    CACHE,
+    Job,
+    Rival,
+    checked,
+    mergekit_help,
+    mergekit_program,
+    quote,
+    take_turns,
+)
 
 IMPORTS = """
 import lowmem_adamms.cli.merge, rich.progress
@@ -77,30 +88,42 @@ COMPARED = ("linear", "slerp", "task-arithmetic", "ties")
 NAMES = ("linear", "slerp", *WAYS, "metagpt")
 
 
-def recipe(name: str, models: dict[str, str]) -> str:
+def write_recipe(name: str, job: Job) -> Path:
     """Mergekit's YAML for one method."""
+    base, donor, ancestor = (quote(folder) for folder in job.inputs)
+    models = {"base": base, "donor": donor, "ancestor": ancestor}
+    path = job.out.with_name("recipe.yaml")
     if name in ("linear", "slerp"):
-        return (LINEAR if name == "linear" else SLERP).format(**models)
+        path.write_text((LINEAR if name == "linear" else SLERP).format(**models))
+        return path
     way = {side: f", parameters: {{{each}}}" if each else "" for side, each in WAYS[name].items()}
     parameters = "normalize: true" if name == "dare-ties" else ""
-    return TASKS.format(**models, **way, method=name.replace("-", "_"), parameters=parameters)
+    method = name.replace("-", "_")
+    path.write_text(TASKS.format(**models, **way, method=method, parameters=parameters))
+    return path
 
 
-def run(argv: list[str], inputs: list[Path], **env: str) -> Run:
-    """One program, its inputs out of the page cache."""
-    evict(inputs)
-    done = measure(argv, cwd=ROOT, env={"HF_HUB_OFFLINE": "1", **env})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(argv)} ended with {last_line(done.stdout_tail)}")
-    return done
+def ours(name: str, job: Job) -> list[str]:
+    """The command of our own merge."""
+    argv = [sys.executable, "-m", "lowmem_adamms", "merge", "-o", str(job.out)]
+    if name != "metagpt":
+        return [*argv, "--config", str(write_recipe(name, job))]
+    base, donor, ancestor = map(str, job.inputs)
+    return [*argv, base, donor, "--method", name, "--ancestor", ancestor]
 
 
-def costs(done: Run) -> dict[str, float]:
-    """What a run cost."""
-    return {key: value for key, value in asdict(done).items() if key in COSTS}
+def theirs(name: str, job: Job) -> list[str]:
+    """The command of mergekit's."""
+    program = str(mergekit_program(job.env))
+    return [program, str(write_recipe(name, job)), str(job.out), "--lazy-unpickle"]
 
 
-def compare(models: dict[str, Path], ours: Path, theirs: Path) -> dict[str, float]:
+def import_ours(_job: Job) -> list[str]:
+    """A command that imports what our merge imports, and compiles its kernel the first time."""
+    return [sys.executable, "-c", IMPORTS]
+
+
+def compare(name: str, job: Job) -> dict[str, Any]:
     """How far two bf16 outputs lie apart, in the rows that we blend.
 
     mergekit blends the rows of embedding and head that belong to no token as well.
@@ -109,25 +132,29 @@ def compare(models: dict[str, Path], ours: Path, theirs: Path) -> dict[str, floa
     from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
     from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 
-    first, second = open_checkpoint(ours), open_checkpoint(theirs)
+    outputs = []
+    for who, command in (("ours", ours), ("mergekit", theirs)):
+        out = job.out.with_name(f"{name} {who}")
+        checked(command(name, replace(job, out=out)))
+        outputs.append(open_checkpoint(out))
+    first, second = outputs
     if first.tensors.keys() != second.tensors.keys():
-        raise SystemExit(f"{ours} and {theirs} hold different tensors")
+        raise SystemExit(f"{name}: the two outputs hold different tensors")
     counts, largest = np.zeros(2, np.int64), 0
     elements = 0
     with MappedFiles() as files:
-        for step, part in make_plan(models["base"], models["donor"]).parts:
+        for step, part in make_plan(*job.inputs[:2]).parts:
             if not part.donor:
                 continue
-            sides = (
-                checkpoint.tensors[step.name].rows(*part.rows) for checkpoint in (first, second)
-            )
+            sides = (output.tensors[step.name].rows(*part.rows) for output in outputs)
             values = (_ordered(files.view(side).view(np.uint16)) for side in sides)
             steps = np.abs(np.subtract(*values))
             counts += (np.count_nonzero(steps == 0), np.count_nonzero(steps == 1))
             largest = max(largest, int(steps.max()))
             elements += steps.size
     equal, near = (float(count / elements) for count in counts)
-    return {"share_equal": equal, "share_one_step": near, "max_steps": largest}
+    print(f"{name:<26}{equal:>10.4%} equal, {near:.4%} one step, {largest} steps at most")
+    return {"name": name, "share_equal": equal, "share_one_step": near, "max_steps": largest}
 
 
 def _ordered(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.int32]:
@@ -136,46 +163,14 @@ def _ordered(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.int32]:
     return np.where(wide & 0x8000, -(wide & 0x7FFF), wide)
 
 
-def measure_method(
-    name: str, models: dict[str, Path], scratch: Path, env: Path | None
-) -> dict[str, Any]:
-    """One row: our run, mergekit's where it has the method, and how far they agree."""
-    inputs, out, theirs = list(models.values()), scratch / "ours", scratch / "mergekit"
-    argv = [sys.executable, "-m", "lowmem_adamms", "merge", "-o", str(out)]
-    path = scratch / "recipe.yaml"
-    if name == "metagpt":
-        argv += [str(models["base"]), str(models["donor"]), "--method", name]
-        argv += ["--ancestor", str(models["ancestor"])]
-    else:
-        path.write_text(recipe(name, {side: quote(folder) for side, folder in models.items()}))
-        argv += ["--config", str(path)]
-    row: dict[str, Any] = {"name": name, "ours": costs(run(argv, inputs))}
-    if env is not None and name != "metagpt":
-        program = [str(mergekit_program(env)), str(path), str(theirs), "--lazy-unpickle"]
-        row["mergekit"] = costs(run(program, inputs))
-        if name in COMPARED:
-            row["agreement"] = compare(models, out, theirs)
-    shutil.rmtree(out)
-    shutil.rmtree(theirs, ignore_errors=True)
-    return row
-
-
-def table_line(row: dict[str, Any], imports: int) -> str:
-    """A row for people."""
-    ours, theirs, agreement = row["ours"], row.get("mergekit"), row.get("agreement")
-    words = [
-        f"{row['name']:<16}{ours['wall_s']:>8.1f} s",
-        f"{ours['peak_anon_bytes'] / 2**20:>8.0f} MiB",
-        f"{(ours['peak_anon_bytes'] - imports) / 2**20:>6.0f} MiB",
-    ]
-    if theirs:
-        words.append(f"{theirs['wall_s']:>8.1f} s{theirs['peak_anon_bytes'] / 2**20:>8.0f} MiB")
-    if agreement:
-        words.append(
-            f"{agreement['share_equal']:>10.4%} equal, {agreement['share_one_step']:.4%} one step,"
-            f" {agreement['max_steps']} steps at most"
-        )
-    return "".join(words)
+def make_rivals(names: list[str], *, mergekit: bool) -> dict[str, Rival]:
+    """Our merge by each method, and mergekit's."""
+    rivals = {}
+    for name in names:
+        rivals[name] = Rival(import_ours, partial(ours, name))
+        if mergekit and name != "metagpt":
+            rivals[f"mergekit {name}"] = Rival(mergekit_help, partial(theirs, name))
+    return rivals
 
 
 def main() -> None:
@@ -183,25 +178,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure merging methods, beside mergekit.")
     parser.add_argument("models", type=Path)
     parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=NAMES, nargs="+", default=list(NAMES))
     parser.add_argument("--env", type=Path, default=CACHE / "lowmem-adamms-bench" / "mergekit")
     parser.add_argument("--skip-mergekit", action="store_true")
+    parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
-    models = {side: args.models.resolve() / side for side in ("base", "donor", "ancestor")}
+    inputs = tuple(args.models.resolve() / side for side in ("base", "donor", "ancestor"))
+    total = sum(path.stat().st_size for path in inputs[0].glob("*.safetensors"))
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    drop_caches(list(models.values()))
-    anonymous_after(IMPORTS)  # compiles, the first time
-    imports = anonymous_after(IMPORTS)
-    print(f"imports alone: {imports / 2**20:.0f} MiB")
-    print(f"{'':<16}{'ours':>10}{'anonymous':>12}{'beyond':>10}{'mergekit':>12}{'anonymous':>12}")
-    rows = []
-    for name in args.only:
-        with tempfile.TemporaryDirectory(dir=args.out_dir) as scratch:
-            env = None if args.skip_mergekit else args.env.absolute()
-            rows.append(measure_method(name, models, Path(scratch), env))
-        print(table_line(rows[-1], imports), flush=True)
-    total = sum(path.stat().st_size for path in models["base"].glob("*.safetensors"))
-    print(json.dumps({"benchmark": "methods", "bytes": total, "imports": imports, "rows": rows}))
+    job = Job(inputs, args.out_dir.resolve() / "merged", total, args.env.absolute())
+    report: dict[str, Any] = {"benchmark": "methods", "bytes": total}
+    if args.compare:
+        with tempfile.TemporaryDirectory(dir=args.out_dir) as folder:
+            job = replace(job, out=Path(folder).resolve() / "merged")
+            names = [name for name in args.only if name in COMPARED]
+            report["agreement"] = [compare(name, job) for name in names]
+    else:
+        anonymous_after(IMPORTS)  # compiles, the first time
+        report["imports"] = anonymous_after(IMPORTS)
+        print(f"imports alone: {report['imports'] / 2**20:.0f} MiB")
+        rivals = make_rivals(args.only, mergekit=not args.skip_mergekit)
+        report["rows"] = take_turns(rivals, job, args.runs)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

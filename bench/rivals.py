@@ -24,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,10 +50,12 @@ TUNED = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
 
 @dataclass(frozen=True)
 class Job:
-    """One merge to make: the output has `bytes`; mergekit lives in `env`."""
+    """One merge to make: of the base, the donor and others; the output has `bytes`.
 
-    base: Path
-    donor: Path
+    mergekit lives in `env`.
+    """
+
+    inputs: tuple[Path, ...]
     out: Path
     bytes: int
     env: Path
@@ -73,7 +75,8 @@ def mergekit(*options: str) -> Callable[[Job], list[str]]:
 
     def command(job: Job) -> list[str]:
         recipe = job.out.with_name("linear.yaml")
-        recipe.write_text(RECIPE.format(base=quote(job.base), donor=quote(job.donor)))
+        base, donor = map(quote, job.inputs)
+        recipe.write_text(RECIPE.format(base=base, donor=donor))
         return [str(mergekit_program(job.env)), str(recipe), str(job.out), *options]
 
     return command
@@ -91,7 +94,7 @@ def mergekit_help(job: Job) -> list[str]:
 
 def script(name: str) -> Callable[[Job], list[str]]:
     """The command of a script that stands beside this one."""
-    return lambda job: [sys.executable, str(HERE / name), *map(str, (job.base, job.donor, job.out))]
+    return lambda job: [sys.executable, str(HERE / name), *map(str, (*job.inputs, job.out))]
 
 
 def import_torch(_job: Job) -> list[str]:
@@ -102,7 +105,7 @@ def import_torch(_job: Job) -> list[str]:
 def ours(job: Job) -> list[str]:
     """The command of our own merge."""
     out = ["-o", str(job.out), "--alpha", "0.5"]
-    return [sys.executable, "-m", "lowmem_adamms", str(job.base), str(job.donor), *out]
+    return [sys.executable, "-m", "lowmem_adamms", *map(str, job.inputs), *out]
 
 
 def import_ours(_job: Job) -> list[str]:
@@ -149,11 +152,11 @@ def run_row(name: str, rival: Rival, job: Job) -> dict[str, Any]:
     """One rival from cold inputs to synced output; a row with `failed` where it did not work."""
     try:
         prepare, command = rival.prepare(job), rival.command(job)
-        drop_caches([job.base, job.donor])
+        drop_caches(job.inputs)
         checked(prepare)
         with settled(job.out.parent, 4 * job.bytes):
-            limit = copy_limit([job.base], [job.donor], job.bytes, job.out)
-            evict([job.base, job.donor])
+            limit = copy_limit(job.inputs[:1], job.inputs[1:], job.bytes, job.out)
+            evict(job.inputs)
             run = measure(command, cwd=ROOT, env={"HF_HUB_OFFLINE": "1", **rival.env})
             if run.returncode:
                 raise RuntimeError(f"ended with {run.returncode}: {last_line(run.stdout_tail)}")
@@ -176,16 +179,16 @@ def sync(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-HEADS = ("limit s", "wall s", "sync s", "x limit", "cpu s", "anon GB", "rss GB")
+HEADS = ("limit s", "wall s", "sync s", "x limit", "cpu s", "anon MiB", "rss MiB")
 
 
 def table_line(row: dict[str, Any]) -> str:
     """A row for people."""
     if "failed" in row:
-        return f"{row['name']:<16}failed: {row['failed']}"
+        return f"{row['name']:<26}failed: {row['failed']}"
     times = (row["copy_limit_s"], row["wall_s"], row["sync_s"], row["ratio"], row["cpu_s"])
-    memory = (row["peak_anon_bytes"] / 1e9, row["peak_rss_bytes"] / 1e9)
-    return f"{row['name']:<16}" + "".join(f"{value:>12.2f}" for value in (*times, *memory))
+    memory = (row["peak_anon_bytes"] / 2**20, row["peak_rss_bytes"] / 2**20)
+    return f"{row['name']:<26}" + "".join(f"{value:>10.2f}" for value in (*times, *memory))
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,6 +198,24 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return rows[-1]
     figures = {key: [row[key] for row in worked] for key in worked[0] if key != "name"}
     return {"name": worked[0]["name"]} | {key: median(found) for key, found in figures.items()}
+
+
+def take_turns(rivals: Mapping[str, Rival], job: Job, runs: int) -> dict[str, Any]:
+    """The rows of each rival, one a run, which are printed as they come, and their medians.
+
+    The job's output is made in a folder of its own beside where it says.
+    """
+    print(" " * 26 + "".join(f"{head:>10}" for head in HEADS))
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
+    for name in [*rivals] * runs:
+        with tempfile.TemporaryDirectory(dir=job.out.parent) as scratch:
+            here = replace(job, out=Path(scratch) / job.out.name)
+            rows[name].append(run_row(name, rivals[name], here))
+        print(table_line(rows[name][-1]), flush=True)
+    print(f"medians of {runs} runs")
+    for found in rows.values():
+        print(table_line(medians(found)))
+    return rows
 
 
 def main() -> None:
@@ -210,17 +231,8 @@ def main() -> None:
     base, donor = args.base.resolve(), args.donor.resolve()
     out_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    print(f"{'':<16}" + "".join(f"{head:>12}" for head in HEADS))
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
-    for name in args.only * args.runs:
-        with tempfile.TemporaryDirectory(dir=args.out_dir) as scratch:
-            out = Path(scratch).resolve() / "merged"
-            job = Job(base, donor, out, out_bytes, args.env.absolute())
-            rows[name].append(run_row(name, RIVALS[name], job))
-        print(table_line(rows[name][-1]), flush=True)
-    print(f"medians of {args.runs} runs")
-    for found in rows.values():
-        print(table_line(medians(found)))
+    job = Job((base, donor), args.out_dir.resolve() / "merged", out_bytes, args.env.absolute())
+    rows = take_turns({name: RIVALS[name] for name in args.only}, job, args.runs)
     print(json.dumps({"benchmark": "rivals", "bytes": out_bytes, "rows": rows}))
 
 

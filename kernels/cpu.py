@@ -328,37 +328,37 @@ def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag)
 
 
 @njit(inline="always")
+def _widen_row(elements, start, count, row):
+    for i in range(count):
+        row[i] = _widen(elements[start + i])
+
+
+@njit(inline="always")
+def _narrow_row(row, count, elements, start):
+    for i in range(count):
+        elements[start + i] = _narrow(row[i], elements[start + i])
+
+
+@njit(inline="always")
 def _read(address, code, start, count, row, bf16, f16, f32):
     """Widen `count` elements of a stream from element `start` on into a row of float64."""
     if code == 0:
-        halves = _at(address, bf16)
-        for i in range(count):
-            row[i] = _widen(halves[start + i])
+        _widen_row(_at(address, bf16), start, count, row)
     elif code == 1:
-        small = _at(address, f16)
-        for i in range(count):
-            row[i] = _widen(small[start + i])
+        _widen_row(_at(address, f16), start, count, row)
     else:
-        singles = _at(address, f32)
-        for i in range(count):
-            row[i] = _widen(singles[start + i])
+        _widen_row(_at(address, f32), start, count, row)
 
 
 @njit(inline="always")
 def _write(address, code, start, count, row, bf16, f16, f32):
     """Round a row of float64 into the output."""
     if code == 0:
-        halves = _at(address, bf16)
-        for i in range(count):
-            halves[start + i] = _narrow(row[i], halves[start + i])
+        _narrow_row(row, count, _at(address, bf16), start)
     elif code == 1:
-        small = _at(address, f16)
-        for i in range(count):
-            small[start + i] = _narrow(row[i], small[start + i])
+        _narrow_row(row, count, _at(address, f16), start)
     else:
-        singles = _at(address, f32)
-        for i in range(count):
-            singles[start + i] = _narrow(row[i], singles[start + i])
+        _narrow_row(row, count, _at(address, f32), start)
 
 
 @njit(inline="always")

@@ -1,8 +1,8 @@
-"""The blend for torch tensors on one device: a Triton kernel, or plain torch without Triton.
+"""The kernels for torch tensors on one device: in Triton, or in plain torch without Triton.
 
 The bits are those of `reference.py`: float64 arithmetic without fused multiply-add, then one
-rounding, as in `cpu.py` by way of a float32 that is rounded to odd. Both kernels take what
-`cpu.blend` takes, with flat uint8 tensors for the buffers; work is queued on the current stream.
+rounding, as in `cpu.py` by way of a float32 that is rounded to odd. They take what `cpu.blend` and
+`cpu.mix` take, with flat uint8 tensors for the buffers; work is queued on the current stream.
 Elements are handled as int16 or int32 words, which torch and Triton compare and mask on every
 device.
 """
@@ -13,18 +13,22 @@ device.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import reference
-from .reference import ALL_KEPT, Mixing, Triple
+from .reference import ALL_KEPT, Mixing, Term, Triple
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kernel = Callable[[Sequence[Part], Triple, float], None]
 """kernel(parts, dtypes, alpha): see `blend_torch`."""
+MixKernel = Callable[[Sequence[Sequence[torch.Tensor]], Sequence[str], Mixing, Sequence[int]], None]
+"""kernel(parts, dtypes, mixing, firsts): see `cpu.mix`."""
 
 CHUNK = 1 << 20
 """Elements `blend_torch` takes at a time; it holds up to 32 bytes of temporaries for each."""
@@ -68,15 +72,52 @@ def select_kernel(
     short test, which notices a compiler that fuses multiply and add or flushes subnormals.
     """
     device = torch.device(device)
-    obstacle = _why_not_triton(device, triples)
+    checks = {
+        "-".join(dtypes): partial(matches_reference, blend_triton, device, dtypes)
+        for dtypes in triples
+    }
+    obstacle = _why_not_triton(device, checks)
     if obstacle:
         return blend_torch, f"torch: {obstacle}"
     major, minor = torch.cuda.get_device_capability(device)
     return blend_triton, f"triton: compute capability {major}.{minor}, bits checked on the card"
 
 
-def _why_not_triton(device: torch.device, triples: Iterable[Triple]) -> str:
-    """Why Triton cannot be used; empty if it can."""
+def mix(
+    parts: Sequence[Sequence[torch.Tensor]],
+    dtypes: Sequence[str],
+    mixing: Mixing,
+    firsts: Sequence[int],
+) -> None:
+    """Mix parts of the same dtypes with the faster kernel that works here; see `cpu.mix`."""
+    kernel = _select_mix(parts[0][-1].device, tuple(dtypes), _make_trial(mixing))
+    kernel(parts, dtypes, mixing, firsts)
+
+
+@cache
+def _select_mix(device: torch.device, dtypes: Sequence[str], trial: Mixing) -> MixKernel:
+    check = partial(mix_matches_reference, mix_triton, device, dtypes, trial)
+    return mix_torch if _why_not_triton(device, {"-".join(dtypes): check}) else mix_triton
+
+
+def _make_trial(mixing: Mixing) -> Mixing:
+    """A mixing for which Triton compiles the same code, with numbers to try that with."""
+    kept = ALL_KEPT // 2 if _is_random(mixing) else ALL_KEPT
+    factors = (0.7, 0.3, *[0.2] * len(mixing.terms))
+    terms = (Term(factor, factor, 1e-30, 1e30, kept) for factor in factors)
+    return replace(mixing, terms=tuple(terms)[: len(mixing.terms)], scale=0.9)
+
+
+def _is_random(mixing: Mixing) -> bool:
+    """Whether values are dropped at random."""
+    return any(term.kept != ALL_KEPT for term in mixing.terms)
+
+
+def _why_not_triton(device: torch.device, checks: Mapping[str, Callable[[], bool]]) -> str:
+    """Why Triton cannot be used; empty if it can.
+
+    checks: by their dtypes, calls that say whether a kernel gives the reference's bits.
+    """
     if device.type != "cuda":
         return f"Triton needs a CUDA device, this is {device.type}"
     if _no_triton:
@@ -85,43 +126,71 @@ def _why_not_triton(device: torch.device, triples: Iterable[Triple]) -> str:
     if capability < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
         return f"compute capability {'.'.join(map(str, capability))}, Triton needs {needed}"
-    for dtypes in triples:
+    for dtypes, check in checks.items():
         try:
-            same = matches_reference(blend_triton, device, dtypes)
+            same = check()
         except Exception as error:  # a missing C compiler, driver or ptxas: each its own type
             return f"Triton does not work here ({' '.join(str(error).split()) or repr(error)})"
         if not same:
-            return f"Triton's results for {'-'.join(dtypes)} differ from the reference"
+            return f"Triton's results for {dtypes} differ from the reference"
     return ""
 
 
 def matches_reference(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
-    """Whether a kernel gives the reference's bits on this device at alpha 0.3.
+    """Whether a kernel gives the reference's bits on this device at alpha 0.3."""
+    sides = _make_words(dtypes[:2], dtypes[2])
+    arrays = [*sides, reference.blend(sides[0], sides[1], dtypes, 0.3)]
+    return _gives_last(lambda parts: blend(parts, dtypes, 0.3), arrays, dtypes, device)
 
-    Tried with random bit patterns, which include subnormals and NaN, and with pairs that cancel
-    except for the rounding of their products, where a fused multiply-add shows. Each as an aligned
-    part of whole blocks, and from its fourth element on.
+
+def mix_matches_reference(
+    kernel: MixKernel, device: torch.device, dtypes: Sequence[str], mixing: Mixing
+) -> bool:
+    """Whether a kernel gives the reference's bits of a mixing on this device."""
+    streams = _make_words(dtypes[:-1], dtypes[-1])
+    arrays = [*streams, reference.mix(streams, dtypes, mixing)]
+    return _gives_last(lambda parts: kernel(parts, dtypes, mixing, [0, 3]), arrays, dtypes, device)
+
+
+def _make_words(dtypes: Sequence[str], out_dtype: str) -> list[reference.Bits]:
+    """Values to try a kernel with, an array for each stream.
+
+    Random bit patterns, which include subnormals and NaN; then values of which 0.7 times the first
+    stream and 0.3 times the second cancel except for the rounding of the products, where a fused
+    multiply-add shows.
     """
     random = np.random.default_rng(0)
     cancel = np.arange(1, 33, dtype=np.float64)
-    if "F16" not in dtypes[:2]:
+    if "F16" not in dtypes:
         cancel *= 2.0**40  # or what is left would vanish in an fp16 output
-    sides = [
+    return [
         np.concatenate(
             [
                 random.integers(0, 1 << 8 * _WORD[dtype].itemsize, 4 * BLOCK - cancel.size),
                 reference.narrow(weight * cancel, dtype),
             ]
         ).astype(reference.STORAGE[dtype])
-        for weight, dtype in zip((3, -7), dtypes, strict=False)
+        for weight, dtype in zip((3, -7, *[0] * len(dtypes)), dtypes, strict=False)
     ]
-    arrays = [*sides, reference.blend(sides[0], sides[1], dtypes, 0.3)]
-    base, donor, expected = (torch.from_numpy(a.view(np.uint8)).to(device) for a in arrays)
-    whole = (base, donor, torch.empty_like(expected))
+
+
+def _gives_last(
+    run: Callable[[list[Any]], None],
+    arrays: Sequence[reference.Bits],
+    dtypes: Sequence[str],
+    device: torch.device,
+) -> bool:
+    """Whether `run` makes the last of these arrays from the others.
+
+    As an aligned part of whole blocks, and from its fourth element on.
+    """
+    *streams, expected = (torch.from_numpy(each.view(np.uint8)).to(device) for each in arrays)
     skip = [3 * _WORD[dtype].itemsize for dtype in dtypes]
-    tail = (base[skip[0] :], donor[skip[1] :], torch.empty_like(expected)[skip[2] :])
-    blend([whole, tail], dtypes, 0.3)
-    return torch.equal(whole[2], expected) and torch.equal(tail[2], expected[skip[2] :])
+    whole = (*streams, torch.empty_like(expected))
+    other = (*streams, torch.empty_like(expected))
+    tail = tuple(each[start:] for each, start in zip(other, skip, strict=True))
+    run([whole, tail])
+    return torch.equal(whole[-1], expected) and torch.equal(tail[-1], expected[skip[-1] :])
 
 
 def blend_torch(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
@@ -164,7 +233,7 @@ def _narrow_torch(values: torch.Tensor, dtype: str) -> torch.Tensor:
     return words.masked_fill_(values.isnan(), reference.QUIET_NAN[dtype])
 
 
-def mix(
+def mix_torch(
     parts: Sequence[Sequence[torch.Tensor]],
     dtypes: Sequence[str],
     mixing: Mixing,
@@ -181,48 +250,14 @@ def mix(
                 stream[start : start + chunk].view(_FLOAT[dtype]).to(torch.float64)
                 for stream, dtype in zip(streams, dtypes, strict=False)
             ]
-            mixed = _mix_piece(values, mixing, first + start)
+            draw = partial(_draw_torch, first=first + start, like=values[0])
+            mixed = reference.mix_values(
+                values, torch.zeros_like(values[0]), mixing, draw, torch.where
+            )
             out[start : start + chunk] = _narrow_torch(mixed, dtypes[-1])
 
 
-def _mix_piece(values: list[torch.Tensor], mixing: Mixing, first: int) -> torch.Tensor:
-    """What `reference.mix` computes, before it is rounded."""
-    origin = values[-1] if mixing.relative else torch.zeros_like(values[0])
-    counts, added = [], []
-    for value, term in zip(values, mixing.terms, strict=False):
-        delta = value - origin
-        size = delta.abs()
-        kept = ~((size < term.low) | (size > term.high))
-        if term.kept != ALL_KEPT:
-            kept &= _draw(term.key, first, value) < term.kept
-        counts.append(kept)
-        added.append((delta * term.factor).masked_fill_(~kept, 0.0))
-    if mixing.elect:
-        is_positive = _add_up(added) >= 0
-        counts = [~torch.where(is_positive, each <= 0, each >= 0) for each in added]
-        added = [each.masked_fill(~count, 0.0) for each, count in zip(added, counts, strict=True)]
-    total = _add_up(added)
-    if mixing.mean:
-        weights = zip(counts, mixing.terms, strict=True)
-        divisor = _add_up([count.to(torch.float64) * term.weight for count, term in weights])
-        total /= divisor.masked_fill_(divisor == 0, 1.0)
-    mixed = origin + total * mixing.scale
-    if mixing.keeps_equal:
-        is_equal = torch.ones_like(kept)
-        for value in values:
-            is_equal &= value == values[0]
-        mixed = torch.where(is_equal, values[0], mixed)
-    return mixed
-
-
-def _add_up(tensors: list[torch.Tensor]) -> torch.Tensor:
-    total = torch.zeros_like(tensors[0])
-    for tensor in tensors:
-        total += tensor
-    return total
-
-
-def _draw(key: int, first: int, like: torch.Tensor) -> torch.Tensor:
+def _draw_torch(key: int, first: int, like: torch.Tensor) -> torch.Tensor:
     """`reference.draw` for as many elements as `like` has, from element `first` on."""
     index = torch.arange(first + 1, first + 1 + len(like), device=like.device)
     word = index * _signed(0x9E3779B97F4A7C15) + _signed(key)
@@ -351,4 +386,147 @@ def _blend(
     word = _narrow(mixed, out_fraction, quiet)
     if base_fraction == donor_fraction and donor_fraction == out_fraction:
         word = tl.where(ours == theirs, ours, word)
+    tl.store(out + at, word, mask=inside)
+
+
+def mix_triton(
+    parts: Sequence[Sequence[torch.Tensor]],
+    dtypes: Sequence[str],
+    mixing: Mixing,
+    firsts: Sequence[int],
+) -> None:
+    """Mix in one launch of the Triton kernel for each part, without temporaries; see `cpu.mix`.
+
+    The first call for a form of mixing compiles. Raises ImportError without Triton.
+    """
+    if _no_triton:
+        raise ImportError(_no_triton)
+    table = _make_table(mixing).to(parts[0][-1].device)
+    constants = _mix_constants(dtypes, mixing)
+    for part, first in zip(parts, firsts, strict=True):
+        *streams, out = (
+            buffer.view(_WORD[dtype]) for buffer, dtype in zip(part, dtypes, strict=True)
+        )
+        count = out.numel()
+        if count:
+            with torch.cuda.device_of(out):
+                _mix[(-(-count // BLOCK),)](
+                    *(tuple(streams), out, count, first, table), **constants, **_OPTIONS
+                )
+
+
+def _make_table(mixing: Mixing) -> torch.Tensor:
+    """The numbers of a mixing as bits: six for each term, then the scale."""
+    factors = [(term.factor, term.weight, term.low, term.high) for term in mixing.terms]
+    choices = [(term.kept, term.key) for term in mixing.terms]
+    rows = np.hstack(
+        [np.array(factors, np.float64).view(np.int64), np.array(choices, np.uint64).view(np.int64)]
+    )
+    scale = np.array([mixing.scale], np.float64).view(np.int64)
+    return torch.from_numpy(np.append(rows, scale))
+
+
+def _mix_constants(dtypes: Sequence[str], mixing: Mixing) -> dict[str, Any]:
+    """What `_mix` is compiled for."""
+    return {
+        "fractions": tuple(_FORMAT[dtype][0] for dtype in dtypes),
+        "terms": len(mixing.terms),
+        "relative": mixing.relative,
+        "elect": mixing.elect,
+        "mean": mixing.mean,
+        "keeps_equal": mixing.keeps_equal,
+        "random": _is_random(mixing),
+        "quiet": reference.QUIET_NAN[dtypes[-1]],
+        "block": BLOCK,
+    }
+
+
+@_jit
+def _read(stream, at, inside, fraction: tl.constexpr):
+    """Elements of a stream, exactly, as float64."""
+    word = tl.load(stream + at, mask=inside, other=0)
+    exponent: tl.constexpr = 5 if fraction == 10 else 8
+    # By so much is `_widen` short; as bits, because Triton makes a float32 of a Python float
+    scale: tl.constexpr = (2047 - (1 << (exponent - 1))) << 52
+    return _widen(word, fraction, exponent) * tl.full((), scale, tl.int64).to(
+        tl.float64, bitcast=True
+    )
+
+
+@_jit
+def _number(table, place):
+    """A float64 of the table."""
+    return tl.load(table + place).to(tl.float64, bitcast=True)
+
+
+@_jit
+def _draw(key, index):
+    """`reference.draw` for elements of these numbers."""
+    word = key.to(tl.uint64, bitcast=True)
+    word += (index + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    return ((word ^ (word >> 31)) >> 11).to(tl.int64, bitcast=True)
+
+
+@_jit
+def _add(delta, index, row, random: tl.constexpr):
+    """What a term adds in each element, and whether it counts there; row: the term's numbers."""
+    size = tl.abs(delta)
+    counts = ((size < _number(row, 2)) | (size > _number(row, 3))) == 0
+    if random:
+        counts = counts & (_draw(tl.load(row + 5), index) < tl.load(row + 4))
+    return tl.where(counts, _number(row, 0) * delta, 0.0), counts
+
+
+@_jit
+def _mix(
+    streams,
+    out,
+    count,
+    first: tl.int64,
+    table,
+    fractions: tl.constexpr,
+    terms: tl.constexpr,
+    relative: tl.constexpr,
+    elect: tl.constexpr,
+    mean: tl.constexpr,
+    keeps_equal: tl.constexpr,
+    random: tl.constexpr,
+    quiet: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One block of `block` elements of one part; table as of `_make_table`."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < count
+    base = _read(streams[0], at, inside, fractions[0])
+    total = tl.full((block,), 0, tl.float64)
+    divisor = tl.full((block,), 0, tl.float64)
+    origin = tl.full((block,), 0, tl.float64)
+    same = base == base
+    if relative:
+        origin = _read(streams[terms], at, inside, fractions[terms])
+        same = origin == base
+    for term in tl.static_range(terms):
+        value = _read(streams[term], at, inside, fractions[term])
+        same = same & (value == base)
+        added, counts = _add(value - origin, first + at, table + 6 * term, random)
+        total += added
+        divisor += tl.where(counts, _number(table, 6 * term + 1), 0.0)
+    if elect:
+        is_positive = total >= 0.0
+        total = tl.full((block,), 0, tl.float64)
+        divisor = tl.full((block,), 0, tl.float64)
+        for term in tl.static_range(terms):
+            value = _read(streams[term], at, inside, fractions[term])
+            added, counts = _add(value - origin, first + at, table + 6 * term, random)
+            counts = tl.where(is_positive, added <= 0.0, added >= 0.0) == 0  # a NaN counts
+            total += tl.where(counts, added, 0.0)
+            divisor += tl.where(counts, _number(table, 6 * term + 1), 0.0)
+    if mean:
+        total = total / tl.where(divisor == 0.0, 1.0, divisor)
+    mixed = origin + _number(table, 6 * terms) * total
+    if keeps_equal:
+        mixed = tl.where(same, base, mixed)
+    word = _narrow(mixed, fractions[terms + relative], quiet)
     tl.store(out + at, word, mask=inside)

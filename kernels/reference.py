@@ -20,7 +20,7 @@ Tensors are handled as storage arrays: uint16 for BF16 and F16, uint32 for F32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -170,49 +170,50 @@ def mix(streams: Sequence[Bits], dtypes: Sequence[str], mixing: Mixing, first: i
         first: Number of the first element in its tensor, for the random choice.
     """
     values = [widen(bits, dtype) for bits, dtype in zip(streams, dtypes, strict=False)]
-    origin = values[-1] if mixing.relative else np.zeros(len(values[0]))
-    index = np.arange(first, first + len(origin), dtype=np.uint64)
+    index = np.arange(first, first + len(values[0]), dtype=np.uint64)
     with np.errstate(invalid="ignore", over="ignore"):
-        deltas = [value - origin for value in values[: len(mixing.terms)]]
-        counts = [
-            _counts(delta, term, index) for delta, term in zip(deltas, mixing.terms, strict=True)
-        ]
-        added = [
-            np.where(count, term.factor * delta, 0.0)
-            for delta, term, count in zip(deltas, mixing.terms, counts, strict=True)
-        ]
-        if mixing.elect:
-            is_positive = _add_up(added) >= 0
-            # In these words a NaN counts, and so is not lost
-            counts = [~np.where(is_positive, each <= 0, each >= 0) for each in added]
-            added = [np.where(count, each, 0.0) for each, count in zip(added, counts, strict=True)]
-        total = _add_up(added)
-        if mixing.mean:
-            weights = zip(counts, mixing.terms, strict=True)
-            divisor = _add_up([np.where(count, term.weight, 0.0) for count, term in weights])
-            total = total / np.where(divisor == 0, 1.0, divisor)
-        mixed = origin + mixing.scale * total
-    if mixing.keeps_equal:
-        is_equal = np.logical_and.reduce([value == values[0] for value in values])
-        mixed = np.where(is_equal, values[0], mixed)
+        zeros = np.zeros(len(values[0]))
+        mixed = mix_values(values, zeros, mixing, lambda key: draw(key, index), np.where)
     return narrow(mixed, dtypes[len(streams)])
 
 
-def _counts(delta: Floats, term: Term, index: npt.NDArray[np.uint64]) -> Any:
-    """Which values count: those of a magnitude in bounds (or NaN) that the random choice keeps."""
-    size = np.abs(delta)
-    counts = ~((size < term.low) | (size > term.high))
-    if term.kept == ALL_KEPT:
-        return counts
-    return counts & (draw(term.key, index) < np.uint64(term.kept))
+def mix_values(
+    values: Sequence[Any],
+    zeros: Any,
+    mixing: Mixing,
+    draw: Callable[[int], Any],
+    where: Callable[[Any, Any, Any], Any],
+) -> Any:
+    """What `mix` computes before it is rounded, on float64 arrays of numpy or of torch.
 
-
-def _add_up(arrays: Sequence[Floats]) -> Floats:
-    """Their sum from zero, one after the other."""
-    total = np.zeros(len(arrays[0]))
-    for array in arrays:
-        total = total + array
-    return total
+    zeros: as many. draw: from a key a random number for each element. where: numpy's or torch's.
+    """
+    origin = values[-1] if mixing.relative else zeros
+    counts, added = [], []
+    for value, term in zip(values, mixing.terms, strict=False):
+        delta = value - origin
+        size = abs(delta)
+        is_counted = ~((size < term.low) | (size > term.high))  # in these words a NaN counts
+        if term.kept != ALL_KEPT:
+            is_counted = is_counted & (draw(term.key) < term.kept)
+        counts.append(is_counted)
+        added.append(where(is_counted, term.factor * delta, zeros))
+    if mixing.elect:
+        is_positive = sum(added, zeros) >= 0
+        counts = [~where(is_positive, each <= 0, each >= 0) for each in added]
+        added = [where(count, each, zeros) for each, count in zip(added, counts, strict=True)]
+    total = sum(added, zeros)
+    if mixing.mean:
+        weights = zip(counts, mixing.terms, strict=True)
+        divisor = sum((where(count, term.weight, zeros) for count, term in weights), zeros)
+        total = total / where(divisor == 0, 1.0, divisor)
+    mixed = origin + mixing.scale * total
+    if not mixing.keeps_equal:
+        return mixed
+    is_equal = values[0] == values[0]
+    for value in values[1:]:
+        is_equal = is_equal & (value == values[0])
+    return where(is_equal, values[0], mixed)
 
 
 def draw(key: int, index: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

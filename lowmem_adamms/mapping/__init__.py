@@ -10,7 +10,6 @@ token_rows          which rows of embedding and head hold the same token
 config_differences  settings in which the two configs differ
 kinship             whether the two language models have an ancestor in common
 alphas              the donor's weight, one number or one by layer and role
-methods             the methods by which several models become one, as data
 mixture             the plan of any method and number of donors, with an ancestor
 mergekit_yaml       models and weights from mergekit's YAML
 """

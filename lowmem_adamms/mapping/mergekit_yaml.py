@@ -25,7 +25,7 @@ import pydantic
 
 from ..architectures.arch import BUFFER
 from ..errors import ConfigError, RecipeError
-from ..settings import MethodName
+from ..methods import METHODS, Method
 from ..values import parse_alpha, parse_dtype
 from .alphas import (
     COMPUTED_DECIMALS,
@@ -36,7 +36,6 @@ from .alphas import (
     interpolate,
     relative_depth,
 )
-from .methods import METHODS, Method
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -316,7 +315,7 @@ def _check_task_parameters(
 def _make_recipe(
     path: Path,
     document: _Document,
-    method: MethodName,
+    method: str,
     base: str,
     donors: tuple[str, ...],
     cases: Mapping[str, Sequence[Case]],
@@ -344,7 +343,7 @@ class Recipe:
     """
 
     path: Path
-    method: MethodName
+    method: str
     base: str
     donors: tuple[str, ...]
     dtype: str | None

@@ -18,10 +18,10 @@ from ..checkpoints.arranged import Arranged
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.span import Span
 from ..errors import MappingError, RecipeError
+from ..methods import METHODS, Method
 from ..settings import Embeddings, MethodSettings, Trim, Unmatched
 from .alphas import Alpha, Alphas, OneAlpha, alpha_of, as_tuple
 from .join import make_plan
-from .methods import METHODS, Method
 from .plan import Part, Plan, Step
 
 ModelRef = str | Path | Checkpoint
@@ -108,12 +108,9 @@ class Mixture(Plan):
         present = [0, *(i for i, donor in enumerate(part.donors, 1) if donor)]
         if not self.method.alpha_of_each:
             return Shares(tuple(present), tuple(self.weights[i] for i in present), alphas[0])
-        weights = {i: self.weights[i] * alphas[i - 1] for i in present[1:]}
-        if self.method.relative:
-            weights = {0: self.weights[0]} | weights
-        else:
-            weights = {0: max(0.0, 1.0 - sum(weights.values()))} | weights
-        used = {i: weight for i, weight in weights.items() if weight}
+        lent = {i: self.weights[i] * alphas[i - 1] for i in present[1:]}
+        own = self.weights[0] if self.method.relative else max(0.0, 1.0 - sum(lent.values()))
+        used = {i: weight for i, weight in {0: own, **lent}.items() if weight}
         return Shares(tuple(used), tuple(used.values()))
 
     def find_lone(self, part: MixedPart, shares: Shares) -> Span | Arranged | None:

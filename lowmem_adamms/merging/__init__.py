@@ -4,6 +4,7 @@ sources        which inputs lie on the Hub, and having them in the cache
 ring_buffer    memory for what is fetched ahead
 range_source   inputs streamed from the Hub
 first_pass     what a method must know of a tensor before it mixes it
+stretch        a stretch of one output tensor and what goes into it
 mix            a stretch of several models, and how it is mixed
 loop           run(plan, alpha, sink), with the protocols of source and sink
 shard_layout   which tensors each output file holds, and where

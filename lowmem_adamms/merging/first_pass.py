@@ -89,6 +89,8 @@ def _find_bounds(mixture: Mixture, steps: Sequence[Step]) -> Found:
     Kept are the values of ranks `outliers` to `outliers` + density, counted from the largest, at
     least one, and those equal to the last of them.
     """
+    from ..kernels.reference import smallest_rounded_to
+
     dtypes = {step.dtype.name for step in steps if step.action != "copy"}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
     coarse = _count(mixture, steps, dtype, {})
@@ -97,9 +99,13 @@ def _find_bounds(mixture: Mixture, steps: Sequence[Step]) -> Found:
         total = int(counts.sum())
         above = int(mixture.method.outliers * total)
         kept = max(1, int(mixture.densities[model] * total))
-        ranks = (min(above + kept, total), above + 1)
-        low, high = (_magnitude(mixture, steps, dtype, model, counts, rank) for rank in ranks)
-        bounds[model] = (_lower_bound(low, dtype), _upper_bound(high, dtype) if above else math.inf)
+        smallest = _magnitude(mixture, steps, dtype, model, counts, min(above + kept, total))
+        # Differences are compared before they are rounded, as the magnitudes that are counted were
+        low, high = smallest_rounded_to(smallest, dtype), math.inf
+        if above:
+            largest = _magnitude(mixture, steps, dtype, model, counts, above + 1)
+            high = math.nextafter(smallest_rounded_to(largest + 1, dtype), -math.inf)
+        bounds[model] = low, high
     return Found(bounds=bounds)
 
 
@@ -121,18 +127,6 @@ def _at_rank(counts: Counts, rank: int) -> tuple[int, int]:
     above = np.cumsum(counts[::-1])
     place = int(np.searchsorted(above, rank))
     return len(counts) - 1 - place, rank - (int(above[place - 1]) if place else 0)
-
-
-def _lower_bound(word: int, dtype: str) -> float:
-    """The smallest difference that counts as this magnitude: it is compared before rounding."""
-    from ..kernels import reference
-
-    bound: float = reference.smallest_rounded_to(word, dtype)
-    return bound
-
-
-def _upper_bound(word: int, dtype: str) -> float:
-    return math.nextafter(_lower_bound(word + 1, dtype), -math.inf)
 
 
 def _count(

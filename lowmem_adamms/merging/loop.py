@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoints.arranged import Arranged, spans_begun, spans_ended, view_side
 from ..checkpoints.coded import CodedSpan
@@ -26,6 +25,7 @@ from ..mapping.alphas import Alpha, alpha_of
 from ..mapping.mixture import MixedPart, Mixture
 from ..mapping.plan import Part, Plan, Step
 from .mix import Mix, make_mix, mix_pieces
+from .stretch import Blend, Copy
 
 if TYPE_CHECKING:
     from ..checkpoints.mapped_files import Bytes
@@ -83,62 +83,6 @@ class Sink(Protocol):
 
     def commit(self) -> None:
         """All slots handed out since the last commit are filled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Blend:
-    """A stretch of one output tensor from byte `offset`; donor None means the base is cast.
-
-    What is only cast has alpha 0: blended with itself at another it need not come out the same.
-    """
-
-    step: Step
-    offset: int
-    base: Span | Arranged
-    donor: Span | Arranged | None
-    nbytes: int
-    alpha: float
-
-    @property
-    def dtypes(self) -> tuple[str, str, str]:
-        """Of base, donor and output."""
-        donor = self.donor or self.base
-        return self.base.dtype.name, donor.dtype.name, self.step.dtype.name
-
-    @property
-    def sides(self) -> tuple[Span | Arranged, ...]:
-        """Base and, if it has one, donor."""
-        return (self.base, self.donor) if self.donor else (self.base,)
-
-    def cut(self, first: int, count: int) -> Blend:
-        """`count` elements of it from element `first` on."""
-        itemsize = self.step.dtype.itemsize
-        return replace(
-            self,
-            offset=self.offset + first * itemsize,
-            base=self.base.flat_slice(first, count),
-            donor=self.donor.flat_slice(first, count) if self.donor else None,
-            nbytes=count * itemsize,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A stretch that is taken verbatim: `span` as plain bytes, whatever their dtype."""
-
-    step: Step
-    offset: int
-    span: Span
-
-    @property
-    def sides(self) -> tuple[Span, ...]:
-        """What is copied."""
-        return (self.span,)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of output."""
-        return self.span.nbytes
 
 
 Window = Sequence[Blend | Mix] | Copy
@@ -240,14 +184,14 @@ def _blend_window(
             continue
         buffers = views[0], views[-1], slot  # what is only cast, with itself
         calls.setdefault((piece.dtypes, piece.alpha), []).append(buffers)
-        if piece.dtypes in _MAY_OVERFLOW or (nonfinite and piece.donor):
+        if piece.dtypes in _MAY_OVERFLOW or (nonfinite and len(piece.sides) > 1):
             checked.append((piece, buffers))
     for (dtypes, alpha), parts in calls.items():
         kernel(parts, dtypes, alpha)
     mix_pieces(mixed)
     for done, content in (*checked, *mixed):
         count = _count_nonfinite(done, content)
-        if count and nonfinite and (isinstance(done, Mix) or done.donor):
+        if count and nonfinite and (isinstance(done, Mix) or len(done.sides) > 1):
             nonfinite(done.step.name, count)
     sink.commit()
 
@@ -311,8 +255,7 @@ def _cut_windows(plan: Plan, alpha: Alpha, sink: Sink, size: int) -> Iterator[Wi
             share = _memory_share(whole)
             least = LARGEST_ITEM * share
             # What is arranged is put together at once if it can be
-            is_arranged = any(isinstance(side, Arranged) for side in whole.sides)
-            if window and free_bytes < (whole.nbytes if is_arranged else least):
+            if window and free_bytes < (whole.nbytes if whole.is_arranged else least):
                 yield window
                 window, free_bytes = [], size
             for piece in _cut_blend(whole, free_bytes // share, size // share):
@@ -336,31 +279,37 @@ def choose_work(
     plan: Plan, step: Step, offset: int, part: Part, alpha: Alpha
 ) -> Blend | Mix | Copy:
     """What is to be done with a whole part."""
-    base: Span | Arranged = part.base
-    donor, weight = None, 0.0
+    sides: tuple[Span | Arranged, ...] = (part.base,)
+    weight = 0.0
     if isinstance(plan, Mixture):
         if isinstance(part, MixedPart) and part.donor:
             shares = plan.shares(part, alpha)
             lone = plan.find_lone(part, shares)
             if lone is None:
                 return make_mix(plan, step, offset, part, shares)
-            base = lone
-    elif part.donor:
+            sides = (lone,)
+    else:
         assert not isinstance(alpha, tuple)
         weight = alpha_of(alpha, part.role)
-        if weight == 1:
-            base = part.donor
-        elif weight > 0:
-            donor = part.donor
-    if donor is None and _is_stored(base) and base.dtype == step.dtype:
-        return Copy(step, offset, base)
-    nbytes = step.dtype.nbytes(base.elements)
-    return Blend(step, offset, base, donor, nbytes, weight if donor else 0.0)
+        sides = _sides(part, weight)
+    nbytes = step.dtype.nbytes(part.base.elements)
+    if len(sides) > 1:
+        return Blend(step, offset, nbytes, sides, weight)
+    if _is_stored(sides[0]) and sides[0].dtype == step.dtype:
+        return Copy(step, offset, nbytes, sides)
+    return Blend(step, offset, nbytes, sides, 0.0)
 
 
-def _is_stored(side: Span | Arranged) -> TypeGuard[Span]:
+def _is_stored(side: Span | Arranged) -> bool:
     """Whether its bytes are in a file as they are wanted."""
     return isinstance(side, Span) and not isinstance(side, CodedSpan)
+
+
+def _sides(part: Part, alpha: float) -> tuple[Span | Arranged, ...]:
+    """What a part is made of at this alpha: at 0 the base alone, at 1 the donor alone."""
+    if part.donor is None or alpha == 0:
+        return (part.base,)
+    return (part.donor,) if alpha == 1 else (part.base, part.donor)
 
 
 def _cut_copy(whole: Copy, size: int) -> Iterator[Copy]:
@@ -369,7 +318,7 @@ def _cut_copy(whole: Copy, size: int) -> Iterator[Copy]:
     for start in range(span.start, span.stop, size):
         stop = min(start + size, span.stop)
         stretch = Span(span.path, DTYPES["U8"], start, stop, (stop - start,))
-        yield Copy(whole.step, whole.offset + start - span.start, stretch)
+        yield Copy(whole.step, whole.offset + start - span.start, stretch.nbytes, (stretch,))
 
 
 def _cut_blend(whole: Blend | Mix, first_bytes: int, size: int) -> Iterator[Blend | Mix]:

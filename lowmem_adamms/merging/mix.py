@@ -5,49 +5,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.arranged import Arranged
-from ..checkpoints.span import Span
 from ..mapping.mixture import MixedPart, Mixture, Shares
 from ..mapping.plan import Step
 from .first_pass import Found, find
+from .stretch import Stretch
 
 if TYPE_CHECKING:
     from ..kernels.reference import Mixing, Term
 
 
 @dataclass(frozen=True, slots=True)
-class Mix:
-    """A stretch of one output tensor from byte `offset`, of several models' spans.
+class Mix(Stretch):
+    """What is mixed of several models.
 
     sides: those of the models in `shares`, then the ancestor's if the method has one.
     """
 
     mixture: Mixture
-    step: Step
-    offset: int
-    sides: tuple[Span | Arranged, ...]
     shares: Shares
-    nbytes: int
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Of its sides and of the output."""
-        return (*(side.dtype.name for side in self.sides), self.step.dtype.name)
-
-    @property
-    def first(self) -> int:
-        """Number of its first element in the tensor."""
-        return self.offset // self.step.dtype.itemsize
-
-    def cut(self, first: int, count: int) -> Mix:
-        """`count` elements of it from element `first` on."""
-        itemsize = self.step.dtype.itemsize
-        sides = tuple(side.flat_slice(first, count) for side in self.sides)
-        offset = self.offset + first * itemsize
-        return replace(self, offset=offset, sides=sides, nbytes=count * itemsize)
 
 
 def make_mix(mixture: Mixture, step: Step, offset: int, part: MixedPart, shares: Shares) -> Mix:
@@ -58,7 +36,8 @@ def make_mix(mixture: Mixture, step: Step, offset: int, part: MixedPart, shares:
         used.append(part.ancestor)
     sides = tuple(side for side in used if side)
     assert len(sides) == len(used)
-    return Mix(mixture, step, offset, sides, shares, step.dtype.nbytes(part.base.elements))
+    nbytes = step.dtype.nbytes(part.base.elements)
+    return Mix(step, offset, nbytes, sides, mixture, shares)
 
 
 def mix_pieces(pieces: Sequence[tuple[Mix, Sequence[Any]]]) -> None:

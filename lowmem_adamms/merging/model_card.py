@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
     """README.md of the merged model, with Hub front matter. recipe: what adamms.json will say."""
     multimodal = {"vision tower", "connector"} & set(plan.base_layout.kinds.values())
     task = "image-text-to-text" if multimodal else "text-generation"
+    models = plan.checkpoints.values()
+    licences = [_read_licence(model) for model in models]
     front = [
-        *_parents([checkpoint.name for checkpoint in plan.checkpoints.values()]),
+        *_parents(dict.fromkeys(model.name for model in models)),
         "library_name: transformers",
         f"pipeline_tag: {task}",
         "tags:\n- adamms\n- merge\n- lowmem-adamms",
         *_quantization_tags(recipe),
-        *_licence(plan.base),
+        *_licence_lines(licences),
     ]
     counts = plan.counts
     names = [plan.base.name, *(donor.name for donor in plan.donors)]
@@ -69,7 +71,7 @@ def make_card(plan: Plan, alpha: Alpha, recipe: Mapping[str, Any]) -> str:
             *(f"{note[0].upper()}{note[1:]}." for note in plan.notes if note.endswith(KEPT)),
             *_quantization(recipe),
             *_choice(recipe),
-            "The licences of both models apply.",
+            *_list_licences([model.name for model in models], licences),
             "",
         ]
     )
@@ -142,7 +144,7 @@ def _quantization(recipe: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _parents(names: list[str]) -> list[str]:
+def _parents(names: Iterable[str]) -> list[str]:
     """Which models it descends from: those whose names can be the Hub's; it refuses any other."""
     allowed = [
         name
@@ -169,19 +171,38 @@ def _choice(recipe: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _licence(base: Checkpoint) -> list[str]:
-    """The licence lines of the base's own model card, if it has any of its own."""
-    path = base.folder / "README.md" if base.folder else None
+def _read_licence(model: Checkpoint) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a model's own card, if it has any."""
+    path = model.folder / "README.md" if model.folder else None
     if path is None or not path.is_file():
-        return []
+        return {}
     try:
         check_own_file(path, path.parent)
     except FormatError:  # a link to somewhere else
-        return []
+        return {}
     with path.open(encoding="utf-8", errors="replace") as file:
         front = re.match(r"---\n(.*?)\n---", file.read(_FRONT_MATTER_CHARS), re.DOTALL)
     lines = front[1].splitlines() if front else []
-    return [line for line in lines if re.match(r"license(_name|_link)?: *\S", line)]
+    found = (re.fullmatch(r"(license(?:_name|_link)?): *(\S.*)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _name_licence(licence: Mapping[str, str]) -> str:
+    return licence.get("license_name") or licence.get("license", "not stated")
+
+
+def _licence_lines(licences: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the front matter says: the base's licence, or `other` where a model has another."""
+    base, *others = licences
+    if base and any(other and _name_licence(other) != _name_licence(base) for other in others):
+        return ["license: other"]
+    return [f"{key}: {value}" for key, value in base.items()]
+
+
+def _list_licences(names: Sequence[str], licences: Sequence[Mapping[str, str]]) -> list[str]:
+    """The licences that the models' cards state, each of which applies."""
+    models = zip(names, map(_name_licence, licences), strict=True)
+    return ["The licences of all models apply:", "", *(f"- `{name}`: {of}" for name, of in models)]
 
 
 def set_config_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

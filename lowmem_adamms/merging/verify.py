@@ -22,17 +22,18 @@ from ..checkpoints.span import Span
 from ..errors import FormatError, RecipeError
 from ..mapping.alphas import Alpha, alpha_from_json
 from ..mapping.join import make_plan
-from ..mapping.methods import METHODS
 from ..mapping.mixture import Mixture, make_mixture
 from ..mapping.plan import Plan, Step
+from ..methods import METHODS
 from ..settings import MethodSettings
 from .first_pass import find
 from .journal import JOURNAL, WORK
-from .loop import Blend, Copy, choose_work
+from .loop import choose_work
 from .mix import Mix, make_mixing
 from .model_card import describe_nonfinite, digest_input
 from .output_folder import INDEX, digest_file
 from .sources import remote_shards
+from .stretch import Blend, Copy
 
 SAMPLES = 4
 SAMPLE_ELEMENTS = 4096
@@ -102,8 +103,7 @@ def verify(
             notes.append("the output is quantized: its digests were checked, no rows recomputed")
         else:
             donors = [donor] if isinstance(donor, str | Path) else list(donor or ())
-            given = {"base": base, "ancestor": ancestor}
-            given |= dict(zip(_donor_names(recipe), donors, strict=False))
+            given = _name_inputs(out, recipe, base, donors, ancestor)
             for side in recipe["inputs"]:
                 recipe[side] = str(given.get(side) or _find_input(out, recipe, side))
             rows = _check_rows(out, checkpoint, recipe, progress)
@@ -164,6 +164,22 @@ def _donor_names(recipe: Mapping[str, Any]) -> list[str]:
     return [side for side in recipe["inputs"] if side.startswith("donor")]
 
 
+def _name_inputs(
+    out: Path,
+    recipe: Mapping[str, Any],
+    base: str | Path | None,
+    donors: Sequence[str | Path],
+    ancestor: str | Path | None,
+) -> dict[str, str | Path | None]:
+    """The places that were given, by the recipe's names; RecipeError for more than it has."""
+    names = _donor_names(recipe)
+    if len(donors) > len(names):
+        raise RecipeError(f"{out} was merged from {len(names)} donors, found {len(donors)}")
+    if ancestor and "ancestor" not in recipe["inputs"]:
+        raise RecipeError(f"{out} was merged without an ancestor; leave out `ancestor`")
+    return dict(zip(names, donors, strict=False)) | {"base": base, "ancestor": ancestor}
+
+
 def _check_structure(out: Path, checkpoint: Checkpoint, recipe: dict[str, Any]) -> None:
     nbytes = sum(span.nbytes for span in checkpoint.tensors.values())
     if (out / INDEX).is_file():
@@ -206,7 +222,8 @@ def _find_input(out: Path, recipe: dict[str, Any], side: str) -> str:
     beside = out.absolute().parent / ref
     if not beside.exists() and "/" not in ref:
         raise FormatError(
-            f"{out}: its {side}, called {ref}, does not lie beside it; give its place as `{side}`"
+            f"{out}: its {side}, called {ref}, does not lie beside it; give its place as"
+            f" `{side.split()[0]}`"
         )
     return str(beside) if beside.exists() else ref
 
@@ -286,7 +303,7 @@ def _check_step(plan: Plan, step: Step, out: Span, alpha: Alpha, reader: Sampled
         written = out.flat_slice(part_start, part.base.elements)
         count = min(part.base.elements, SAMPLE_ELEMENTS)
         whole = choose_work(plan, step, step.dtype.nbytes(part_start), part, alpha)
-        if any(isinstance(side, Arranged) for side in whole.sides):
+        if whole.is_arranged:
             count = min(count, SQUARE_ELEMENTS)
         for first in evenly_spread(part.base.elements, count, SAMPLES):
             found, *inputs = _take_sample((written, *whole.sides), whole, first, count)

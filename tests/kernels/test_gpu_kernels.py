@@ -13,6 +13,7 @@ import torch
 from bits import SAME, TRIPLES, WIDTH, Triple
 from gpu_copies import CARD, copy_of_gpu, interpreted_gpu
 from lowmem_adamms.kernels import gpu, reference
+from lowmem_adamms.kernels.reference import Mixing, Term
 
 Parts = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 ALL_BF16 = ("BF16", "BF16", "BF16")
@@ -62,30 +63,70 @@ def test_a_part_larger_than_a_chunk_has_its_reference_bits() -> None:
     assert np.array_equal(out.numpy().view(np.uint16), expected)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtypes", [*SAME, ("F16", "F32", "BF16")], ids="-".join)
-def test_compiled_code_neither_fuses_nor_flushes(
-    dtypes: Triple, capability: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    triton = pytest.importorskip("triton")
+def compile_to_ptx(
+    kernel: str, constants: Callable[[Any], dict[str, Any]], types: Sequence[Any], capability: int
+) -> str:
+    """PTX of a kernel of gpu.py; types: of its arguments that are no constants."""
     backends = importlib.import_module("triton.backends.compiler")
     compiler = importlib.import_module("triton.compiler")
+    compiled = copy_of_gpu("compiled_gpu")
+    function, values = getattr(compiled, kernel), constants(compiled)
+    given = zip(function.arg_names, types, strict=False)
+    signature = dict(given) | dict.fromkeys(values, "constexpr")
+    source = compiler.ASTSource(function, signature, values)
+    target = backends.GPUTarget("cuda", capability, 32)
+    return str(
+        importlib.import_module("triton")
+        .compile(source, target=target, options=compiled._OPTIONS)
+        .asm["ptx"]
+    )
+
+
+@pytest.fixture
+def ptx_of(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    compiled = copy_of_gpu("compiled_gpu")
-    constants = compiled._constants(dtypes)
-    words = ["*i16" if WIDTH[dtype] == 16 else "*i32" for dtype in dtypes]
-    signature = dict.fromkeys(constants, "constexpr") | dict(
-        zip(compiled._blend.arg_names, [*words, "i32", "i64", "i64"], strict=False)
-    )
-    source = compiler.ASTSource(
-        compiled._blend, {name: signature[name] for name in compiled._blend.arg_names}, constants
-    )
-    target = backends.GPUTarget("cuda", capability, 32)
-    ptx = triton.compile(source, target=target, options=compiled._OPTIONS).asm["ptx"]
+    return compile_to_ptx
+
+
+def words(dtypes: Sequence[str]) -> list[str]:
+    return ["*i16" if WIDTH[dtype] == 16 else "*i32" for dtype in dtypes]
+
+
+def assert_plain_arithmetic(ptx: str) -> None:
+    """Neither fused nor flushed."""
     assert "mul.rn.f64" in ptx and "add.rn.f64" in ptx
     assert "fma" not in ptx
     assert "ftz" not in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtypes", [*SAME, ("F16", "F32", "BF16")], ids="-".join)
+def test_a_compiled_blend_neither_fuses_nor_flushes(
+    dtypes: Triple, capability: int, ptx_of: Callable[..., str]
+) -> None:
+    types = [*words(dtypes), "i32", "i64", "i64"]
+    assert_plain_arithmetic(ptx_of("_blend", lambda g: g._constants(dtypes), types, capability))
+
+
+@pytest.mark.parametrize(
+    ("mixing", "dtypes"),
+    [
+        (Mixing((Term(0.4), Term(0.3), Term(0.3))), ("F16", "F32", "BF16", "BF16")),
+        (
+            Mixing((Term(2, kept=1), Term(2, kept=1)), relative=True, elect=True, mean=True),
+            ("BF16",) * 4,
+        ),
+    ],
+)
+def test_a_compiled_mix_neither_fuses_nor_flushes(
+    mixing: Mixing, dtypes: tuple[str, ...], ptx_of: Callable[..., str]
+) -> None:
+    types = [tuple(words(dtypes[:-1])), *words(dtypes[-1:]), "i32", "i64", "*i64"]
+    ptx = ptx_of("_mix", lambda g: g._mix_constants(dtypes, mixing), types, 80)
+    assert_plain_arithmetic(ptx)
+    assert ("div.rn.f64" in ptx) == mixing.mean
 
 
 # Selection

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from bits import DTYPES, Bits, patterns, specials, weights
+from gpu_copies import CARD, interpreted_gpu
 from lowmem_adamms.kernels import cpu, gpu, reference, select
 from lowmem_adamms.kernels.reference import Mixing, Term
 
@@ -34,15 +35,32 @@ MIXINGS = {
     "one": Mixing((Term(),), 0.5, relative=True),
 }
 FIRST = 12345
+KERNELS = ("numba", "triton", "torch-cpu", *(["torch-cuda"] if CARD else []))
 
 
-def mix_on_torch(
-    parts: Sequence[Sequence[Any]], dtypes: Sequence[str], mixing: Mixing, firsts: Sequence[int]
-) -> None:
-    gpu.mix([[torch.from_numpy(each) for each in part] for part in parts], dtypes, mixing, firsts)
+def on_tensors(kernel: gpu.MixKernel, device: str = "cpu") -> Callable[..., None]:
+    """A kernel for torch tensors as one for numpy arrays."""
+
+    def mix(parts: Sequence[Sequence[Any]], *rest: Any) -> None:
+        tensors = [[torch.from_numpy(each).to(device) for each in part] for part in parts]
+        with np.errstate(all="ignore"):  # Triton's interpreter is numpy
+            kernel(tensors, *rest)
+        for part, made in zip(parts, tensors, strict=True):
+            part[-1][...] = made[-1].cpu().numpy()
+
+    return mix
 
 
-KERNELS = {"numba": cpu.mix, "torch": mix_on_torch}
+@pytest.fixture(scope="module", params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Callable[..., None]:
+    name: str = request.param
+    if name == "numba":
+        kernel: Callable[..., None] = cpu.mix
+        return kernel
+    if name == "triton":
+        pytest.importorskip("triton")
+        return on_tensors(interpreted_gpu().mix_triton)
+    return on_tensors(gpu.mix, name.removeprefix("torch-"))
 
 
 def streams_of(mixing: Mixing) -> int:
@@ -79,16 +97,15 @@ def run(
     return out
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", MIXINGS)
-def test_a_kernel_gives_the_reference_bits(kernel: str, name: str) -> None:
+def test_a_kernel_gives_the_reference_bits(kernel: Callable[..., None], name: str) -> None:
     mixing = MIXINGS[name]
-    count = cpu.BLOCK + 300 if kernel == "numba" else 900
+    count = cpu.BLOCK + 300 if kernel is cpu.mix else 900
     for shift, out in itertools.product(range(3), DTYPES):
         dtypes = [DTYPES[(i + shift) % 3] for i in range(streams_of(mixing))] + [out]
         streams = inputs(dtypes[:-1], count)
         expected = reference.mix(streams, dtypes, mixing, FIRST)
-        assert np.array_equal(run(KERNELS[kernel], streams, dtypes, mixing), expected), dtypes
+        assert np.array_equal(run(kernel, streams, dtypes, mixing), expected), dtypes
 
 
 def test_without_numba_the_reference_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,16 +120,15 @@ def test_the_temporaries_of_torch_do_not_grow_with_the_number_of_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    piece = gpu._mix_piece
+    mix_values = reference.mix_values
 
-    def watched(values: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+    def watched(values: Sequence[torch.Tensor], *rest: Any) -> Any:
         seen.append(sum(value.numel() for value in values))
-        mixed: torch.Tensor = piece(values, *rest)
-        return mixed
+        return mix_values(values, *rest)
 
-    monkeypatch.setattr(gpu, "_mix_piece", watched)
-    dtypes = ("BF16",) * 4
-    run(mix_on_torch, [np.zeros(2 * gpu.CHUNK, np.uint16)] * 3, dtypes, MIXINGS["three"])
+    monkeypatch.setattr(reference, "mix_values", watched)
+    streams = [np.zeros(2 * gpu.CHUNK, np.uint16)] * 3
+    run(on_tensors(gpu.mix_torch), streams, ("BF16",) * 4, MIXINGS["three"])
     assert max(seen) <= gpu.CHUNK
 
 

@@ -14,6 +14,7 @@ import tiny
 import torch
 from command import run
 from hub_server import HubServer, use
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from lowmem_adamms import LiveModel, make_plan, merge
@@ -105,6 +106,7 @@ def test_an_adapter_of_the_text_model_is_added_to_a_multimodal_one(
     for name in before.keys() - changed:
         assert tiny.raw(after[name]) == tiny.raw(before[name])
     assert verify(out, deep=True, base=base, donor=adapter).rows
+    assert ModelCard.load(out / "README.md").data.base_model == [base.name, "adapter"]
     assert not (out / "adapter_config.json").exists()
     assert min(kinship.measure(plan).cosines.values()) > 0.5
 
@@ -282,6 +284,13 @@ STEM = f"{PREFIX}.0.self_attn.q_proj"
                 f"{STEM}.lora_magnitude_vector": torch.ones(64),
             },
             "lora_magnitude_vector is of no plain LoRA",
+        ),
+        (
+            {
+                "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9),
+                "base_model.model.model.embed_tokens.lora_embedding_B": torch.ones(H, 2),
+            },
+            "embed_tokens.lora_embedding_A is of no plain LoRA; merge the adapter into its model",
         ),
         (
             {

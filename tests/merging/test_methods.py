@@ -19,16 +19,18 @@ import pytest
 import tiny
 import torch
 from command import Forker, run
+from huggingface_hub import ModelCard
 from lowmem_adamms.kernels import reference
 from tiny import Tensors, raw, seen
 
 from lowmem_adamms import Alphas, make_plan, merge
 from lowmem_adamms.errors import MappingError, MergeError, RecipeError
-from lowmem_adamms.mapping.methods import METHODS
-from lowmem_adamms.mapping.mixture import Mixture
+from lowmem_adamms.mapping.mixture import Mixture, make_mixture
 from lowmem_adamms.mapping.plan import Step
-from lowmem_adamms.merging import first_pass, loop
+from lowmem_adamms.merging import first_pass, loop, model_card
 from lowmem_adamms.merging.verify import verify
+from lowmem_adamms.methods import METHODS, Method
+from lowmem_adamms.settings import MethodSettings
 
 Floats = npt.NDArray[Any]
 Mask = npt.NDArray[Any]
@@ -149,7 +151,7 @@ def draw(seed: int, model: int, name: str, shape: tuple[int, ...]) -> Floats:
 
 def mixed_values(name: str, case: Case, stack: Stack, everything: Sequence[Stack]) -> Floats:
     """One tensor as the method has it, before it is rounded."""
-    method = METHODS[case.method]  # type: ignore[index]
+    method = METHODS[case.method]
     where = stack.mixed(method.relative)
     if case.method == "slerp":
         return slerp(stack, where, *case.alphas)
@@ -347,7 +349,7 @@ def test_equal_models_come_out_unchanged(
 ) -> None:
     base = models["base"]
     copy = shutil.copytree(base, tmp_path / "copy")
-    relative = METHODS[method].relative  # type: ignore[index]
+    relative = METHODS[method].relative
     plan = make_plan(base, [copy, copy], method=method, ancestor=copy if relative else None)
     alpha: Any = (0.3, 0.3) if plan.coefficients > 1 else 0.3
     merge(plan, alpha, tmp_path / "out")
@@ -367,6 +369,54 @@ def test_each_donor_takes_its_own_weights_by_layer(models: dict[str, Path], tmp_
         ours, theirs = weights(tmp_path / "out"), weights(tmp_path / donor)
         assert all(ours[key] == theirs[key] for key in ours if name in key)
     assert verify(tmp_path / "out", deep=True, **places(Case("linear", ()), models)).rows
+
+
+def test_a_new_method_is_one_entry(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CONTRIBUTING says. Task arithmetic of what has the sign of the sum."""
+    method = Method("consensus", "base + ...", "nobody", elect=True)
+    monkeypatch.setitem(METHODS, method.name, method)
+    settings = MethodSettings(method=method.name)
+    donors = [models["donor"], models["text"]]
+    plan = make_mixture(models["base"], donors, settings, ancestor=models["ancestor"])
+    merge(plan, (0.5, 0.25), tmp_path / "out")
+    case = Case("task-arithmetic", (0.5, 0.25))
+    name = "model.layers.1.mlp.up_proj.weight"
+    stack = stack_of(name, case, {each: tiny.load(path) for each, path in models.items()})
+    weighted = zip((1.0, 0.5, 0.25), stack.models, strict=True)
+    added = np.stack([weight * (model - stack.ancestor) for weight, model in weighted])
+    sign = np.where(added.sum(axis=0) >= 0, 1, -1)
+    exact = stack.ancestor + np.where(np.sign(added) == sign, added, 0).sum(axis=0)
+    found = tiny.load(tmp_path / "out")[name].double().numpy()
+    assert np.array_equal(found, rounded(exact, stack.dtype))
+    assert verify(tmp_path / "out", deep=True, **places(case, models)).rows
+    assert "method consensus (nobody)" in (tmp_path / "out" / "README.md").read_text()
+
+
+# The model card
+
+
+@pytest.mark.parametrize(
+    ("licences", "front"),
+    [
+        ({"base": "mit", "donor": "mit"}, "mit"),
+        ({"base": "mit", "text": "cc-by-nc-4.0"}, "other"),
+        ({"ancestor": "mit"}, None),
+    ],
+)
+def test_the_card_names_every_model_and_its_licence(
+    licences: dict[str, str], front: str | None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    copies = {name: shutil.copytree(path, tmp_path / name) for name, path in models.items()}
+    for name, licence in licences.items():
+        (copies[name] / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    card = model_card.make_card(plan_of(Case("ties", (1.0,)), copies), 1.0, {})
+    data: Any = ModelCard(card).data
+    assert data.base_model == ["base", "donor", "text", "ancestor"]
+    assert data.get("license") == front
+    for name in copies:
+        assert f"- `{name}`: {licences.get(name, 'not stated')}\n" in card
 
 
 # The same bits, however the work is cut
@@ -567,6 +617,12 @@ def test_the_commands_take_donors_weights_and_methods(
     merge(make_plan(base, [donor, text]), (0.3, 0.2), tmp_path / "python")
     assert seen(tmp_path / "two") == seen(tmp_path / "python")
     assert "alpha 0.3 and 0.2, base <- donor + text" in capsys.readouterr().err
+    check = ["verify", tmp_path / "two", "--deep", "--base", base, "--donor", donor]
+    assert run(*check, "--donor", text) == 0
+    assert run(*check, "--donor", text, "--donor", text) == 2
+    assert "was merged from 2 donors, found 3" in capsys.readouterr().err
+    assert run(*check, "--ancestor", models["ancestor"]) == 2
+    assert "was merged without an ancestor" in capsys.readouterr().err
     method = ["--method", "ties", "--ancestor", models["ancestor"]]
     assert run(base, donor, "-o", tmp_path / "ties", *method) == 0  # at the method's own alpha
     assert json.loads((tmp_path / "ties" / "adamms.json").read_text())["alpha"] == 1.0

@@ -18,8 +18,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import MethodName
-
 Measure = Literal["magnitudes", "products", "squares"]
 
 
@@ -45,7 +43,7 @@ class Method:
         max_donors: None: any number.
     """
 
-    name: MethodName
+    name: str
     formula: str
     source: str
     relative: bool = True
