@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from command import run
+from command import Terminal, run
 from safetensors.torch import load_file, save_file
 from tiny import seen
 
@@ -53,13 +53,6 @@ def assert_one_error(out: str, err: str, words: str = "") -> None:
     assert len(err.splitlines()) == 1, err
     assert err.startswith("error: ")
     assert re.search(words, err), err
-
-
-class Terminal(io.StringIO):
-    """A stderr that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 # The commands

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +24,7 @@ import pytest
 import talk
 import tiny
 import torch
-from command import Forker, run
+from command import Forker, Terminal, run
 from tiny import seen
 
 from lowmem_adamms import LiveModel, __version__, make_plan, merge, search
@@ -1044,42 +1043,21 @@ def screen(stream: str) -> tuple[list[str], list[str]]:
     return [line for line in lines if line], sorted(ever)
 
 
-def on_a_terminal(words: tuple[object, ...]) -> tuple[int, str, str]:
-    """Exit code, stdout, and what was written to stderr, which is a terminal."""
-    pty = pytest.importorskip("pty")
-    mine, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowmem_adamms", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        cwd=ROOT,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "300", "OMP_NUM_THREADS": "1"},
-    )
-    os.close(theirs)
-    with process:
-        stderr = b"".join(read_all(mine))
-        assert process.stdout is not None
-        return process.wait(), process.stdout.read().decode(), stderr.decode()
-
-
-def read_all(terminal: int) -> Iterator[bytes]:
-    """Until the other side is closed, which Linux reports as an error."""
-    try:
-        while block := os.read(terminal, 1 << 16):
-            yield block
-    except OSError:
-        pass
-    finally:
-        os.close(terminal)
-
-
 def test_on_a_terminal_a_table_comes_and_goes(
-    pair: tuple[Path, Path], prompts: Path, tmp_path: Path
+    pair: tuple[Path, Path],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
-    words = (*pair, "-o", tmp_path / "out", "--prompts", prompts, *QUICK)
-    code, stdout, stderr = on_a_terminal(words)
-    assert code == 0, stderr
-    left, ever = screen(stderr)
+    terminal = Terminal()
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "300")):
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        assert run(*pair, "-o", tmp_path / "out", "--prompts", prompts, *QUICK) == 0
+    left, ever = screen(terminal.getvalue())
+    stdout = capsys.readouterr().out
     assert any("differs from previous" in line for line in ever)
     assert any(line.startswith("loading the model") for line in ever)
     assert not any("differs from previous" in line for line in left)

@@ -387,7 +387,7 @@ def test_a_streamed_model_runs_with_what_the_merged_checkpoint_loads_as(
     is_tied = embedding is output
     assert isinstance(output, VocabularyTable) == (head == "windows")
     assert isinstance(embedding, VocabularyTable) == (head == "windows" or not is_tied)
-    for alpha in (0.3, 1, 0.3, 0):
+    for alpha in (0.3, 0, 0.3):
         pair.live.apply(alpha)
         assert_same(contents_as_it_runs(model), pair.expected(alpha))
 

@@ -146,7 +146,7 @@ def test_alike_forms_stay_whole(form: str, write: Write) -> None:
     assert all(part.donor_rows == part.rows for _, part in plan.parts)
 
 
-@pytest.mark.parametrize("window", [8, 20, 100, 1000])
+@pytest.mark.parametrize("window", [20, 100])
 @pytest.mark.parametrize(("base", "donor"), [("transposed", "each"), ("stacked", "interleaved")])
 def test_a_slab_is_cut_by_any_window(base: str, donor: str, window: int, write: Write) -> None:
     """Windows end within the rows of a slab; each span is read once and let go of once."""

@@ -76,7 +76,7 @@ def test_blended_values_that_are_not_finite_are_refused_by_name_and_number(
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
 
 
-@pytest.mark.parametrize("window", [64, 1 << 20])
+@pytest.mark.parametrize("window", [500, 1 << 20])
 def test_they_are_counted_exactly_where_they_are_allowed(
     window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

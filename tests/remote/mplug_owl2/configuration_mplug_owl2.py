@@ -8,6 +8,25 @@ from typing import Any
 
 transformers: Any = importlib.import_module("transformers")
 
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+    "visual_config": {},
+    "image_token_index": -200,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+
 
 class MPLUGOwl2Config(transformers.PreTrainedConfig):
     """What config.json holds; `visual_config` has `visual_model` and `visual_abstractor`."""
@@ -15,42 +34,8 @@ class MPLUGOwl2Config(transformers.PreTrainedConfig):
     model_type = "mplug_owl2"
     _auto_class = "AutoConfig"
 
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        hidden_size: int = 4096,
-        intermediate_size: int = 11008,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = None,
-        max_position_embeddings: int = 2048,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
-        initializer_range: float = 0.02,
-        visual_config: dict[str, dict[str, Any]] | None = None,
-        image_token_index: int = -200,
-        pad_token_id: int = 0,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        tie_word_embeddings: bool = False,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.initializer_range = initializer_range
-        self.visual_config = visual_config or {}
-        self.image_token_index = image_token_index
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-        self.use_cache = use_cache
+    def __init__(self, **kwargs: Any) -> None:
+        for name, default in DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        self.num_key_value_heads = kwargs.pop("num_key_value_heads", self.num_attention_heads)
         super().__init__(**kwargs)
