@@ -161,6 +161,16 @@ def test_what_is_all_known_needs_no_model(tmp_path: Path) -> None:
     assert told == [(alpha, 0) for alpha in ALPHAS for _ in PROMPTS]
 
 
+def test_answers_stand_in_the_order_of_the_prompts_however_they_were_finished(
+    tmp_path: Path,
+) -> None:
+    with AnswerJournal(tmp_path / "a", "mine") as journal:
+        for place in reversed(range(len(PROMPTS))):
+            journal.note(0.0, place, f"{PROMPTS[place].text} at 0.0", [place])
+    with opened(None, tmp_path / "a") as session:
+        assert session(0.0, PROMPTS) == answers_at(0.0)
+
+
 def test_only_what_is_missing_of_an_alpha_is_asked(tmp_path: Path) -> None:
     path, model = tmp_path / "answers.jsonl", FakeModel()
     with opened(FakeModel(), path) as session:
