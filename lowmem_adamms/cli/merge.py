@@ -18,6 +18,7 @@ from ..methods import METHODS
 from ..prompts import load_prompts
 from ..settings import (
     AnswerSettings,
+    EngineSettings,
     GridSettings,
     MethodSettings,
     PlacementSettings,
@@ -122,8 +123,10 @@ def run(options: MergeOptions) -> int:
 
 def _check_options(options: MergeOptions) -> None:
     """RecipeError where the words contradict each other, before anything is opened."""
-    weights = options.alpha is not None or options.alpha_layers is not None
-    has_default = METHODS[options.method].alpha is not None
+    is_searched = options.prompts is not None
+    is_given = options.alpha is not None or options.alpha_layers is not None
+    if not is_searched and METHODS[options.method].alpha is not None:
+        is_given = True  # by the method's default
     if options.config is not None:
         names = ["base", "donor", "more", "alpha", "alpha_layers", "prompts"]
         names += [item.name for item in changed(options, MethodSettings)]
@@ -132,13 +135,13 @@ def _check_options(options: MergeOptions) -> None:
             raise RecipeError(f"--config names models and weights; leave out {spelled(given)}")
     elif not (options.base and options.donor):
         raise RecipeError("merge needs BASE and DONOR, or --config with mergekit's YAML")
-    elif weights == (options.prompts is not None) and (weights or not has_default):
+    elif is_given == is_searched:
         raise RecipeError(
             "give either --alpha, the donor's weight (0.1 to 0.3 is usual), or --prompts, questions"
             " to search it with"
         )
-    if options.prompts is None:
-        kinds = (PromptSettings, GridSettings, AnswerSettings, PlacementSettings)
+    if not is_searched:
+        kinds = (PromptSettings, GridSettings, AnswerSettings, EngineSettings, PlacementSettings)
         if unused := changed(options, *kinds):
             raise RecipeError(
                 f"no search is made at a given alpha: leave out {spelled(unused)}, or give"

@@ -128,15 +128,14 @@ def find_alpha(
     for line in placement.lines:
         print_info(line)
     download(plan, show_bars=shows_progress())
-    passes = count_passes(plan.coefficients, settings.alphas, settings.refine)
+    passes = len(settings.alphas) + settings.donor_answers
     if plan.coefficients > 1:
+        passes = count_passes(plan.coefficients, settings.alphas, settings.refine)
         print_info(
             f"{plan.coefficients} donors are searched one after the other, each at the alphas"
             f" chosen before it: up to {passes} passes over the questions"
         )
-    counts = len(settings.alphas) + settings.donor_answers, len(prompts)
-    if plan.coefficients > 1:
-        counts = passes, len(prompts)
+    counts = passes, len(prompts)
     if isinstance(placement, Placement):
         for line in describe_time(plan, placement, *counts, settings.max_new_tokens):
             print_info(line)

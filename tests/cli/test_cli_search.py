@@ -34,6 +34,7 @@ from lowmem_adamms.merging.journal import ANSWERS, JOURNAL, WORK, AnswerJournal
 from lowmem_adamms.prompts import Prompt, load_prompts
 from lowmem_adamms.settings import (
     AnswerSettings,
+    EngineSettings,
     GridSettings,
     PlacementSettings,
     PromptSettings,
@@ -839,10 +840,10 @@ def test_what_does_not_fit_is_not_fetched(
 # Errors
 
 
-SEARCHING = (PromptSettings, GridSettings, AnswerSettings, PlacementSettings)
-SWITCHES = ("no-drafts", "no-vision-cache", "no-noise", "donor-answers")
+SEARCHING = (PromptSettings, GridSettings, AnswerSettings, EngineSettings, PlacementSettings)
+SWITCHES = ("no-drafts", "no-vision-cache", "no-noise", "donor-answers", "ray")
 WISHES = {"device": "cpu", "live-quantize": "int8", "live-dtype": "fp16", "alphas": "0:1:0.5"}
-WISHES |= {"measure": "joint", "ram": "9GB", "vram": "0", "live": "streamed"}
+WISHES |= {"measure": "joint", "engine": "vllm", "ram": "9GB", "vram": "0", "live": "streamed"}
 WISHES["reasoning-tags"] = ""
 
 

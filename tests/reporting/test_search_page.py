@@ -189,6 +189,12 @@ def test_each_score_has_a_point_and_a_whisker_and_each_end_its_reason() -> None:
     assert not page.of_class("path", "whisker")
 
 
+def test_the_axis_counts_whole_answers_however_few_differ() -> None:
+    page = page_of(result_of(["a", "b", "b", "b"], ["c", "c", "c", "d"]))
+    levels = [a["y1"] for a in page.of_class("line", "grid")]
+    assert len(levels) <= 4  # 0, 1, 2, and one above
+
+
 def test_points_lie_as_their_scores_and_inside_the_chart() -> None:
     rows = [[f"{q}", f"{q * (q % 3)}", f"{q * (q % 2)}", f"{q}", f"{-q}"] for q in range(30)]
     result = result_of(*rows, alphas=(0.0, 0.1, 0.2, 0.3, 0.6))
