@@ -120,7 +120,6 @@ def find_alpha(
     """A search with its placement and progress on stderr."""
     from ..merging.sources import download
     from ..reporting import terminal
-    from ..searching.in_turn import count_passes
 
     api.check_search(plan, settings)
     api.check_images(plan, prompts)
@@ -128,14 +127,7 @@ def find_alpha(
     for line in placement.lines:
         print_info(line)
     download(plan, show_bars=shows_progress())
-    passes = len(settings.alphas) + settings.donor_answers
-    if plan.coefficients > 1:
-        passes = count_passes(plan.coefficients, settings.alphas, settings.refine)
-        print_info(
-            f"{plan.coefficients} donors are searched one after the other, each at the alphas"
-            f" chosen before it: up to {passes} passes over the questions"
-        )
-    counts = passes, len(prompts)
+    counts = _count_passes(plan, settings), len(prompts)
     if isinstance(placement, Placement):
         for line in describe_time(plan, placement, *counts, settings.max_new_tokens):
             print_info(line)
@@ -153,6 +145,20 @@ def find_alpha(
             progress=progress,
             note=print_note,
         )
+
+
+def _count_passes(plan: Plan, settings: SearchSettings) -> int:
+    """How often the questions are asked; with a word of explanation for several donors."""
+    from ..searching.in_turn import count_passes
+
+    if plan.coefficients == 1:
+        return len(settings.alphas) + settings.donor_answers
+    passes = count_passes(plan.coefficients, settings.alphas, settings.refine)
+    print_info(
+        f"{plan.coefficients} donors are searched one after the other, each at the alphas chosen"
+        f" before it: up to {passes} passes over the questions"
+    )
+    return passes
 
 
 def show_found(found: api.FoundAlpha) -> None:
