@@ -7,7 +7,7 @@ once: it takes them window by window through one buffer.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from .model_size import HEAD_WINDOW_ROWS
 FillBytes = Callable[[Step, torch.Tensor], None]
 """Writes a step's tensor into flat bytes."""
 
+ALIGNED_ROWS = 64
+"""More than the vectors of processors hold."""
 READ_AHEAD_BYTES = 1 << 20
 """Spans from this size on are read ahead."""
 _METADATA = {"detach", "dim", "element_size", "is_floating_point", "numel", "size"}
@@ -45,36 +47,39 @@ class RowBlender:
         self._like = like.new_empty(0)
         self._fill = fill
         self._starts = [part.rows[0] for part in step.parts]
-        self._window_rows = min(HEAD_WINDOW_ROWS, step.shape[0])
         self._window: torch.Tensor | None = None
 
     def look_up(self, rows: Sequence[int]) -> torch.Tensor:
         """Some rows, in this order."""
-        parts = [part for place, row in enumerate(rows) for part in self._cut(row, row + 1, place)]
-        memory = self._like.new_empty(self._nbytes(len(rows)), dtype=torch.uint8)
-        return self._blend(parts, len(rows), memory)
+        return self._blend([(row, row + 1) for row in rows], self._new_memory(len(rows)))
 
     def multiply(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """What `linear` gives with the whole weight."""
-        rows, count = self.step.shape[0], self._window_rows
+        rows = self.step.shape[0]
         if self._window is None:
-            self._window = self._like.new_empty(self._nbytes(count), dtype=torch.uint8)
+            self._window = self._new_memory(min(rows, HEAD_WINDOW_ROWS))
         out = inputs.new_empty((*inputs.shape[:-1], rows))
-        # The last window overlaps: a smaller product may be summed in another order
-        for first in (*range(0, rows - count, count), rows - count):
-            weight = self._blend(list(self._cut(first, first + count, 0)), count, self._window)
-            window = slice(first, first + count)
-            part_of_bias = None if bias is None else bias[window]
-            out[..., window] = functional.linear(inputs, weight, part_of_bias)
+        for first, stop in _cut_windows(rows):
+            weight = self._blend([(first, stop)], self._window)
+            part_of_bias = None if bias is None else bias[first:stop]
+            out[..., first:stop] = functional.linear(inputs, weight, part_of_bias)
         return out
 
-    def _nbytes(self, rows: int) -> int:
-        return self.step.dtype.nbytes(rows * self.step.shape[1])
+    def _new_memory(self, rows: int) -> torch.Tensor:
+        nbytes = self.step.dtype.nbytes(rows * self.step.shape[1])
+        return self._like.new_empty(nbytes, dtype=torch.uint8)
 
-    def _blend(self, parts: Sequence[Part], rows: int, memory: torch.Tensor) -> torch.Tensor:
+    def _blend(self, ranges: Iterable[tuple[int, int]], memory: torch.Tensor) -> torch.Tensor:
+        """Ranges of rows, one after the other, in the first bytes of some memory."""
+        parts: list[Part] = []
+        rows = 0
+        for first, stop in ranges:
+            parts += self._cut(first, stop, rows)
+            rows += stop - first
         step = replace(self.step, shape=(rows, self.step.shape[1]), parts=tuple(parts))
-        self._fill(step, memory)
-        return memory.view(torch_dtype(step.dtype)).view(step.shape).to(self._like.dtype)
+        content = memory[: step.nbytes]
+        self._fill(step, content)
+        return content.view(torch_dtype(step.dtype)).view(step.shape).to(self._like.dtype)
 
     def _cut(self, first: int, stop: int, place: int) -> Iterator[Part]:
         """The parts of a range of rows, which come at row `place` of what is blended."""
@@ -92,6 +97,20 @@ class RowBlender:
                 base=part.base.rows(*inside),
                 donor=part.donor.rows(*inside) if part.donor else None,
             )
+
+
+def _cut_windows(rows: int) -> Iterator[tuple[int, int]]:
+    """First row of each window of a head, and the row behind its last.
+
+    Libraries multiply the rows behind the last multiple of ALIGNED_ROWS in another way, and a small
+    matrix as well. So windows begin at such multiples, and the last one is as large as the others:
+    it overlaps the one before.
+    """
+    count = HEAD_WINDOW_ROWS - ALIGNED_ROWS
+    last = max(0, (rows - count) // ALIGNED_ROWS * ALIGNED_ROWS)
+    for first in range(0, last, count):
+        yield first, first + count
+    yield last, rows
 
 
 class VocabularyTable(torch.Tensor):

@@ -380,7 +380,7 @@ def test_a_streamed_model_runs_with_what_the_merged_checkpoint_loads_as(
     name: str, head: str, ready: GetReady, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma's embedding, of "silent-untied", scales what it looks up."""
-    monkeypatch.setattr(vocabulary_table, "HEAD_WINDOW_ROWS", 48)
+    monkeypatch.setattr(vocabulary_table, "HEAD_WINDOW_ROWS", 128)
     pair = ready(name, live="streamed", head_in_windows=head == "windows")
     model = pair.live.model
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight

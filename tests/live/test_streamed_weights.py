@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lowmem_adamms.live import (
     decoder_layers,
     held_weights,
     live_model,
+    model_size,
     streamed_weights,
     vocabulary_table,
 )
@@ -280,7 +282,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Tied, and its embedding scales what it looks up."""
     transformers = __import__("transformers")
     config = transformers.Gemma3TextConfig(
-        vocab_size=tiny.ROWS,
+        vocab_size=tiny.ROWS - 3,
         hidden_size=tiny.HIDDEN,
         intermediate_size=tiny.INNER,
         num_hidden_layers=3,
@@ -322,7 +324,7 @@ def test_a_head_in_windows_gives_the_bits_of_one_that_is_held(
     gemma: Plan,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vocabulary_table, "HEAD_WINDOW_ROWS", 48)  # 320 rows: six, and one of 32
+    monkeypatch.setattr(vocabulary_table, "HEAD_WINDOW_ROWS", 128)  # of 320 rows, and of 317
     plan = {"tied qwen2_vl": tied, "gemma": gemma}.get(base) or plan_of(base)
     placements = placed(plan, "held"), replace(placed(plan), head_in_windows=True)
     found = []
@@ -336,6 +338,17 @@ def test_a_head_in_windows_gives_the_bits_of_one_that_is_held(
     assert not torch.equal(found[0][0][0], found[0][2][0])
 
 
+@pytest.mark.parametrize("rows", [40_001, 32_064, 4097, 4096, 4031, 63])
+def test_windows_cover_all_rows_and_begin_where_vectors_do(rows: int) -> None:
+    windows = list(vocabulary_table._cut_windows(rows))
+    assert (windows[0][0], windows[-1][1]) == (0, rows)
+    assert all(first % 64 == 0 for first, _ in windows)
+    assert all(before[1] >= after[0] for before, after in pairwise(windows))
+    sizes = {stop - first for first, stop in windows}
+    assert max(sizes) < model_size.HEAD_WINDOW_ROWS
+    assert min(sizes) >= min(rows, model_size.HEAD_WINDOW_ROWS - 64)
+
+
 def test_a_row_is_taken_out_of_a_table_and_nothing_else_is_done_with_it(gemma: Plan) -> None:
     """As Gemma 4 takes its padding's."""
     with LiveModel(gemma, placement=replace(placed(gemma), head_in_windows=True)) as model:
@@ -345,7 +358,7 @@ def test_a_row_is_taken_out_of_a_table_and_nothing_else_is_done_with_it(gemma: P
         assert torch.equal(weight[5], donor[5])
         assert torch.equal(weight[5, :], donor[5])
         assert (weight.shape, weight.dtype) == (donor.shape, donor.dtype)
-        inputs, bias = torch.randn(2, tiny.HIDDEN).bfloat16(), torch.randn(tiny.ROWS).bfloat16()
+        inputs, bias = torch.randn(2, tiny.HIDDEN).bfloat16(), torch.randn(tiny.ROWS - 3).bfloat16()
         found = torch.nn.functional.linear(inputs, weight, bias)
         assert torch.equal(found, torch.nn.functional.linear(inputs, donor, bias))
         with pytest.raises(TypeError):
