@@ -130,6 +130,9 @@ class VocabularyTable(torch.Tensor):
         table.blender = blender
         return table
 
+    def __repr__(self, *_: Any, **__: Any) -> str:
+        return f"VocabularyTable({tuple(self.shape)}, {self.dtype})"
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None

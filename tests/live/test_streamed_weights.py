@@ -361,6 +361,7 @@ def test_a_row_is_taken_out_of_a_table_and_nothing_else_is_done_with_it(gemma: P
         inputs, bias = torch.randn(2, tiny.HIDDEN).bfloat16(), torch.randn(tiny.ROWS - 3).bfloat16()
         found = torch.nn.functional.linear(inputs, weight, bias)
         assert torch.equal(found, torch.nn.functional.linear(inputs, donor, bias))
+        assert repr(weight) == "VocabularyTable((317, 64), torch.bfloat16)"
         with pytest.raises(TypeError):
             weight + 1
         with pytest.raises(TypeError, match="sum of a weight of which only the rows in use are"):
