@@ -94,8 +94,8 @@ class StreamedWeights:
                 for target in group.targets:
                     param = find_tensor(self.model, target)
                     param.data = param.data.clone()
-        head = self.model.get_output_embeddings()
-        if self._placement.head_in_windows and type(head.weight) is not VocabularyTable:
+        head_weight = getattr(self.model.get_output_embeddings(), "weight", None)
+        if self._placement.head_in_windows and type(head_weight) is not VocabularyTable:
             raise CannotStreamError(f"the head of {type(self.model).__name__} must be held whole")
         return replace(self._plan, steps=tuple(changed.values()))
 

@@ -368,22 +368,13 @@ def test_a_row_is_taken_out_of_a_table_and_nothing_else_is_done_with_it(gemma: P
             weight.sum()
 
 
+@pytest.mark.parametrize("head", [None, torch.nn.Conv1d(1, 1, 1)])
 def test_a_head_that_does_more_than_multiply_cannot_go_in_windows(
-    plan_of: Plans, monkeypatch: pytest.MonkeyPatch
+    head: Any, plan_of: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of("llama")
-
-    class Head(torch.nn.Module):
-        def __init__(self, columns: int, rows: int, bias: bool) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.empty(rows, columns))
-
-    llama = __import__("transformers").models.llama.modeling_llama
-    monkeypatch.setattr(
-        llama.LlamaForCausalLM,
-        "get_output_embeddings",
-        lambda self: Head(1, 1, False),
-    )
+    llama = __import__("transformers").LlamaForCausalLM
+    monkeypatch.setattr(llama, "get_output_embeddings", lambda self: head)
     with pytest.raises(CannotStreamError, match="head of LlamaForCausalLM must be held whole"):
         StreamedWeights(
             plan,
