@@ -130,9 +130,6 @@ class VocabularyTable(torch.Tensor):
         table.blender = blender
         return table
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
-        return f"VocabularyTable({tuple(self.shape)}, {self.dtype})"
-
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -146,6 +143,8 @@ class VocabularyTable(torch.Tensor):
         if function is torch.Tensor.__getitem__ and isinstance(args[1], int | tuple):
             row, *columns = args[1] if isinstance(args[1], tuple) else (args[1],)
             return args[0].blender.look_up([row])[(0, *columns)]
+        if function is torch.Tensor.__repr__:
+            return f"VocabularyTable({tuple(args[0].shape)}, {args[0].dtype})"
         if function.__name__ == "__get__" or function.__name__ in _METADATA:
             return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise TypeError(f"{function.__name__} of a weight of which only the rows in use are there")

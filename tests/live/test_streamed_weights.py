@@ -184,7 +184,7 @@ def test_batches_that_share_readings_answer_as_if_alone(
 def test_a_layer_is_read_once_for_all_batches(
     plan_of: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many they are: a pass of each and the layers that are filled ahead."""
+    """However many they are: three passes, and the layer that is filled ahead."""
     plan = plan_of("llama")
     counts = []
     for at_once in (1, 3):
@@ -197,10 +197,11 @@ def test_a_layer_is_read_once_for_all_batches(
             monkeypatch.setattr(
                 weights._layers, "_fill", lambda *a, f=fill, seen=filled: seen.append(f(*a))
             )
-            model.generate(["What is it?"] * 3, AnswerSettings(max_new_tokens=1), batch_size=1)
+            settings = AnswerSettings(max_new_tokens=3, drafts=False)
+            model.generate(["What is it?"] * 3, settings, batch_size=1)
             counts.append(len(filled))
-    assert counts[1] <= LAYERS + 1
-    assert counts[0] >= 3 * LAYERS - 1
+    assert counts[1] <= 3 * LAYERS + 1
+    assert counts[0] >= 2 * counts[1]
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
