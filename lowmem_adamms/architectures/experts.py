@@ -70,14 +70,10 @@ def split_stacks(
 ) -> dict[str, tuple[Block, ...]]:
     """The blocks of each stack of one checkpoint.
 
-    Args:
-        path: The checkpoint, for errors.
-        stacks: By tensor name: its roles in memory order, with EXPERT for the expert's number; its
-            shape; and whether the roles alternate row by row.
-        width: The decoder's width.
+    MappingError if a shape does not fit, or does not tell which way round the stack is.
 
-    Raises:
-        MappingError: A shape does not fit, or does not tell which way round the stack is.
+    stacks: by tensor name its roles in memory order, with EXPERT for the expert's number, its
+    shape, and whether the roles alternate row by row. width: the decoder's.
     """
     seen = {
         name: _sees_transposed(roles, shape, width) for name, (roles, shape, _) in stacks.items()

@@ -194,18 +194,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a folder, a bare file or `org/name[@revision]` by its headers.
 
-    What exists on disk is never looked for on the Hub.
+    What exists on disk is never looked for on the Hub. A checkpoint that is open is returned as it
+    is. FormatError for a file that is missing, damaged, or of a kind that cannot be merged.
 
-    Args:
-        ref: Where the checkpoint is; one that is open is returned as it is.
-        cache: Keep the small files of a Hub id in the ordinary cache.
-        download_bins: Download a repository that holds only .bin files, whose tensors cannot be
-            located otherwise.
-        as_stored: Leave quantized weights, of whatever kind, as they are, to look at them.
-
-    Raises:
-        FormatError: A file is missing, damaged, or not of a kind that can be merged.
-        HubError: The repository cannot be read.
+    cache: keep the small files of a Hub id in the ordinary cache. download_bins: download a
+    repository that holds only .bin files, whose tensors cannot be located otherwise. as_stored:
+    leave quantized weights, of whatever kind, as they are, to look at them.
     """
     if isinstance(ref, Checkpoint):
         return ref

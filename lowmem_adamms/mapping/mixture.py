@@ -201,16 +201,11 @@ def make_mixture(
 ) -> Mixture:
     """Plan a merge by any method, with any number of donors, from headers alone.
 
-    Args:
-        base: The checkpoint that is kept; `donors`: those that are mixed in.
-        settings: The method and its parameters; `ancestor`: what the models were trained from.
-        embeddings: As for `make_plan`, as are dtype, unmatched and declared.
-        weights: Of base and donors, beside alpha; default: 1 for each.
-        densities: Of base and donors; default: that of the settings, else the method's.
+    RecipeError if the settings do not fit the method, MappingError if a model does not fit.
 
-    Raises:
-        RecipeError: The settings do not fit the method.
-        MappingError: A model does not fit the base.
+    ancestor: what the models were trained from. embeddings, dtype, unmatched, declared: as for
+    `make_plan`. weights: of base and donors, beside alpha; default: 1 for each. densities: of base
+    and donors; default: that of the settings, else the method's.
     """
     method = METHODS[settings.method]
     _check_settings(method, settings, ancestor is not None, len(donors))

@@ -102,21 +102,15 @@ def run(
 ) -> None:
     """Carry out the plan into the sink.
 
-    Args:
-        plan: What is merged.
-        alpha: One weight, or one by layer or role, as `alphas.resolve` returns it.
-        sink: Where results go.
-        kernel: Works on the buffers that source and sink give; default: the CPU's.
-        source: Where input bytes come from; default: the mapped files, for this run.
-        window: Bytes of output per kernel call; default: WINDOW.
-        evict: Drop pages from the page cache once they were read.
-        progress: Called with the bytes of output produced since the last call.
-        nonfinite: Called with a tensor's name and how many values of it, of those just blended, are
-            NaN or infinite; on the host only.
+    RecipeError if a blended value does not fit the output's dtype, FormatError if an input file is
+    shorter than its header says.
 
-    Raises:
-        RecipeError: A blended value does not fit the output's dtype.
-        FormatError: An input file is shorter than its header says.
+    alpha: as `alphas.resolve` returns it. kernel: works on the buffers that source and sink give;
+    default: the CPU's. source: where input bytes come from; default: the mapped files, for this
+    run. window: bytes of output per kernel call. evict: drop pages from the page cache once they
+    were read. progress: called with the bytes of output produced since the last call. nonfinite:
+    called, on the host only, with a tensor's name and how many values of it, of those just blended,
+    are NaN or infinite.
     """
     if kernel is None:
         from ..kernels.select import select_kernel

@@ -65,24 +65,12 @@ def verify(
     ancestor: str | Path | None = None,
     progress: Say | None = None,
 ) -> Verification:
-    """Check a merged folder.
+    """Check a merged folder. FormatError says what is wrong: header, index, digest or a row.
 
-    Args:
-        out: What a merge wrote.
-        deep: Also compare the BLAKE3 digest of every file, and recompute sampled rows from the
-            inputs. Rows of a quantized output are not recomputed.
-        base: Where the base is now; by default it is looked for beside `out`, or on the Hub if it
-            came from there.
-        donor: The same of the donor, or of all donors in their order.
-        ancestor: The same of the ancestor.
-        progress: Called with what is being looked at.
-
-    Returns:
-        Counts of what was checked, and notes of what was not.
-
-    Raises:
-        FormatError: What is wrong: header, index, total_size, metadata, recorded sizes, a digest
-            or a row.
+    deep: also compare the BLAKE3 digest of every file, and recompute sampled rows from the inputs
+    (not those of a quantized output). base, donor, ancestor: where the inputs are now, of several
+    donors all in their order; by default they are looked for beside `out`, or on the Hub if they
+    came from there. progress: called with what is being looked at.
     """
     out = Path(out)
     if (out / WORK / JOURNAL).exists():

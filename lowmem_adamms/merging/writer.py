@@ -130,28 +130,15 @@ def write(
 ) -> Path:
     """Write the merged checkpoint and return its folder.
 
-    Resumes a killed run of the same merge, and leaves alone a complete one.
+    Resumes a killed run of the same merge, and leaves alone a complete one. What can be refused is
+    refused before anything is written.
 
-    Args:
-        output: From `prepare`. It is checked once more, as time may have passed.
-        alpha: The donor's weight, 0 to 1, or an `Alphas`.
-        force: Merge also what looks unrelated.
-        stream: Read what lies on the Hub by ranges, instead of downloading it into the cache.
-        allow_nonfinite: Write also what is NaN or infinite after blending.
-        show_bars: Show the progress of downloads.
-        upload: Is given every shard as it is durable.
-        progress: Called with the bytes of output done since the last call, as they are before
-            they are quantized.
-        note: Called with each sentence about the inputs that is no reason to stop.
-        search: How alpha was found, for adamms.json.
-        extra_files: Files to put beside the weights, such as a report, by name.
-
-    Raises:
-        RecipeError, OutputError, MappingError, FormatError, PushError: Before anything is written.
-        RecipeError: A blended value does not fit the output's dtype.
-        FormatError: A blended value is NaN or infinite, unless `allow_nonfinite`.
-        OutputError: An input was changed meanwhile.
-        HubError: A file on the Hub cannot be read, or is not what the Hub says it is.
+    output: from `prepare`; it is checked once more, as time may have passed. stream: read what lies
+    on the Hub by ranges, instead of downloading it into the cache. upload: is given every shard as
+    it is durable. progress: called with the bytes of output done since the last call, as they are
+    before they are quantized. note: called with each sentence about the inputs that is no reason to
+    stop. search: how alpha was found, for adamms.json. extra_files: to put beside the weights, such
+    as a report, by name.
     """
     from ..kernels.select import select_kernel
 
