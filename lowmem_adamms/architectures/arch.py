@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from .experts import EXPERT_ROLES
@@ -28,7 +28,12 @@ _OTHER_PARTS = (
     ("multi-token prediction", r"(^|\.)mtp(\b|_)"),
     ("talker", "talker|token2wav|code2wav|codec|depth_decoder"),
     ("action expert", r"action|gemma_expert|\bdit\b"),
-    ("connector", r"projector|connector|merger|resampler|mm_|newline|view_sep|\bvte\b"),
+    ("image newline", "newline"),
+    (
+        "connector",
+        r"projector|connector|merger|resampler|abstractor|mm_|view_sep|linear_proj|\bvte\b|\bmlp1\b"
+        "|image_pooling|pad_embed",
+    ),
     ("audio tower", "audio|speech|acoustic"),
     (
         "vision tower",
@@ -70,7 +75,7 @@ class Arch:
     classes: tuple[str, ...]
     spellings: tuple[tuple[str, str], ...]
     decoder: Mapping[str, str]
-    others: Mapping[str, str]
+    others: Mapping[str, str] = field(default_factory=dict)
     shared_ids: int | None = None
     interleaved: tuple[str, ...] = ()
     head_dim: int | None = None

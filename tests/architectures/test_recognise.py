@@ -181,6 +181,8 @@ def test_two_spellings_with_other_meanings_are_not_guessed(tmp_path: Path) -> No
     other = replace(LLAMA, name="Swapped", decoder=decoder)
     with pytest.raises(MappingError, match=r"Llama and a Swapped decoder.*mlp\.\w+_proj"):
         recognise(checkpoint, (LLAMA, other))
+    own = replace(other, spellings=(("elsewhere.", "elsewhere.head.weight"),))
+    assert recognise(checkpoint, (LLAMA,), [own]).arch == "Swapped-style"
 
 
 def test_of_two_fitting_spellings_the_one_that_explains_more_is_taken(tmp_path: Path) -> None:
@@ -480,7 +482,7 @@ def test_towers_under_the_decoders_prefix_are_none_of_its_roles(tmp_path: Path) 
     tensors |= {f"language_model.model.{name}": ("BF16", (2, 8)) for name in (*own, *towers)}
     layout = recognise(hollow(tmp_path, tensors), ARCHS)
     assert set(own) < set(layout.roles())
-    assert sorted(layout.kinds.values()) == ["audio tower", "connector"]
+    assert sorted(layout.kinds.values()) == ["audio tower", "image newline"]
 
 
 def test_csm_is_its_backbone_and_higgs_audio_has_copies(tmp_path: Path) -> None:

@@ -40,6 +40,5 @@ UNDECLARED = Arch(
         ),
         **LLAMA,
     },
-    others={},
 )
 """A decoder that no declaration spells: what it does not share with Llama is a role by its name."""

@@ -8,12 +8,9 @@ from .spelling import (
     CSM,
     HIGGS_AUDIO,
     LLAMA,
-    LLAVA_HF,
-    LLAVA_ORIGINAL,
     MPLUG_OWL2,
     NESTED,
     PLAIN,
-    parts,
 )
 
 ARCHS = (
@@ -23,7 +20,6 @@ ARCHS = (
         classes=("LlamaForCausalLM", "LlamaModel"),
         spellings=PLAIN,
         decoder=LLAMA,
-        others={},
     ),
     Arch(
         name="Mistral",
@@ -31,7 +27,6 @@ ARCHS = (
         classes=("MistralForCausalLM", "MistralModel"),
         spellings=PLAIN,
         decoder=LLAMA,
-        others={},
         shared_ids=32000,
     ),
     Arch(
@@ -43,7 +38,6 @@ ARCHS = (
         ),
         spellings=NESTED,
         decoder=LLAMA,
-        others=LLAVA_HF,
         shared_ids=32000,
     ),
     Arch(
@@ -53,7 +47,6 @@ ARCHS = (
         classes=("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "Share4VLlamaForCausalLM"),
         spellings=PLAIN,
         decoder=LLAMA,
-        others=LLAVA_ORIGINAL,
         shared_ids=32000,
     ),
     Arch(
@@ -63,7 +56,6 @@ ARCHS = (
         classes=("CogVLMForCausalLM",),
         spellings=PLAIN,
         decoder=COGVLM,
-        others=parts("vision.", "vision.linear_proj.", prefixes=("model.",)),
     ),
     Arch(
         name="mPLUG-Owl2",
@@ -72,7 +64,6 @@ ARCHS = (
         classes=("MPLUGOwl2LlamaForCausalLM",),
         spellings=PLAIN,
         decoder=MPLUG_OWL2,
-        others=parts("vision_model.", "visual_abstractor.", prefixes=("model.",)),
         shared_ids=32000,
     ),
     Arch(

@@ -16,8 +16,6 @@ from .spelling import (
     OLMO2,
     PHI3,
     PLAIN,
-    TOWER,
-    parts,
 )
 
 ARCHS = (
@@ -28,7 +26,6 @@ ARCHS = (
         classes=("InternLM2ForCausalLM", "InternLM2Model"),
         spellings=(("model.", "output.weight"), ("", "output.weight")),
         decoder=INTERNLM2,
-        others={},
         shared_ids=92544,
         interleaved=INTERNLM2_INTERLEAVED,
         head_dim=128,
@@ -39,7 +36,6 @@ ARCHS = (
         classes=("Phi3ForCausalLM", "Phi3Model"),
         spellings=PLAIN,
         decoder=PHI3,
-        others={},
         shared_ids=32011,
     ),
     Arch(
@@ -48,7 +44,6 @@ ARCHS = (
         classes=("Gemma2ForCausalLM", "Gemma2Model"),
         spellings=PLAIN,
         decoder=GEMMA2,
-        others={},
         shared_ids=256000,
     ),
     Arch(
@@ -57,7 +52,6 @@ ARCHS = (
         classes=("Olmo2ForCausalLM", "Olmo2Model"),
         spellings=PLAIN,
         decoder=OLMO2,
-        others={},
     ),
     Arch(
         name="Inkling",
@@ -66,7 +60,6 @@ ARCHS = (
         classes=("InklingForConditionalGeneration",),
         spellings=(("model.llm.", "model.llm.unembed.weight"),),
         decoder=INKLING,
-        others={"model.audio.": "audio tower", "model.visual.": TOWER},
         interleaved=INKLING_INTERLEAVED,
     ),
     Arch(
@@ -80,10 +73,6 @@ ARCHS = (
         ),
         spellings=(*PLAIN, *NESTED),
         decoder=ERNIE_VL,
-        others={
-            **parts("vision_model. vision_tower.", "resampler_model."),
-            "model.mtp_": "multi-token prediction",
-        },
     ),
     Arch(
         name="gpt-oss",
@@ -91,7 +80,6 @@ ARCHS = (
         classes=("GptOssForCausalLM", "GptOssModel"),
         spellings=PLAIN,
         decoder=GPT_OSS,
-        others={},
         shared_ids=199998,
         interleaved=GPT_OSS_INTERLEAVED,
     ),

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from ..arch import Arch
 from .spelling import (
-    CONNECTOR,
     LLAMA,
-    LLAVA_HF,
-    LLAVA_ORIGINAL,
     MOLMO,
     NESTED,
     PLAIN,
     QIANFAN_OCR,
     QWEN,
-    QWEN_TOWER,
-    TOWER,
-    parts,
 )
 
 ARCHS = (
@@ -25,7 +19,6 @@ ARCHS = (
         classes=("Qwen2ForCausalLM", "Qwen2Model"),
         spellings=PLAIN,
         decoder=LLAMA,
-        others={},
         shared_ids=151646,
     ),
     Arch(
@@ -34,7 +27,6 @@ ARCHS = (
         classes=("Qwen3ForCausalLM", "Qwen3Model"),
         spellings=PLAIN,
         decoder=LLAMA,
-        others={},
         shared_ids=151669,
     ),
     Arch(
@@ -44,10 +36,10 @@ ARCHS = (
         spellings=(("transformer.", "lm_head.weight"),),
         decoder=QWEN,
         others={
-            "transformer.visual.": TOWER,
-            "transformer.visual.attn_pool.": CONNECTOR,
-            "transformer.visual.ln_post.": CONNECTOR,
-            "transformer.visual.proj": CONNECTOR,
+            "transformer.visual.": "vision tower",
+            "transformer.visual.attn_pool.": "connector",
+            "transformer.visual.ln_post.": "connector",
+            "transformer.visual.proj": "connector",
         },
         shared_ids=151851,
     ),
@@ -57,7 +49,6 @@ ARCHS = (
         classes=("Qwen2VLForConditionalGeneration", "Qwen2VLModel"),
         spellings=(*PLAIN, *NESTED),
         decoder=LLAMA,
-        others=QWEN_TOWER,
         shared_ids=151646,
     ),
     Arch(
@@ -66,7 +57,6 @@ ARCHS = (
         classes=("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel"),
         spellings=(*PLAIN, *NESTED),
         decoder=LLAMA,
-        others=QWEN_TOWER,
         shared_ids=151665,
     ),
     Arch(
@@ -75,7 +65,6 @@ ARCHS = (
         classes=("Qwen3VLForConditionalGeneration", "Qwen3VLModel"),
         spellings=NESTED,
         decoder=LLAMA,
-        others=QWEN_TOWER,
         shared_ids=151669,
     ),
     Arch(
@@ -84,7 +73,6 @@ ARCHS = (
         classes=("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel"),
         spellings=NESTED,
         decoder=LLAMA,
-        others=LLAVA_HF,
         shared_ids=151646,
     ),
     Arch(
@@ -93,7 +81,6 @@ ARCHS = (
         classes=("LlavaQwenForCausalLM",),
         spellings=PLAIN,
         decoder=LLAMA,
-        others=LLAVA_ORIGINAL,
         shared_ids=151646,
     ),
     Arch(
@@ -102,7 +89,6 @@ ARCHS = (
         classes=("QianfanOCRForConditionalGeneration",),
         spellings=(("language_model.model.", "language_model.lm_head.weight"),),
         decoder=QIANFAN_OCR,
-        others={"vision_model.": TOWER, "mlp1.": CONNECTOR},
         shared_ids=151669,
     ),
     Arch(
@@ -115,7 +101,6 @@ ARCHS = (
             ("language_model.model.", "language_model.output.weight"),  # InternLM2's
         ),
         decoder=LLAMA,
-        others={"vision_model.": TOWER, "mlp1.": CONNECTOR},
     ),
     Arch(
         name="Molmo",
@@ -124,12 +109,7 @@ ARCHS = (
         classes=("MolmoForCausalLM",),
         spellings=(("model.transformer.", "model.transformer.ff_out.weight"),),
         decoder=MOLMO,
-        others={
-            **parts("vision_backbone.", "vision_backbone.image_pooling_2d.", prefixes=("model.",)),
-            "model.vision_backbone.image_projector.": CONNECTOR,
-            "model.vision_backbone.pad_embed": CONNECTOR,
-            "model.transformer.wte.new_embedding": "rows of added tokens",
-        },
+        others={"model.transformer.wte.new_embedding": "rows of added tokens"},
         shared_ids=151646,
     ),
 )

@@ -245,33 +245,3 @@ NESTED = (
     ("language_model.model.", "lm_head.weight"),  # a …Model file loaded and saved with its head
     ("language_model.", "lm_head.weight"),  # save_pretrained of the …Model class
 )
-
-# What the other tensors are, by prefix
-
-TOWER, CONNECTOR = "vision tower", "connector"
-QWEN_TOWER = {
-    "visual.": TOWER,
-    "visual.merger.": CONNECTOR,
-    "model.visual.": TOWER,
-    "model.visual.merger.": CONNECTOR,
-    "model.visual.deepstack_merger_list.": CONNECTOR,
-}
-
-
-def parts(
-    towers: str, connectors: str, *, prefixes: tuple[str, ...] = ("", "model.")
-) -> dict[str, str]:
-    """What tensors under these names (space-separated), with and without `model.`, are."""
-    named = dict.fromkeys(towers.split(), TOWER) | dict.fromkeys(connectors.split(), CONNECTOR)
-    return {f"{prefix}{name}": kind for prefix in prefixes for name, kind in named.items()}
-
-
-_NEWLINE = "image newline"
-LLAVA_HF = parts("vision_tower.", "multi_modal_projector.") | {
-    "image_newline": _NEWLINE,
-    "model.image_newline": _NEWLINE,
-}
-LLAVA_ORIGINAL = {
-    **parts("vision_tower.", "mm_projector. vision_resampler.", prefixes=("model.",)),
-    "model.image_newline": _NEWLINE,
-}
