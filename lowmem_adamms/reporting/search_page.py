@@ -64,10 +64,9 @@ def render_search_page(
     """Render the report of a search. Every string in it may be hostile.
 
     prompts: in the order of the answers; may be fewer or none, as for recorded answers. earlier: of
-    several donors the results of all but the last. facts:
-    sections at the end of the page, by name: keys and values. title: base and donor, such as
-    "Qwen2-VL ← LLaVA-OneVision". donor_answers: at alpha 1, in the order of the answers. command:
-    what merges the pair at an alpha, which follows it.
+    several donors the results of all but the last. facts: sections at the end of the page, by name:
+    keys and values. title: base and donor, such as "Qwen2-VL ← LLaVA-OneVision". donor_answers: at
+    alpha 1, in the order of the answers. command: what merges at an alpha, which follows it.
     """
     results = (*earlier, result)
     sections = [
