@@ -77,8 +77,7 @@ def _show(comparison: Comparison) -> None:
     from ..comparing.table import draw_comparison
 
     console = screen()
-    ascii_only = console.options.ascii_only
-    for item in draw_comparison(comparison, width=console.width, ascii_only=ascii_only):
+    for item in draw_comparison(comparison):
         console.print(item, soft_wrap=isinstance(item, str))
 
 

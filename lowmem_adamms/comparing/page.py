@@ -40,7 +40,7 @@ def render_comparison_page(comparison: Comparison) -> str:
         # What the templates call
         class_of=partial(class_of, steps=steps),
         describe=describe_similarity,
-        format_cell=format_cell,
+        format_cell=table.format_cell,
         format_cosine=table.format_cosine,
         format_numbers=table.format_numbers,
         format_size=format_size,
@@ -62,12 +62,3 @@ def describe_similarity(similarity: Similarity) -> str:
     if similarity.distance is not None:
         distance = f"distance {table.format_ratio(similarity.distance)}"
     return f"{distance}, cosine {table.format_cosine(similarity.cosine)}"
-
-
-def format_cell(similarity: Similarity) -> str:
-    """A distance for a cell of the heat map, in per cent; `x` marks one that is unrelated."""
-    level = table.level_of(similarity, table.STEPS)
-    if level in (table.EQUAL, table.UNKNOWN):
-        return table.SIGNS[level]
-    number = table.format_ratio(similarity.distance).removesuffix(" %")
-    return f"{number} x" if level == table.UNRELATED else number

@@ -1,7 +1,6 @@
 """A comparison on the terminal, as rich renderables; `cli/` prints them.
 
-The heat strip has one sign for each layer, whose height tells the distance without colour too. The
-page shares the steps and the words.
+The page shows the same heat map, and shares the steps and the words.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -21,18 +21,15 @@ if TYPE_CHECKING:
     from .pairing import CheckpointSummary
 
 STEPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""Upper bounds of the distances that one sign stands for, where those of a comparison give none."""
-SIGNS, ASCII_SIGNS = "=▁▂▃▄▅▆▇x?", "=1234567x?"
-"""By level, from near to far: equal, the distances between STEPS, unrelated, nothing finite."""
-EQUAL, UNRELATED, UNKNOWN = 0, len(SIGNS) - 2, len(SIGNS) - 1
+"""Upper bounds of the distances of one level, where those of a comparison give none."""
+EQUAL, UNRELATED, UNKNOWN = 0, len(STEPS) + 2, len(STEPS) + 3
+"""Levels of what lies between no steps; those from 1 on are of the distances, near to far."""
 SHARE_HEADINGS = ("tensors mapped", "mapped", "same name", "alone", "bytes mapped")
 MAX_OBSTACLES = 3
 _STYLES = (
     *("dim", "color(67)", "color(73)", "color(71)", "color(142)", "color(172)", "color(166)"),
     *("red", "red", "magenta"),
 )
-_OTHER_COLUMNS_WIDTH = 60  # of the table besides the strip
-_MIN_STRIP_WIDTH = 12
 
 
 # Numbers and words
@@ -50,7 +47,7 @@ def choose_steps(comparison: Comparison) -> tuple[float, ...]:
 
 
 def level_of(similarity: Similarity, steps: Sequence[float]) -> int:
-    """The place of a distance in SIGNS."""
+    """How far apart two things are, as a colour tells it."""
     if similarity.is_identical:
         return EQUAL
     if similarity.cosine is None or similarity.distance is None:
@@ -76,6 +73,15 @@ def format_cosine(value: float | None) -> str:
     if value == 1:
         return "1"
     return f"{value:.4f}" if value < 0.9995 else f"1 - {1 - value:.1e}"
+
+
+def format_cell(similarity: Similarity) -> str:
+    """A distance for a cell of the heat map, in per cent; `x` marks one that is unrelated."""
+    level = level_of(similarity, STEPS)
+    if level in (EQUAL, UNKNOWN):
+        return "=" if level == EQUAL else "?"
+    number = format_ratio(similarity.distance).removesuffix(" %")
+    return f"{number} x" if level == UNRELATED else number
 
 
 def format_numbers(similarity: Similarity) -> tuple[str, str, str]:
@@ -134,10 +140,8 @@ def format_shares(side: CheckpointSummary) -> list[str]:
 # The terminal
 
 
-def draw_comparison(
-    comparison: Comparison, *, width: int, ascii_only: bool = False
-) -> Iterator[Any]:
-    """Everything to print on a terminal of so many columns: tables, and lines of text."""
+def draw_comparison(comparison: Comparison) -> Iterator[Any]:
+    """Everything to print on a terminal: tables, and lines of text."""
     sides = (("A", comparison.a), ("B", comparison.b))
     for letter, side in sides:
         whole = f"{side.whole.tensors:,} tensors, {format_size(side.whole.bytes)}"
@@ -145,10 +149,9 @@ def draw_comparison(
     yield f"{comparison.ancestry.word}: {comparison.ancestry.reason}"
     yield describe_sample(comparison)
     if comparison.similarities:
-        signs = ASCII_SIGNS if ascii_only else SIGNS
-        steps = choose_steps(comparison)
-        yield strip_table(comparison, width, signs, steps)
-        yield strip_legend(signs, steps)
+        if comparison.layer_kinds:
+            yield layer_table(comparison)
+        yield kind_table(comparison)
     shares = Table("", title="shares of the parameters", title_justify="left")
     for heading in SHARE_HEADINGS:
         shares.add_column(heading, justify="right")
@@ -173,75 +176,31 @@ def _describe_unpaired(side: CheckpointSummary) -> str:
     return "; ".join(f"{', '.join(held)}: {why}" for why, held in reasons.items()) or "nothing"
 
 
-def strip_table(comparison: Comparison, width: int, signs: str, steps: Sequence[float]) -> Table:
-    """One row for each kind: the heat strip over the layers, then the numbers of all of them.
-
-    Where there are more layers than columns, a sign stands for the furthest of several.
-    """
-    layers, cells = comparison.layers, comparison.cells
-    per_sign = -(-len(layers) // max(width - _OTHER_COLUMNS_WIDTH, _MIN_STRIP_WIDTH)) or 1
-    furthest = f"; a sign is the furthest of {per_sign} layers" if per_sign > 1 else ""
-    table = Table("", title=f"distance ||A - B|| / ||A||{furthest}", title_justify="left")
-    table.add_column(_ruler(layers[::per_sign]) if comparison.layer_kinds else "", no_wrap=True)
-    for heading in ("distance", "cosine", "furthest", "equal"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    kinds = comparison.layer_kinds
-    for name, total in comparison.rows:
-        row: list[Similarity | None] = [total]
-        furthest = ""
-        if name in kinds:
-            row = [cells.get((f"layers.{layer}", name)) for layer in layers]
-            furthest = _furthest(row, layers)
-        strip = draw_strip(row, per_sign, signs, steps)
-        distance, cosine, equal = format_numbers(total)
-        is_last = kinds[-1:] == [name]
-        table.add_row(name, strip, distance, cosine, furthest, equal, end_section=is_last)
+def layer_table(comparison: Comparison) -> Table:
+    """The heat map: a row for each layer, a column for each kind."""
+    cells, steps = comparison.cells, choose_steps(comparison)
+    title = "distance ||A - B|| / ||A|| in per cent (= equal, x unrelated)"
+    table = Table("layer", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for kind in comparison.layer_kinds:
+        table.add_column(kind, justify="right")
+    for layer in comparison.layers:
+        row = [cells.get((f"layers.{layer}", kind)) for kind in comparison.layer_kinds]
+        if any(row):
+            table.add_row(str(layer), *(_draw_cell(similarity, steps) for similarity in row))
     return table
 
 
-def draw_strip(
-    row: Sequence[Similarity | None], per_sign: int, signs: str, steps: Sequence[float]
-) -> Text:
-    """A sign for every `per_sign` layers; a blank where there is nothing to compare."""
-    text = Text()
-    for first in range(0, len(row), per_sign):
-        levels = [level_of(s, steps) for s in row[first : first + per_sign] if s]
-        if levels:
-            text.append(signs[max(levels)], _STYLES[max(levels)])
-        else:
-            text.append(" ")
-    return text
+def _draw_cell(similarity: Similarity | None, steps: Sequence[float]) -> Text:
+    if similarity is None:
+        return Text()
+    return Text(format_cell(similarity), _STYLES[level_of(similarity, steps)])
 
 
-def strip_legend(signs: str, steps: Sequence[float]) -> str:
-    """What the signs of the strip mean."""
-    bounds = [
-        f"{sign} < {format_ratio(step)}" for sign, step in zip(signs[1:], steps, strict=False)
-    ]
-    return (
-        f"{signs[EQUAL]} equal  {'  '.join(bounds)}  {signs[UNRELATED - 1]} more"
-        f"  {signs[UNRELATED]} cosine < {THRESHOLD}  {signs[UNKNOWN]} nothing finite"
-    )
-
-
-def _furthest(row: Sequence[Similarity | None], layers: Sequence[int]) -> str:
-    """The largest distance and its layer."""
-    distances = [
-        (similarity.distance, -layer)
-        for layer, similarity in zip(layers, row, strict=True)
-        if similarity and similarity.distance
-    ]
-    if not distances:
-        return ""
-    distance, layer = max(distances)
-    return f"{format_ratio(distance)} in {-layer}"
-
-
-def _ruler(layers: Sequence[int]) -> str:
-    """The number of every tenth sign's layer, above the strip."""
-    text = ""
-    for position in range(0, len(layers), 10):
-        number = str(layers[position])
-        if position + len(number) <= max(len(layers), 2):
-            text = text.ljust(position) + number
-    return text
+def kind_table(comparison: Comparison) -> Table:
+    """Each kind over all layers, and what is in no layer."""
+    table = Table("", title="all layers together", title_justify="left")
+    for heading in ("distance", "cosine", "equal"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, similarity in comparison.rows:
+        table.add_row(name, *format_numbers(similarity))
+    return table
