@@ -180,9 +180,10 @@ def layer_table(comparison: Comparison) -> Table:
     """The heat map: a row for each layer, a column for each kind."""
     cells, steps = comparison.cells, choose_steps(comparison)
     title = "distance ||A - B|| / ||A|| in per cent (= equal, x unrelated)"
-    table = Table("layer", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("layer")
     for kind in comparison.layer_kinds:
-        table.add_column(kind, justify="right")
+        table.add_column(kind.replace("@", " @"), justify="right", overflow="fold")
     for layer in comparison.layers:
         row = [cells.get((f"layers.{layer}", kind)) for kind in comparison.layer_kinds]
         if any(row):
