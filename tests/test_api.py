@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,42 @@ def test_answers_that_differ_are_no_collapse(tmp_path: Path) -> None:
     assert choose_alpha([sound]).alpha == 0.1
     few = record(tmp_path / "few.jsonl", ["yes"] * 9)
     assert choose_alpha([few]).alpha == 0.1
+
+
+class FakeSession:
+    """Answers that tell the alpha, and whether the donor was asked aside."""
+
+    def __init__(self) -> None:
+        self.timings: list[object] = []
+        self.notes = ["a note"]
+        self.asked_donor = False
+
+    def __call__(self, alpha: float, prompts: Sequence[object]) -> list[str]:
+        return [f"{i} {alpha > 0.2 * i}" for i in range(len(prompts))]
+
+    def ask_donor(self, prompts: Sequence[object]) -> list[str]:
+        self.asked_donor = True
+        return ["<think>hm</think>of the donor"] * len(prompts)
+
+
+@pytest.mark.parametrize(("alphas", "aside"), [((0, 0.3, 0.6), True), ((0, 0.5, 1), False)])
+def test_the_donors_answers_are_those_at_alpha_1_and_asked_once(
+    alphas: tuple[float, ...], aside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, session = export_demo(tmp_path / "demo"), FakeSession()
+    monkeypatch.setattr(
+        "lowmem_adamms.searching.session_of_plan.open_session",
+        lambda *_, **__: nullcontext(session),
+    )
+    plan = make_plan(pair.base, pair.donor)
+    questions = ["Is it?", "Was it?", "Will it be?", "Why?"]
+    notes: list[str] = []
+    options = {"alphas": alphas, "noise": False, "donor_answers": True, "device": "cpu"}
+    found = find_alpha(plan, questions, note=notes.append, **options)
+    assert session.asked_donor == aside
+    assert found.donor_answers == (("of the donor",) * 4 if aside else found.result.answers[1.0])
+    assert notes == ["a note"]
+    assert found.command.endswith(f"{pair.donor} -o merged --alpha")
 
 
 def test_what_is_of_a_wrong_type_says_what_is_expected(tmp_path: Path) -> None:
