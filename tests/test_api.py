@@ -61,14 +61,12 @@ def test_the_donors_answers_are_those_at_alpha_1_and_asked_once(
     alphas: tuple[float, ...], aside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, session = export_demo(tmp_path / "demo"), FakeSession()
-    monkeypatch.setattr(
-        "lowmem_adamms.searching.session_of_plan.open_session",
-        lambda *_, **__: nullcontext(session),
-    )
+    place = "lowmem_adamms.searching.session_of_plan.open_session"
+    monkeypatch.setattr(place, lambda *_, **__: nullcontext(session))
     plan = make_plan(pair.base, pair.donor)
     questions = ["Is it?", "Was it?", "Will it be?", "Why?"]
     notes: list[str] = []
-    options = {"alphas": alphas, "noise": False, "donor_answers": True, "device": "cpu"}
+    options: dict[str, Any] = {"alphas": alphas, "noise": False, "donor_answers": True}
     found = find_alpha(plan, questions, note=notes.append, **options)
     assert session.asked_donor == aside
     assert found.donor_answers == (("of the donor",) * 4 if aside else found.result.answers[1.0])
