@@ -217,6 +217,23 @@ def test_sums_of_a_streamed_model(qwen: Plan, device: str) -> None:
         memory = Memory(need + spare, need + spare, None)
         tight = place(qwen, memory, device=device, live="streamed")
         assert (tight.batches_at_once, tight.waiting_bytes) == (batches, (batches - 1) * each)
+        left = need + spare - tight.required_bytes - tight.waiting_bytes
+        assert tight.vram_source_bytes <= left
+        assert device == "cuda" or tight.page_cache_bytes == left
+
+
+@pytest.mark.parametrize(("device", "tables"), [("cpu", 0), ("cuda", 2)])
+def test_tables_that_are_kept_lie_in_their_file_but_for_a_card(
+    true_size: dict[str, Checkpoint], device: str, tables: int
+) -> None:
+    """No row of them is blended, so that none is looked up by itself."""
+    kept = make_plan(
+        true_size["qwen2-vl-7b"], true_size["llava-onevision-qwen2-7b-ov-hf"], embeddings="keep"
+    )
+    found = place(kept, Memory(100 * GB, 100 * GB, None), device=device, live="streamed")
+    vision = QWEN_BF16 - 28 * QWEN_LAYER - QWEN_HEAD - 2 * 152064 * 3584
+    rest = 2 * QWEN_LAYER + 2 * 3584 + (vision if device == "cuda" else 0)
+    assert found.model_bytes == rest + tables * 2 * 152064 * 3584
 
 
 def test_a_tied_base_holds_its_embedding_for_the_head(true_size: dict[str, Checkpoint]) -> None:
