@@ -62,13 +62,12 @@ class Forker:
     """
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "forking.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **one_thread, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         )
 
     def __enter__(self) -> Forker:

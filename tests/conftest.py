@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
+# PyTorch reads it when it is imported: what is this small is faster on one thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies remote code to; read when it is imported, which nothing above does.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
@@ -148,17 +150,6 @@ def talker(
     yield load
     for live in loaded:
         live.close()
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: faster for what is this small, beside other tests."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ cli.process()
 """
 READS = {
     "python": "bytes(view)",
-    "numpy": "view.astype(np.float64).sum()",
     "kernel": "out = np.zeros(view.size, np.uint8); cpu.blend([(view, view, out)] * 3,"
     " ('BF16',) * 3, 0.3)",
     "another thread": "thread = threading.Thread(target=lambda: view.sum()); thread.start();"

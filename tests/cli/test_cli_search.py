@@ -63,8 +63,6 @@ CANDIDATE = {"alpha", "diff_previous", "diff_next", "score", "degenerate"}
 Capture = pytest.CaptureFixture[str]
 Files = dict[str, bytes]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory, images: tuple[Path, ...]) -> Path:

@@ -17,8 +17,6 @@ from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.conversions import TensorGroup, group_tensors
 from lowmem_adamms.live.transformers_model import quiet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPERATIONS = {
     "ernie4_5_vl_moe": {"Chunk", "ErnieFuseAndSplitTextVisionExperts", "Transpose"},
     "inkling_mm_model": {"Chunk", "Interleave"},

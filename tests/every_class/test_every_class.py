@@ -24,8 +24,6 @@ from classes import (
 from harness import Outcome, llava_case, multimodal_case, try_case
 from tiny_models import timm_stub
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def timm() -> Iterator[None]:

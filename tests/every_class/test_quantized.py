@@ -16,7 +16,6 @@ from lowmem_adamms.live.transformers_model import load_model, quiet
 from lowmem_adamms.mapping.plan import Plan
 
 pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_pair(model_type: str, folder: Path) -> Plan:

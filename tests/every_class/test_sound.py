@@ -19,8 +19,6 @@ from lowmem_adamms.live.transformers_model import find_answering_part, quiet
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.settings import AnswerSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 TEMPLATE = """\
 {% for message in messages %}{% for part in message.content %}\

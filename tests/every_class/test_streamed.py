@@ -19,8 +19,6 @@ from lowmem_adamms.live.transformers_model import find_answering_part, quiet
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.settings import PlacementSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def timm() -> Iterator[None]:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from lowmem_adamms import LiveModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NEW = talk.NEW
 SETTINGS = AnswerSettings(max_new_tokens=NEW)
 NO_DRAFTS = AnswerSettings(max_new_tokens=NEW, drafts=False)

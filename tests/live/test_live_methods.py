@@ -18,8 +18,6 @@ from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.transformers_model import quiet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def models(

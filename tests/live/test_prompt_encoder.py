@@ -23,8 +23,6 @@ from lowmem_adamms.prompts import Prompt, open_image
 if TYPE_CHECKING:
     from conftest import Talkers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Stub:
     """Of a model, what an encoder looks at."""

@@ -15,8 +15,6 @@ from lowmem_adamms import find_alpha, make_plan
 from lowmem_adamms.live.live_model import LiveModel
 from lowmem_adamms.mapping.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GRID = (0.0, 0.2, 0.4, 0.6)
 
 

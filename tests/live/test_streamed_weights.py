@@ -47,8 +47,6 @@ from lowmem_adamms.merging import loop
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.settings import AnswerSettings, PlacementSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LAYERS = 5
 SETTINGS = AnswerSettings(max_new_tokens=4)
 Plans = Callable[[str], Plan]

@@ -55,10 +55,8 @@ INDEX = "model.safetensors.index.json"
 METHODS: tuple[Method, ...] = ("nf4", "int8")
 PAIRS = {
     "qwen2_vl": "llava_onevision",
-    "qwen2_5_vl": "qwen2_vl",
     "qwen3_vl": "qwen3",
     "llava": "llama",
-    "llava_onevision": "qwen2",
     "mistral": "llava",
 }
 BOTH_WAYS = (("qwen2_vl", "int8"), ("llava", "int8"))
@@ -217,8 +215,9 @@ def test_remote_code_is_asked_as_well(
     assert sum(name.endswith((".absmax", ".SCB")) for name in tiny.load(out)) >= 2 * 7
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("alpha", [0, 0.3, 1])
+@pytest.mark.parametrize(
+    ("alpha", "method"), [(0, "nf4"), (0.3, "nf4"), (0.3, "int8"), (1, "int8")]
+)
 def test_what_a_quantized_search_asks_is_what_is_written(
     alpha: float, method: Any, plain: Plain, tmp_path: Path
 ) -> None:
@@ -298,10 +297,10 @@ def test_pieces_of_any_size_come_out_as_the_whole(
     }
 
 
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_steps(monkeypatch: pytest.MonkeyPatch, window: int = 4096) -> None:
     for room in (loop, sink, quantized_sink):
-        monkeypatch.setattr(room, "WINDOW", 4096)
-    monkeypatch.setattr(quantized_sink, "CHUNK", 512)
+        monkeypatch.setattr(room, "WINDOW", window)
+    monkeypatch.setattr(quantized_sink, "CHUNK", window // 8)
     monkeypatch.setattr(sink, "DURABLE", 10_000)
 
 
@@ -538,14 +537,14 @@ def test_broken_off_anywhere_it_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan, _ = plain("qwen2_vl")
-    small_steps(monkeypatch)
+    small_steps(monkeypatch, 16_384)
     with monkeypatch.context() as patch:
         calls = stopping(patch, -1)
         undisturbed = merge(plan, 0.3, tmp_path / "undisturbed", quantize=method)
     assert files(undisturbed) == files(outs[method])  # small windows leave no trace
-    # Beside moments spread over all: just before and after a shard gets its final size
+    # Amid it, just before and after a shard gets its final size, and at the end
     ends = [i for i, name in enumerate(calls) if name == "ftruncate"]
-    moments = {*range(0, len(calls), len(calls) // 4), ends[-1], ends[-1] + 1, len(calls) - 1}
+    moments = {len(calls) // 3, ends[-1], ends[-1] + 1, len(calls) - 1}
     for at in sorted(moments):
         out = tmp_path / str(at)
         with monkeypatch.context() as patch:

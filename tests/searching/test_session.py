@@ -225,7 +225,6 @@ def test_the_donors_answers_are_asked_aside_and_kept(tmp_path: Path) -> None:
         assert not journal.answers and not journal.again
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_live_model_answers_as_it_does_without_a_session(
     talker: Talkers, images: tuple[Path, ...], tmp_path: Path
 ) -> None:
