@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from lowmem_adamms import LiveModel, make_plan, merge
 from lowmem_adamms.checkpoints import coded
 from lowmem_adamms.checkpoints.checkpoint import open_checkpoint
+from lowmem_adamms.checkpoints.mapped_files import MappedFiles
 from lowmem_adamms.errors import FormatError, MappingError
 from lowmem_adamms.mapping import kinship
 from lowmem_adamms.merging import loop
@@ -368,3 +369,20 @@ def test_modules_fused_in_the_adapter_alone(base: Path, tmp_path: Path) -> None:
         for part, rows in (("q", slice(64)), ("k", slice(64, 96)), ("v", slice(96, 128))):
             name = find(before, f"layers.{layer}.self_attn.{part}_proj.weight")
             assert_rounded(after[name], before[name].double() + 0.5 * 2 * product[rows])
+
+
+def test_some_rows_of_a_sum_are_those_of_the_whole(tmp_path: Path) -> None:
+    """What is read may hold more rows than are wanted, from another tile on."""
+    left, right = factors((200, 8), 1)
+    tensors = {"base": torch.ones(200, 8).cumsum(0), "left": left, "right": right}
+    save_file(tensors, tmp_path / "model.safetensors")
+    spans = open_checkpoint(tmp_path / "model.safetensors").tensors
+    coding = coded.LowRank(spans["base"], spans["left"], spans["right"], 2.0)
+    whole = coded.CodedSpan.whole(spans["left"], (200, 8), coding)
+    with MappedFiles() as files:
+        everything = coded.view_span(whole, files.view)
+        for first, last in ((0, 1), (70, 199), (130, 140)):
+            rows = coded.view_span(whole, files.view, whole.rows(first, last))
+            assert rows.tobytes() == everything[first * 32 : last * 32].tobytes()
+            part = whole.rows(first, last)
+            assert coded.view_span(part, files.view).tobytes() == rows.tobytes()
