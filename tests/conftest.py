@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-# PyTorch reads it when it is imported: what is this small is faster on one thread
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies remote code to; read when it is imported, which nothing above does.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
@@ -52,6 +50,13 @@ class MadeOnce(dict[str, V]):
     def __missing__(self, name: str) -> V:
         self[name] = self._make(name)
         return self[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """PyTorch, where a test file uses it, on one thread: faster for what is this small."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
