@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import RecipeError
 from .search import Result, search
 
 P = TypeVar("P")
@@ -38,8 +37,9 @@ def search_in_turn(
     """Choose an alpha for each donor in turn; the result of each donor's search.
 
     generate, noise: as for `search`, with an alpha for each donor; `noise` is called once, at the
-    chosen alphas. adds_up: together the alphas must not exceed 1, so that a later donor's grid may
-    end sooner; RecipeError if that leaves it fewer than three. how: what else `search` takes.
+    chosen alphas. adds_up: together the alphas must not exceed 1, so that of a later donor only
+    those are tried that are left to it, or smaller ones where these are fewer than three. how: what
+    else `search` takes.
     """
     chosen: Weights = (0.0,) * donors
     known: dict[Weights, Sequence[str]] = {}
@@ -56,18 +56,18 @@ def search_in_turn(
         return noise(_replace(chosen, donors - 1, alpha), prompts)
 
     for donor in range(donors):
-        left = 1 - sum(chosen) + 1e-9 if adds_up else 1.0
-        grid = [alpha for alpha in alphas if alpha <= left]
-        if len(grid) < 3:
-            raise RecipeError(
-                f"the donors before the {donor + 1}th have taken {sum(chosen):g} of the weight,"
-                f" which leaves it {len(grid)} alphas to try; give `alphas` with smaller ones"
-            )
+        grid = _fit_grid(alphas, 1 - sum(chosen)) if adds_up else alphas
         is_last = donor == donors - 1
         again = ask_again if noise and is_last else None
         results.append(search(partial(ask, donor), prompts, grid, noise=again, **how))
         chosen = _replace(chosen, donor, results[-1].alpha)
     return tuple(results)
+
+
+def _fit_grid(alphas: Sequence[float], left: float) -> Sequence[float]:
+    """The alphas up to what is left; if these are fewer than three, all of them in proportion."""
+    fitting = [alpha for alpha in alphas if alpha <= left + 1e-9]
+    return fitting if len(fitting) >= 3 else [alpha * left / alphas[-1] for alpha in alphas]
 
 
 def _replace(weights: Weights, donor: int, alpha: float) -> Weights:

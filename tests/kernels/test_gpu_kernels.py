@@ -17,6 +17,7 @@ from lowmem_adamms.kernels.reference import Mixing, Term
 
 Parts = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 ALL_BF16 = ("BF16", "BF16", "BF16")
+MIXING = Mixing((Term(2, kept=1 << 52, key=3), Term(2, kept=1 << 52, key=4)), relative=True)
 # Untyped, so Any to mypy
 TorchDispatchMode: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
 
@@ -158,6 +159,20 @@ def test_a_card_takes_triton_if_it_is_new_enough_and_triton_works_and_is_right(
     assert why.startswith("triton: compute capability 9.0")
 
 
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_mix_takes_triton_where_it_is_right(
+    is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    assert gpu._select_mix(torch.device("cpu"), ALL_BF16, MIXING) is gpu.mix_torch
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "mix_matches_reference", lambda *given: is_right)
+    gpu._select_mix.cache_clear()
+    chosen = gpu._select_mix(torch.device("cuda"), ALL_BF16, MIXING)
+    gpu._select_mix.cache_clear()
+    assert chosen is (gpu.mix_triton if is_right else gpu.mix_torch)
+
+
 # The check on the card
 
 
@@ -174,6 +189,18 @@ def test_the_check_accepts_the_interpreted_kernel() -> None:
         assert gpu.matches_reference(
             interpreted_gpu().blend_triton, torch.device("cpu"), ("BF16", "F32", "F16")
         )
+
+
+@pytest.mark.parametrize("mixing", [MIXING, gpu._make_trial(MIXING)])
+def test_the_check_of_a_mix(mixing: Mixing) -> None:
+    """It accepts what is right, and notices a kernel that takes no account of the place."""
+    dtypes, device = ("BF16", "F32", "F16", "BF16"), torch.device("cpu")
+
+    def nowhere(parts: Any, dtypes: Any, mixing: Mixing, firsts: Any) -> None:
+        gpu.mix_torch(parts, dtypes, mixing, [0] * len(parts))
+
+    assert gpu.mix_matches_reference(gpu.mix_torch, device, dtypes, mixing)
+    assert not gpu.mix_matches_reference(nowhere, device, dtypes, mixing)
 
 
 def plain(base: Any, donor: Any, alpha: Any) -> Any:

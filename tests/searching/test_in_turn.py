@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.searching.in_turn import count_passes, search_in_turn
 
@@ -48,9 +47,11 @@ def test_together_the_weights_of_an_average_stay_within_one() -> None:
     assert max(sum(weights) for weights in model.asked[5:]) == pytest.approx(1)
 
 
-def test_a_donor_without_three_alphas_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"taken 0\.4 of the weight, which leaves it 2 alphas"):
-        search_in_turn(Model(), PROMPTS, 2, (0.0, 0.4, 0.8), adds_up=True)
+def test_a_donor_to_whom_fewer_than_three_alphas_are_left_gets_smaller_ones() -> None:
+    model = Model()
+    results = search_in_turn(model, PROMPTS, 2, (0.0, 0.4, 0.8), adds_up=True)
+    tried = [candidate.alpha for candidate in results[1].candidates]
+    assert tried == pytest.approx([0, 0.3, 0.6])
 
 
 @pytest.mark.parametrize(
