@@ -187,8 +187,11 @@ def download(repo: Repository, paths: Iterable[Path], *, progress_bars: bool = F
         )
     names = [file.name for file in missing.values()]
     fetch_files(repo, names, progress_bars=progress_bars)
+    # All of them, whatever the first says: a bad file that nobody looked at would stay in the cache
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_check_download, missing, missing.values()))
+        checks = [pool.submit(_check_download, path, file) for path, file in missing.items()]
+    for check in checks:
+        check.result()
 
 
 def _check_download(path: Path, file: RemoteFile) -> None:
