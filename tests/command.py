@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_adamms.cli import main
@@ -46,13 +45,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What came of a command in a process of its own; the code is that of `subprocess`."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+Done = subprocess.CompletedProcess[str]
 
 
 class Forker:
@@ -90,10 +83,11 @@ class Forker:
         If it is not killed, the last line it prints tells how many of these calls it made. setup:
         Python that runs before the command, or alone if there are no words.
         """
-        job = {"words": [str(word) for word in words], "calls": calls, "at": at, "setup": setup}
+        spelled = [str(word) for word in words]
+        job = {"words": spelled, "calls": calls, "at": at, "setup": setup}
         assert self._server.stdin is not None and self._server.stdout is not None
         print(json.dumps({**job, "signal": int(number)}), file=self._server.stdin, flush=True)
-        return Done(**json.loads(self._server.stdout.readline()))
+        return Done(spelled, **json.loads(self._server.stdout.readline()))
 
     def run_until_killed(self, words: Sequence[object]) -> None:
         """Run a command, in small windows, until SIGKILL at its sixtieth write."""

@@ -25,6 +25,7 @@ _REFUSED = (
     *("megatron_config", "use_bdlora", "arrow_config", "velora_config"),
 )
 """Settings that make an adapter more than a product to be added."""
+_ADVICE = "merge the adapter into its model (peft's merge_and_unload) and give that"
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 """Of `init_lora_weights`: those that leave the model's own weights as they are."""
 
@@ -50,9 +51,6 @@ def read_adapter(
     for module, pair in factors.items():
         out[f"{module}.weight"] = _multiply(path, config, module, pair)
     return out
-
-
-_ADVICE = "merge the adapter into its model (peft's merge_and_unload) and give that"
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:

@@ -72,7 +72,12 @@ class Parser(argparse.ArgumentParser):
         """Raise what argparse would print and exit for."""
         message = re.sub(r"^argument (?:-\w/)?(--([\w-]+)|\w+): (?:\2: )?", r"\1: ", message)
         wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        hint = did_you_mean(wrong[1], self.known_words) if wrong else ""
+        hint = ""
+        if wrong:
+            is_known = wrong[1] in self.known_words  # so another command has it
+            hint = (
+                " (not of this command)" if is_known else did_you_mean(wrong[1], self.known_words)
+            )
         raise RecipeError(f"{message}{hint}; see {self.prog} --help")
 
 

@@ -243,6 +243,7 @@ def test_errors_and_notes_have_colours_on_a_terminal_that_wants_any(
     [
         (("serach", "x"), r"\(did you mean search\?\)"),
         (("merge", "a", "b", "-o", "x", "--alhpa", "0.3"), r"\(did you mean --alpha\?\)"),
+        (("plan", "a", "b", "--measure", "joint"), r"--measure joint \(not of this command\)"),
         (("Qwen2-VL-7B", "b"), r"nor a command .* a model of the Hub is called org/name"),
         (("plan", "Qwen2-VL-7B", "b"), r"is called org/name, here org/Qwen2-VL-7B"),
         (
