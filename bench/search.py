@@ -136,7 +136,7 @@ def measure_search(
                 live.apply(alpha)
                 answers = answerer.answer(asked)
                 costs.append(answerer.cost)
-                return answers
+                return [answer.text for answer in answers]
 
             return search(ours, prompts)
 

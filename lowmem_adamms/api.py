@@ -348,8 +348,8 @@ def _ask_donor(
         return ()
     if 1.0 in result.answers:
         return result.answers[1.0]
-    answers = drop_reasoning(session.ask_donor(prompts), settings.reasoning_tags)
-    return tuple(answer or "" for answer in answers)
+    texts = [answer.text for answer in session.ask_donor(prompts)]
+    return tuple(final or "" for final in drop_reasoning(texts, settings.reasoning_tags))
 
 
 def check_search(plan: Plan, settings: SearchSettings) -> None:

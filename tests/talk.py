@@ -19,6 +19,7 @@ import torch
 from random_pair import SHARED_TOKENS
 
 from lowmem_adamms import LiveModel, make_plan
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.live.processor import load_processor
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.prompts import Prompt, open_image
@@ -102,6 +103,11 @@ def processor_of(folder: Path) -> Any:
 
 def reference(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW) -> list[list[int]]:
     """The tokens of transformers' own greedy answers, end token included."""
+    return [list(answer.tokens) for answer in reference_answers(live, prompts, new)]
+
+
+def reference_answers(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW) -> list[Answer]:
+    """Transformers' own greedy answers without their texts, and how sure the model was of them."""
     folder, model = live.plan.base.path, live.model
     processor = processor_of(folder)
     answers = []
@@ -109,9 +115,18 @@ def reference(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW) -> lis
         with quiet(), torch.inference_mode():
             inputs = inputs_of(model, processor, prompt)
             made = model.generate(
-                **inputs, do_sample=False, repetition_penalty=1.0, max_new_tokens=new
+                **inputs,
+                do_sample=False,
+                repetition_penalty=1.0,
+                max_new_tokens=new,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-        answers.append(made[0, inputs["input_ids"].shape[1] :].tolist())
+        tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logs = torch.cat(made.logits).double().log_softmax(-1)
+        chosen = logs[range(len(tokens)), tokens]
+        entropies = torch.special.entr(logs.exp()).sum(-1)
+        answers.append(Answer("", tuple(tokens), chosen.mean().item(), entropies.mean().item()))
     return answers
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.api import choose_alpha, find_alpha, make_plan, merge, place_search
 from lowmem_adamms.demo.pair import export_demo
 from lowmem_adamms.errors import SearchError
@@ -48,12 +49,12 @@ class FakeSession:
         self.notes = ["a note"]
         self.asked_donor = False
 
-    def __call__(self, alpha: float, prompts: Sequence[object]) -> list[str]:
-        return [f"{i} {alpha > 0.2 * i}" for i in range(len(prompts))]
+    def __call__(self, alpha: float, prompts: Sequence[object]) -> list[Answer]:
+        return [Answer(f"{i} {alpha > 0.2 * i}") for i in range(len(prompts))]
 
-    def ask_donor(self, prompts: Sequence[object]) -> list[str]:
+    def ask_donor(self, prompts: Sequence[object]) -> list[Answer]:
         self.asked_donor = True
-        return ["<think>hm</think>of the donor"] * len(prompts)
+        return [Answer("<think>hm</think>of the donor")] * len(prompts)
 
 
 @pytest.mark.parametrize(("alphas", "aside"), [((0, 0.3, 0.6), True), ((0, 0.5, 1), False)])

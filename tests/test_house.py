@@ -18,9 +18,9 @@ PACKAGE = ROOT / "lowmem_adamms"
 
 # Lowest first: a wing imports only wings that stand before it. Any wing may import the kernels.
 WINGS = (
-    "version", "errors", "values", "methods", "settings", "prompts", "hub", "checkpoints",
-    "architectures", "mapping", "merging", "live", "quantizing", "serving", "searching", "demo",
-    "reporting", "comparing", "api", "cli",
+    "version", "errors", "values", "methods", "settings", "answers", "prompts", "hub",
+    "checkpoints", "architectures", "mapping", "merging", "live", "quantizing", "serving",
+    "searching", "demo", "reporting", "comparing", "api", "cli",
 )  # fmt: skip
 HEAVY = {"bitsandbytes", "datasets", "jinja2", "numba", "pydantic", "torch", "transformers"}
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from ..answers import Answer
 from ..prompts import Prompt, as_prompt
 from ..settings import AnswerSettings
-from .draft_decoding import BatchDecoder, CannotResumeError, Cost, Tokens
+from .draft_decoding import BatchDecoder, CannotResumeError, Cost, DecodedAnswer
 from .prompt_encoder import Batch, Encoder, Inputs
 from .transformers_model import check_runnable
 from .vision_cache import VisionCache
@@ -26,8 +27,8 @@ VISION_CACHE_BYTES = 1 << 30
 
 RunBatches = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """As `map`; what it returns may be in any order."""
-Answered = Callable[[int, str, Tokens], None]
-"""Called with a prompt's place, its answer, and the answer's tokens."""
+Answered = Callable[[int, Answer], None]
+"""Called with a prompt's place and its answer."""
 
 
 class Answerer:
@@ -60,15 +61,15 @@ class Answerer:
         self._run_batches = run_batches
         self._vision_names = vision_names
         self._vision_cache = VisionCache(VISION_CACHE_BYTES)
-        self._drafts: dict[Prompt, Tokens] = {}
+        self._drafts: dict[Prompt, Sequence[int]] = {}
         self._use_drafts = settings.drafts
 
     def answer(
         self,
         prompts: Sequence[Prompt | str | Mapping[str, Any]],
-        known: Mapping[int, str] | None = None,
+        known: Mapping[int, Answer] | None = None,
         answered: Answered | None = None,
-    ) -> list[str]:
+    ) -> list[Answer]:
         """One answer for each prompt, in their order.
 
         known: answers by place that need not be made again; a batch is left out if all of it is
@@ -86,27 +87,27 @@ class Answerer:
         todo = [batch for batch in batches if not answers.keys() >= set(batch.places)]
         with torch.inference_mode(), vision:
             for done in self._run_batches(partial(self._answer_batch, asked), todo):
-                for place, answer, tokens in done:
+                for place, answer in done:
                     if place in answers:
                         continue
                     answers[place] = answer
                     if answered:
-                        answered(place, answer, tokens)
+                        answered(place, answer)
         self.cost.seconds = time.perf_counter() - start
         return [answers[place] for place in range(len(asked))]
 
-    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
-        """Take tokens, by the prompt's place, as the drafts of the next answers."""
-        self._drafts |= {prompts[place]: found for place, found in tokens.items()}
+    def set_drafts(self, prompts: Sequence[Prompt], answers: Mapping[int, Answer]) -> None:
+        """Take the tokens of answers, by the prompt's place, as the drafts of the next ones."""
+        self._drafts |= {prompts[place]: answer.tokens for place, answer in answers.items()}
 
-    def _answer_batch(self, asked: Sequence[Prompt], batch: Batch) -> list[tuple[int, str, Tokens]]:
+    def _answer_batch(self, asked: Sequence[Prompt], batch: Batch) -> list[tuple[int, Answer]]:
         prompts = [asked[place] for place in batch.places]
         tags = self.settings.reasoning_tags
         inputs = self._encoder.encode(prompts)
-        no_drafts: list[Tokens] = [[] for _ in prompts]
+        no_drafts: list[Sequence[int]] = [() for _ in prompts]
         drafts = no_drafts
         if self._use_drafts:
-            drafts = [self._drafts.get(prompt, []) for prompt in prompts]
+            drafts = [self._drafts.get(prompt, ()) for prompt in prompts]
         try:
             decoded = self._decode(inputs, drafts)
         except CannotResumeError as error:
@@ -114,13 +115,15 @@ class Answerer:
             if str(error) not in self.notes:
                 self.notes.append(str(error))
             decoded = self._decode(inputs, no_drafts)
-        self._drafts |= zip(prompts, decoded, strict=True)
-        return [
-            (place, self._encoder.read_answer(prompt, tokens, tags), tokens)
-            for place, prompt, tokens in zip(batch.places, prompts, decoded, strict=True)
-        ]
+        answers = []
+        for prompt, found in zip(prompts, decoded, strict=True):
+            text = self._encoder.read_answer(prompt, found.tokens, tags)
+            answer = Answer(text, tuple(found.tokens), found.log_probability, found.entropy)
+            self._drafts[prompt] = answer.tokens
+            answers.append(answer)
+        return list(zip(batch.places, answers, strict=True))
 
-    def _decode(self, inputs: Inputs, drafts: Sequence[Tokens]) -> list[Tokens]:
+    def _decode(self, inputs: Inputs, drafts: Sequence[Sequence[int]]) -> list[DecodedAnswer]:
         tokenizer = self._encoder.tokenizer
         return BatchDecoder(self._model, tokenizer, drafts, self.settings, self.cost).decode(inputs)
 

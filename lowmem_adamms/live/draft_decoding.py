@@ -11,7 +11,9 @@ import importlib
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from .transformers_model import quiet
 
 Tokens = list[int]
 ModelKwargs = dict[str, Any]
+_POSITIONS_AT_ONCE = 8  # of a large vocabulary a position's probabilities take half a megabyte
 _PLACEHOLDER_SETTING = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
@@ -39,6 +42,35 @@ class Cost:
     passes: int = 0
 
 
+@dataclass(slots=True)
+class DecodedAnswer:
+    """The tokens of an answer, end token included, and how sure the model was of each.
+
+    log_probabilities: natural logarithms of the tokens' probabilities. entropies: of the
+    distributions that they were chosen from, in nats.
+    """
+
+    tokens: Tokens = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+
+    @property
+    def log_probability(self) -> float | None:
+        """The mean over the tokens; None if it is no number."""
+        return _finite_mean(self.log_probabilities)
+
+    @property
+    def entropy(self) -> float | None:
+        """The mean over the tokens; None if it is no number."""
+        return _finite_mean(self.entropies)
+
+    def append(self, token: int, log_probability: float, entropy: float) -> None:
+        """Add a token."""
+        self.tokens.append(token)
+        self.log_probabilities.append(log_probability)
+        self.entropies.append(entropy)
+
+
 class CannotResumeError(Exception):
     """The model's cache cannot be cut back to where a draft was refused."""
 
@@ -54,7 +86,7 @@ class BatchDecoder:
         self,
         model: Any,
         tokenizer: Any,
-        drafts: Sequence[Tokens],
+        drafts: Sequence[Sequence[int]],
         settings: AnswerSettings,
         cost: Cost,
     ) -> None:
@@ -63,10 +95,10 @@ class BatchDecoder:
         self._end_tokens = _find_end_tokens(model, tokenizer)
         self._drafts = [_cut_draft(draft, model, settings.max_new_tokens) for draft in drafts]
         self._draft_width = max(map(len, self._drafts))
-        self._answers: list[Tokens] = [[] for _ in drafts]
+        self._answers = [DecodedAnswer() for _ in drafts]
 
-    def decode(self, inputs: Inputs) -> list[Tokens]:
-        """The tokens of each row's answer, end token included.
+    def decode(self, inputs: Inputs) -> list[DecodedAnswer]:
+        """Each row's answer.
 
         Raises CannotResumeError if there are drafts and the model's cache cannot be cut.
         """
@@ -87,9 +119,10 @@ class BatchDecoder:
                 )
         finally:
             self._model.generation_config = own_config
-        width = inputs["input_ids"].shape[1] + max(map(len, self._answers)) - 1
-        self._cost.plain_tokens += len(self._answers) * width
-        self._cost.answer_tokens += sum(map(len, self._answers))
+        lengths = [len(answer.tokens) for answer in self._answers]
+        width = inputs["input_ids"].shape[1] + max(lengths) - 1
+        self._cost.plain_tokens += len(lengths) * width
+        self._cost.answer_tokens += sum(lengths)
         return self._answers
 
     def _append_drafts(self, inputs: Inputs) -> Inputs:
@@ -124,8 +157,12 @@ class BatchDecoder:
             raise CannotResumeError(
                 f"drafts are off: the cache of {type(model).__name__} cannot be cut"
             )
-        chosen = outputs.logits[:, -(self._draft_width + 1) :].float().argmax(-1)
-        kept_tokens = self._verify_drafts(chosen.tolist())
+        logits = outputs.logits[:, -(self._draft_width + 1) :]
+        # Row by row: in float32 all rows together may take more memory than the model's own logits
+        kept_tokens = self._verify_drafts([row.float().argmax(-1).tolist() for row in logits])
+        for answer, row in zip(self._answers, logits, strict=True):
+            confidence = _measure_confidence(row[: len(answer.tokens)])
+            answer.log_probabilities, answer.entropies = confidence
         rows = self._unfinished(range(len(self._answers)))
         if not rows:
             return input_ids
@@ -151,10 +188,10 @@ class BatchDecoder:
                 if token != choice or self._is_end(kept):
                     break
                 kept.append(token)
-            self._answers[row] = kept
+            self._answers[row].tokens = kept
             kept_tokens.append(len(kept))
             if not self._is_finished(row):
-                self._answers[row] = [*kept, choices[len(kept)]]
+                self._answers[row].tokens = [*kept, choices[len(kept)]]
         return kept_tokens
 
     def _generate(
@@ -167,13 +204,14 @@ class BatchDecoder:
                 kept = [rows.index(row) for row in unfinished]
                 input_ids, kwargs = _select_rows(input_ids, kwargs, kept)
                 rows = unfinished
-            last = [[self._answers[row][-1]] for row in rows]
+            last = [[self._answers[row].tokens[-1]] for row in rows]
             input_ids = torch.cat([input_ids, input_ids.new_tensor(last)], dim=1)
             outputs, kwargs = self._forward(input_ids, kwargs, len(rows), next_sequence_length=1)
-            chosen = outputs.logits[:, -1].float().argmax(-1).tolist()
-            for row, token in zip(rows, chosen, strict=True):
+            logits = outputs.logits[:, -1].float()
+            chosen = logits.argmax(-1).tolist(), *_measure_confidence(logits)
+            for row, *choice in zip(rows, *chosen, strict=True):
                 if not self._is_finished(row):
-                    self._answers[row].append(token)
+                    self._answers[row].append(*choice)
 
     def _forward(
         self, input_ids: torch.Tensor, kwargs: ModelKwargs, tokens: int, **options: Any
@@ -189,11 +227,32 @@ class BatchDecoder:
         return [row for row in rows if not self._is_finished(row)]
 
     def _is_finished(self, row: int) -> bool:
-        answer = self._answers[row]
+        answer = self._answers[row].tokens
         return len(answer) >= self._settings.max_new_tokens or self._is_end(answer)
 
     def _is_end(self, answer: Tokens) -> bool:
         return bool(answer) and answer[-1] in self._end_tokens
+
+
+def _measure_confidence(logits: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Log-probability of the likeliest token, and entropy, at each position.
+
+    logits: [positions, vocabulary], of any float dtype. A few positions at a time, so that a long
+    draft of a large vocabulary takes no second copy of all its logits.
+    """
+    found = []
+    for some in torch.split(logits, _POSITIONS_AT_ONCE):
+        # Tokens that the model rules out have -inf, and are to add nothing instead of NaN
+        logs = some.float().log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
+        found.append(torch.stack([logs.amax(-1), -(logs.exp() * logs).sum(-1)]))
+    log_probabilities, entropies = torch.cat(found, 1).tolist()
+    return log_probabilities, entropies
+
+
+def _finite_mean(values: Sequence[float]) -> float | None:
+    """To 6 decimals; None of a model whose logits are NaN or infinite."""
+    mean = fmean(values)
+    return round(mean, 6) + 0.0 if isfinite(mean) else None  # 0.0 is added to make no zero negative
 
 
 def _find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -203,7 +262,7 @@ def _find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
 
 
-def _cut_draft(draft: Tokens, model: Any, max_new_tokens: int) -> Tokens:
+def _cut_draft(draft: Sequence[int], model: Any, max_new_tokens: int) -> Tokens:
     """A draft up to the first token that a prompt may only hold where an image or video is.
 
     A broken model may well answer with one; read as part of a prompt it would ask for features.
@@ -211,7 +270,7 @@ def _cut_draft(draft: Tokens, model: Any, max_new_tokens: int) -> Tokens:
     config = model.config.to_dict()
     placeholders = {config[name] for name in config if _PLACEHOLDER_SETTING.fullmatch(name)}
     first = next((i for i, token in enumerate(draft) if token in placeholders), len(draft))
-    return draft[: min(first, max_new_tokens)]
+    return list(draft[: min(first, max_new_tokens)])
 
 
 # The state between two passes: all tokens so far, and the arguments of the next pass

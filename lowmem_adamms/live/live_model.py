@@ -190,7 +190,7 @@ class LiveModel(AbstractContextManager["LiveModel"]):
         if last is None or (settings, batch_size) != (last.settings, last.batch_size):
             self._answerer = self.make_answerer(settings, batch_size=batch_size)
         assert self._answerer is not None
-        return self._answerer.answer(prompts)
+        return [answer.text for answer in self._answerer.answer(prompts)]
 
     def make_answerer(self, settings: AnswerSettings, *, batch_size: int) -> Answerer:
         """An answerer of its own for this model, which remembers nothing yet."""

@@ -12,7 +12,8 @@ Of a merge, each line fsynced before anything relies on it:
     {"file": name, "size": n, "blake3": digest}   the file is complete and durable
 Of a search:
     {"search": fingerprint}
-    {"alpha": a, "index": i, "answer": text, "tokens": [ids]}      (of several donors [a, b])
+    {"alpha": a, "index": i, "answer": text, "tokens": [ids],      (of several donors [a, b])
+     "log_probability": l, "entropy": e}                           (see `Answer`; null: unknown)
 the same with "again": true where an alpha was asked twice, to measure the noise, and with
 "alphas": {role: a} where layers had their own.
 """
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from ..answers import Answer
 from ..errors import OutputError
 
 WORK = ".partial"
@@ -178,10 +180,9 @@ class AnswerJournal(_Journal):
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Start or resume. OutputError if the answers there are of another search."""
-        self.answers: dict[Asked, dict[int, str]] = {}
-        self.tokens: dict[Asked, dict[int, list[int]]] = {}
-        self.again: dict[Asked, dict[int, str]] = {}
-        self.donor: dict[int, str] = {}
+        self.answers: dict[Asked, dict[int, Answer]] = {}
+        self.again: dict[Asked, dict[int, Answer]] = {}
+        self.donor: dict[int, Answer] = {}
         conflict = (
             f"{path} holds answers of another search (other models, prompts, precision, batches or"
             " settings); give the same options, `batch_size` too, or delete it or choose another"
@@ -193,8 +194,7 @@ class AnswerJournal(_Journal):
         self,
         alpha: Asked,
         index: int,
-        answer: str,
-        tokens: list[int],
+        answer: Answer,
         *,
         aside: Literal["again", "donor"] | None = None,
     ) -> None:
@@ -203,7 +203,14 @@ class AnswerJournal(_Journal):
         aside: for an answer that is not scored: from a second run at the chosen alpha, or the
         donor's.
         """
-        line = {"alpha": alpha, "index": index, "answer": answer, "tokens": tokens}
+        line = {
+            "alpha": alpha,
+            "index": index,
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "log_probability": answer.log_probability,
+            "entropy": answer.entropy,
+        }
         self._append(line | {aside: True} if aside else line)
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -212,13 +219,18 @@ class AnswerJournal(_Journal):
         alpha, index = line["alpha"], line["index"]
         if isinstance(alpha, list):
             alpha = tuple(alpha)
+        answer = Answer(
+            line["answer"],
+            tuple(line["tokens"]),
+            line.get("log_probability"),
+            line.get("entropy"),
+        )
         if line.get("again"):
-            self.again.setdefault(alpha, {})[index] = line["answer"]
+            self.again.setdefault(alpha, {})[index] = answer
         elif line.get("donor"):
-            self.donor[index] = line["answer"]
+            self.donor[index] = answer
         else:
-            self.answers.setdefault(alpha, {})[index] = line["answer"]
-            self.tokens.setdefault(alpha, {})[index] = line["tokens"]
+            self.answers.setdefault(alpha, {})[index] = answer
 
 
 _FOREIGN = "foreign"

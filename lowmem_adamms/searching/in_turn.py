@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from ..answers import Answer
 from .search import Result, search
 
 P = TypeVar("P")
 Weights = tuple[float, ...]
 """An alpha for each donor."""
-Generate = Callable[[Weights, Sequence[P]], Sequence[str]]
+Generate = Callable[[Weights, Sequence[P]], Sequence[str | Answer]]
 
 
 def count_passes(donors: int, alphas: Sequence[float], refine: int = 0) -> int:
@@ -42,16 +43,16 @@ def search_in_turn(
     else `search` takes.
     """
     chosen: Weights = (0.0,) * donors
-    known: dict[Weights, Sequence[str]] = {}
+    known: dict[Weights, Sequence[str | Answer]] = {}
     results: list[Result] = []
 
-    def ask(donor: int, alpha: float, prompts: Sequence[P]) -> Sequence[str]:
+    def ask(donor: int, alpha: float, prompts: Sequence[P]) -> Sequence[str | Answer]:
         weights = _replace(chosen, donor, alpha)
         if weights not in known:
             known[weights] = generate(weights, prompts)
         return known[weights]
 
-    def ask_again(alpha: float, prompts: Sequence[P]) -> Sequence[str]:
+    def ask_again(alpha: float, prompts: Sequence[P]) -> Sequence[str | Answer]:
         assert noise is not None
         return noise(_replace(chosen, donors - 1, alpha), prompts)
 

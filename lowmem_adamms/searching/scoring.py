@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from ..answers import Answer
 from ..errors import RecipeError
 from ..settings import Measure
 from .answer_text import is_degenerate, normalise
@@ -68,10 +69,10 @@ class AnswerComparison:
         self.degenerate: dict[float, int] = {}  # answers that are empty, repeating or constant
         self.unfinished: dict[float, int] = {}  # answers that end inside their reasoning, if any
 
-    def add(self, alpha: float, answers: tuple[str, ...]) -> None:
+    def add(self, alpha: float, answers: Sequence[Answer]) -> None:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
-        self.answers[alpha] = answers
-        self._normalised[alpha] = tuple(map(normalise, answers))
+        self.answers[alpha] = tuple(answer.text for answer in answers)
+        self._normalised[alpha] = tuple(map(normalise, self.answers[alpha]))
         self.degenerate_places[alpha] = self._find_degenerate(alpha)
         self.degenerate[alpha] = len(self.degenerate_places[alpha])
 

@@ -8,9 +8,10 @@ win, and notes say what weakens the choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from ..answers import Answer
 from ..errors import PromptError, RecipeError, SearchError
 from ..settings import DEFAULT_ALPHAS, DEFAULT_TAGS, Measure
 from ..values import Tags, check_grid
@@ -32,7 +33,7 @@ from .scoring import (
 _UNFINISHED = 0.9
 """The share of answers without an end at which a search makes no sense."""
 P = TypeVar("P")
-Generate = Callable[[float, Sequence[P]], Sequence[str]]
+Generate = Callable[[float, Sequence[P]], Sequence[str | Answer]]
 """generate(alpha, prompts): one answer for each prompt, in their order."""
 
 
@@ -182,12 +183,13 @@ def search(
     if noise is not None:
         alpha = choose_alpha(comparison, rounds)
         answers = _check_answers(noise(alpha, prompts), len(prompts), alpha)
-        again = tuple(answer or "" for answer in drop_reasoning(answers, reasoning_tags))
+        finals = drop_reasoning([answer.text for answer in answers], reasoning_tags)
+        again = tuple(final or "" for final in finals)
     return _conclude(comparison, rounds, seed, again)
 
 
 def choose(
-    answers: Mapping[float, Sequence[str]],
+    answers: Mapping[float, Sequence[str | Answer]],
     *,
     measure: Measure = "pairwise",
     seed: int = 0,
@@ -212,7 +214,7 @@ def choose(
 
     """
     grid = check_grid(sorted(answers))
-    by_alpha = {round(alpha, 6): texts for alpha, texts in answers.items()}
+    by_alpha = {round(alpha, 6): found for alpha, found in answers.items()}
     count = len(by_alpha[grid[0]])
     if not count:
         raise PromptError("no answers to choose by; give at least one for each alpha")
@@ -226,22 +228,22 @@ def choose(
 # Checks
 
 
-def _check_answers(answers: Sequence[str], count: int, alpha: float) -> tuple[str, ...]:
-    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"alpha {alpha}: expected a sequence of strings as answers")
+def _check_answers(answers: Sequence[str | Answer], count: int, alpha: float) -> tuple[Answer, ...]:
+    if isinstance(answers, str) or not all(isinstance(answer, str | Answer) for answer in answers):
+        raise ValueError(f"alpha {alpha}: expected a sequence of strings or Answers")
     if len(answers) != count:
         raise ValueError(f"alpha {alpha}: found {len(answers)} answers, expected {count}")
-    return tuple(answers)
+    return tuple(Answer(answer) if isinstance(answer, str) else answer for answer in answers)
 
 
 def _add_answers(
-    comparison: AnswerComparison, alpha: float, answers: Sequence[str], tags: Tags | None
+    comparison: AnswerComparison, alpha: float, answers: Sequence[Answer], tags: Tags | None
 ) -> None:
     """Compare answers by what follows their reasoning, and count those that end inside it.
 
     SearchError if that is so of nearly all at the smallest alpha: there is nothing to compare.
     """
-    finals = drop_reasoning(answers, tags)
+    finals = drop_reasoning([answer.text for answer in answers], tags)
     if count := finals.count(None):
         comparison.unfinished[alpha] = count
     if not comparison.answers and count >= _UNFINISHED * len(answers):
@@ -249,7 +251,9 @@ def _add_answers(
             f"{count} of {len(answers)} answers at alpha {alpha} end inside their reasoning, before"
             f" {tags[1] if tags else ''}: allow more tokens for an answer (max_new_tokens)"
         )
-    comparison.add(alpha, tuple(final or "" for final in finals))
+    comparison.add(
+        alpha, [replace(a, text=text or "") for a, text in zip(answers, finals, strict=True)]
+    )
 
 
 def _first_of_each(prompts: Sequence[P]) -> list[int]:

@@ -15,13 +15,14 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ..answers import Answer
 from ..merging.journal import AnswerJournal, Asked
 from ..prompts import Prompt, digest
 from ..settings import AnswerSettings
 from ..version import __version__
 
 if TYPE_CHECKING:
-    from ..live.draft_decoding import Cost, Tokens
+    from ..live.draft_decoding import Cost
     from ..live.placement import Placement
     from ..mapping.plan import Plan
     from ..serving.vllm_model import EnginePlacement
@@ -51,12 +52,12 @@ class SearchedAnswerer(Protocol):
     def answer(
         self,
         prompts: Sequence[Prompt],
-        known: Mapping[int, str] | None = None,
-        answered: Callable[[int, str, Tokens], None] | None = None,
-    ) -> list[str]:
+        known: Mapping[int, Answer] | None = None,
+        answered: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
         """One answer for each prompt, in their order."""
 
-    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
+    def set_drafts(self, prompts: Sequence[Prompt], answers: Mapping[int, Answer]) -> None:
         """What the next answers may be like."""
 
 
@@ -104,7 +105,9 @@ class Session(AbstractContextManager["Session"]):
         self._load, self._settings, self._batch_size = load, settings, batch_size
         self._journal = journal
         self._asked, self._answered = asked, answered
-        self._tokens = {**journal.tokens} if journal else {}
+        self._answers: dict[Asked, dict[int, Answer]] = {}
+        if journal:
+            self._answers = {alpha: {**known} for alpha, known in journal.answers.items()}
         self._last_alpha: Asked | None = None
         self._loaded: tuple[SearchedModel, SearchedAnswerer] | None = None
 
@@ -117,18 +120,18 @@ class Session(AbstractContextManager["Session"]):
             self._loaded[0].close()
         self._loaded = None
 
-    def __call__(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[str]:
+    def __call__(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[Answer]:
         """The answers at one alpha; the model is asked only for those that are not known."""
         known = self._journal.answers.get(alpha, {}) if self._journal else {}
         answers = self._ask(alpha, prompts, known)
         self._last_alpha = alpha
         return answers
 
-    def ask_donor(self, prompts: Sequence[Prompt]) -> list[str]:
+    def ask_donor(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """The answers at alpha 1, which are shown beside the others and not scored."""
         return self._ask(1.0, prompts, self._journal.donor if self._journal else {}, aside="donor")
 
-    def again(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[str]:
+    def again(self, alpha: Asked, prompts: Sequence[Prompt]) -> list[Answer]:
         """The same alpha once more, in batches of half the size: what differs is noise.
 
         Its own answers serve as drafts, so that it takes little more than one pass a batch.
@@ -140,7 +143,7 @@ class Session(AbstractContextManager["Session"]):
         live.apply(alpha)
         half = max(1, min(self._batch_size, len(prompts)) // 2)
         answerer = live.make_answerer(self._settings, batch_size=half)
-        answerer.set_drafts(prompts, self._tokens[alpha])
+        answerer.set_drafts(prompts, self._answers[alpha])
         note = partial(self._journal.note, alpha, aside="again") if self._journal else None
         return answerer.answer(prompts, known, note)
 
@@ -148,9 +151,9 @@ class Session(AbstractContextManager["Session"]):
         self,
         alpha: Asked,
         prompts: Sequence[Prompt],
-        known: Mapping[int, str],
+        known: Mapping[int, Answer],
         aside: Literal["donor"] | None = None,
-    ) -> list[str]:
+    ) -> list[Answer]:
         """The answers at an alpha, of which some are known. aside: they are not scored."""
         if self._asked:
             self._asked(alpha)
@@ -159,15 +162,15 @@ class Session(AbstractContextManager["Session"]):
         if len(known) == len(prompts):
             return _in_order(known)
 
-        def record(place: int, answer: str, tokens: list[int]) -> None:
-            self._tokens.setdefault(alpha, {})[place] = tokens
+        def record(place: int, answer: Answer) -> None:
+            self._answers.setdefault(alpha, {})[place] = answer
             if self._journal:
-                self._journal.note(alpha, place, answer, tokens, aside=aside)
-            self._report_answer(alpha, len(tokens))
+                self._journal.note(alpha, place, answer, aside=aside)
+            self._report_answer(alpha, len(answer.tokens))
 
         live, answerer = self._model()
         if self._last_alpha is not None:
-            answerer.set_drafts(prompts, self._tokens[self._last_alpha])
+            answerer.set_drafts(prompts, self._answers[self._last_alpha])
         start = time.perf_counter()
         live.apply(alpha)
         apply_seconds = time.perf_counter() - start
@@ -196,7 +199,7 @@ class Session(AbstractContextManager["Session"]):
             self._answered(alpha, token_count)
 
 
-def _in_order(answers: Mapping[int, str]) -> list[str]:
+def _in_order(answers: Mapping[int, Answer]) -> list[Answer]:
     return [answers[place] for place in sorted(answers)]
 
 

@@ -14,11 +14,13 @@ from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any
 
+from ..answers import Answer
 from ..checkpoints.dtypes import DTYPES
 from ..errors import PromptError, RecipeError, SearchError, first_line
-from ..live.draft_decoding import Cost, Tokens
+from ..live.draft_decoding import Cost
 from ..mapping import kinship
 from ..mapping.plan import Plan
 from ..merging.sources import download
@@ -236,7 +238,9 @@ class VllmAnswerer:
     def __init__(self, llm: Any, settings: AnswerSettings, *, batch_size: int) -> None:
         self._llm, self._batch_size = llm, batch_size
         self._sampling = importlib.import_module("vllm").SamplingParams(
-            temperature=0.0, max_tokens=settings.max_new_tokens
+            temperature=0.0,
+            max_tokens=settings.max_new_tokens,
+            logprobs=0,  # of the chosen token alone
         )
         self.cost = Cost()
         self.notes: list[str] = []
@@ -244,30 +248,30 @@ class VllmAnswerer:
     def answer(
         self,
         prompts: Sequence[Prompt],
-        known: Mapping[int, str] | None = None,
-        answered: Callable[[int, str, Tokens], None] | None = None,
-    ) -> list[str]:
+        known: Mapping[int, Answer] | None = None,
+        answered: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
         """One answer for each prompt, in their order; see `Answerer.answer`."""
         start, self.cost = time.perf_counter(), Cost()
         answers = dict(known or {})
         places = [place for place in range(len(prompts)) if place not in answers]
         for first in range(0, len(places), self._batch_size):
             batch = places[first : first + self._batch_size]
-            for place, text, tokens in self._ask(batch, prompts):
-                answers[place] = text
-                self.cost.answer_tokens += len(tokens)
+            for place, answer in self._ask(batch, prompts):
+                answers[place] = answer
+                self.cost.answer_tokens += len(answer.tokens)
                 if answered:
-                    answered(place, text, tokens)
+                    answered(place, answer)
         self.cost.forward_tokens = self.cost.plain_tokens = self.cost.answer_tokens
         self.cost.seconds = time.perf_counter() - start
         return [answers[place] for place in range(len(prompts))]
 
-    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, Tokens]) -> None:
+    def set_drafts(self, prompts: Sequence[Prompt], answers: Mapping[int, Answer]) -> None:
         """Drafts are of no use here: the engine batches what they would save."""
 
     def _ask(
         self, places: Sequence[int], prompts: Sequence[Prompt]
-    ) -> Iterator[tuple[int, str, Tokens]]:
+    ) -> Iterator[tuple[int, Answer]]:
         """Each answer as soon as it is finished."""
         engine = self._llm.llm_engine
         with _named_failures():
@@ -280,9 +284,14 @@ class VllmAnswerer:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        answer = output.outputs[0]
-                        place = place_of[output.request_id]
-                        yield place, answer.text.strip(), list(answer.token_ids)
+                        yield place_of[output.request_id], _as_answer(output.outputs[0])
+
+
+def _as_answer(completion: Any) -> Answer:
+    """What vLLM has answered. It tells nothing from which an entropy could be found."""
+    tokens = tuple(completion.token_ids)
+    mean = completion.cumulative_logprob / max(len(tokens), 1)
+    return Answer(completion.text.strip(), tokens, round(mean, 6) if isfinite(mean) else None)
 
 
 def _message(prompt: Prompt) -> list[dict[str, Any]]:

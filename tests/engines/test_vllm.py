@@ -68,7 +68,7 @@ def engine(plan: Plan) -> Iterator[VllmModel]:
 
 def ask(model: VllmModel, prompts: Prompts) -> list[str]:
     answerer: VllmAnswerer = model.make_answerer(AnswerSettings(max_new_tokens=12), batch_size=100)
-    return answerer.answer(prompts)
+    return [answer.text for answer in answerer.answer(prompts)]
 
 
 def read_weights(model: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import takewhile
@@ -15,9 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.live import answerer as answering
 from lowmem_adamms.live.answerer import Answerer
+from lowmem_adamms.live.draft_decoding import DecodedAnswer, _measure_confidence
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.settings import AnswerSettings
 
@@ -40,13 +44,16 @@ def answerer_of(
 
 
 def tokens_of(answerer: Answerer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The tokens of all answers, which must be what the texts were made of."""
-    found: dict[int, tuple[str, list[int]]] = {}
-    answers = answerer.answer(
-        prompts, answered=lambda place, text, ids: found.update({place: (text, ids)})
-    )
-    assert answers == [found[place][0] for place in range(len(prompts))]
-    return [found[place][1] for place in range(len(prompts))]
+    """The tokens of all answers."""
+    return [list(answer.tokens) for answer in answers_of(answerer, prompts)]
+
+
+def answers_of(answerer: Answerer, prompts: Sequence[Prompt]) -> list[Answer]:
+    """All answers, which must be those that were told one by one."""
+    found: dict[int, Answer] = {}
+    answers = answerer.answer(prompts, answered=lambda place, answer: found.update({place: answer}))
+    assert answers == [found[place] for place in range(len(prompts))]
+    return answers
 
 
 def asked_with(
@@ -54,7 +61,7 @@ def asked_with(
 ) -> tuple[list[list[int]], Answerer]:
     """Answers' tokens from these drafts, and the answerer, for what it took."""
     answerer = answerer_of(live, batch_size)
-    answerer.set_drafts(prompts, drafts)
+    answerer.set_drafts(prompts, {i: Answer("", tuple(row)) for i, row in drafts.items()})
     return tokens_of(answerer, prompts), answerer
 
 
@@ -131,6 +138,92 @@ def test_plain_texts_repeated_ones_and_none_at_all_are_answered_in_order(talker:
     asked: list[Prompt | str] = [short, long, short, Prompt(long)]
     assert live.generate(asked, batch_size=2) == [one, other, one, other]
     assert live.generate([]) == []
+
+
+# How sure the model was
+
+
+def is_as_sure(answers: Sequence[Answer], expected: Sequence[Answer]) -> bool:
+    """Whether tokens are the same, and confidences but for what another order of sums makes."""
+    return [answer.tokens for answer in answers] == [answer.tokens for answer in expected] and all(
+        getattr(answer, name) == pytest.approx(getattr(other, name), abs=1e-4)
+        for answer, other in zip(answers, expected, strict=True)
+        for name in ("log_probability", "entropy")
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "cogvlm", "idefics3", "llama", "mistral"])
+@pytest.mark.parametrize("how", ["three", "one", "eight", "no drafts"])
+def test_confidences_are_those_of_transformers_own_logits(
+    talker: Talkers, images: tuple[Path, ...], family: str, how: str
+) -> None:
+    """With drafts that are all right, partly right, and without any."""
+    live, prompts = talker(family), talk.ask(family, images)
+    answerer = answerer_of(live, *VARIANTS[how])
+    for alpha in (0.0, 0.0, 0.3, 0.6):
+        live.apply(alpha)
+        assert is_as_sure(answers_of(answerer, prompts), talk.reference_answers(live, prompts))
+
+
+def test_confidences_do_not_depend_on_drafts(talker: Talkers, images: tuple[Path, ...]) -> None:
+    """Of any length, right as far as they go, and then wrong or longer than the answer."""
+    live, prompts = talker("llava"), talk.ask("llava", images)
+    live.apply(0.3)
+    truth = talk.reference_answers(live, prompts)
+    assert len({answer.log_probability for answer in truth}) > 3
+    for right in range(NEW + 1):
+        for rest in ([], [40, 41], [40] * NEW):
+            answerer = answerer_of(live, 3)
+            drafts = {i: Answer("", (*row.tokens[:right], *rest)) for i, row in enumerate(truth)}
+            answerer.set_drafts(prompts, drafts)
+            assert is_as_sure(answers_of(answerer, prompts), truth), (right, rest)
+
+
+class LargestLogits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the positions of the largest float32 tensor over a vocabulary that is made."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocabulary, self.positions = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        is_float = isinstance(made, torch.Tensor) and made.dtype == torch.float32
+        if is_float and made.shape[-1:] == (self.vocabulary,):
+            self.positions = max(self.positions, made.numel() // self.vocabulary)
+        return made
+
+
+def test_no_copy_of_all_logits_is_made(
+    talking: dict[str, Path], tiny_models: dict[str, Path], images: tuple[Path, ...]
+) -> None:
+    """The argmax takes one row of a batch in float32, its confidences eight positions of it."""
+    prompts, vocabulary = talk.ask("llava", images), 0
+    with talk.load(talking["llava"], tiny_models["llava_next"], "bf16") as live:
+        vocabulary = live.model.get_output_embeddings().out_features
+        answerer = answerer_of(live, 8)
+        answerer.set_drafts(prompts, dict.fromkeys(range(len(prompts)), Answer("", (40,) * NEW)))
+        with LargestLogits(vocabulary) as largest:
+            answerer.answer(prompts)
+    assert largest.positions == NEW + 1
+    with LargestLogits(vocabulary) as largest:
+        _measure_confidence(torch.zeros(100, vocabulary, dtype=torch.bfloat16))
+    assert largest.positions == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_confidences_of_known_distributions(dtype: torch.dtype) -> None:
+    """More positions than are done at a time; a token ruled out adds nothing."""
+    nan, inf = math.nan, math.inf
+    even, sure, two, broken = [0.0] * 4, [-inf, 0.0, -inf, -inf], [0.0, 0.0, -inf, -inf], [nan] * 4
+    logits = torch.tensor([even, sure, two, broken] * 5, dtype=dtype)
+    found = zip(*_measure_confidence(logits), strict=True)
+    half, quarter = math.log(1 / 2), math.log(1 / 4)
+    expected = [(quarter, -quarter), (0, 0), (half, -half), (nan, nan)] * 5
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, nan_ok=True)
+    decoded = DecodedAnswer([1, 1], [-0.0, -1e-8], [0.5, nan])
+    assert (str(decoded.log_probability), decoded.entropy) == ("0.0", None)
 
 
 # Drafts
@@ -303,7 +396,7 @@ def test_nothing_stays_patched_after_an_error(
 ) -> None:
     live = talker(family)
 
-    def interrupt(place: int, answer: str, tokens: list[int]) -> None:
+    def interrupt(place: int, answer: Answer) -> None:
         assert patched(live.model)
         raise KeyboardInterrupt
 
@@ -426,14 +519,12 @@ def test_a_batch_is_asked_again_only_if_an_answer_in_it_is_missing(
     live.apply(0.0)
     truth = answerer_of(live, 2).answer(prompts)
     missing = live._encoder.split_into_batches(prompts, 2)[1].places[0]
-    known = {place: f"known {place}" for place in range(len(prompts)) if place != missing}
+    known = {i: Answer(f"known {i}") for i in range(len(prompts)) if i != missing}
     told: list[int] = []
     answerer = answerer_of(live, 2)
     answers = answerer.answer(prompts, known, lambda place, *_: told.append(place))
     assert told == [missing]
-    assert answers == [
-        truth[place] if place == missing else f"known {place}" for place in range(len(prompts))
-    ]
+    assert answers == [truth[i] if i == missing else known[i] for i in range(len(prompts))]
     assert 0 < answerer.cost.passes <= NEW
     with talk.counted(live.model) as passes:
         assert answerer.answer(prompts, dict(enumerate(truth))) == truth

@@ -57,6 +57,17 @@ def answers_of(journal: Path) -> list[Any]:
     return sorted([[line.get(key) for key in kept] for line in lines], key=str)
 
 
+def confidences_of(journal: Path) -> dict[str, tuple[float, float]]:
+    lines = map(json.loads, journal.read_text().splitlines()[1:])
+    return {
+        str([line["alpha"], line["index"], line.get("again"), line.get("donor")]): (
+            line["log_probability"],
+            line["entropy"],
+        )
+        for line in lines
+    }
+
+
 def test_it_finds_keeps_and_reports_the_same(plan: Plan, prompts: Path, tmp_path: Path) -> None:
     """With drafts, kept vision features, noise, a finer grid, the donor's answers, and batches."""
     found = {}
@@ -70,6 +81,10 @@ def test_it_finds_keeps_and_reports_the_same(plan: Plan, prompts: Path, tmp_path
     assert streamed.donor_answers == held.donor_answers
     assert {candidate.round for candidate in streamed.result.candidates} == {0, 1}
     assert answers_of(tmp_path / "streamed.jsonl") == answers_of(tmp_path / "held.jsonl")
+    confidences = [confidences_of(tmp_path / f"{live}.jsonl") for live in found]
+    assert confidences[0].keys() == confidences[1].keys()
+    for asked, values in confidences[0].items():
+        assert confidences[1][asked] == pytest.approx(values, abs=1e-5), asked
     tokens = [
         [(it.alpha, it.forward_tokens, it.plain_tokens) for it in each.timings]
         for each in (held, streamed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.searching.in_turn import count_passes, search_in_turn
 
@@ -64,7 +65,6 @@ def test_the_passes_are_known_before(donors: int, grid: Weights, refine: int, pa
 
 def test_answers_at_several_weights_are_journalled(tmp_path: Path) -> None:
     with AnswerJournal(tmp_path / "answers.jsonl", "x") as journal:
-        journal.note((0.4, 0.2), 1, "yes", [7])
+        journal.note((0.4, 0.2), 1, Answer("yes", (7,)))
     with AnswerJournal(tmp_path / "answers.jsonl", "x") as journal:
-        assert journal.answers == {(0.4, 0.2): {1: "yes"}}
-        assert journal.tokens == {(0.4, 0.2): {1: [7]}}
+        assert journal.answers == {(0.4, 0.2): {1: Answer("yes", (7,))}}

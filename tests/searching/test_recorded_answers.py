@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.errors import PromptError
 from lowmem_adamms.merging.journal import AnswerJournal
 from lowmem_adamms.searching.recorded_answers import read_answers
@@ -29,19 +30,26 @@ def test_a_journal_is_read_as_the_search_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with AnswerJournal(path, "fingerprint") as written:
         for alpha in (0.1, 0.0):
-            written.note(alpha, 10, f"b {alpha}", [5, 6])
-            written.note(alpha, 9, "ä\n", [7])
-        written.note(0.1, 9, "other", [8], aside="again")
-        written.note(1.0, 9, "the donor's", [8], aside="donor")
+            written.note(alpha, 10, Answer(f"b {alpha}", (5, 6), -0.25, 0.5))
+            written.note(alpha, 9, Answer("ä\n", (7,)))
+        written.note(0.1, 9, Answer("other", (8,)), aside="again")
+        written.note(1.0, 9, Answer("the donor's", (8,)), aside="donor")
     answers, indices = read_answers([path])
-    assert list(answers.items()) == [(0.0, ["ä\n", "b 0.0"]), (0.1, ["ä\n", "b 0.1"])]
+    assert list(answers.items()) == [
+        (alpha, [Answer("ä\n"), Answer(f"b {alpha}", (), -0.25, 0.5)]) for alpha in (0.0, 0.1)
+    ]
     assert indices == [9, 10]
 
 
 def test_alphas_may_lie_in_several_files_and_are_rounded(tmp_path: Path) -> None:
     one = journal(tmp_path / "one.jsonl", {0.1 + 0.2: "ab"})
     two = journal(tmp_path / "two.jsonl", {0: "cd"})
-    assert read_answers([one, two]) == ({0.0: ["c", "d"], 0.3: ["a", "b"]}, [0, 1])
+    answers, indices = read_answers([one, two])
+    assert {alpha: [answer.text for answer in found] for alpha, found in answers.items()} == {
+        0.0: ["c", "d"],
+        0.3: ["a", "b"],
+    }
+    assert indices == [0, 1]
 
 
 def test_an_alpha_that_lacks_answers_is_named_with_the_first_prompt_it_lacks(
@@ -72,6 +80,10 @@ def test_a_second_answer_is_refused_with_its_place(tmp_path: Path) -> None:
         (b'{"alpha": 0.1, "index": "0", "answer": "a"}', "index is '0'"),
         (b'{"alpha": 0.1, "index": true, "answer": "a"}', "index is True"),
         (b'{"alpha": 0.1, "index": 0, "answer": null}', "answer is None, expected a text"),
+        (b'{"alpha": 0.1, "index": 0, "answer": "a", "entropy": "b"}', "entropy is 'b', expected"),
+        (b'{"alpha": 0.1, "index": 0, "answer": "a", "entropy": true}', "entropy is True"),
+        (b'{"alpha": 0.1, "index": 0, "answer": "a", "entropy": NaN}', "entropy is nan"),
+        (b'{"alpha": 0.1, "index": 0, "answer": "a", "log_probability": []}', "log_probability is"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: bytes, words: str) -> None:

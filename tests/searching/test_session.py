@@ -15,6 +15,7 @@ import pytest
 import talk
 
 from lowmem_adamms import make_plan, search
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.placement import Placement
 from lowmem_adamms.live.placing import place as choose_placement
@@ -43,7 +44,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.applied: list[float] = []
         self.batches: list[tuple[int, ...]] = []
-        self.drafts: list[dict[int, list[int]]] = []
+        self.drafts: list[dict[int, Answer]] = []
         self.closed = 0
 
     def apply(self, alpha: float) -> None:
@@ -63,12 +64,12 @@ class FakeAnswerer:
     def __init__(self, model: FakeModel, batch_size: int) -> None:
         self.model, self.batch_size, self.notes = model, batch_size, list(model.notes)
 
-    def set_drafts(self, prompts: Sequence[Prompt], tokens: Mapping[int, list[int]]) -> None:
-        self.model.drafts.append(dict(tokens))
+    def set_drafts(self, prompts: Sequence[Prompt], answers: Mapping[int, Answer]) -> None:
+        self.model.drafts.append(dict(answers))
 
     def answer(
-        self, prompts: Sequence[Prompt], known: Mapping[int, str], answered: Any
-    ) -> list[str]:
+        self, prompts: Sequence[Prompt], known: Mapping[int, Answer], answered: Any
+    ) -> list[Answer]:
         answers = dict(known)
         alpha = self.model.applied[-1]
         for start in range(0, len(prompts), self.batch_size):
@@ -78,25 +79,26 @@ class FakeAnswerer:
             self.model.batches.append(tuple(places))
             for place in places:
                 if place not in answers:
-                    answers[place] = f"{prompts[place].text} at {alpha}"
+                    answers[place] = answer_at(alpha, place)
                     if answered:
-                        answered(place, answers[place], tokens_of(alpha, place))
+                        answered(place, answers[place])
         self.cost = SimpleNamespace(
             seconds=2.0, answer_tokens=12, forward_tokens=30, plain_tokens=40
         )
         return [answers[place] for place in range(len(prompts))]
 
 
-def tokens_of(alpha: float, place: int) -> list[int]:
-    return [round(10 * alpha), place]
+def answer_at(alpha: float, place: int) -> Answer:
+    tokens = round(10 * alpha), place
+    return Answer(f"{PROMPTS[place].text} at {alpha}", tokens, -alpha - place, alpha * place)
 
 
-def all_tokens(alpha: float) -> dict[int, list[int]]:
-    return {place: tokens_of(alpha, place) for place in range(len(PROMPTS))}
+def answers_at(alpha: float) -> list[Answer]:
+    return [answer_at(alpha, place) for place in range(len(PROMPTS))]
 
 
-def answers_at(alpha: float) -> list[str]:
-    return [f"{prompt.text} at {alpha}" for prompt in PROMPTS]
+def drafts_at(alpha: float) -> dict[int, Answer]:
+    return dict(enumerate(answers_at(alpha)))
 
 
 @contextmanager
@@ -128,7 +130,7 @@ def test_answers_timings_and_hooks_alpha_by_alpha() -> None:
         assert session.again(0.2, PROMPTS) == answers_at(0.2)
     assert begun == list(ALPHAS) and model.applied == [*ALPHAS, 0.2]
     assert told == [(alpha, 2) for alpha in ALPHAS for _ in PROMPTS]
-    assert model.drafts == [all_tokens(alpha) for alpha in (*ALPHAS[:-1], 0.2)]
+    assert model.drafts == [drafts_at(alpha) for alpha in (*ALPHAS[:-1], 0.2)]
     assert [timing.alpha for timing in session.timings] == list(ALPHAS)
     for timing in session.timings:
         assert timing.apply_seconds > 0 and timing.seconds == 2
@@ -166,7 +168,7 @@ def test_answers_stand_in_the_order_of_the_prompts_however_they_were_finished(
 ) -> None:
     with AnswerJournal(tmp_path / "a", "mine") as journal:
         for place in reversed(range(len(PROMPTS))):
-            journal.note(0.0, place, f"{PROMPTS[place].text} at 0.0", [place])
+            journal.note(0.0, place, answer_at(0.0, place))
     with opened(None, tmp_path / "a") as session:
         assert session(0.0, PROMPTS) == answers_at(0.0)
 
@@ -183,7 +185,7 @@ def test_only_what_is_missing_of_an_alpha_is_asked(tmp_path: Path) -> None:
         ask_everything(session)
     assert model.applied == [timing.alpha for timing in session.timings] == list(ALPHAS[1:])
     assert model.batches[:2] == [(2, 3), (4, 5)]
-    assert model.drafts == [all_tokens(alpha) for alpha in ALPHAS[:-1]]
+    assert model.drafts == [drafts_at(alpha) for alpha in ALPHAS[:-1]]
     assert told[:12] == [(0.0, 0)] * 6 + [(0.2, 0)] * 3 + [(0.2, 2)] * 3
     assert path.read_bytes().splitlines(keepends=True) == lines
 
@@ -202,7 +204,7 @@ def test_noise_is_the_same_alpha_in_batches_of_half_the_size(
     with AnswerJournal(tmp_path / "a", "mine") as journal:
         assert journal.again == {0.4: dict(enumerate(answers_at(0.4)))}
         assert list(journal.answers) == list(ALPHAS)
-    assert (model.applied, model.drafts) == ([0.4], [all_tokens(0.4)])
+    assert (model.applied, model.drafts) == ([0.4], [drafts_at(0.4)])
     assert len(model.batches) == batches
 
 
@@ -229,16 +231,17 @@ def test_a_live_model_answers_as_it_does_without_a_session(
     talker: Talkers, images: tuple[Path, ...], tmp_path: Path
 ) -> None:
     live, prompts = talker("llava_onevision"), talk.ask("llava_onevision", images)
-    truth = {}
+    truth: dict[float, list[str]] = {}
     for alpha in ALPHAS:
         live.apply(alpha)
         plain = replace(SETTINGS, drafts=False, vision_cache=False)
         truth[alpha] = live.generate(prompts, plain, batch_size=BATCH_SIZE)
     assert len(set(map(tuple, truth.values()))) == len(ALPHAS)
     session = Session(lambda: live, SETTINGS, BATCH_SIZE)
-    assert {alpha: session(alpha, prompts) for alpha in ALPHAS} == truth
+    found = {alpha: session(alpha, prompts) for alpha in ALPHAS}
+    assert {alpha: [a.text for a in answers] for alpha, answers in found.items()} == truth
     with talk.counted(live.model) as passes:
-        assert session.again(0.2, prompts) == truth[0.2]
+        assert [answer.text for answer in session.again(0.2, prompts)] == truth[0.2]
     assert len(passes) == len(prompts), "one by one, each with its own answer as the draft"
     for timing in session.timings:
         assert timing.forward_tokens > timing.answer_tokens > 0

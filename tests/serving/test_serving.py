@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +74,9 @@ class FakeEngine:
             raise EngineDeadError("EngineCore encountered an issue")
         number, message = self.waiting.pop()
         words = message[0]["content"][-1]["text"]
-        answer = SimpleNamespace(text=f" {words} at {self.alpha:g} ", token_ids=[1, 2])
+        answer = SimpleNamespace(
+            text=f" {words} at {self.alpha:g} ", token_ids=[1, 2], cumulative_logprob=-0.5
+        )
         return [SimpleNamespace(finished=True, request_id=number, outputs=[answer])]
 
 
@@ -175,7 +178,10 @@ def test_what_was_answered_before_the_engine_died_is_kept(
     monkeypatch.setattr(FakeEngine, "dies_at", 1)
     with pytest.raises(SearchError, match=r"vLLM failed: EngineCore encountered.*same command"):
         find_alpha(plan, PROMPTS, journal=journal, **VLLM)
-    assert len(journal.read_bytes().splitlines()) == 1 + 5 + 5 + 4
+    _, *lines = map(json.loads, journal.read_bytes().splitlines())
+    assert len(lines) == 5 + 5 + 4
+    # The fake's two tokens have -0.5 together
+    assert {(line["log_probability"], line["entropy"]) for line in lines} == {(-0.25, None)}
     monkeypatch.setattr(FakeEngine, "dies_at", None)
     find_alpha(plan, PROMPTS, journal=journal, **VLLM)
     assert engines[-1].asked == 1
