@@ -252,7 +252,7 @@ def _measure_confidence(logits: torch.Tensor) -> tuple[list[float], list[float]]
 def _finite_mean(values: Sequence[float]) -> float | None:
     """To 6 decimals; None of a model whose logits are NaN or infinite."""
     mean = fmean(values)
-    return round(mean, 6) + 0.0 if isfinite(mean) else None  # 0.0 is added to make no zero negative
+    return round(mean, 6) + 0.0 if isfinite(mean) else None  # + 0.0 turns -0.0 into 0.0
 
 
 def _find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
