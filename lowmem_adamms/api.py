@@ -36,6 +36,7 @@ from .merging.verify import verify
 from .prompts import Prompt, Prompts
 from .searching.answer_text import collapsed_share, drop_reasoning
 from .searching.in_turn import search_in_turn
+from .searching.measures import RULES
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
     DEFAULT_TAGS,
@@ -353,7 +354,12 @@ def _ask_donor(
 
 
 def check_search(plan: Plan, settings: SearchSettings) -> None:
-    """RecipeError for what a search can do only with one donor that is blended linearly."""
+    """RecipeError for what vLLM cannot tell, or what takes one donor that is blended linearly."""
+    if settings.engine == "vllm" and not RULES[settings.measure].compares:
+        raise RecipeError(
+            f"vLLM does not tell how sure it is of its answers, which `measure` {settings.measure}"
+            " takes: choose another, or the engine transformers"
+        )
     if not isinstance(plan, Mixture):
         return
     if settings.engine == "vllm":

@@ -31,7 +31,7 @@ from .values import (
 S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
 Unmatched = Literal["stop", "keep"]
-Measure = Literal["pairwise", "joint", "relative"]
+Measure = Literal["pairwise", "joint", "relative", "entropy"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
@@ -341,10 +341,11 @@ class GridSettings:
     )
     measure: Measure = setting(
         "pairwise",
-        "what D adds up: the answers that differ from the previous alpha's and those that differ"
-        " from the next one's (pairwise, the paper's Algorithm 1, default); answers that differ"
-        " from either (joint, its Appendix B); or pairwise in per cent of the answers that are no"
-        " longer the base's (relative, ours)",
+        "what D is: the answers that differ from the previous alpha's and those that differ from"
+        " the next one's (pairwise, the paper's Algorithm 1, default); answers that differ from"
+        " either (joint, its Appendix B); pairwise in per cent of the answers that are no longer"
+        " the base's (relative, ours); or how unsure the model is of its answers, in nats per token"
+        " (entropy), by which the grid's ends may be chosen too",
         choices=get_args(Measure),
     )
     noise: bool = setting(

@@ -130,6 +130,12 @@ def reference_answers(live: LiveModel, prompts: Sequence[Prompt], new: int = NEW
     return answers
 
 
+def take_confidences(document: dict[str, Any]) -> list[float]:
+    """Remove from a search's document what another order of sums changes a little; returns it."""
+    names = ("entropy", "log_probability")
+    return [candidate.pop(name) for candidate in document["candidates"] for name in names]
+
+
 def inputs_of(model: Any, processor: Any, prompt: Prompt) -> dict[str, Any]:
     """One prompt as transformers itself encodes it."""
     images = [open_image(image) for image in prompt.images]

@@ -11,6 +11,7 @@ from ..errors import RecipeError
 from ..live.placement import Placement
 from ..live.search_time import describe_time
 from ..prompts import load_prompts
+from ..searching.measures import RULES
 from ..settings import (
     PlanSettings,
     Quantization,
@@ -171,7 +172,7 @@ def show_found(found: api.FoundAlpha) -> None:
         screen().print(terminal.search_table(each.rounds, each.alpha))
     screen().print(terminal.search_table(result.rounds, result.alpha))
     print_line(str(found))
-    if result.earlier:
+    if result.earlier and RULES[result.measure].compares:
         print_note("D compares within a round: closer neighbours differ less")
     print_notes(result.notes)
 

@@ -163,8 +163,7 @@ def _choice(recipe: Mapping[str, Any]) -> list[str]:
     moved = any(group["moved"] for group in recipe.get("layers", {}).get("groups", ()))
     tried = ", ".join(f"{candidate['alpha']:g}" for candidate in recipe["candidates"])
     return [
-        "Alpha was chosen without labels, by the consistency of the answers to"
-        f" {recipe['prompts']} prompts",
+        f"Alpha was chosen without labels, by the answers to {recipe['prompts']} prompts",
         f"at the alphas {tried} (measure: {recipe['measure']}). `report.html`, where it lies",
         "beside this file, shows how.",
         *(["Groups of layers were then moved one by one, by the same measure."] * moved),

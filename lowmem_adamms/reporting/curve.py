@@ -59,7 +59,12 @@ class Chart:
     @property
     def unit(self) -> str:
         """The unit of a score."""
-        return "%" if self.view.result.measure == "relative" else "answers"
+        return self.view.rule.unit
+
+    @property
+    def why_no_score(self) -> str:
+        """What stands at an end of the grid without a score."""
+        return "no score: one neighbour" if self.view.rule.compares else "no score"
 
     def x(self, alpha: float) -> float:
         """Where an alpha stands."""
@@ -74,21 +79,20 @@ class Chart:
     @cached_property
     def levels(self) -> list[float]:
         """Scores at the horizontal lines: multiples of 1, 2 or 5 times a power of ten."""
-        values = [1.0]
+        smallest_step = 1.0 if self.view.rule.compares else 0.001
+        values = [smallest_step, *map(self._in_score_units, self._list_differences().values())]
         for candidate in self.view.result.rounds:
-            difference = self._in_score_units(candidate.diff_next or 0.0)
-            values += [candidate.score or 0.0, difference, *(candidate.interval or ())]
+            values += [candidate.score or 0.0, *(candidate.interval or ())]
         highest = max(value for value in values if math.isfinite(value))
         power = 10.0 ** math.floor(math.log10(highest / 5))
         steps = (power * factor for factor in (1, 2, 5, 10))
-        step = max(1.0, next(step for step in steps if step >= highest / 5))
+        step = max(smallest_step, next(step for step in steps if step >= highest / 5))
         return [i * step for i in range(math.ceil(highest / step + 0.05) + 1)]
 
     def _in_score_units(self, difference: float) -> float:
-        """A difference counts answers; scores of the measure "relative" are per cent."""
-        if self.view.result.measure == "relative":
-            return 100 * difference / self.view.result.prompts
-        return difference
+        """A difference counts answers; of scores that are a share it is one of all prompts."""
+        rule = self.view.rule
+        return rule.factor * difference / self.view.result.prompts if rule.divide_by else difference
 
     @cached_property
     def ticks(self) -> list[float]:
@@ -114,22 +118,24 @@ class Chart:
 
     @property
     def bars(self) -> list[Bar]:
-        """One for each two alphas that were compared; the wide ones come first."""
+        """One for each two alphas whose difference is part of a score; wide ones come first."""
         differences = self._list_differences()
         return [
             Bar(
                 self.x(low),
                 self.x(high),
                 self.y(self._in_score_units(difference)),
-                self.view.format_score(difference),
+                self.view.format_difference(difference),
                 refines=any(_lies_inside((low, high), other) for other in differences),
                 is_refined=any(_lies_inside(other, (low, high)) for other in differences),
             )
             for (low, high), difference in differences.items()
         ]
 
-    def _list_differences(self) -> dict[tuple[float, float], float]:
-        differences: dict[tuple[float, float], float] = {}
+    def _list_differences(self) -> dict[tuple[float, float], int]:
+        differences: dict[tuple[float, float], int] = {}
+        if not self.view.rule.compares:
+            return differences
         for candidate in self.view.result.rounds:
             previous, following = candidate.neighbours
             if previous is not None and candidate.diff_previous is not None:
@@ -141,8 +147,15 @@ class Chart:
 
     @property
     def lines(self) -> Iterator[list[Candidate]]:
-        """The scores of each round, which a line joins: scores of two rounds do not compare."""
-        scored = [c for c in self.view.result.rounds if c.score is not None]
+        """The scores that a line joins: all, or of measures that compare those of each round.
+
+        There, scores of two rounds have other neighbours.
+        """
+        result = self.view.result
+        if not self.view.rule.compares:
+            yield [c for c in result.candidates if c.score is not None]
+            return
+        scored = [c for c in result.rounds if c.score is not None]
         for _, group in groupby(scored, key=lambda candidate: candidate.round):
             yield list(group)
 

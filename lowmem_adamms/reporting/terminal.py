@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..mapping.alphas import format_alpha
 from ..mapping.plan import SUMMARY_HEADINGS
+from ..searching.measures import RULES
 from ..values import format_count, format_duration
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _search_cells(candidate: Candidate, *, with_round: bool) -> Iterator[str]:
     yield _format_score(candidate.diff_next)
     yield _format_score(candidate.score)
     interval = candidate.interval
-    yield f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+    yield " to ".join(f"{round(end, 3):.4g}" for end in interval) if interval else ""
     yield str(candidate.degenerate or "")
 
 
@@ -116,8 +117,10 @@ def describe_result(result: Result) -> str:
     chosen = next((c for c in result.candidates if c.alpha == result.alpha), None)
     score = ""
     if chosen and chosen.score is not None:
-        is_relative = result.measure == "relative"
-        score = f", D = {chosen.score:.4g} %" if is_relative else f", D = {chosen.score:g}"
+        unit = RULES[result.measure].unit
+        score = f", D = {chosen.score:g}"
+        if unit != "answers":
+            score = f", D = {chosen.score:.4g} {unit}"
         score += f" in round {chosen.round}" if chosen.round else ""
     noise = ""
     if result.noise is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..searching.measures import RULES, MeasureRule
 from ..searching.resampling import RESAMPLES
 from ..searching.scoring import MARKEDLY
 from ..searching.search import Candidate, Result
@@ -15,15 +16,6 @@ from .text import DASH, format_percent
 
 if TYPE_CHECKING:
     from .answers import AnswerRun
-
-_SCORE_MEANINGS = {
-    "pairwise": "answers that differ from the previous alpha's, plus those that differ from the"
-    " next one's",
-    "joint": "answers that differ from the previous alpha's or the next one's",
-    "relative": "answers that differ from the previous alpha's, plus those that differ from the"
-    " next one's, in per cent of those that are no longer the base's",
-}
-"""What a score adds up, by measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +99,21 @@ class SearchView:
     # Scores
 
     @property
-    def meaning(self) -> str:
-        """What a score adds up."""
-        return _SCORE_MEANINGS[self.result.measure]
+    def rule(self) -> MeasureRule:
+        """What a score is."""
+        return RULES[self.result.measure]
+
+    def format_difference(self, count: int | None) -> str:
+        """A number of answers that differ."""
+        return DASH if count is None else f"{count:,}"
 
     def format_score(self, value: float | None) -> str:
-        """A score or difference, whose percentiles may have fractions."""
+        """A score, or a percentile of it, which may be a fraction of an answer."""
         if value is None or not math.isfinite(value):
             return DASH
-        value = round(value, 1)
-        return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+        value = round(value, self.rule.decimals)
+        decimals = 0 if self.rule.compares and value == int(value) else self.rule.decimals
+        return f"{value:,.{decimals}f}"
 
     def format_interval(self, candidate: Candidate) -> str:
         """The 95 % interval of a score."""
@@ -195,8 +192,10 @@ class SearchView:
             rank = "the lowest but for the degenerate"
         others = [self.format_short_alpha(a) for a in self.result.ties if a != chosen.alpha]
         tied = f", tied with {' and '.join(others)}" if others else ""
+        verb = "adds up" if self.rule.compares else "is"
         return (
-            f"D is {self.format_score(chosen.score)} here, {rank}{tied}. It adds up {self.meaning}."
+            f"D is {self.format_score(chosen.score)} here, {rank}{tied}. It {verb}"
+            f" {self.rule.meaning}."
         )
 
 

@@ -1,6 +1,7 @@
 """The search for alpha: where do the answers change least?
 
 answer_text       when two answers are the same, and when one is no answer
+measures          what the score D of an alpha is
 scoring           answers by alpha, their differences, D, and the best alpha
 resampling        how sure D and the choice are
 notes             what weakens a choice, in words

@@ -28,8 +28,9 @@ def write_notes(
             " space aside: what they ask counts several times."
         )
     yield from _note_unfinished(comparison)
-    yield from _note_grid(comparison, rounds)
-    yield from _note_quiet_ends(comparison, rounds[0])
+    if comparison.rule.compares:
+        yield from _note_grid(comparison, rounds)
+        yield from _note_quiet_ends(comparison, rounds[0])
     yield from _note_ineligible(comparison)
     best = best_points(comparison, rounds)
     if not best:
@@ -37,6 +38,8 @@ def write_notes(
         yield f"No alpha between two others can be chosen, so {smallest}, the smallest, is taken."
         return
     yield from _note_collapse(comparison, best[0].alpha)
+    if best[0].next is None and best[0].alpha < 1:
+        yield f"Alpha {best[0].alpha} is the largest of the grid; one beyond it may score lower."
     yield from _note_equal_scores(comparison, rounds)
     yield from _note_close_call(comparison, best, wins)
     if noise:
@@ -56,7 +59,7 @@ def _note_grid(comparison: AnswerComparison, rounds: Rounds) -> Iterator[str]:
     alphas = [point.alpha for point in rounds[0]]
     if len(rounds) == 1 and len(alphas) == 3:
         yield f"Only alpha {alphas[1]} lies between two others, so no other can be chosen."
-    if comparison.measure == "relative" and alphas[0] > 0:
+    if comparison.rule.divide_by == "moved" and alphas[0] > 0:
         yield f"The answers at alpha {alphas[0]} are taken for the base's; begin the grid with 0."
     steps = [second - first for first, second in itertools.pairwise(alphas)]
     if max(steps) > 1.5 * min(steps):
@@ -75,7 +78,7 @@ def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) ->
     for end, neighbour in ((grid[0].alpha, grid[1].alpha), (grid[-1].alpha, grid[-2].alpha)):
         count = sum(comparison.differences(end, neighbour))
         difference = comparison.scale(count, end)
-        if difference is None or not comparison.is_eligible(end):
+        if difference is None or not comparison.is_sound(end):
             continue
         if 2 * difference < lowest:
             further = "; a grid that goes on would give it one" if end > neighbour else ""
@@ -94,8 +97,17 @@ def _note_ineligible(comparison: AnswerComparison) -> Iterator[str]:
                 f" {comparison.prompt_count} answers are empty, repeating or all the same,"
                 f" {_usual(comparison)}."
             )
-        elif alpha != comparison.smallest and not comparison.is_eligible(alpha):
-            yield f"Alpha {alpha} cannot be chosen: its answers are still the base's."
+        elif alpha != comparison.smallest and (reason := _explain_no_score(comparison, alpha)):
+            yield f"Alpha {alpha} cannot be chosen: {reason}."
+
+
+def _explain_no_score(comparison: AnswerComparison, alpha: float) -> str:
+    """Why an alpha has no score, if not for want of neighbours."""
+    if comparison.rule.divide_by == "moved" and not any(comparison.left_base(alpha)):
+        return "its answers are still the base's"
+    if not comparison.rule.compares and (count := comparison.count_without_entropy(alpha)):
+        return f"{count} of {comparison.prompt_count} answers have no entropy"
+    return ""
 
 
 def _note_collapse(comparison: AnswerComparison, chosen: float) -> Iterator[str]:
@@ -103,7 +115,8 @@ def _note_collapse(comparison: AnswerComparison, chosen: float) -> Iterator[str]
     if 2 * degenerate >= comparison.prompt_count:
         yield (
             f"{degenerate} of {comparison.prompt_count} answers at the chosen alpha are empty,"
-            f" repeating or all the same, {_usual(comparison)}: that they agree says little."
+            f" repeating or all the same, {_usual(comparison)}: that they"
+            f" {'agree' if comparison.rule.compares else 'are sure'} says little."
         )
 
 

@@ -20,14 +20,14 @@ _COUNTS_HELD = 1 << 20  # float64 numbers at a time, 8 MiB
 Intervals = dict[GridPoint, tuple[float, float]]
 """95 % interval of the score of each point that has one."""
 Wins = dict[float, float]
-"""How often (0..1) each alpha between two others in the last round has the lowest score."""
+"""How often (0..1) each alpha of the last round that can have a score has the lowest."""
 
 
 def resample(comparison: AnswerComparison, rounds: Rounds, seed: int) -> tuple[Intervals, Wins]:
     """Intervals of all scores, and how often each alpha of the last round wins."""
     import numpy as np
 
-    running = [p for p in rounds[-1] if p.previous is not None and p.next is not None]
+    running = [point for point in rounds[-1] if comparison.can_score(point)]
     wins = {point.alpha: 0.0 for point in running}
     every = [*latest_points(rounds), *earlier_points(rounds)]
     points = [point for point in every if comparison.score(point) is not None]
@@ -53,14 +53,15 @@ def _resampled_scores(comparison: AnswerComparison, points: Sequence[GridPoint],
     count = comparison.prompt_count
     even = np.full(count, 1 / count)
     scores = np.array([comparison.prompt_scores(p) for p in points], np.float64)
-    moved = np.array([comparison.left_base(p.alpha) for p in points], np.float64)
+    divisors = [comparison.prompt_divisors(p.alpha) for p in points]
     block = max(1, _COUNTS_HELD // count)
     resampled = []
     for start in range(0, RESAMPLES, block):
         drawn = rng.multinomial(count, even, min(block, RESAMPLES - start))
         totals = drawn @ scores.T
-        if comparison.measure == "relative":
-            divisors = drawn @ moved.T
-            totals = np.where(divisors > 0, 100 * totals / np.maximum(divisors, 1), np.nan)
+        if None not in divisors:
+            divided_by = drawn @ np.array(divisors, np.float64).T
+            totals *= comparison.rule.factor
+            totals = np.where(divided_by > 0, totals / np.maximum(divided_by, 1), np.nan)
         resampled.append(totals)
     return np.concatenate(resampled).round(9)

@@ -1,7 +1,8 @@
-"""From the answers at each alpha to the alpha whose answers change least.
+"""From the answers at each alpha to the alpha with the lowest score.
 
-Answers are compared between neighbouring alphas of a grid (arXiv 2503.23733, Algorithm 1). A
-refinement is a round of its own: its neighbours lie closer together, so that answers differ less.
+Answers are compared between neighbouring alphas of a grid (arXiv 2503.23733, Algorithm 1), or
+judged by how sure the model is of them. A refinement is a round of its own: its neighbours lie
+closer together, so that answers differ less.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from statistics import fmean
 
 from ..answers import Answer
 from ..errors import RecipeError
 from ..settings import Measure
 from .answer_text import is_degenerate, normalise
+from .measures import RULES
 
 CONSTANT = 0.9
 """Share of the prompts that must get one and the same answer for it to count as constant."""
@@ -43,26 +45,17 @@ Window = tuple[float, float, float, float, float]
 
 
 class AnswerComparison:
-    """The answers at each alpha and how they differ.
-
-    The measure says what a score is made of:
-    - "pairwise": answers that differ from the previous alpha's, plus those that differ from the
-      next one's (Algorithm 1);
-    - "joint": answers that differ from either (Appendix B);
-    - "relative": as pairwise, in per cent of the answers that are no longer the base's. Near the
-      base answers hardly change because they have hardly moved, which is no merit.
-    """
+    """The answers at each alpha, how they differ, and what they score by a measure."""
 
     def __init__(self, measure: Measure, distinct_prompts: Sequence[int]) -> None:
-        """Start without answers. RecipeError unless the measure is one of those above.
+        """Start without answers. RecipeError if there is no such measure.
 
         distinct_prompts: the place of each different prompt.
         """
-        if measure not in get_args(Measure):
-            known = ", ".join(get_args(Measure))
-            raise RecipeError(f"measure {measure!r}: expected one of {known}")
-        self.measure = measure
-        self.answers: dict[float, tuple[str, ...]] = {}
+        if measure not in RULES:
+            raise RecipeError(f"measure {measure!r}: expected one of {', '.join(RULES)}")
+        self.measure, self.rule = measure, RULES[measure]
+        self.answers: dict[float, tuple[Answer, ...]] = {}
         self._distinct_prompts = distinct_prompts
         self._normalised: dict[float, tuple[str, ...]] = {}
         self.degenerate_places: dict[float, frozenset[int]] = {}
@@ -71,8 +64,8 @@ class AnswerComparison:
 
     def add(self, alpha: float, answers: Sequence[Answer]) -> None:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
-        self.answers[alpha] = tuple(answer.text for answer in answers)
-        self._normalised[alpha] = tuple(map(normalise, self.answers[alpha]))
+        self.answers[alpha] = tuple(answers)
+        self._normalised[alpha] = tuple(normalise(answer.text) for answer in answers)
         self.degenerate_places[alpha] = self._find_degenerate(alpha)
         self.degenerate[alpha] = len(self.degenerate_places[alpha])
 
@@ -98,12 +91,9 @@ class AnswerComparison:
         excess = self.degenerate[alpha] - self.degenerate[self.smallest]
         return excess <= MARKEDLY * self.prompt_count
 
-    def is_eligible(self, alpha: float) -> bool:
-        """Whether an alpha may be chosen: sound, and moved if scores are relative to that."""
-        return self.is_sound(alpha) and (self.measure != "relative" or any(self.left_base(alpha)))
-
     def _find_degenerate(self, alpha: float) -> frozenset[int]:
-        degenerate = {i for i, answer in enumerate(self.answers[alpha]) if is_degenerate(answer)}
+        answers = enumerate(self.answers[alpha])
+        degenerate = {i for i, answer in answers if is_degenerate(answer.text)}
         common, share = self._commonest_answer(alpha)
         usual_share = self._commonest_answer(self.smallest)[1]
         enough_prompts = len(self._distinct_prompts) >= _FEWEST_FOR_CONSTANT
@@ -117,6 +107,20 @@ class AnswerComparison:
         counts = Counter(self._normalised[alpha][i] for i in self._distinct_prompts)
         answer, count = counts.most_common(1)[0]
         return answer, count / len(self._distinct_prompts)
+
+    # Confidence
+
+    def mean_entropy(self, alpha: float) -> float | None:
+        """Of the answers at an alpha, in nats per token; None unless that of all is known."""
+        return _mean_if_known([answer.entropy for answer in self.answers[alpha]])
+
+    def mean_log_probability(self, alpha: float) -> float | None:
+        """Of the answers at an alpha, per token; None unless that of all is known."""
+        return _mean_if_known([answer.log_probability for answer in self.answers[alpha]])
+
+    def count_without_entropy(self, alpha: float) -> int:
+        """How many answers at an alpha have none."""
+        return sum(answer.entropy is None for answer in self.answers[alpha])
 
     # Differences and scores
 
@@ -135,34 +139,54 @@ class AnswerComparison:
             return None
         return sum(self.differences(first, second))
 
-    def prompt_scores(self, point: GridPoint) -> list[int] | None:
-        """What each prompt adds to the score; None at an end of the grid."""
+    def can_score(self, point: GridPoint) -> bool:
+        """Whether a point has the neighbours that its score takes."""
+        return not self.rule.compares or (point.previous is not None and point.next is not None)
+
+    def prompt_scores(self, point: GridPoint) -> list[float] | None:
+        """What each prompt adds to the score; None where that is not known of all."""
+        if self.rule.add is None:
+            entropies = [answer.entropy for answer in self.answers[point.alpha]]
+            return None if None in entropies else entropies  # type: ignore[return-value]
         if point.previous is None or point.next is None:
             return None
         before = self.differences(point.previous, point.alpha)
         after = self.differences(point.alpha, point.next)
-        if self.measure == "joint":
-            return [a or b for a, b in zip(before, after, strict=True)]
-        return [a + b for a, b in zip(before, after, strict=True)]
+        return list(map(self.rule.add, before, after))
+
+    def prompt_divisors(self, alpha: float) -> list[bool] | None:
+        """What each prompt adds to what the score is divided by; None if by nothing."""
+        if self.rule.divide_by == "prompts":
+            return [True] * self.prompt_count
+        return self.left_base(alpha) if self.rule.divide_by == "moved" else None
 
     def score(self, point: GridPoint) -> float | None:
-        """D, in per cent if relative; None at an end, and where there is nothing to divide by."""
+        """D in the unit of the measure; None where it has none."""
         scores = self.prompt_scores(point)
         return None if scores is None else self.scale(sum(scores), point.alpha)
 
-    def scale(self, count: int, alpha: float) -> float | None:
-        """A number of differences around an alpha, in the unit of the measure."""
-        if self.measure != "relative":
-            return count
-        moved = sum(self.left_base(alpha))
-        return round(100 * count / moved, 9) if moved else None
+    def scale(self, total: float, alpha: float) -> float | None:
+        """A sum over the prompts at an alpha, in the unit of the measure."""
+        divisors = self.prompt_divisors(alpha)
+        if divisors is None:
+            return total
+        divisor = sum(divisors)
+        return round(self.rule.factor * total / divisor, 9) if divisor else None
 
     def noise(self, alpha: float, again: Sequence[str]) -> tuple[int, float]:
-        """How many of a second run's answers differ, and the score that this alone would make."""
+        """How many of a second run's answers differ, and the score that this alone would make.
+
+        For measures that compare answers.
+        """
+        assert self.rule.add is not None
         count = sum(map(str.__ne__, self._normalised[alpha], map(normalise, again)))
-        # Except joint ones, scores add up two comparisons, and the noise is in both
-        comparisons = 1 if self.measure == "joint" else 2
-        return count, self.scale(count * comparisons, alpha) or 0
+        # An answer that differs by chance does so from both neighbours
+        return count, self.scale(count * self.rule.add(True, True), alpha) or 0
+
+
+def _mean_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(fmean(known), 9) if len(known) == len(values) else None
 
 
 # Rounds
@@ -185,7 +209,7 @@ def eligible_points(
     return {
         point: score
         for point in points
-        if comparison.is_eligible(point.alpha) and (score := comparison.score(point)) is not None
+        if comparison.is_sound(point.alpha) and (score := comparison.score(point)) is not None
     }
 
 
@@ -216,13 +240,15 @@ def choose_alpha(comparison: AnswerComparison, rounds: Rounds) -> float:
 def next_window(comparison: AnswerComparison, rounds: Rounds) -> Window | None:
     """The alphas of the round that halves the steps around the best one.
 
-    None if there is no best one, or once 6 decimals cannot tell the alphas apart.
+    None if there is no best one, if it is an end of the grid, or once 6 decimals cannot tell the
+    alphas apart.
     """
     best = best_points(comparison, rounds)
     if not best:
         return None
     alpha, previous, following = best[0].alpha, best[0].previous, best[0].next
-    assert previous is not None and following is not None
+    if previous is None or following is None:
+        return None
     low, high = round((previous + alpha) / 2, 6), round((alpha + following) / 2, 6)
     if not previous < low < alpha < high < following:
         return None

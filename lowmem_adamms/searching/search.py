@@ -42,13 +42,14 @@ class Candidate:
     """One alpha and how its answers differ from its neighbours'.
 
     diff_previous, diff_next: answers that differ; None without a neighbour.
-    score: D, of the measure "relative" in per cent; None at the two ends of the grid, and where no
-        answer has left the base's.
+    score: D, of the measure "relative" in per cent, of "entropy" in nats; None at the two ends of
+        the grid, unless by "entropy", and where no answer has left the base's, if by "relative".
     degenerate: answers that are empty, repeating or constant.
     interval: 95 % bootstrap interval of the score over prompts.
     neighbours: the alphas that diff_previous and diff_next refer to.
     round: 0 for the grid, n for the n-th refinement. Closer neighbours differ less, so that scores
         are comparable within a round only.
+    entropy, log_probability: means over the answers, per token; None where an answer has none.
     """
 
     alpha: float
@@ -59,6 +60,8 @@ class Candidate:
     interval: tuple[float, float] | None = None
     neighbours: tuple[float | None, float | None] = (None, None)
     round: int = 0
+    entropy: float | None = None
+    log_probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +130,18 @@ def search(
     """Ask for the answers at every alpha and choose where they change least.
 
     Args:
-        generate: Called as `generate(alpha, prompts)` once for each alpha, in ascending order.
+        generate: Called as `generate(alpha, prompts)` once for each alpha, in ascending order;
+            returns strings or `Answer`s.
         prompts: Any objects that `generate` understands; equal ones count as one prompt where a
             constant answer is looked for.
         alphas: Ascending, in 0..1, three or more; taken to 6 decimals.
-        measure: "pairwise" (Algorithm 1), "joint" (Appendix B) or "relative" (in per cent of the
-            answers that have left the base's).
+        measure: "pairwise" (Algorithm 1), "joint" (Appendix B), "relative" (in per cent of the
+            answers that have left the base's) or "entropy" (how unsure the model is; `generate`
+            must return `Answer`s).
         refine: How many times to go on between the best alpha and its neighbours: the two alphas
             halfway are asked, and the best of the inner three goes on.
-        noise: Called once, at the chosen alpha. The same model in another batch size shows how
-            many differences mean nothing.
+        noise: Called once, at the chosen alpha, by measures that compare answers. The same model in
+            another batch size shows how many differences mean nothing.
         seed: Of the bootstrap.
         reasoning_tags: Answers are compared by what follows the reasoning between these; one that
             ends inside it counts as empty. None: whole answers are compared.
@@ -146,7 +151,8 @@ def search(
         RecipeError: An argument is out of range. As the next one, it is raised before the first
             call of `generate`.
         PromptError: There are no prompts.
-        SearchError: Nearly all answers at the smallest alpha end inside their reasoning.
+        SearchError: Nearly all answers at the smallest alpha end inside their reasoning, or lack
+            the entropy that the measure takes.
         ValueError: `generate` broke its contract.
 
     Example:
@@ -180,7 +186,7 @@ def search(
         ask(window[3], window)
         rounds.append(round_points(window, len(rounds)))
     again = None
-    if noise is not None:
+    if noise is not None and comparison.rule.compares:
         alpha = choose_alpha(comparison, rounds)
         answers = _check_answers(noise(alpha, prompts), len(prompts), alpha)
         finals = drop_reasoning([answer.text for answer in answers], reasoning_tags)
@@ -241,7 +247,8 @@ def _add_answers(
 ) -> None:
     """Compare answers by what follows their reasoning, and count those that end inside it.
 
-    SearchError if that is so of nearly all at the smallest alpha: there is nothing to compare.
+    SearchError if that is so of nearly all at the smallest alpha, where there is nothing to
+    compare, and if answers there lack the entropy that the measure takes.
     """
     finals = drop_reasoning([answer.text for answer in answers], tags)
     if count := finals.count(None):
@@ -251,9 +258,16 @@ def _add_answers(
             f"{count} of {len(answers)} answers at alpha {alpha} end inside their reasoning, before"
             f" {tags[1] if tags else ''}: allow more tokens for an answer (max_new_tokens)"
         )
+    is_first = not comparison.answers
     comparison.add(
         alpha, [replace(a, text=text or "") for a, text in zip(answers, finals, strict=True)]
     )
+    if is_first and not comparison.rule.compares and comparison.mean_entropy(alpha) is None:
+        raise SearchError(
+            f"{comparison.count_without_entropy(alpha)} of {len(answers)} answers at alpha {alpha}"
+            " have no entropy: vLLM tells none, nor do answers that others have recorded; choose"
+            f" another measure than {comparison.measure}"
+        )
 
 
 def _first_of_each(prompts: Sequence[P]) -> list[int]:
@@ -294,7 +308,10 @@ def _conclude(
         measure=comparison.measure,
         prompts=comparison.prompt_count,
         candidates=candidates(latest_points(rounds)),
-        answers=dict(sorted(comparison.answers.items())),
+        answers={
+            alpha: tuple(answer.text for answer in answers)
+            for alpha, answers in sorted(comparison.answers.items())
+        },
         ties=tuple(point.alpha for point in best) if len(best) > 1 else (),
         noise=noise and noise[0],
         notes=tuple(write_notes(comparison, rounds, wins, noise)),
@@ -317,4 +334,6 @@ def _candidate(
         interval,
         (point.previous, point.next),
         point.round,
+        comparison.mean_entropy(point.alpha),
+        comparison.mean_log_probability(point.alpha),
     )

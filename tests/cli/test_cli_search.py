@@ -6,6 +6,7 @@ that the commands put it together.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -222,7 +223,7 @@ def test_the_papers_tell_how_alpha_was_chosen(finished: Path) -> None:
     alpha = document(finished / "adamms.json")["alpha"]
     card = (finished / "README.md").read_text(encoding="utf-8")
     assert f"out = (1 - {alpha:g}) * base + {alpha:g} * donor" in card
-    assert "without labels, by the consistency of the answers to 10 prompts" in card
+    assert "without labels, by the answers to 10 prompts" in card
     assert "at the alphas 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6 (measure: pairwise)" in card
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
@@ -649,7 +650,9 @@ def test_an_economy_can_be_switched_off_and_changes_no_answer(
     monkeypatch.setattr(recipe, "list_facts", facts)
     monkeypatch.setattr(features.VisionCache, "patch", used)
     found = searched(exact, prompts, tmp_path / "journal.jsonl", switch)
-    assert found == small[0]
+    expected = copy.deepcopy(small[0])
+    assert talk.take_confidences(found) == pytest.approx(talk.take_confidences(expected), abs=1e-5)
+    assert found == expected
     assert answers_at(tmp_path / "journal.jsonl", 0.2) == answers_at(small[1], 0.2)
     assert [timing.alpha for timing in timings] == [0, 0.2, 0.4]
     saved = [timing.plain_tokens - timing.forward_tokens for timing in timings[1:]]
@@ -732,6 +735,39 @@ def test_recorded_answers_are_compared_after_their_reasoning(
     assert differences[""] == differences["<t> </t>"] == [10, 11, 11, 10, None]
     assert found["<think> </think>"]["unfinished"] == {"0.2": 1}
     assert found[""]["unfinished"] == {}
+
+
+def test_entropy_is_found_in_recorded_answers_and_missed_where_it_is_not(
+    finished: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ("search", "--measure", "entropy", "--json", "--answers")
+    assert run(*words, finished / ANSWERS) == 0
+    found, written = json.loads(capsys.readouterr().out), document(finished / "adamms.json")
+    entropies = {c["alpha"]: c["entropy"] for c in written["candidates"]}
+    assert {c["alpha"]: c["score"] for c in found["candidates"]} == entropies
+    assert found["alpha"] == min(entropies, key=lambda alpha: entropies[alpha])
+    lines = [line | {"entropy": None} for line in journalled(finished / ANSWERS)]
+    path = tmp_path / "others.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert run(*words, path) == 2
+    assert_one_error(capsys, "10 of 10 answers at alpha 0.0 have no entropy: vLLM tells none")
+
+
+def test_a_search_by_entropy_is_the_same_with_and_without_drafts(
+    exact: tuple[Path, Path], finished: Path, prompts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """And asks no second time at the chosen alpha: no answers are compared."""
+    found = []
+    for more in ((), ("--no-drafts",)):
+        journal = tmp_path / f"{more}.jsonl"
+        words = (*exact, "--prompts", prompts, *SHORT, "--measure", "entropy", "--json")
+        assert run("search", *words, "--journal", journal, *more) == 0
+        document = json.loads(capsys.readouterr().out)
+        found.append((document["alpha"], [c["score"] for c in document["candidates"]]))
+        assert document["noise"] is None
+        assert not any("again" in line for line in journalled(journal))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_the_card_says_how_alpha_was_chosen_only_if_it_was(
 ) -> None:
     out = merge(make_plan(*pair), 0.3, tmp_path / "out", search=FOUND)
     cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (merged, out)]
-    sentence = "Alpha was chosen without labels, by the consistency of the answers to 12 prompts"
+    sentence = "Alpha was chosen without labels, by the answers to 12 prompts"
     assert [sentence in card for card in cards] == [False, True]
     assert "at the alphas 0, 0.3, 0.6 (measure: joint)" in cards[1]
     assert ModelCard.load(out / "README.md").data.to_dict()["base_model"] == ["base", "donor"]

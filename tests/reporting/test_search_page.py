@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pages import HOSTILE, Page
 from PIL import Image
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.errors import OutputError
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.reporting.answers import AnswerRun, find_answer_runs
@@ -224,6 +225,27 @@ def test_relative_scores_are_per_cent_and_the_bars_beside_them_too() -> None:
     floor = float(page.of_class("rect", "bar")[0]["y"]) + bars[0]
     per_cent = (floor - heights[0]) / (100 * (7 + 7) / 7)
     assert max(bars) == pytest.approx(14 * per_cent, abs=0.3)
+
+
+def test_entropy_is_shown_in_nats_at_every_alpha_and_without_bars() -> None:
+    """Also at the ends; one line joins all rounds of a refined grid."""
+
+    def generate(alpha: float, prompts: Sequence[int]) -> list[Answer]:
+        return [Answer(f"{i} {alpha}", entropy=0.2 + abs(alpha - 0.1) + i / 1000) for i in prompts]
+
+    page = page_of(search(generate, range(40), GRID, measure="entropy"))
+    assert "Uncertainty over alpha" in page.text and "score D (nats)" in page.text
+    assert "D is 0.2195 here, the lowest of 4. It is the mean entropy of" in page.text
+    assert "Next best: alpha 0.0 with 0.3195." in page.text
+    rows = [text for attributes, text in page.cells if "colspan" not in attributes]
+    assert rows[:5] == ["0.3195", "0.3158 to 0.3230", "0\N{NO-BREAK SPACE}%", "0", "0.2195"]
+    assert not page.of_class("rect", "bar") and "between two neighbours" not in page.text
+    assert len(page.of_class("circle", "point")) == len(page.of_class("path", "whisker")) == 4
+    assert len(page.of_class("line", "grid")) == 6  # from 0 to 0.5
+    refined = search(generate, range(40), GRID, measure="entropy", refine=1)
+    page = page_of(refined)
+    assert [len(a["points"].split()) for a in page.of_class("polyline", "line")] == [6]
+    assert "one round of refinement" not in page.text
 
 
 def test_a_refined_grid_joins_only_scores_of_one_round_by_lines() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.reporting.terminal import (
     SearchLog,
     SearchProgress,
@@ -97,6 +98,12 @@ def test_the_verdict_is_one_sentence() -> None:
     assert describe_result(joint) == "alpha 0.2, D = 1 over 3 prompts (joint)"
     relative = choose(ANSWERS, measure="relative")
     assert describe_result(relative) == "alpha 0.2, D = 50 % over 3 prompts (relative)"
+    unsure = {
+        alpha: [Answer(text, entropy=alpha + 1 / 3) for text in answers]
+        for alpha, answers in ANSWERS.items()
+    }
+    found = describe_result(choose(unsure, measure="entropy"))
+    assert found == "alpha 0, D = 0.3333 nats over 3 prompts (entropy)"
     one = choose({alpha: answers[:1] for alpha, answers in ANSWERS.items()})
     assert describe_result(one) == "alpha 0.1, D = 0 over 1 prompt (pairwise)"
     noisy = replace(one, noise=1)

@@ -41,6 +41,19 @@ def test_each_donor_is_searched_with_the_weights_chosen_before_it() -> None:
     assert results[0].noise is None and results[1].noise == 0
 
 
+def test_entropy_may_leave_a_donor_out() -> None:
+    def generate(weights: Weights, prompts: Sequence[int]) -> list[Answer]:
+        first, second = weights
+        return [Answer(f"{i}", entropy=1 + abs(first - 0.4) + second) for i in prompts]
+
+    results = search_in_turn(
+        generate, PROMPTS, 2, GRID, adds_up=True, noise=generate, measure="entropy"
+    )
+    assert [result.alpha for result in results] == [0.4, 0.0]
+    assert [result.noise for result in results] == [None, None]
+    assert [c.score for c in results[1].candidates] == pytest.approx([1, 1.2, 1.4, 1.6])
+
+
 def test_together_the_weights_of_an_average_stay_within_one() -> None:
     model = Model()
     results = search_in_turn(model, PROMPTS, 2, (0.0, 0.2, 0.4, 0.6, 0.8), adds_up=True)

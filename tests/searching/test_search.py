@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.errors import PromptError, RecipeError, SearchError
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.searching.search import Candidate, Result, choose, search
@@ -26,7 +27,7 @@ BY_HAND = {
     0.3: ["q", "r", "x", "w", "e"],
     0.4: ["q", "s", "u", "v", "f"],
 }
-Table = Mapping[float, Sequence[str]]
+Table = Mapping[float, Sequence[str] | Sequence[Answer]]
 
 
 class Playback:
@@ -36,7 +37,7 @@ class Playback:
         self.table = table
         self.calls: list[tuple[float, tuple[Any, ...]]] = []
 
-    def __call__(self, alpha: float, prompts: Sequence[Any]) -> list[str]:
+    def __call__(self, alpha: float, prompts: Sequence[Any]) -> list[str | Answer]:
         self.calls.append((alpha, tuple(prompts)))
         return list(self.table[alpha])
 
@@ -128,6 +129,130 @@ def test_relative_intervals_hold_the_score_and_are_finite_where_little_moved() -
         low, high = candidate.interval
         assert 0 <= low <= candidate.score <= high < 1e6
     assert result.wins[0.1] < 0.1, "a draw in which nothing moved is no win"
+
+
+# How sure the model is
+
+
+def with_entropies(*means: float, prompts: int = 40) -> dict[float, list[Answer]]:
+    """Answers at 0.0, 0.1, … with entropies around such a mean; each differs from all others."""
+    return {
+        round(0.1 * i, 6): [
+            Answer(f"alpha {i} prompt {place}", (place,), -mean / 2, mean + 0.01 * (place % 3 - 1))
+            for place in range(prompts - prompts % 3)
+        ]
+        for i, mean in enumerate(means)
+    }
+
+
+def test_entropy_takes_the_alpha_at_which_the_model_is_surest() -> None:
+    result = choose(with_entropies(0.5, 0.4, 0.3, 0.35, 0.45), measure="entropy")
+    assert (result.alpha, result.measure, result.ties) == (0.2, "entropy", ())
+    assert list(scores(result).values()) == pytest.approx([0.5, 0.4, 0.3, 0.35, 0.45])
+    assert [c.entropy for c in result.candidates] == list(scores(result).values())
+    assert [c.log_probability for c in result.candidates] == pytest.approx(
+        [-0.25, -0.2, -0.15, -0.175, -0.225]
+    )
+    assert [c.diff_next for c in result.candidates] == [39, 39, 39, 39, None]
+    assert set(result.wins) == set(scores(result)) and result.wins[0.2] == 1
+    for candidate in result.candidates:
+        assert candidate.interval is not None and candidate.score is not None
+        low, high = candidate.interval
+        assert low < candidate.score < high < low + 0.02
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("means", "alpha", "noted"),
+    [
+        ((0.2, 0.3, 0.4, 0.5), 0.0, None),
+        ((0.5, 0.4, 0.3, 0.2), 0.3, "Alpha 0.3 is the largest of the grid; one beyond it may"),
+        ((0.5, 0.3, 0.3, 0.5), 0.1, "0.1 and 0.2 share the best score, 0.3; the smallest"),
+    ],
+)
+def test_by_entropy_the_ends_of_a_grid_may_win(
+    means: Sequence[float], alpha: float, noted: str | None
+) -> None:
+    """Without a word about neighbours; refining ends where the best alpha has but one."""
+    table = Playback(with_entropies(*means))
+    result = search(table, range(39), tuple(table.table), measure="entropy")
+    assert result.alpha == alpha
+    assert all(noted and noted in note for note in result.notes), result.notes
+    assert bool(result.notes) == bool(noted)
+    if alpha in (0.0, 0.3):
+        refined = search(table, range(39), tuple(table.table), measure="entropy", refine=2)
+        assert refined == result
+
+
+def test_no_note_about_neighbours_is_made_by_entropy() -> None:
+    """Of a short, uneven grid that does not begin with the base."""
+    one, two, three, _ = with_entropies(0.3, 0.2, 0.4, 0.5).values()
+    result = choose({0.1: one, 0.2: two, 0.6: three}, measure="entropy")
+    assert (result.alpha, result.notes) == (0.2, ())
+
+
+def test_entropy_refines_around_a_best_alpha_between_two_others() -> None:
+    asked: list[float] = []
+
+    def generate(alpha: float, prompts: Sequence[int]) -> list[Answer]:
+        asked.append(alpha)
+        return [Answer("x" * i, entropy=(alpha - 0.27) ** 2) for i in prompts]
+
+    result = search(generate, range(40), measure="entropy", refine=2, noise=generate)
+    assert asked == [*DEFAULT_ALPHAS, 0.25, 0.35, 0.225, 0.275], "and no second time, for noise"
+    assert (result.alpha, result.noise) == (0.275, None)
+
+
+def test_degenerate_answers_cannot_win_however_sure_the_model_is() -> None:
+    table = with_entropies(0.5, 0.4, 0.3, 0.1)
+    table[0.3] = [replace(answer, text="no " * 20) for answer in table[0.3]]
+    result = choose(table, measure="entropy")
+    assert (result.alpha, result.wins[0.3]) == (0.2, 0)
+    assert scores(result)[0.3] == pytest.approx(0.1)
+    assert is_noted(result, "Alpha 0.3 cannot be chosen: 39 of 39 answers are empty")
+    usual = {
+        alpha: [replace(answer, text="no " * 20) for answer in answers]
+        for alpha, answers in table.items()
+    }
+    assert is_noted(choose(usual, measure="entropy"), "39 at alpha 0.0: that they are sure says")
+
+
+def test_an_alpha_with_an_answer_of_unknown_entropy_cannot_win() -> None:
+    """As of a model whose logits are NaN at this alpha."""
+    table = with_entropies(0.5, 0.4, 0.1, 0.3)
+    table[0.2][3] = replace(table[0.2][3], entropy=None)
+    result = choose(table, measure="entropy")
+    assert (result.alpha, scores(result)[0.2]) == (0.3, None)
+    assert is_noted(result, "Alpha 0.2 cannot be chosen: 1 of 39 answers have no entropy.")
+    assert not is_noted(choose(table), "entropy")
+
+
+@pytest.mark.parametrize("how", [search_table, choose])
+def test_answers_without_entropy_are_refused_by_entropy(how: Any) -> None:
+    table: dict[float, Any] = dict(with_changes(1, 1, 1, prompts=9))
+    with pytest.raises(SearchError, match=r"9 of 9 answers at alpha 0\.0 have no entropy: vLLM"):
+        how(table, measure="entropy")
+    table = dict(with_entropies(0.3, 0.2, 0.1))
+    table[0.0][1] = "a string"
+    with pytest.raises(SearchError, match=r"1 of 39 answers .* another measure than entropy"):
+        how(table, measure="entropy")
+
+
+@pytest.mark.parametrize("measure", ["pairwise", "joint", "relative"])
+def test_confidences_are_reported_by_any_measure(measure: Measure) -> None:
+    table = with_entropies(0.3, 0.2, 0.4)
+    table[0.1][5] = replace(table[0.1][5], log_probability=None)
+    (_, second, third) = choose(table, measure=measure).candidates
+    assert second.entropy == pytest.approx(0.2) and second.log_probability is None
+    assert (third.entropy, third.log_probability) == pytest.approx((0.4, -0.2))
+    texts = {alpha: [answer.text for answer in answers] for alpha, answers in table.items()}
+    plain = choose(texts, measure=measure)
+    assert (
+        plain.answers
+        == choose(table, measure=measure).answers
+        == {alpha: tuple(row) for alpha, row in texts.items()}
+    )
+    assert {(c.entropy, c.log_probability) for c in plain.candidates} == {(None, None)}
 
 
 ANSWERS = st.sampled_from(["yes", "no", "a cat", "two dogs", "", "ha ha ha ha ha ha"])
@@ -357,7 +482,7 @@ def test_progress_tells_what_is_known_after_each_alpha() -> None:
 class Cubic(Playback):
     """Answers that change the slower the closer alpha is to 0.27: by alpha, as a cubic does."""
 
-    def __call__(self, alpha: float, prompts: Sequence[Any]) -> list[str]:
+    def __call__(self, alpha: float, prompts: Sequence[Any]) -> list[str | Answer]:
         self.calls.append((alpha, ()))
         moved = round(20000 * (alpha - 0.27) ** 3)
         return [f"{i}: {(moved + i) // len(prompts)}" for i in range(len(prompts))]
@@ -442,7 +567,7 @@ def test_noise_is_asked_once_at_the_chosen_alpha_and_counted() -> None:
         ({"alphas": (0.2, 0.1, 0.3)}, "ascending"),
         ({"alphas": (0.0, 0.5, 1.1)}, "found 1.1"),
         ({"refine": -1}, "refine is -1"),
-        ({"measure": "cosine"}, "expected one of pairwise, joint, relative"),
+        ({"measure": "cosine"}, "expected one of pairwise, joint, relative, entropy"),
     ],
 )
 def test_options_out_of_range_are_refused_before_asking(
@@ -579,6 +704,8 @@ def test_the_document_keeps_its_contract() -> None:
         "degenerate": 0,
         "neighbours": [0.1, 0.3],
         "round": 0,
+        "entropy": None,
+        "log_probability": None,
     }
     assert rows[0]["interval"] is None and rows[0]["diff_previous"] is None
     assert '"score": 7,' in json.dumps(result.to_json())

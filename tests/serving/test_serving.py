@@ -230,6 +230,14 @@ def test_the_noise_is_measured_in_other_batches(pair: Pair, engines: list[FakeEn
     assert found.facts["Recipe"]["batch"] == "100"
 
 
+def test_a_measure_that_takes_entropies_is_refused_before_the_engine_starts(
+    pair: Pair, engines: list[FakeEngine]
+) -> None:
+    with pytest.raises(RecipeError, match=r"vLLM does not tell how sure .* the engine"):
+        find_alpha(make_plan(*pair), PROMPTS, **VLLM, measure="entropy")
+    assert not engines
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [({"device": "cpu", "ram": "8GB"}, "device, ram"), ({"live_quantize": "nf4"}, "live_quantize")],
