@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=2)
-    parser.add_argument("--ram", type=float, help="plan for so many GiB")
+    parser.add_argument("--ram", type=float, help="GiB for a streamed model, layers that stay too")
     parser.add_argument("--evict", action="store_true")
     parser.add_argument("--here", action="store_true", help="measure one way in this process")
     arguments = parser.parse_args()
@@ -81,14 +81,20 @@ def measure_way(arguments: Any) -> dict[str, Any]:
     torch.nn.Linear(8, 8)(torch.ones(1, 8))  # torch's own threads count as imports
     before = anonymous_and_resident(os.getpid())[0]
     plan = make_plan(arguments.pair / "base", arguments.pair / "donor")
-    memory = measure_memory(vram=0)
-    if arguments.ram:
-        memory = Memory(int(arguments.ram * (1 << 30)), None, None)
     (way,) = arguments.live
+    memory = measure_memory(vram=0)
+    if arguments.ram and way == "streamed":
+        memory = Memory(int(arguments.ram * (1 << 30)), None, None)
     settings = PlacementSettings(
-        live=way, live_quantize="none", batch_size=arguments.batch_size, device="cpu"
+        live=way,
+        live_quantize="none",
+        batch_size=arguments.batch_size,
+        device="cpu",
+        ram=memory.ram_bytes if arguments.ram else None,
     )
-    placement = replace(place(plan, memory, settings), batches_at_once=MAX_BATCHES_AT_ONCE)
+    placement = place(plan, memory, settings)
+    if not arguments.ram:
+        placement = replace(placement, batches_at_once=MAX_BATCHES_AT_ONCE)
     if arguments.evict:
         placement = replace(placement, page_cache_bytes=0)  # what was used is dropped
     rows = []
@@ -104,6 +110,7 @@ def measure_way(arguments: Any) -> dict[str, Any]:
     return {
         "live": way,
         "placed": placement.lines[0],
+        "kept_layers": placement.kept_layers,
         "load_s": round(load_seconds, 1),
         "load_mib": round(peak_of_load / MIB),
         "peak_mib": round((max(found) - before) / MIB),

@@ -55,22 +55,47 @@ def streamed_bytes(
     embedding there are only the rows in use, unless the head needs it whole or the method of a
     mixture does.
     """
-    layers: Counter[int] = Counter()
+    layers = layer_bytes(plan, dtype, device)
     total = 0
     has_head = any(part.role == "head" for _, part in plan.parts)
     for step in plan.steps:
+        role = _role_of(step)
         nbytes = _loaded_bytes(step, dtype)
-        if device == "cpu" and step.action == "copy" and nbytes == step.nbytes:
+        if _LAYER_ROLE.match(role) or _stays_mapped(step, dtype, device):
             continue
-        role = next((part.role for part in step.parts if part.role), "")
-        if layer := _LAYER_ROLE.match(role):
-            layers[int(layer[1])] += nbytes
-        elif role not in ("embed", "head") or step.action == "copy" or isinstance(plan, Mixture):
+        if role not in ("embed", "head") or step.action == "copy" or isinstance(plan, Mixture):
             total += nbytes
         elif role == "head" or not has_head:
             rows = step.shape[0]
             total += nbytes // rows * min(rows, HEAD_WINDOW_ROWS) if head_in_windows else nbytes
-    return total + 2 * max(layers.values()) if layers else None
+    return total + 2 * max(layers) if layers else None
+
+
+def layer_bytes(plan: Plan, dtype: DType, device: Device) -> list[int]:
+    """Bytes of each decoder layer, without what is used where it lies mapped."""
+    layers: Counter[int] = Counter()
+    for step in plan.steps:
+        layer = _LAYER_ROLE.match(_role_of(step))
+        if layer and not _stays_mapped(step, dtype, device):
+            layers[int(layer[1])] += _loaded_bytes(step, dtype)
+    return list(layers.values())
+
+
+def layer_source_bytes(plan: Plan) -> int:
+    """Bytes of base and donor that all decoder layers are blended from."""
+    blended = (
+        part for step, part in plan.parts if part.donor and _LAYER_ROLE.match(_role_of(step))
+    )
+    return sum(side.nbytes for part in blended for side in part.sides)
+
+
+def _role_of(step: Step) -> str:
+    """That of its first part that has one."""
+    return next((part.role for part in step.parts if part.role), "")
+
+
+def _stays_mapped(step: Step, dtype: DType, device: Device) -> bool:
+    return device == "cpu" and step.action == "copy" and _loaded_bytes(step, dtype) == step.nbytes
 
 
 def staging_bytes(plan: Plan, dtype: DType) -> int:

@@ -35,10 +35,12 @@ class Placement:
     quantize: "int8", "nf4", or None for a model that is not quantized.
     dtype: of the parameters (of a quantized model, those that stay whole), as in `DTYPES`.
     staging_bytes: taken while a tensor is quantized. available_bytes: free on the device before.
-    live: "streamed" if only two layers are in memory at a time; model_bytes are with those.
+    live: "streamed" if two layers in memory are enough; model_bytes are with those.
     head_in_windows: the head of a streamed model is not held, but blended as it is used.
     batches_at_once: that go through a streamed layer before the next is read. waiting_bytes: of
     those that wait meanwhile.
+    kept_layers: how many layers of a streamed model stay in memory besides those two, blended once
+    an alpha. kept_bytes: what they take. kept_source_bytes: what they are blended from.
     page_cache_bytes: RAM that is left for the page cache.
     lines: the decision and its sums, for people.
     """
@@ -55,6 +57,9 @@ class Placement:
     head_in_windows: bool = False
     batches_at_once: int = 1
     waiting_bytes: int = 0
+    kept_layers: int = 0
+    kept_bytes: int = 0
+    kept_source_bytes: int = 0
     vram_source_bytes: int = 0
     pinned_source_bytes: int = 0
     cached_source_bytes: int = 0
@@ -89,6 +94,11 @@ class Placement:
     def required_bytes(self) -> int:
         """Needed on the device in all, without sources and batches that wait."""
         return self.model_bytes + self.work_bytes + SPARE_BYTES
+
+    @property
+    def used_bytes(self) -> int:
+        """Used on the device in all, without sources: what is needed, and what makes it faster."""
+        return self.required_bytes + self.waiting_bytes + self.kept_bytes
 
     @property
     def fits(self) -> bool:

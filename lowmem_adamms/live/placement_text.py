@@ -86,9 +86,15 @@ def _explain_sources(placed: Placement) -> Iterator[str]:
         (placed.cached_source_bytes, "through the page cache"),
     )
     where = ", ".join(f"{format_size(size)} {place}" for size, place in places if size)
-    each = "pass" if placed.live == "streamed" else "alpha"
-    total = format_size(sum(size for size, _ in places))
-    yield f"base + donor: each {each} reads {total}: {where}"
+    each = "pass" if placed.live == "streamed" and not placed.kept_layers else "alpha"
+    total = sum(size for size, _ in places)
+    yield f"base + donor: each {each} reads {format_size(total)}: {where}"
+    if placed.kept_layers:
+        rest = format_size(total - placed.kept_source_bytes)
+        yield (
+            f"layers: {placed.kept_layers} stay blended from pass to pass in"
+            f" {format_size(placed.kept_bytes)}; each pass of an alpha but the first reads {rest}"
+        )
     if placed.cached_source_bytes:
         reads = "the disk is read once"
         if not placed.sources_stay_cached:

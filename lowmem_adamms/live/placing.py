@@ -65,7 +65,7 @@ def place(
 
     A setting that is None is chosen here. First the batch is made smaller, then the model is
     streamed, then it is quantized, which alone changes answers, then a slower device is taken.
-    `ram` and `vram` of the settings are not read: `memory` has them.
+    What `ram` and `vram` of the settings say is in `memory`; here they only matter as given.
 
     quantize, dtype: used where `live_quantize` and `live_dtype` are None. A dtype that is None
     becomes that of most of the output's bytes. Nothing is quantized where bitsandbytes is missing,
@@ -92,8 +92,10 @@ def place(
     chosen = next((option for option in allowed if option.fits), None)
     if chosen is None:
         raise PlacementError(explain_refusal(options, allowed))
-    placed = _place_sources(plan, memory, chosen)
     rejected = allowed[: allowed.index(chosen)]
+    if chosen.live == "streamed":
+        chosen = _use_what_is_left(plan, chosen, settings)
+    placed = _place_sources(plan, memory, chosen)
     return replace(placed, lines=tuple(explain_choice(plan, memory, placed, rejected)))
 
 
@@ -171,7 +173,7 @@ def _list_options(
             )
             if option.fits:
                 break
-        yield _let_batches_wait(plan, option) if way.live == "streamed" else option
+        yield option
 
 
 def _model_bytes(plan: Plan, dtype: DType, device: Device, way: _Way) -> int | None:
@@ -187,14 +189,42 @@ def _model_bytes(plan: Plan, dtype: DType, device: Device, way: _Way) -> int | N
     return cut if cut != whole else None
 
 
-def _let_batches_wait(plan: Plan, option: Placement) -> Placement:
-    """As many batches at once as the memory that is left allows, for they share each reading."""
-    tokens = option.batch_size * model_size.SEQUENCE_TOKENS
-    state_bytes = model_size.hidden_bytes(plan, DTYPES[option.dtype]) * HIDDEN_STATES_PER_TOKEN
-    batch_bytes = option.kv_cache_bytes + tokens * state_bytes
-    count = (option.available_bytes - option.required_bytes) // batch_bytes
-    count = max(0, min(MAX_BATCHES_AT_ONCE - 1, count))
-    return replace(option, batches_at_once=1 + count, waiting_bytes=count * batch_bytes)
+def _use_what_is_left(plan: Plan, streamed: Placement, settings: PlacementSettings) -> Placement:
+    """Let batches share each reading of a layer, and layers stay blended between passes.
+
+    Both save readings, and both take memory: it is divided so that the fewest layers are read for a
+    token of MAX_BATCHES_AT_ONCE batches. Who asks for a streamed model wants it small, so that no
+    layers stay unless they also say how much memory there is.
+    """
+    given = settings.ram if streamed.device == "cpu" else settings.vram
+    keep_layers = settings.live is None or given is not None
+    dtype = DTYPES[streamed.dtype]
+    tokens = streamed.batch_size * model_size.SEQUENCE_TOKENS
+    state_bytes = model_size.hidden_bytes(plan, dtype) * HIDDEN_STATES_PER_TOKEN
+    batch_bytes = streamed.kv_cache_bytes + tokens * state_bytes
+    sizes = model_size.layer_bytes(plan, dtype, streamed.device)
+    left_bytes = streamed.available_bytes - streamed.required_bytes
+
+    def count_kept(waiting: int) -> int:
+        count = (left_bytes - waiting * batch_bytes) // max(sizes) if keep_layers else 0
+        return min(count, max(0, len(sizes) - 2))
+
+    def count_readings(waiting: int) -> int:
+        rounds = -(-MAX_BATCHES_AT_ONCE // (1 + waiting))
+        others = len(sizes) - count_kept(waiting)
+        return rounds * others if others > 2 else 0
+
+    most = min(left_bytes // batch_bytes, MAX_BATCHES_AT_ONCE - 1)
+    waiting = min(range(most, -1, -1), key=count_readings)
+    kept = count_kept(waiting)
+    return replace(
+        streamed,
+        batches_at_once=1 + waiting,
+        waiting_bytes=waiting * batch_bytes,
+        kept_layers=kept,
+        kept_bytes=kept * max(sizes),
+        kept_source_bytes=model_size.layer_source_bytes(plan) * kept // len(sizes),
+    )
 
 
 def _place_sources(plan: Plan, memory: Memory, chosen: Placement) -> Placement:
@@ -204,13 +234,12 @@ def _place_sources(plan: Plan, memory: Memory, chosen: Placement) -> Placement:
     CPU nothing is copied: the mapped files serve, and the kernel caches what it has room for.
     """
     on_card = chosen.device == "cuda"
-    used_bytes = chosen.required_bytes + chosen.waiting_bytes
-    vram_bytes = chosen.available_bytes - used_bytes if on_card else 0
+    vram_bytes = chosen.available_bytes - chosen.used_bytes if on_card else 0
     pinned_bytes = memory.ram_bytes // 2 if on_card else 0
     total: Counter[Location] = Counter()
     for _, size, location in locate_sources(plan, vram_bytes, pinned_bytes):
         total[location] += size
-    used_ram = total["pinned"] + SPARE_BYTES if on_card else used_bytes
+    used_ram = total["pinned"] + SPARE_BYTES if on_card else chosen.used_bytes
     return replace(
         chosen,
         vram_source_bytes=total["vram"],

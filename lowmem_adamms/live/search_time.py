@@ -83,16 +83,25 @@ def estimate_seconds(
     """Seconds of a search on the CPU: prompts x alphas x passes."""
     blended = [step for step in plan.steps if step.action == "interpolate"]
     weights = sum(step.elements for step in blended)
-    blended_bytes = placement.cached_source_bytes + sum(step.nbytes for step in blended)
-    missed_bytes = max(0, placement.cached_source_bytes - placement.page_cache_bytes)
-    blend = blended_bytes / speeds.copied_bytes + missed_bytes / (speeds.disk_bytes or math.inf)
+    written_bytes = sum(step.nbytes for step in blended)
+
+    def blend(source_bytes: int) -> float:
+        """Seconds to blend as much, of all that the layers and the rest are made of."""
+        share = source_bytes / placement.cached_source_bytes if source_bytes else 0
+        missed_bytes = max(0, source_bytes - placement.page_cache_bytes)
+        moved = (source_bytes + share * written_bytes) / speeds.copied_bytes
+        return moved + missed_bytes / (speeds.disk_bytes or math.inf)
+
+    whole = blend(placement.cached_source_bytes)
     products = 2 * weights * prompts * (PROMPT_TOKENS + answer_tokens) / speeds.operations
     passes = 1 + GENERATED_SHARE * answer_tokens
     batches = -(-prompts // placement.batch_size)
-    if placement.live == "streamed":  # each pass blends all layers, for several batches at once
-        return alphas * (products + passes * -(-batches // placement.batches_at_once) * blend)
+    if placement.live == "streamed":  # each pass blends layers, for several batches at once
+        rest = blend(placement.cached_source_bytes - placement.kept_source_bytes)
+        further_passes = passes * -(-batches // placement.batches_at_once) - 1
+        return alphas * (products + whole + further_passes * rest)
     moved = batches * passes * placement.model_bytes / speeds.copied_bytes
-    return alphas * (products + moved + blend)
+    return alphas * (products + moved + whole)
 
 
 def describe_time(

@@ -1,9 +1,10 @@
-"""Decoder layers filled as they run: two buffers, one thread that fills them.
+"""Decoder layers filled as they run: two buffers that they share, one thread that fills them.
 
 When a layer is about to run, a hook waits for its buffer and has the other one filled with the
-layer that ran after it the last time (at first, the next in order). On a card the filling is queued
-on a stream of its own, and events keep it and the running layers apart; the CPU has the same calls,
-which do nothing there.
+layer that ran after it the last time (at first, the next in order). Where there is memory for more,
+some layers have a buffer of their own, which is filled once an alpha. On a card the filling is
+queued on a stream of its own, and events keep it and the running layers apart; the CPU has the same
+calls, which do nothing there.
 """
 
 from __future__ import annotations
@@ -34,11 +35,21 @@ class _Buffer:
         self.event: Any = torch.get_device_module(device).Event()
 
 
+def spread_layers(count: int, kept: int) -> frozenset[int]:
+    """Which of so many layers stay in memory: as many as asked for, at even distances.
+
+    While they run there is time to fill the others.
+    """
+    kept = min(kept, count)
+    return frozenset(i for i in range(count) if i * kept // count < (i + 1) * kept // count)
+
+
 class StreamedLayers:
     """The layers of a model, each filled just before it runs.
 
-    fill: called in a thread of this object, for one layer after the other. wait: called with a
-    layer's number before it runs; one thread at a time may return from it.
+    fill: called in a thread of this object, for one layer after the other. kept: the numbers of
+    those that are filled once an alpha. wait: called with a layer's number before it runs; one
+    thread at a time may return from it.
     """
 
     def __init__(
@@ -46,16 +57,18 @@ class StreamedLayers:
         layers: Sequence[DecoderLayer],
         fill: Fill,
         device: str,
+        kept: frozenset[int] = frozenset(),
         wait: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._layers, self._fill, self._wait = layers, fill, wait
         self._alpha: Alpha | None = None
         self._next = [*range(1, len(layers)), 0]
+        self._last_layer: int | None = None
         self._device = torch.get_device_module(device)
         self._stream = self._device.Stream()
-        largest = max(layer.nbytes for layer in layers)
-        self._buffers = [_Buffer(largest, device) for _ in range(min(2, len(layers)))]
-        self._last = self._buffers[0]
+        self._own = {index: _Buffer(layers[index].nbytes, device) for index in sorted(kept)}
+        others = [layer.nbytes for index, layer in enumerate(layers) if index not in kept]
+        self._shared = [_Buffer(max(others), device) for _ in others[:2]]
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="layer filler")
         self._hooks = [
             layer.module.register_forward_pre_hook(partial(self._before_layer, index))
@@ -71,8 +84,9 @@ class StreamedLayers:
     def discard(self) -> None:
         """Forget what is in the buffers. The layers cannot run until the next `start`."""
         self._alpha = None
-        wait([buffer.filled for buffer in self._buffers])
-        for buffer in self._buffers:
+        buffers = [*self._own.values(), *self._shared]
+        wait([buffer.filled for buffer in buffers])
+        for buffer in buffers:
             self._empty(buffer)
 
     def close(self) -> None:
@@ -82,7 +96,7 @@ class StreamedLayers:
         self._device.synchronize()  # or a card might still be writing to the buffers
         for hook in self._hooks:
             hook.remove()
-        self._layers, self._buffers, self._hooks = (), [], []
+        self._layers, self._own, self._shared, self._hooks = (), {}, [], []
 
     def _before_layer(self, index: int, *_: Any) -> None:
         """Have the layer's tensors ready, and the next layer's on their way."""
@@ -94,19 +108,30 @@ class StreamedLayers:
             self._empty(buffer)
             raise
         self._device.current_stream().wait_event(buffer.event)
-        if self._last.index not in (None, index):
-            self._next[self._last.index] = index
-        self._last = buffer
-        self._buffer_of(self._next[index])
+        if self._last_layer not in (None, index):
+            self._next[self._last_layer] = index
+        self._last_layer = index
+        if index not in self._own and buffer is not self._shared[-1]:
+            self._shared.reverse()  # the last one is in use
+        self._fill_ahead(index)
+
+    def _fill_ahead(self, index: int) -> None:
+        """Have the next layer filled that is not in memory to stay."""
+        for _ in self._layers:
+            index = self._next[index]
+            if index not in self._own or self._own[index].index is None:
+                self._buffer_of(index)
+                return
 
     def _buffer_of(self, index: int) -> _Buffer:
-        """The buffer that has the layer, or else the one that was not used last, being filled."""
-        for buffer in self._buffers:
+        """The buffer that has the layer, or else its own or the one not in use, being filled."""
+        own = self._own.get(index)
+        for buffer in self._shared if own is None else [own]:
             if buffer.index == index:
                 return buffer
         if self._alpha is None:
             raise RecipeError("the model is at no alpha: an apply did not end; call apply again")
-        buffer = self._buffers[-1] if self._last is self._buffers[0] else self._buffers[0]
+        buffer = own or self._shared[0]
         self._empty(buffer)
         self._layers[index].bind(buffer.memory)
         buffer.index = index

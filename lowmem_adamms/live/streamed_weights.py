@@ -1,12 +1,12 @@
-"""A base of which only two decoder layers are in memory, each blended just before it runs.
+"""A base of which two decoder layers are in memory, each blended just before it runs.
 
-What is outside of the layers is held: blended where alpha changes it, else used where it lies
-mapped. Embedding and head can do with the rows that are in use.
+Where there is room, more of them stay. What is outside of the layers is held: blended where alpha
+changes it, else used where it lies mapped. Embedding and head can do with the rows that are in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .layer_turnstile import LayerTurnstile
 from .live_sink import LiveSink, TableSink
 from .load_check import check_equal, check_loaded
 from .placement import Placement
-from .streamed_layers import StreamedLayers
+from .streamed_layers import StreamedLayers, spread_layers
 from .transformers_model import find_tensor, untie_parameter
 from .vocabulary_table import RowBlender, RowFiles, VocabularyTable
 
@@ -60,14 +60,15 @@ class StreamedWeights:
             self._row_blender = Blender(kernel, row_source)
             self._held = self._hold(loader.layers)
             self.sink = LiveSink(self.model, self._held, self.groups, self._blender.source)
-            self._dropped = _find_uncached(loader.layers, placement)
+            kept = spread_layers(len(loader.layers), placement.kept_layers)
+            self._dropped = _find_uncached(loader.layers, kept, placement)
             turnstile = LayerTurnstile(
                 len(loader.layers), loader.find_owners(), placement.batches_at_once
             )
             self.run_batches = turnstile.run_batches
             opened.callback(turnstile.close)
             self._layers = StreamedLayers(
-                loader.layers, self._fill_layer, placement.device, turnstile.wait
+                loader.layers, self._fill_layer, placement.device, kept, turnstile.wait
             )
             opened.callback(self._layers.close)
             self._layers.start(0.0)
@@ -164,14 +165,18 @@ def _check(loader: LayeredLoader, plan: Plan, files: MappedFiles) -> None:
         layer.unbind()
 
 
-def _find_uncached(layers: Iterable[DecoderLayer], placement: Placement) -> set[DecoderLayer]:
+def _find_uncached(
+    layers: Sequence[DecoderLayer], kept: frozenset[int], placement: Placement
+) -> set[DecoderLayer]:
     """The layers whose sources find no room in the page cache.
 
-    Dropped once they were used, they do not push out the others, which are found there again.
+    Dropped once they were used, they do not push out the others, which are found there again. Those
+    that are kept come last: theirs are read once an alpha, the others' for each token.
     """
     free_bytes = placement.page_cache_bytes
     dropped = set()
-    for layer in layers:
+    for index in sorted(range(len(layers)), key=lambda index: (index in kept, index)):
+        layer = layers[index]
         blended = (part for _, part in layer.plan.parts if part.donor)
         free_bytes -= sum(side.nbytes for part in blended for side in part.sides)
         if free_bytes < 0 and not placement.sources_stay_cached:

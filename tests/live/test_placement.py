@@ -222,6 +222,44 @@ def test_sums_of_a_streamed_model(qwen: Plan, device: str) -> None:
         assert device == "cuda" or tight.page_cache_bytes == left
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_that_is_left_goes_where_it_saves_most_readings(qwen: Plan, device: str) -> None:
+    """Of 28 layers for 16 batches of 8: with one at a time, none kept, 448 readings a token."""
+    ample = Memory(100 * GB, 100 * GB, None)
+    need = place(qwen, ample, device=device, live="streamed").required_bytes
+    each = 8 * QWEN_KV_EACH + QWEN_WAITING
+    for spare, batches, kept in (
+        (0, 1, 0),
+        (QWEN_LAYER, 1, 1),  # 432
+        (each, 2, 0),  # 224, rather than 2 layers
+        (7 * each + 3 * QWEN_LAYER, 8, 3),  # 50, rather than 56
+        (26 * QWEN_LAYER, 1, 26),  # none: the other two have a buffer each
+        (15 * each, 7, 26),
+        (15 * each + 30 * QWEN_LAYER, 16, 26),
+    ):
+        free = Memory(need + spare, need + spare, None)
+        wishes = {"ram": free.ram_bytes, "vram": free.vram_bytes}
+        found = place(qwen, free, device=device, live="streamed", batch_size=8, **wishes)
+        assert (found.batches_at_once, found.kept_layers) == (batches, kept)
+        assert found.waiting_bytes == (batches - 1) * each
+        assert found.kept_bytes == kept * QWEN_LAYER
+        assert need <= found.used_bytes <= need + spare
+        assert abs(found.kept_source_bytes - kept * 2 * QWEN_LAYER) < 2
+        assert any(line.startswith(f"layers: {kept} stay ") for line in found.lines) == (kept > 0)
+
+
+def test_who_asks_for_streaming_wants_the_least_memory_unless_it_is_given(qwen: Plan) -> None:
+    memory = Memory(16 * GB, 16 * GB, None)
+    asked, given, left = (
+        place(qwen, memory, device="cpu", **wishes).kept_layers
+        for wishes in ({"live": "streamed"}, {"live": "streamed", "ram": 16 * GB}, {})
+    )
+    assert (asked, given) == (0, left)
+    assert left > 0
+    on_card = place(qwen, memory, device="cuda", live="streamed", ram=16 * GB)
+    assert on_card.kept_layers == 0
+
+
 @pytest.mark.parametrize(("device", "tables"), [("cpu", 0), ("cuda", 2)])
 def test_tables_that_are_kept_lie_in_their_file_but_for_a_card(
     true_size: dict[str, Checkpoint], device: str, tables: int

@@ -56,6 +56,17 @@ def test_a_streamed_model_blends_for_each_token_of_all_batches_at_once(plan: Pla
         assert estimate_seconds(plan, placement, SPEEDS, 20, 7) == pytest.approx(expected)
 
 
+def test_kept_layers_are_blended_once_an_alpha(plan: Plan) -> None:
+    placement = placed(plan, "streamed")
+    sources = placement.cached_source_bytes
+    kept = replace(placement, kept_source_bytes=sources // 2, page_cache_bytes=sources // 4)
+    none = replace(kept, kept_source_bytes=0)
+    saved = sum(sums(plan)[1:]) / 1e6 / 2 + sources / 2 / 1e5
+    seconds = (estimate_seconds(plan, each, SPEEDS, 8, 3) for each in (none, kept))
+    long, brief = seconds
+    assert long - brief == pytest.approx(3 * (PASSES - 1) * saved, rel=1e-3)
+
+
 def test_what_the_page_cache_cannot_hold_is_read_from_the_disk_each_time(plan: Plan) -> None:
     placement = replace(placed(plan, "streamed"), batches_at_once=16)
     short = replace(placement, page_cache_bytes=placement.cached_source_bytes - 10**5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,7 @@ from lowmem_adamms.live.free_memory import Memory
 from lowmem_adamms.live.layer_turnstile import LayerTurnstile
 from lowmem_adamms.live.placement import Placement
 from lowmem_adamms.live.placing import place
+from lowmem_adamms.live.streamed_layers import spread_layers
 from lowmem_adamms.live.streamed_weights import StreamedWeights
 from lowmem_adamms.live.transformers_model import quiet
 from lowmem_adamms.live.vocabulary_table import VocabularyTable
@@ -250,7 +252,63 @@ def test_two_layers_are_there_and_the_others_are_not(live: LiveModel) -> None:
     assert sum(there) == 2
     assert isinstance(live._weights, StreamedWeights)
     sizes = [sum(-(-p.nbytes // 64) * 64 for p in layer.parameters()) for layer in layers]
-    assert [b.memory.nbytes for b in live._weights._layers._buffers] == [max(sizes)] * 2
+    assert [b.memory.nbytes for b in live._weights._layers._shared] == [max(sizes)] * 2
+
+
+@pytest.mark.parametrize("kept_layers", [0, 1, 2, 3, 4, LAYERS])
+def test_layers_that_are_kept_are_filled_once_an_alpha(kept_layers: int, plan_of: Plans) -> None:
+    plan = plan_of("llama")
+    kept = spread_layers(LAYERS, kept_layers)
+    filled: Counter[int] = Counter()
+    with (
+        load(plan) as two,
+        LiveModel(plan, placement=replace(placed(plan), kept_layers=kept_layers)) as more,
+    ):
+        assert isinstance(more._weights, StreamedWeights)
+        streamed = more._weights._layers
+        order, fill = list(streamed._layers), streamed._fill
+
+        def count(layer: Any, alpha: Any) -> None:
+            filled[order.index(layer)] += 1
+            fill(layer, alpha)
+
+        streamed._fill = count
+        for alpha in (0.6, 0.0, 0.3):
+            filled.clear()
+            answers = []
+            for model in (two, more):
+                model.apply(alpha)
+                answers.append(model.generate(["What is it?", "Who?"], SETTINGS))
+            assert answers[0] == answers[1]
+            assert more._answerer
+            passes = more._answerer.cost.passes
+            assert passes > 1
+            stay = kept if LAYERS - kept_layers > 2 else set(range(LAYERS))
+            for layer in range(LAYERS):
+                # What runs first is filled once more, for a pass that does not come
+                assert filled[layer] in ({1} if layer in stay else {passes, passes + 1})
+
+
+def test_kept_layers_lie_at_even_distances() -> None:
+    assert [sorted(spread_layers(8, kept)) for kept in (0, 1, 2, 4)] == [
+        [], [7], [3, 7], [1, 3, 5, 7]
+    ]  # fmt: skip
+    assert all(len(spread_layers(7, kept)) == min(kept, 7) for kept in range(9))
+
+
+def test_sources_of_kept_layers_leave_the_page_cache_first(
+    plan_of: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("llama")
+    placement = replace(placed(plan), kept_layers=2)
+    each = model_size.layer_source_bytes(plan) // LAYERS
+    with LiveModel(plan, placement=placement) as live:
+        assert isinstance(live._weights, StreamedWeights)
+        layers = list(live._weights._layers._layers)
+        for room, dropped in ((5, set()), (4, {4}), (3, {2, 4}), (1, {1, 2, 3, 4})):
+            tight = replace(placement, page_cache_bytes=room * each)
+            found = streamed_weights._find_uncached(layers, spread_layers(LAYERS, 2), tight)
+            assert {layers.index(layer) for layer in found} == dropped
 
 
 def test_of_the_embedding_only_rows_in_use_are_there(live: LiveModel) -> None:
