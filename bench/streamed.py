@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=2)
-    parser.add_argument("--ram", type=float, help="GiB for a streamed model, layers that stay too")
+    parser.add_argument("--ram", type=float, help="GiB for a streamed model and layers that stay")
     parser.add_argument("--evict", action="store_true")
     parser.add_argument("--here", action="store_true", help="measure one way in this process")
     arguments = parser.parse_args()
@@ -95,8 +95,9 @@ def measure_way(arguments: Any) -> dict[str, Any]:
     placement = place(plan, memory, settings)
     if not arguments.ram:
         placement = replace(placement, batches_at_once=MAX_BATCHES_AT_ONCE)
-    if arguments.evict:
-        placement = replace(placement, page_cache_bytes=0)  # what was used is dropped
+    # What finds no room in the page cache is dropped once it was used
+    page_cache_bytes = 0 if arguments.evict else measure_memory(vram=0).ram_bytes
+    placement = replace(placement, page_cache_bytes=page_cache_bytes)
     rows = []
     with watched() as found:
         start = time.perf_counter()
