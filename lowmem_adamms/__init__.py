@@ -13,13 +13,15 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "reference.py")
     # In a checkout `kernels/` stands beside this package; installed, setuptools puts it inside.
     __path__.append(str(_root))
 
-from .api import find_alpha, make_plan, merge  # noqa: E402  (the path must be complete first)
+from .answers import Answer  # noqa: E402  (the path must be complete first)
+from .api import find_alpha, make_plan, merge  # noqa: E402
 from .mapping.alphas import Alphas  # noqa: E402
 from .searching.search import search  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
     "Alphas",
+    "Answer",
     "LiveModel",
     "__version__",
     "find_alpha",

@@ -29,6 +29,9 @@ from command import Forker, Terminal, run
 from tiny import seen
 
 from lowmem_adamms import LiveModel, __version__, make_plan, merge, search
+from lowmem_adamms.answers import Answer
+from lowmem_adamms.api import FoundAlpha
+from lowmem_adamms.cli.search import show_found
 from lowmem_adamms.live import transformers_model as loading
 from lowmem_adamms.live.processor import load_processor
 from lowmem_adamms.merging.journal import ANSWERS, JOURNAL, WORK, AnswerJournal
@@ -37,6 +40,7 @@ from lowmem_adamms.settings import (
     AnswerSettings,
     EngineSettings,
     GridSettings,
+    Measure,
     PlacementSettings,
     PromptSettings,
     SearchSettings,
@@ -751,6 +755,22 @@ def test_entropy_is_found_in_recorded_answers_and_missed_where_it_is_not(
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert run(*words, path) == 2
     assert_one_error(capsys, "10 of 10 answers at alpha 0.0 have no entropy: vLLM tells none")
+
+
+@pytest.mark.parametrize(("measure", "noted"), [("pairwise", True), ("entropy", False)])
+def test_rounds_are_said_not_to_compare_where_they_do_not(
+    measure: Measure, noted: bool, capsys: Capture
+) -> None:
+    def generate(alpha: float, prompts: Any) -> list[Answer]:
+        change = round(100 * abs(alpha - 0.3))
+        return [
+            Answer(f"{i < change} {alpha if i < change else ''}", (), 0, change) for i in prompts
+        ]
+
+    result = search(generate, range(40), measure=measure, refine=1)
+    assert result.earlier
+    show_found(FoundAlpha(result, (), "", {}))
+    assert ("D compares within a round" in capsys.readouterr().err) == noted
 
 
 def test_a_search_by_entropy_is_the_same_with_and_without_drafts(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lowmem_adamms import find_alpha, make_plan, merge
+from lowmem_adamms import LiveModel, find_alpha, make_plan, merge
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.prompts import Prompts, load_prompts
@@ -130,6 +130,21 @@ def test_an_alpha_comes_back_after_any_history(engine: VllmModel, prompts: Promp
         engine.apply(alpha)
     assert weights_of(engine) == weights
     assert ask(engine, prompts) == answers
+
+
+def test_log_probabilities_are_those_of_transformers(engine: VllmModel, plan: Plan) -> None:
+    """Of the first tokens, where both choose the same: in bf16 the rest soon parts."""
+    settings, found = AnswerSettings(max_new_tokens=1), []
+    asked = load_prompts(["What is it?", "Who?", "How many cats are there on the mat?"])
+    with LiveModel(plan, device="cpu") as live:
+        for model in (engine, live):
+            model.apply(ALPHA)
+            found.append(model.make_answerer(settings, batch_size=8).answer(asked))
+    same = [(a, b) for a, b in zip(*found, strict=True) if a.tokens == b.tokens]
+    assert same
+    for theirs, ours in same:
+        assert theirs.log_probability == pytest.approx(ours.log_probability, rel=0.2, abs=0.02)
+        assert theirs.entropy is None and ours.entropy is not None
 
 
 def test_a_whole_search_resumes_from_its_journal(

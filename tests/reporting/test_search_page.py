@@ -237,6 +237,8 @@ def test_entropy_is_shown_in_nats_at_every_alpha_and_without_bars() -> None:
     assert "Uncertainty over alpha" in page.text and "score D (nats)" in page.text
     assert "D is 0.2195 here, the lowest of 4. It is the mean entropy of" in page.text
     assert "Next best: alpha 0.0 with 0.3195." in page.text
+    level = choose({alpha: [Answer("a", entropy=1.0)] for alpha in GRID}, measure="entropy")
+    assert "D is 1.0000 here, the lowest of 4, tied with" in page_of(level).text
     rows = [text for attributes, text in page.cells if "colspan" not in attributes]
     assert rows[:5] == ["0.3195", "0.3158 to 0.3230", "0\N{NO-BREAK SPACE}%", "0", "0.2195"]
     assert not page.of_class("rect", "bar") and "between two neighbours" not in page.text

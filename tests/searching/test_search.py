@@ -189,6 +189,8 @@ def test_no_note_about_neighbours_is_made_by_entropy() -> None:
     one, two, three, _ = with_entropies(0.3, 0.2, 0.4, 0.5).values()
     result = choose({0.1: one, 0.2: two, 0.6: three}, measure="entropy")
     assert (result.alpha, result.notes) == (0.2, ())
+    result = choose({0.1: one, 0.2: three, 1.0: two}, measure="entropy")
+    assert (result.alpha, result.notes) == (1.0, ()), "nothing lies beyond 1"
 
 
 def test_entropy_refines_around_a_best_alpha_between_two_others() -> None:
