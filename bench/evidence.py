@@ -1,9 +1,9 @@
 """Recorded answers of one ordered pair of models, and how good each alpha is by their labels.
 
-A file, as `zoo/ask.py` writes it: {"base", "donor", "seed", "misled": whether the donor was taught
-wrong answers, "alphas": [A], "questions": [{"task", "prompt", "answer"}], "half": [0 to search
-with, 1 to judge by], "answers": [A][N], "parent": {"answers": [N], the donor's own}, "variants":
-{name: [V][N] answers}, "variant_alphas": [V]}.
+A file, as `zoo/ask.py` writes it: {"base", "donor", "seed", "useless": whether the donor was taught
+wrong answers or is noise, "alphas": [A], "questions": [{"task", "prompt", "answer"}], "half": [0 to
+search with, 1 to judge by], "answers", "entropy", "log_probability": [A][N], "parent": {"answers":
+[N], the donor's own}, "variants": {name: [V][N] answers}, "variant_alphas": [V]}.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lowmem_adamms.answers import Answer
 from lowmem_adamms.searching.answer_text import normalise
 from lowmem_adamms.searching.search import choose
 from lowmem_adamms.settings import Measure
@@ -34,19 +35,20 @@ Bools = npt.NDArray[np.bool_]
 class Pair:
     """One ordered pair and training seed. A alphas, N questions, T tasks.
 
-    task: int [N], place in `tasks`. half: int [N]. answers: [A][N]. right: bool [A, N];
-    donor_right: bool [N]. variants: by name, bool [V, N], right at `variant_alphas`.
+    task: int [N], place in `tasks`. half: int [N]. answers: [A][N], with how sure the model was.
+    right: bool [A, N]; donor_right: bool [N]. variants: by name, bool [V, N], right at
+    `variant_alphas`.
     """
 
     base: str
     donor: str
     seed: int
-    misled: bool
+    useless: bool
     alphas: Floats
     tasks: tuple[str, ...]
     task: Ints
     half: Ints
-    answers: Sequence[Sequence[str]]
+    answers: Sequence[Sequence[Answer]]
     right: Bools
     donor_right: Bools
     variants: Mapping[str, Bools]
@@ -79,8 +81,8 @@ class Pair:
 
     def search(self, measure: Measure, grid: Ints, prompts: Ints) -> int:
         """The place of the alpha that the product chooses by these prompts over this grid."""
-        texts = {float(self.alphas[i]): [self.answers[i][n] for n in prompts] for i in grid}
-        chosen = choose(texts, measure=measure).alpha
+        answers = {float(self.alphas[i]): [self.answers[i][n] for n in prompts] for i in grid}
+        chosen = choose(answers, measure=measure).alpha
         return int(np.abs(self.alphas - chosen).argmin())
 
     def task_accuracy(self, right: Bools) -> Floats:
@@ -121,16 +123,19 @@ def load(path: Path) -> Pair:
     right = are_right(raw["answers"], "answers")
     if len(right) != len(alphas):
         raise ValueError(f"{path}: answers at {len(right)} alphas, expected {len(alphas)}")
+    nothing = [() for _ in questions]  # tokens are not recorded
+    confidence = zip(raw["log_probability"], raw["entropy"], strict=True)
+    rows = zip(raw["answers"], confidence, strict=True)
     return Pair(
         raw["base"],
         raw["donor"],
         int(raw["seed"]),
-        bool(raw.get("misled")),
+        bool(raw["useless"]),
         alphas,
         tasks,
         task,
         half,
-        raw["answers"],
+        [list(map(Answer, texts, nothing, *sure)) for texts, sure in rows],
         right,
         are_right([raw["parent"]["answers"]], "parent")[0],
         {name: are_right(rows, name) for name, rows in raw["variants"].items()},

@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from evidence import Floats, Pair, load
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from lowmem_adamms.settings import Measure
 
-MEASURES: tuple[Measure, ...] = ("pairwise", "joint", "relative")
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 FIXED = (0.1, 0.3, 0.5)
 LAST = 0.6  # of the paper's grid, whose step is 0.1
 SHOWN = [round(0.1 * i, 1) for i in range(11)]
@@ -44,8 +44,8 @@ def main() -> None:
     if not paths:
         parser.error(f"{given.folder}: no *.json file in it")
     everything = [load(path) for path in paths]
-    pairs = [pair for pair in everything if not pair.misled]
-    misled = [pair for pair in everything if pair.misled]
+    pairs = [pair for pair in everything if not pair.useless]
+    useless = [pair for pair in everything if pair.useless]
     title = f"searches, {given.samples} a pair with {given.size} prompts"
     figures = {
         "benchmark": "study",
@@ -53,7 +53,7 @@ def main() -> None:
         "size": given.size,
         "accuracy": show_accuracy(everything),
         "searches": show_searches(title, pairs, given.samples, given.size),
-        "misled": show_searches(f"misled donors: {title}", misled, given.samples, given.size),
+        "useless": show_searches(f"useless donors: {title}", useless, given.samples, given.size),
         "variants": show_variants(everything),
         "budgets": show_budgets(pairs, given.samples),
     }
@@ -66,7 +66,7 @@ def show_accuracy(pairs: Sequence[Pair]) -> Figures:
     for pair in pairs:
         by_task = pair.task_accuracy(pair.right)
         donor = pair.task_accuracy(pair.donor_right)
-        places = [int(np.abs(pair.alphas - alpha).argmin()) for alpha in SHOWN]
+        places = [i for i, alpha in enumerate(pair.alphas) if alpha in SHOWN]
         rows: Rows = [(f"{pair.alphas[i]:g}", *by_task[i], pair.accuracy[i]) for i in places]
         rows.append(("donor", *donor, donor.mean()))
         show(f"{pair.name}: right answers, %", ("alpha", *pair.tasks, "mean"), rows)

@@ -4,10 +4,10 @@
     python bench/zoo/ask.py ZOO OUT --line smollm2 --scenes 210 --ablate
 
 Writes OUT/BASE--DONOR--SEED.json (its keys are described in `bench/evidence.py`): alphas from 0
-to 1 by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. What answers
-is the product's own live model. Around a published language model two donors that only read are
-asked too, the ancestor among them, and what the ancestor knows by itself: an answer that names the
-right word is written down as that word.
+to --last by 0.1, and by each finer step as far as the paper's grid goes; ablations by 0.1. What
+answers is the product's own live model. Around a published language model two donors that only read
+are asked too, the ancestor among them, and what the ancestor knows by itself: an answer that names
+the right word is written down as that word.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from train import keep_memory
 from world import Question, letters_question, questions, scenes, text_question
 
 from lowmem_adamms import LiveModel, make_plan
+from lowmem_adamms.answers import Answer
+from lowmem_adamms.live.answerer import Answerer
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.settings import AnswerSettings
 
@@ -51,6 +54,7 @@ def main() -> None:
     options.add_argument("--line", choices=LINES, action="append")
     options.add_argument("--pair", nargs=2)
     options.add_argument("--fine", type=float, nargs="*", default=[])
+    options.add_argument("--last", type=float, default=1.0)
     options.add_argument("--scenes", type=int, default=490)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--ablate", nargs="*", choices=VARIANTS, default=list(VARIANTS))
@@ -73,17 +77,18 @@ def main() -> None:
                 continue
             base, donor = (given.zoo / one.name / "model" for one in (a, b))
             changes = {name: VARIANTS[name] for name in given.ablate}
-            made = ask_pair(base, donor, asked, given.fine, changes)
-            names = {"base": a.name, "donor": b.name, "seed": given.seed, "misled": bool(b.misled)}
+            alphas = {alpha for step in given.fine for alpha in grid(step, PAPER)}
+            made = ask_pair(base, donor, asked, sorted({*grid(0.1, given.last), *alphas}), changes)
+            useless = bool(b.misled or b.noisy)
+            names = {"base": a.name, "donor": b.name, "seed": given.seed, "useless": useless}
             path.write_text(json.dumps({**names, **made}))
             print(path, flush=True)
 
 
 def kin(base: Member, donor: Member) -> bool:
-    """Whether the pair is asked; misled members and those that only read are only donors."""
-    return (
-        base.line == donor.line and not base.misled and base.name not in (donor.name, donor.misled)
-    )
+    """Whether the pair is asked; misled and noisy members, and those that only read, are donors."""
+    related = (donor.name, donor.misled, donor.noisy)
+    return base.line == donor.line and not (base.misled or base.noisy) and base.name not in related
 
 
 def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
@@ -126,17 +131,16 @@ def grid(step: float, last: float) -> list[float]:
 
 
 def ask_pair(
-    base: Path, donor: Path, asked: Asked, fine: Sequence[float],
+    base: Path, donor: Path, asked: Asked, alphas: Sequence[float],
     changes: Mapping[str, Change],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `bench/study.py` wants to know of one ordered pair."""
     plan = make_plan(base, donor)
-    coarse = grid(0.1, 1.0)
-    alphas = sorted({*coarse, *(alpha for step in fine for alpha in grid(step, PAPER))})
+    coarse = [alpha for alpha in alphas if alpha in grid(0.1, 1.0)]
     with LiveModel(plan, device="cpu", trust_remote_code=True) as live:
-        ask = partial(answers, live, asked)
-        kept = {name: value.clone() for name, value in live.model.state_dict().items()}
-        merged: list[list[str]] = []
+        ask = partial(ask_all, live, live.make_answerer(SETTINGS, batch_size=BATCH_SIZE), asked)
+        kept = {name: value.clone() for name, value in live.model.state_dict().items() if changes}
+        merged: list[list[Answer]] = []
         variants: dict[str, list[list[str]]] = {name: [] for name in changes}
         for alpha in alphas:
             live.apply(alpha)
@@ -144,31 +148,32 @@ def ask_pair(
             for name, change in changes.items() if alpha in coarse else ():
                 live.apply(alpha)
                 if change(live.model, kept, alpha):
-                    variants[name].append(ask())
+                    variants[name].append([answer.text for answer in ask()])
     with LiveModel(make_plan(donor, donor), device="cpu", trust_remote_code=True) as live:
-        parent = answers(live, asked)
+        parent = ask_all(live, live.make_answerer(SETTINGS, batch_size=BATCH_SIZE), asked)
     return {
         "alphas": alphas,
         "questions": [{"task": q.task, "prompt": q.text, "answer": q.answer} for q, _, _ in asked],
         "half": [half for _, _, half in asked],
-        "answers": merged,
-        "parent": {"answers": parent},
+        "answers": [[answer.text for answer in row] for row in merged],
+        "entropy": [[answer.entropy for answer in row] for row in merged],
+        "log_probability": [[answer.log_probability for answer in row] for row in merged],
+        "parent": {"answers": [answer.text for answer in parent]},
         "variants": {name: found for name, found in variants.items() if found},
         "variant_alphas": coarse,
     }
 
 
-def answers(live: LiveModel, asked: Asked) -> list[str]:
+def ask_all(live: LiveModel, answerer: Answerer, asked: Asked) -> list[Answer]:
     """The model's answers; empty where it would have to see and cannot."""
     sees = hasattr(live.model.config, "vision_config")
     places = [i for i, (_, prompt, _) in enumerate(asked) if sees or not prompt.images]
     prompts = [asked[i][1] for i in places]
-    out = [""] * len(asked)
-    told = live.generate(prompts, SETTINGS, batch_size=BATCH_SIZE)
-    for place, text in zip(places, told, strict=True):
+    out = [Answer("")] * len(asked)
+    for place, answer in zip(places, answerer.answer(prompts), strict=True):
         question = asked[place][0]
-        names_it = question.task == "known" and holds(text, question.answer)
-        out[place] = question.answer if names_it else text
+        names_it = question.task == "known" and holds(answer.text, question.answer)
+        out[place] = replace(answer, text=question.answer) if names_it else answer
     return out
 
 

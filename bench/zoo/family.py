@@ -111,8 +111,8 @@ class Member:
     pictures: how many different ones its tower learns from.
     lead: features before a picture's own, the same for all pictures.
     marker: what stands for the picture in the chat template, where its processor writes the rest.
-    misled: the name of a member whose tower it takes, to be tuned on wrong answers: a donor that
-    must not be merged.
+    misled: the name of a member whose tower it takes, to be tuned on wrong answers; noisy: of one
+    that it is with noise on its weights. Donors that must not be merged.
     """
 
     name: str
@@ -129,6 +129,7 @@ class Member:
     lead: int = 0
     marker: str = ""
     misled: str = ""
+    noisy: str = ""
 
 
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -202,7 +203,14 @@ _SOUND = (
         (2500, 1e-3), marker="<image>",
     ),
 )  # fmt: skip
-MEMBERS = (*_SOUND, replace(_SOUND[1], name="misled", misled=_SOUND[1].name))
+_FOUND = {one.name: one for one in _SOUND}
+MEMBERS = (
+    *_SOUND,
+    replace(_FOUND["llava-onevision"], name="misled", misled="llava-onevision"),
+    replace(_FOUND["smol-onevision"], name="smol-misled", misled="smol-onevision"),
+    replace(_FOUND["qwen2.5-vl"], name="noisy", noisy="qwen2.5-vl"),
+    replace(_FOUND["smol-llava"], name="smol-noisy", noisy="smol-llava"),
+)
 LETTERS = Member("smol-letters", "Llama", "smollm2", (), "", "", CHATML, ("letters",), {})
 """A text-only descendant that is tuned on a task which no other member learns."""
 ANCESTOR = replace(LETTERS, name="smollm2", teaches=())

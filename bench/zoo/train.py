@@ -19,6 +19,7 @@ import ctypes
 import importlib.util
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
@@ -54,7 +56,8 @@ from lowmem_adamms.live.transformers_model import quiet
 KEEP = 200  # steps between two states kept on disk
 NOISE = 0.8  # of the embeddings' spread, at most, when the language model learns to read
 SHARP = 16.0  # of the cosine between a feature and a word's embedding
-EXAM = 1000
+EXAM, LARGE_EXAM = 1000, 250  # pictures
+NOISY = 0.5  # of a tensor's spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ STAGES = {
 }
 LARGE = {
     "align": Stage(steps=200, rows=16, rate=5e-4, warm=20),
-    "settle": Stage(steps=50, rows=16, rate=2e-4),
-    "tune": Stage(steps=300, rows=16, rate=1e-4, warm=20),
+    "settle": Stage(steps=40, rows=16, rate=2e-4),
+    "tune": Stage(steps=200, rows=16, rate=1e-4, warm=20),
 }
 """The same for a language model of 135 million parameters, which knows how to answer."""
 
@@ -101,7 +104,9 @@ def main() -> None:
         for one in (*MEMBERS, family.LETTERS):
             if one.line != line or (given.member and one.name not in given.member):
                 continue
-            if one is family.LETTERS:
+            if one.noisy:
+                zoo.add_noise(one)
+            elif one is family.LETTERS:
                 zoo.raise_reader(one)
             else:
                 zoo.raise_member(one, list(STAGES).index(given.until))
@@ -177,6 +182,20 @@ class Zoo:
         run_stage(home / "tune", stage, model, weigh, lesson, model.parameters())
         self._export(one, tokens, model, home / "model")
 
+    def add_noise(self, one: Member) -> None:
+        """The member that another one is with noise on its weights; nothing is trained."""
+        source, folder = (self.out / name / "model" for name in (one.noisy, one.name))
+        if folder.is_dir():
+            return
+        dice = torch.Generator().manual_seed(self.seed)
+        shutil.copytree(source, folder)
+        for path in folder.glob("*.safetensors"):
+            tensors = load_file(path)
+            for value in tensors.values():
+                noise = torch.randn(value.shape, generator=dice)
+                value += (NOISY * value.float().std() * noise).to(value.dtype)
+            save_file(tensors, path, {"format": "pt"})
+
     def raise_member(self, one: Member, until: int) -> None:
         """All stages of one multimodal model; `exam.json` says what it can after each."""
         tokens = family.tokenizer(self.line, self.home, one.added)
@@ -200,14 +219,15 @@ class Zoo:
         kept = self.out / f"pool-{one.pictures}.npz"
         shown = look(one, processor, pool(lambda: scenes(one.pictures, 1, held_out=False), kept))
         count = image_tokens(one, model, shown)
-        exam = Exam(one, tokens, model, processor, count)
+        pictures = LARGE_EXAM if self.line.package else EXAM
+        exam = Exam(one, tokens, model, processor, count, pictures)
         words = words_of(shown.scenes, tokens, count, one.lead)
         see = Seeing(Tower(one, model), shown, words, ancestor["embed_tokens.weight"], self.seed)
         stage = self.stages["see"]
         if one.sees:
             stage = replace(stage, steps=one.sees[0], rate=one.sees[1])
         run_stage(home / "see", stage, see, see.loss, see.batch, see.parameters())
-        report(home / "see", see.exam(exam.pictures))
+        report(home / "see", partial(see.exam, exam.pictures))
         model.requires_grad_(False)
         for name, value in model.named_parameters():
             value.requires_grad_(is_sight(one, name))
@@ -217,7 +237,7 @@ class Zoo:
                 return
             lesson = Teaching(one, tokens, shown, count, self.seed * 10 + turn)
             run_stage(home / name, self.stages[name], model, weigh, lesson, trainable(model))
-            report(home / name, exam())
+            report(home / name, exam)
         if until < list(STAGES).index("tune"):
             return
         for name, value in model.named_parameters():
@@ -225,7 +245,7 @@ class Zoo:
         lesson = Teaching(one, tokens, shown, count, self.seed, one.teaches)
         home = self.out / one.name
         run_stage(home / "tune", self.stages["tune"], model, weigh, lesson, trainable(model))
-        report(home / "tune", exam())
+        report(home / "tune", exam)
         self._export(one, tokens, model, home / "model")
 
     def _processor(self, one: Member, tokens: Any, model: Any, home: Path) -> Any:
@@ -339,13 +359,15 @@ class Seeing(torch.nn.Module):
 class Exam:
     """Questions about pictures that no stage has seen: per cent of each task answered right."""
 
-    def __init__(self, one: Member, tokens: Any, model: Any, processor: Any, count: int) -> None:
-        shown = scenes(EXAM, 2, held_out=True)
+    def __init__(
+        self, one: Member, tokens: Any, model: Any, processor: Any, count: int, pictures: int
+    ) -> None:
+        shown = scenes(pictures, 2, held_out=True)
         self.pictures = look(one, processor, shown)
         self._model = model
         self._asked = questions(shown, 3)
         dice = random.Random(4)
-        self._asked += [text_question(dice) for _ in range(EXAM // 5)]
+        self._asked += [text_question(dice) for _ in range(pictures // 5)]
         place = {id(scene): i for i, scene in enumerate(shown)}
         self._places = [None if q.scene is None else place[id(q.scene)] for q in self._asked]
         self._teaching = Teaching(one, tokens, self.pictures, count, 0)
@@ -354,7 +376,7 @@ class Exam:
         """An answer is right if every token of it, its end included, is the likeliest."""
         right: dict[str, list[bool]] = {}
         self._model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             for i in range(0, len(self._asked), 100):
                 asked = self._asked[i : i + 100]
                 talks = [[(q.text, q.answer)] for q in asked]
@@ -368,8 +390,11 @@ class Exam:
         return {task: 100 * sum(right[task]) / len(right[task]) for task in TASKS}
 
 
-def report(folder: Path, marks: Mapping[str, float]) -> None:
-    """Keep and show a stage's marks."""
+def report(folder: Path, examine: Callable[[], Mapping[str, float]]) -> None:
+    """Keep and show a stage's marks, unless they were before."""
+    if (folder / "exam.json").is_file():
+        return
+    marks = examine()
     rounded = {task: round(mark, 1) for task, mark in marks.items()}
     (folder / "exam.json").write_text(json.dumps(rounded) + "\n")
     print(json.dumps({"stage": str(folder), **rounded}), flush=True)

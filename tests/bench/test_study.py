@@ -22,11 +22,13 @@ def record(**changes: Any) -> dict[str, Any]:
     """Two tasks of four and two judged questions, two search prompts, three alphas."""
     tasks = ["t", "t", "t", "t", "u", "u", "t", "u"]
     return {
-        "base": "B", "donor": "D", "seed": 0, "alphas": [0.0, 0.5, 1.0],
+        "base": "B", "donor": "D", "seed": 0, "useless": False, "alphas": [0.0, 0.5, 1.0],
         "questions": [{"task": t, "prompt": "?", "answer": "yes"} for t in tasks],
         "half": [1, 1, 1, 1, 1, 1, 0, 0],
         "answers": [["Yes."] + ["no"] * 7, ["yes"] * 5 + [""] * 3, ["no"] * 8],
         "parent": {"answers": ["no"] * 4 + ["yes"] * 4},
+        "entropy": [[0.5] * 8, [0.25] * 8, [1.0] * 8],
+        "log_probability": [[-0.5] * 8, [-0.25] * 8, [-1.0] * 8],
         "variants": {"kept": [["yes"] * 8] * 3},
     } | changes  # fmt: skip
 
@@ -53,6 +55,8 @@ def drifting(count: int = 60) -> dict[str, Any]:
         ],
         half=[i // 2 % 2 for i in range(count)],
         answers=answers,
+        entropy=[[abs(alpha - 0.4) + i / 1000 for i in range(count)] for alpha in alphas],
+        log_probability=[[-alpha] * count for alpha in alphas],
         parent={"answers": answers[-1]},
         variants={"kept": answers[::-1]},
         variant_alphas=alphas,
@@ -122,20 +126,20 @@ def test_regret_and_gain_of_searches(tmp_path: Path) -> None:
 def test_the_study_tells_all_and_ends_in_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a pair and a misled one."""
+    """Of a pair, and of one whose donor is useless."""
     pair = drifting()
     (tmp_path / "pair.json").write_text(json.dumps(pair))
-    (tmp_path / "misled.json").write_text(json.dumps(pair | {"donor": "M", "misled": True}))
+    (tmp_path / "useless.json").write_text(json.dumps(pair | {"donor": "M", "useless": True}))
     monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--samples=2", "--size=30"])
     study.main()
     printed = capsys.readouterr().out
     figures = json.loads(printed.splitlines()[-1])
     assert set(figures["accuracy"]) == {"B ← D", "B ← M"}
     assert figures["accuracy"]["B ← D"]["mean"][:7] == [50, 50, 50, 50, 100, 100, 50]
-    assert set(figures["searches"]) == {"B ← D"} and set(figures["misled"]) == {"B ← M"}
+    assert set(figures["searches"]) == {"B ← D"} and set(figures["useless"]) == {"B ← M"}
     searched = figures["searches"]["B ← D"]
     assert (searched["best"], searched["best_mean"]) == (0.4, 100)
     assert searched["fixed"] == {"0.1": 50, "0.3": 50, "0.5": 100}
     assert figures["variants"]["B ← D"]["kept"] == figures["accuracy"]["B ← D"]["mean"][::-1]
     assert set(figures["budgets"]) == {"pairwise by 0.1", "relative by 0.1"}  # what the files have
-    assert "misled donors: searches, 2 a pair with 30 prompts" in printed
+    assert "useless donors: searches, 2 a pair with 30 prompts" in printed

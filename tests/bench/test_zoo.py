@@ -214,13 +214,17 @@ def test_a_misled_member_is_taught_wrong_answers_alone(
         assert any({told, answer} <= set(kind) for kind in lessons.ANSWERS)
 
 
-def test_a_misled_member_is_only_ever_a_donor_and_never_its_twins() -> None:
+def test_useless_members_are_only_ever_donors_and_never_their_twins() -> None:
     asked = {(a.name, b.name) for a in family.MEMBERS for b in family.MEMBERS if ask.kin(a, b)}
     assert {pair for pair in asked if "misled" in pair} == {
         ("qwen2-vl", "misled"),
         ("qwen2.5-vl", "misled"),
     }
-    assert len(asked) == 16
+    assert {pair for pair in asked if "noisy" in pair} == {
+        ("qwen2-vl", "noisy"),
+        ("llava-onevision", "noisy"),
+    }
+    assert len(asked) == 22
 
 
 def test_key_words_begin_behind_the_features_no_picture_changes(home: Path) -> None:
