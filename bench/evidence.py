@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from lowmem_adamms.answers import Answer
 from lowmem_adamms.searching.answer_text import normalise
-from lowmem_adamms.searching.search import choose
+from lowmem_adamms.searching.search import Result, choose
 from lowmem_adamms.settings import Measure
 
 Floats = npt.NDArray[np.float64]
@@ -79,11 +79,14 @@ class Pair:
         dice = np.random.default_rng([0, self.seed])
         return [dice.choice(pool, min(size, len(pool)), replace=False) for _ in range(count)]
 
-    def search(self, measure: Measure, grid: Ints, prompts: Ints) -> int:
-        """The place of the alpha that the product chooses by these prompts over this grid."""
+    def search(self, measure: Measure, grid: Ints, prompts: Ints) -> Result:
+        """What the product makes of these prompts over this grid."""
         answers = {float(self.alphas[i]): [self.answers[i][n] for n in prompts] for i in grid}
-        chosen = choose(answers, measure=measure).alpha
-        return int(np.abs(self.alphas - chosen).argmin())
+        return choose(answers, measure=measure)
+
+    def place(self, alpha: float) -> int:
+        """Where an alpha stands."""
+        return int(np.abs(self.alphas - alpha).argmin())
 
     def task_accuracy(self, right: Bools) -> Floats:
         """Per cent right of each task in the judged half, [..., T]; right: bool [..., N]."""

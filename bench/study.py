@@ -5,8 +5,8 @@
 FOLDER holds one JSON file for each ordered pair and training seed (see `evidence.py`). Every sample
 of unlabelled prompts is one search, judged on the labelled other half: regret is what the chosen
 alpha lacks to the best of all recorded ones, in points of the mean accuracy over tasks. Tables:
-accuracy over alpha, regret of each measure and of fixed alphas, other ways to merge, and regret by
-the number of prompts and the step of the grid. Prints them and, last, one line of JSON.
+accuracy over alpha, regret of each measure and of fixed alphas, verdicts, other ways to merge, and
+regret by the number of prompts and the step of the grid. Prints them and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
         "accuracy": show_accuracy(everything),
         "searches": show_searches(title, pairs, given.samples, given.size),
         "useless": show_searches(f"useless donors: {title}", useless, given.samples, given.size),
+        "verdicts": show_verdicts(everything, given.samples, given.size),
         "variants": show_variants(everything),
         "budgets": show_budgets(pairs, given.samples),
     }
@@ -106,8 +107,8 @@ def search_often(pair: Pair, measure: Measure, step: float, samples: int, size: 
     grid = pair.grid(step, LAST)
     if grid is None:
         raise ValueError(f"{pair.name}: alphas lack some of 0, {step}, … {LAST}")
-    places = [pair.search(measure, grid, prompts) for prompts in pair.draws(samples, size)]
-    return pair.accuracy[places]
+    results = [pair.search(measure, grid, prompts) for prompts in pair.draws(samples, size)]
+    return pair.accuracy[[pair.place(result.alpha) for result in results]]
 
 
 def summarize(pair: Pair, accuracy: Floats) -> dict[str, float]:
@@ -125,6 +126,33 @@ def summarize(pair: Pair, accuracy: Floats) -> dict[str, float]:
 def regret_cell(found: Mapping[str, float]) -> str:
     """Median, mean and worst regret."""
     return f"{found['median']:.1f} / {found['mean']:.1f} / {found['worst']:.1f}"
+
+
+def show_verdicts(pairs: Sequence[Pair], samples: int, size: int) -> Figures:
+    """How often the first measure's searches end in "merge", and what either verdict is worth.
+
+    The gain over the base that was advised, and the one that was advised against.
+    """
+    figures: Figures = {}
+    rows: Rows = []
+    for pair in pairs:
+        grid = pair.grid(0.1, LAST)
+        assert grid is not None
+        gains: dict[bool, list[float]] = {True: [], False: []}
+        for prompts in pair.draws(samples, size):
+            found = pair.search(MEASURES[0], grid, prompts)
+            assert found.verdict is not None
+            gain = pair.accuracy[pair.place(found.alpha)] - pair.accuracy[0]
+            gains[found.verdict.merge].append(float(gain))
+        share = 100 * len(gains[True]) / samples
+        mean = [float(np.mean(gains[each])) if gains[each] else "" for each in (True, False)]
+        possible = float(pair.accuracy[grid].max() - pair.accuracy[0])
+        kind = "useless" if pair.useless else ""
+        rows.append((pair.name, kind, possible, share, *mean))
+        figures[pair.name] = {"possible": possible, "merge": share, "gains": mean}
+    heads = ("base ← donor", "", "best gain", "merge, %", "gain if so", "gain if not")
+    show(f"Verdicts of {MEASURES[0]}: {samples} searches with {size} prompts", heads, rows)
+    return figures
 
 
 def show_variants(pairs: Sequence[Pair]) -> Figures:
@@ -149,7 +177,7 @@ def show_budgets(pairs: Sequence[Pair], samples: int) -> Figures:
     """Mean regret over all pairs by the number of prompts and the step of the grid."""
     figures: Figures = {}
     rows: Rows = []
-    for measure in ("pairwise", "relative"):
+    for measure in MEASURES:
         for step in STEPS:
             if any(pair.grid(step, LAST) is None for pair in pairs):
                 continue

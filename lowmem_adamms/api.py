@@ -36,7 +36,6 @@ from .merging.verify import verify
 from .prompts import Prompt, Prompts
 from .searching.answer_text import collapsed_share, drop_reasoning
 from .searching.in_turn import search_in_turn
-from .searching.measures import RULES
 from .searching.search import Candidate, Result, choose, search
 from .settings import (
     DEFAULT_TAGS,
@@ -355,7 +354,7 @@ def _ask_donor(
 
 def check_search(plan: Plan, settings: SearchSettings) -> None:
     """RecipeError for what vLLM cannot tell, or what takes one donor that is blended linearly."""
-    if settings.engine == "vllm" and not RULES[settings.measure].compares:
+    if settings.engine == "vllm" and settings.measure == "entropy":
         raise RecipeError(
             f"vLLM does not tell how sure it is of its answers, which `measure` {settings.measure}"
             " takes: choose another, or the engine transformers"
@@ -374,7 +373,7 @@ def check_search(plan: Plan, settings: SearchSettings) -> None:
 def choose_alpha(
     files: Sequence[Path],
     *,
-    measure: Measure = "pairwise",
+    measure: Measure | None = None,
     seed: int = 0,
     reasoning_tags: Tags | None = DEFAULT_TAGS,
 ) -> FoundAlpha:
@@ -464,6 +463,11 @@ class Merge:
         """Write the checkpoint, with the report of the search if alpha was searched for."""
         found = alpha if isinstance(alpha, FoundAlpha) else None
         weight = alpha.alpha if isinstance(alpha, FoundAlpha) else alpha
+        if found and found.result.verdict and weight == 0:
+            raise SearchError(
+                f"nothing is merged: {found.result.verdict.reason} `alpha=0.3` merges all the same,"
+                f" into another folder than {self.output.folder}, which has the answers"
+            )
         out, staging = self.output.folder, self.staging
         if find_complete(out) == self.output.fingerprint(resolve(weight, self.plan)):
             staging = None  # it has been replaced already, by what is asked for

@@ -31,7 +31,7 @@ from .values import (
 S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
 Unmatched = Literal["stop", "keep"]
-Measure = Literal["pairwise", "joint", "relative", "entropy"]
+Measure = Literal["nuclear", "entropy", "pairwise", "joint", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
@@ -339,13 +339,15 @@ class GridSettings:
         metavar="N",
         parse=parse_natural,
     )
-    measure: Measure = setting(
-        "pairwise",
-        "what D is: the answers that differ from the previous alpha's and those that differ from"
-        " the next one's (pairwise, the paper's Algorithm 1, default); answers that differ from"
-        " either (joint, its Appendix B); pairwise in per cent of the answers that are no longer"
-        " the base's (relative, ours); or how unsure the model is of its answers, in nats per token"
-        " (entropy), by which the grid's ends may be chosen too",
+    measure: Measure | None = setting(
+        None,
+        "what D is: how far the answers are from being sure and all different, in per cent"
+        " (nuclear, by their nuclear norm); how unsure the model is of them, in nats per token"
+        " (entropy); the answers that differ from the previous alpha's and those that differ from"
+        " the next one's (pairwise, the paper's Algorithm 1); answers that differ from either"
+        " (joint, its Appendix B); or pairwise in per cent of the answers that are no longer the"
+        " base's (relative). By the first two the grid's ends may be chosen too. Default: nuclear,"
+        " or pairwise where probabilities are not known",
         choices=get_args(Measure),
     )
     noise: bool = setting(

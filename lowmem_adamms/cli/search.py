@@ -170,6 +170,7 @@ def show_found(found: api.FoundAlpha) -> None:
     for donor, each in enumerate(found.earlier, 1):
         print_line(f"donor {donor}:")
         screen().print(terminal.search_table(each.rounds, each.alpha))
+        print_line(terminal.describe_result(each))
     screen().print(terminal.search_table(result.rounds, result.alpha))
     print_line(str(found))
     if result.earlier and RULES[result.measure].compares:
@@ -180,12 +181,12 @@ def show_found(found: api.FoundAlpha) -> None:
 COMMAND = Command(
     takes=SearchOptions,
     run=run,
-    help="find alpha by the consistency of the answers",
+    help="find alpha by the answers, without labels",
     usage="%(prog)s BASE DONOR --prompts SET [options]\n"
     "       %(prog)s --answers FILE ... [options]",
     description="Answers unlabelled questions at each alpha of a grid, with one loaded model,"
-    " and takes\nthe alpha at which the answers change least (D) from one step to the next."
-    " Writes no\ncheckpoint: merge does the same and then merges.",
+    " and takes\nthe alpha with the lowest D, by default the one whose answers are surest and most"
+    " varied.\nWrites no checkpoint: merge does the same and then merges.",
     examples="""\
 examples:
   %(prog)s BASE DONOR --prompts questions.jsonl --report report.html

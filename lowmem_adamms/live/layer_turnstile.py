@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from greenlet import greenlet
-
 from .transformers_model import quiet
 
 T = TypeVar("T")
@@ -26,6 +24,8 @@ class _Batch:
     """A batch under way. layer: before which it waits. notes: the model's own, meanwhile."""
 
     def __init__(self, answer: Callable[[], Any], notes: Notes) -> None:
+        from greenlet import greenlet  # here: an engine's environment may do without
+
         self.run = greenlet(answer)
         self.layer, self.notes = 0, notes
 

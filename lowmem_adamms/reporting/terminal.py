@@ -113,7 +113,7 @@ def _format_score(value: float | None) -> str:
 
 
 def describe_result(result: Result) -> str:
-    """The chosen alpha in one sentence."""
+    """The chosen alpha in one line, and in another whether to merge at all."""
     chosen = next((c for c in result.candidates if c.alpha == result.alpha), None)
     score = ""
     if chosen and chosen.score is not None:
@@ -126,7 +126,11 @@ def describe_result(result: Result) -> str:
     if result.noise is not None:
         noise = f"; asked twice, {format_count(int(result.noise), 'answer')} differed"
     prompts = format_count(result.prompts, "prompt")
-    return f"alpha {result.alpha:g}{score} over {prompts} ({result.measure}){noise}"
+    found = f"alpha {result.alpha:g}{score} over {prompts} ({result.measure}){noise}"
+    if result.verdict is None:
+        return found
+    advice = "merge" if result.verdict.merge else "do not merge"
+    return f"{found}\n{advice}: {result.verdict.reason}"
 
 
 class SearchProgress:

@@ -139,10 +139,14 @@ class SearchView:
     @property
     def advice(self) -> str:
         """What to do."""
+        if self.result.verdict and not self.result.verdict.merge:
+            return "Do not merge."
         return f"Merge at alpha {self.format_short_alpha(self.result.alpha)}."
 
     def list_reasons(self) -> Iterator[str]:
         """Why this alpha was chosen, and how sure that is."""
+        if self.result.verdict:
+            yield self.result.verdict.reason
         yield from self._compare_scores()
         result = self.result
         if result.wins:

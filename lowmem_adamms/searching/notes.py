@@ -105,8 +105,8 @@ def _explain_no_score(comparison: AnswerComparison, alpha: float) -> str:
     """Why an alpha has no score, if not for want of neighbours."""
     if comparison.rule.divide_by == "moved" and not any(comparison.left_base(alpha)):
         return "its answers are still the base's"
-    if not comparison.rule.compares and (count := comparison.count_without_entropy(alpha)):
-        return f"{count} of {comparison.prompt_count} answers have no entropy"
+    if count := comparison.count_unknown(alpha):
+        return f"{count} of {comparison.prompt_count} answers have no {comparison.rule.lacks}"
     return ""
 
 

@@ -33,7 +33,10 @@ def resample(comparison: AnswerComparison, rounds: Rounds, seed: int) -> tuple[I
     points = [point for point in every if comparison.score(point) is not None]
     if not points:
         return {}, wins
-    scores = _resampled_scores(comparison, points, seed)
+    if comparison.rule.pooled:
+        scores = draw_nuclear_scores(comparison, [point.alpha for point in points], seed)
+    else:
+        scores = _resampled_scores(comparison, points, seed)
     low, high = np.nanpercentile(scores, (2.5, 97.5), axis=0).tolist()
     intervals = dict(zip(points, zip(low, high, strict=True), strict=True))
     eligible = list(eligible_points(comparison, running))
@@ -65,3 +68,26 @@ def _resampled_scores(comparison: AnswerComparison, points: Sequence[GridPoint],
             totals = np.where(divided_by > 0, totals / np.maximum(divided_by, 1), np.nan)
         resampled.append(totals)
     return np.concatenate(resampled).round(9)
+
+
+def draw_nuclear_scores(comparison: AnswerComparison, alphas: Sequence[float], seed: int) -> Any:
+    """Nuclear scores of RESAMPLES draws of the prompts, [draws, alphas].
+
+    A draw repeats prompts, which makes answers less varied at every alpha. So all are moved to
+    where their mean is the score of the prompts themselves.
+    """
+    import numpy as np
+
+    count = comparison.prompt_count
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    scores = np.empty((RESAMPLES, len(alphas)))
+    for i, alpha in enumerate(alphas):
+        columns = comparison.answer_squares(alpha)
+        assert columns is not None
+        lengths = [
+            np.sqrt(drawn[:, [place for place, _ in column]] @ [square for _, square in column])
+            for column in columns
+        ]
+        scores[:, i] = 100 * (1 - sum(lengths) / count)
+        scores[:, i] += comparison.nuclear_score(alpha) - scores[:, i].mean()
+    return scores.round(9)

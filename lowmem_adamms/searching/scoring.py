@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from math import exp, sqrt
 
 from ..answers import Answer
 from ..errors import RecipeError
 from ..settings import Measure
 from .answer_text import is_degenerate, normalise
-from .measures import RULES
+from .measures import RULES, MeasureRule
 
 CONSTANT = 0.9
 """Share of the prompts that must get one and the same answer for it to count as constant."""
@@ -47,14 +47,15 @@ Window = tuple[float, float, float, float, float]
 class AnswerComparison:
     """The answers at each alpha, how they differ, and what they score by a measure."""
 
-    def __init__(self, measure: Measure, distinct_prompts: Sequence[int]) -> None:
+    def __init__(self, measure: Measure | None, distinct_prompts: Sequence[int]) -> None:
         """Start without answers. RecipeError if there is no such measure.
 
+        measure: None: "nuclear" if the first answers have probabilities, else "pairwise".
         distinct_prompts: the place of each different prompt.
         """
-        if measure not in RULES:
+        if measure is not None and measure not in RULES:
             raise RecipeError(f"measure {measure!r}: expected one of {', '.join(RULES)}")
-        self.measure, self.rule = measure, RULES[measure]
+        self._measure = measure
         self.answers: dict[float, tuple[Answer, ...]] = {}
         self._distinct_prompts = distinct_prompts
         self._normalised: dict[float, tuple[str, ...]] = {}
@@ -65,9 +66,22 @@ class AnswerComparison:
     def add(self, alpha: float, answers: Sequence[Answer]) -> None:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
         self.answers[alpha] = tuple(answers)
+        if self._measure is None:
+            self._measure = "pairwise" if self.log_probabilities(alpha) is None else "nuclear"
         self._normalised[alpha] = tuple(normalise(answer.text) for answer in answers)
         self.degenerate_places[alpha] = self._find_degenerate(alpha)
         self.degenerate[alpha] = len(self.degenerate_places[alpha])
+
+    @property
+    def measure(self) -> Measure:
+        """What scores are made of, known once there are answers."""
+        assert self._measure is not None
+        return self._measure
+
+    @property
+    def rule(self) -> MeasureRule:
+        """How the measure makes a score."""
+        return RULES[self.measure]
 
     @property
     def prompt_count(self) -> int:
@@ -110,17 +124,45 @@ class AnswerComparison:
 
     # Confidence
 
-    def mean_entropy(self, alpha: float) -> float | None:
-        """Of the answers at an alpha, in nats per token; None unless that of all is known."""
-        return _mean_if_known([answer.entropy for answer in self.answers[alpha]])
+    def entropies(self, alpha: float) -> list[float] | None:
+        """Of the answers at an alpha, in nats per token; None unless all are known."""
+        return _all_known([answer.entropy for answer in self.answers[alpha]])
 
-    def mean_log_probability(self, alpha: float) -> float | None:
-        """Of the answers at an alpha, per token; None unless that of all is known."""
-        return _mean_if_known([answer.log_probability for answer in self.answers[alpha]])
+    def log_probabilities(self, alpha: float) -> list[float] | None:
+        """Of the answers at an alpha, per token; None unless all are known."""
+        return _all_known([answer.log_probability for answer in self.answers[alpha]])
 
-    def count_without_entropy(self, alpha: float) -> int:
-        """How many answers at an alpha have none."""
-        return sum(answer.entropy is None for answer in self.answers[alpha])
+    def count_unknown(self, alpha: float) -> int:
+        """Of how many answers at an alpha the measure does not know how sure the model was."""
+        takes = self.rule.takes
+        if takes is None:
+            return 0
+        return sum(getattr(answer, takes) is None for answer in self.answers[alpha])
+
+    def answer_squares(self, alpha: float) -> list[list[tuple[int, float]]] | None:
+        """For each different answer, the prompts that get it, each with its squared probability.
+
+        Probabilities are geometric means over the answer's tokens. None unless all are known.
+        """
+        logs = self.log_probabilities(alpha)
+        if logs is None:
+            return None
+        columns: dict[str, list[tuple[int, float]]] = {}
+        for place, answer in enumerate(self._normalised[alpha]):
+            columns.setdefault(answer, []).append((place, exp(2 * logs[place])))
+        return list(columns.values())
+
+    def nuclear_score(self, alpha: float) -> float | None:
+        """In per cent, 0 if all answers are certain and different; None unless that is known.
+
+        Each row of the matrix of prompts by answers has one entry. So its columns are orthogonal,
+        and the nuclear norm is the sum of their lengths.
+        """
+        columns = self.answer_squares(alpha)
+        if columns is None:
+            return None
+        norm = sum(sqrt(sum(square for _, square in column)) for column in columns)
+        return round(100 * (1 - norm / self.prompt_count), 9)
 
     # Differences and scores
 
@@ -144,10 +186,12 @@ class AnswerComparison:
         return not self.rule.compares or (point.previous is not None and point.next is not None)
 
     def prompt_scores(self, point: GridPoint) -> list[float] | None:
-        """What each prompt adds to the score; None where that is not known of all."""
+        """What each prompt adds to the score; None where that is not known of all.
+
+        For measures that are not pooled.
+        """
         if self.rule.add is None:
-            entropies = [answer.entropy for answer in self.answers[point.alpha]]
-            return None if None in entropies else entropies  # type: ignore[return-value]
+            return self.entropies(point.alpha)
         if point.previous is None or point.next is None:
             return None
         before = self.differences(point.previous, point.alpha)
@@ -162,6 +206,8 @@ class AnswerComparison:
 
     def score(self, point: GridPoint) -> float | None:
         """D in the unit of the measure; None where it has none."""
+        if self.rule.pooled:
+            return self.nuclear_score(point.alpha)
         scores = self.prompt_scores(point)
         return None if scores is None else self.scale(sum(scores), point.alpha)
 
@@ -184,9 +230,9 @@ class AnswerComparison:
         return count, self.scale(count * self.rule.add(True, True), alpha) or 0
 
 
-def _mean_if_known(values: Sequence[float | None]) -> float | None:
+def _all_known(values: Sequence[float | None]) -> list[float] | None:
     known = [value for value in values if value is not None]
-    return round(fmean(known), 9) if len(known) == len(values) else None
+    return known if len(known) == len(values) else None
 
 
 # Rounds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any, TypeVar
 
 from ..answers import Answer
@@ -29,6 +30,7 @@ from .scoring import (
     next_window,
     round_points,
 )
+from .verdict import Verdict, judge_merge
 
 _UNFINISHED = 0.9
 """The share of answers without an end at which a search makes no sense."""
@@ -42,8 +44,9 @@ class Candidate:
     """One alpha and how its answers differ from its neighbours'.
 
     diff_previous, diff_next: answers that differ; None without a neighbour.
-    score: D, of the measure "relative" in per cent, of "entropy" in nats; None at the two ends of
-        the grid, unless by "entropy", and where no answer has left the base's, if by "relative".
+    score: D, of the measures "relative" and "nuclear" in per cent, of "entropy" in nats; None at
+        the two ends of the grid of measures that compare answers, and by "relative" where no answer
+        has left the base's.
     degenerate: answers that are empty, repeating or constant.
     interval: 95 % bootstrap interval of the score over prompts.
     neighbours: the alphas that diff_previous and diff_next refer to.
@@ -79,6 +82,7 @@ class Result:
     degenerate: by alpha, the places of the answers that are empty, repeating or constant.
     unfinished: by alpha, how many answers end inside their reasoning, where any do; in `answers`
         these are empty, and of the others there is what follows the reasoning.
+    verdict: whether to merge at all; None where the answers do not tell.
     """
 
     alpha: float
@@ -93,6 +97,7 @@ class Result:
     earlier: tuple[Candidate, ...] = ()
     degenerate: Mapping[float, frozenset[int]] = field(default_factory=dict)
     unfinished: Mapping[float, int] = field(default_factory=dict)
+    verdict: Verdict | None = None
 
     @property
     def rounds(self) -> tuple[Candidate, ...]:
@@ -111,6 +116,7 @@ class Result:
             "ties": list(self.ties),
             "noise": self.noise,
             "unfinished": {str(alpha): count for alpha, count in self.unfinished.items()},
+            "verdict": self.verdict and asdict(self.verdict),
             "notes": list(self.notes),
         }
 
@@ -120,7 +126,7 @@ def search(
     prompts: Sequence[P],
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     *,
-    measure: Measure = "pairwise",
+    measure: Measure | None = None,
     refine: int = 0,
     noise: Generate[P] | None = None,
     seed: int = 0,
@@ -135,9 +141,10 @@ def search(
         prompts: Any objects that `generate` understands; equal ones count as one prompt where a
             constant answer is looked for.
         alphas: Ascending, in 0..1, three or more; taken to 6 decimals.
-        measure: "pairwise" (Algorithm 1), "joint" (Appendix B), "relative" (in per cent of the
-            answers that have left the base's) or "entropy" (how unsure the model is; `generate`
-            must return `Answer`s).
+        measure: "nuclear" (how far answers are from sure and all different), "entropy" (how unsure
+            the model is), both of `Answer`s that know it, "pairwise" (Algorithm 1), "joint"
+            (Appendix B) or "relative" (in per cent of the answers that have left the base's).
+            None: nuclear where it is known, else pairwise.
         refine: How many times to go on between the best alpha and its neighbours: the two alphas
             halfway are asked, and the best of the inner three goes on.
         noise: Called once, at the chosen alpha, by measures that compare answers. The same model in
@@ -152,7 +159,7 @@ def search(
             call of `generate`.
         PromptError: There are no prompts.
         SearchError: Nearly all answers at the smallest alpha end inside their reasoning, or lack
-            the entropy that the measure takes.
+            the confidence that the measure takes.
         ValueError: `generate` broke its contract.
 
     Example:
@@ -197,7 +204,7 @@ def search(
 def choose(
     answers: Mapping[float, Sequence[str | Answer]],
     *,
-    measure: Measure = "pairwise",
+    measure: Measure | None = None,
     seed: int = 0,
     reasoning_tags: Tags | None = DEFAULT_TAGS,
 ) -> Result:
@@ -248,7 +255,7 @@ def _add_answers(
     """Compare answers by what follows their reasoning, and count those that end inside it.
 
     SearchError if that is so of nearly all at the smallest alpha, where there is nothing to
-    compare, and if answers there lack the entropy that the measure takes.
+    compare, and if answers there lack the confidence that the measure takes.
     """
     finals = drop_reasoning([answer.text for answer in answers], tags)
     if count := finals.count(None):
@@ -262,11 +269,10 @@ def _add_answers(
     comparison.add(
         alpha, [replace(a, text=text or "") for a, text in zip(answers, finals, strict=True)]
     )
-    if is_first and not comparison.rule.compares and comparison.mean_entropy(alpha) is None:
+    if is_first and (count := comparison.count_unknown(alpha)):
         raise SearchError(
-            f"{comparison.count_without_entropy(alpha)} of {len(answers)} answers at alpha {alpha}"
-            " have no entropy: vLLM tells none, nor do answers that others have recorded; choose"
-            f" another measure than {comparison.measure}"
+            f"{count} of {len(answers)} answers at alpha {alpha} have no {comparison.rule.lacks}:"
+            f" {comparison.rule.why_unknown}; choose another measure than {comparison.measure}"
         )
 
 
@@ -319,6 +325,7 @@ def _conclude(
         earlier=candidates(earlier_points(rounds)),
         degenerate=dict(comparison.degenerate_places),
         unfinished=dict(sorted(comparison.unfinished.items())),
+        verdict=judge_merge(comparison, chosen, seed),
     )
 
 
@@ -334,6 +341,10 @@ def _candidate(
         interval,
         (point.previous, point.next),
         point.round,
-        comparison.mean_entropy(point.alpha),
-        comparison.mean_log_probability(point.alpha),
+        _mean(comparison.entropies(point.alpha)),
+        _mean(comparison.log_probabilities(point.alpha)),
     )
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return None if values is None else round(fmean(values), 9)

@@ -96,8 +96,9 @@ def test_searches_are_the_products_own_on_samples_of_the_other_half(tmp_path: Pa
     for measure in study.MEASURES:
         for prompts in draws:
             texts = {float(pair.alphas[i]): [pair.answers[i][n] for n in prompts] for i in grid}
-            chosen = float(pair.alphas[pair.search(measure, grid, prompts)])
-            assert chosen == pytest.approx(choose(texts, measure=measure).alpha)
+            found = pair.search(measure, grid, prompts)
+            assert pair.alphas[pair.place(found.alpha)] == pytest.approx(found.alpha)
+            assert found.alpha == choose(texts, measure=measure).alpha
 
 
 @pytest.mark.parametrize(
@@ -141,5 +142,7 @@ def test_the_study_tells_all_and_ends_in_json(
     assert (searched["best"], searched["best_mean"]) == (0.4, 100)
     assert searched["fixed"] == {"0.1": 50, "0.3": 50, "0.5": 100}
     assert figures["variants"]["B ← D"]["kept"] == figures["accuracy"]["B ← D"]["mean"][::-1]
-    assert set(figures["budgets"]) == {"pairwise by 0.1", "relative by 0.1"}  # what the files have
+    # Of probabilities that fall from alpha to alpha, the first is the highest
+    assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 0, "gains": ["", 0]}
+    assert set(figures["budgets"]) == {f"{measure} by 0.1" for measure in study.MEASURES}
     assert "useless donors: searches, 2 a pair with 30 prompts" in printed

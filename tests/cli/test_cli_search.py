@@ -50,7 +50,8 @@ ROOT = Path(__file__).parents[2]
 GRID = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 # So much room on every machine, and no card: placements and reports are then the same everywhere
 HERE = ("--ram", "8GB", "--vram", "0")
-SHORT = (*HERE, "--max-new-tokens", "8")
+# By differences: an untrained base is as sure of its answers as any merge of it
+SHORT = (*HERE, "--max-new-tokens", "8", "--measure", "pairwise")
 QUICK = (*SHORT, "--alphas", "0,0.2,0.4")
 TEXTS = (
     "What color is the large car in front of the building?",
@@ -702,11 +703,26 @@ def test_the_live_model_may_have_another_dtype(
 # Recorded answers
 
 
+def test_nothing_is_merged_where_no_alpha_is_better_than_the_base(
+    pair: tuple[Path, Path], texts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Such as a donor that is the base itself."""
+    out, base = tmp_path / "out", pair[0]
+    short = (*HERE, "--max-new-tokens", "4", "--alphas", "0,0.2,0.4")
+    assert run(base, base, "-o", out, "--prompts", texts, *short) == 2
+    captured = capsys.readouterr()
+    assert "do not merge: No alpha makes the answers surer or more varied" in captured.out
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("error: nothing is merged: No alpha makes the answers surer")
+    assert [path.name for path in out.rglob("*") if path.is_file()] == [ANSWERS]
+
+
 def test_the_answers_beside_a_model_give_the_same_choice_again(
     finished: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     page = tmp_path / "page.html"
-    assert run("search", "--answers", finished / ANSWERS, "--json", "--report", page) == 0
+    words = ("search", "--answers", finished / ANSWERS, "--json", "--report", page)
+    assert run(*words, "--measure", "pairwise") == 0
     found, written = json.loads(capsys.readouterr().out), document(finished / "adamms.json")
     assert (found["base"], found["donor"], found["noise"]) == (None, None, None)
     notes_of_the_search(found, written)

@@ -73,7 +73,8 @@ def test_it_finds_keeps_and_reports_the_same(plan: Plan, prompts: Path, tmp_path
     found = {}
     for live in ("held", "streamed"):
         journal = tmp_path / f"{live}.jsonl"
-        more = {"refine": 1, "donor_answers": True, "journal": journal}
+        more: dict[str, Any] = {"refine": 1, "donor_answers": True, "journal": journal}
+        more["measure"] = "pairwise"  # of answers: how sure they are is compared below
         found[live] = search(plan, prompts, live, **more)
         assert "streamed" in found[live].facts["Placement"]["1"] or live == "held"
     held, streamed = found["held"], found["streamed"]

@@ -225,7 +225,7 @@ def test_a_sound_is_refused_and_not_left_out(pair: Pair, engines: list[FakeEngin
 
 
 def test_the_noise_is_measured_in_other_batches(pair: Pair, engines: list[FakeEngine]) -> None:
-    found = find_alpha(make_plan(*pair), PROMPTS, **VLLM | {"noise": True})
+    found = find_alpha(make_plan(*pair), PROMPTS, **VLLM | {"noise": True, "measure": "pairwise"})
     assert engines[0].batches == [5, 5, 5, 2, 2, 1]
     assert found.facts["Recipe"]["batch"] == "100"
 
