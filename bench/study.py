@@ -160,6 +160,8 @@ def show_variants(pairs: Sequence[Pair]) -> Figures:
     figures: Figures = {}
     rows: Rows = []
     for pair in pairs:
+        if not pair.variants:
+            continue
         ways = {"merged": (pair.right, pair.alphas)}
         ways |= {way: (right, pair.variant_alphas) for way, right in pair.variants.items()}
         figures[pair.name] = {}
