@@ -87,6 +87,6 @@ RULES: Mapping[Measure, MeasureRule] = {
         takes="log_probability",
         pooled=True,
         unit="%",
-        topic="Want of confidence and variety",
+        topic="Lack of confidence and variety",
     ),
 }

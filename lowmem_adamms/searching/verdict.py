@@ -31,7 +31,7 @@ def judge_merge(comparison: AnswerComparison, chosen: float, seed: int) -> Verdi
     after = comparison.nuclear_score(chosen)
     if comparison.smallest != 0 or before is None or after is None:
         return None
-    at_zero = f"{before:.1f} % short of sure and all different at alpha 0"
+    at_zero = f"nuclear D is {before:.1f} % at alpha 0"
     if chosen == 0:
         return Verdict(False, f"No alpha makes the answers surer or more varied: {at_zero}.")
     drawn = draw_nuclear_scores(comparison, (0.0, chosen), seed)

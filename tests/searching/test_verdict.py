@@ -66,8 +66,8 @@ def test_a_merge_with_surer_and_more_varied_answers_is_one_to_make() -> None:
     reason = result.verdict.reason
     # Four answers to ten prompts each: 4 * sqrt(10) of 40; then 20 * sqrt(2)
     assert reason.startswith(
-        "The answers become surer or more varied: 68.4 % short of sure and all different at alpha"
-        " 0, 29.3 % at 0.2, standard error "
+        "The answers become surer or more varied: nuclear D is 68.4 % at alpha 0, 29.3 % at 0.2,"
+        " standard error "
     )
     assert result.to_json()["verdict"] == {"merge": True, "reason": reason}
     assert describe_result(result).splitlines()[1] == f"merge: {reason}"
@@ -83,21 +83,20 @@ def test_a_merge_with_surer_and_more_varied_answers_is_one_to_make() -> None:
             "nuclear",
             {0.0: varied(8), 0.1: varied(8, 0.9), 0.2: varied(4)},
             0,
-            "No alpha makes the answers surer or more varied: 55.3 % short of sure and all"
-            " different at alpha 0.",
+            "No alpha makes the answers surer or more varied: nuclear D is 55.3 % at alpha 0.",
         ),
         (
             "nuclear",  # one prompt of 40 has another answer, which many draws are without
             {0.0: varied(8), 0.1: [("new", 1.0), *varied(8, 0.975)[1:]], 0.2: varied(8, 0.5)},
             0.1,
-            "By these prompts the answers are no surer or more varied: 55.3 % short of sure and",
+            "By these prompts the answers are no surer or more varied: nuclear D is 55.3 % at alpha",
         ),
         (
             "pairwise",
             {0.0: varied(8), 0.1: varied(8, 0.5), 0.2: varied(8)},
             0.1,
-            "By these prompts the answers are no surer or more varied: 55.3 % short of sure and all"
-            " different at alpha 0, 77.6 % at 0.1, standard error ",
+            "By these prompts the answers are no surer or more varied: nuclear D is 55.3 % at alpha"
+            " 0, 77.6 % at 0.1, standard error ",
         ),
     ],
 )
