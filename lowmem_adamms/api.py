@@ -465,7 +465,7 @@ class Merge:
         weight = alpha.alpha if isinstance(alpha, FoundAlpha) else alpha
         if found and found.result.verdict and weight == 0:
             raise SearchError(
-                f"nothing is merged: {found.result.verdict.reason} `alpha=0.3` merges all the same,"
+                f"nothing is merged: {found.result.verdict.reason} `alpha=0.5` merges all the same,"
                 f" into another folder than {self.output.folder}, which has the answers"
             )
         out, staging = self.output.folder, self.staging
