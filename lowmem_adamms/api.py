@@ -356,8 +356,8 @@ def check_search(plan: Plan, settings: SearchSettings) -> None:
     """RecipeError for what vLLM cannot tell, or what takes one donor that is blended linearly."""
     if settings.engine == "vllm" and settings.measure == "entropy":
         raise RecipeError(
-            f"vLLM does not tell how sure it is of its answers, which `measure` {settings.measure}"
-            " takes: choose another, or the engine transformers"
+            "vLLM does not tell the entropy of its answers: choose the measure nuclear, which takes"
+            " their probabilities, or the engine transformers"
         )
     if not isinstance(plan, Mixture):
         return

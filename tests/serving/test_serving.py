@@ -233,7 +233,7 @@ def test_the_noise_is_measured_in_other_batches(pair: Pair, engines: list[FakeEn
 def test_a_measure_that_takes_entropies_is_refused_before_the_engine_starts(
     pair: Pair, engines: list[FakeEngine]
 ) -> None:
-    with pytest.raises(RecipeError, match=r"vLLM does not tell how sure .* the engine"):
+    with pytest.raises(RecipeError, match=r"vLLM does not tell the entropy"):
         find_alpha(make_plan(*pair), PROMPTS, **VLLM, measure="entropy")
     assert not engines
 
