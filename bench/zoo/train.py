@@ -79,7 +79,7 @@ STAGES = {
     "tune": Stage(steps=300, rows=32, rate=1.5e-3, warm=20),
 }
 LARGE = {
-    "align": Stage(steps=200, rows=16, rate=5e-4, warm=20),
+    "align": Stage(steps=150, rows=16, rate=5e-4, warm=20),
     "settle": Stage(steps=40, rows=16, rate=2e-4),
     "tune": Stage(steps=200, rows=16, rate=1e-4, warm=20),
 }
