@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +19,8 @@ class Answer:
     tokens: tuple[int, ...] = ()
     log_probability: float | None = None
     entropy: float | None = None
+
+
+def round_confidence(mean: float) -> float | None:
+    """As an `Answer` has it; None of a model whose logits are NaN or infinite."""
+    return round(mean, 6) + 0.0 if isfinite(mean) else None  # + 0.0 turns -0.0 into 0.0

@@ -57,7 +57,7 @@ KEEP = 200  # steps between two states kept on disk
 NOISE = 0.8  # of the embeddings' spread, at most, when the language model learns to read
 SHARP = 16.0  # of the cosine between a feature and a word's embedding
 EXAM, LARGE_EXAM = 1000, 250  # pictures
-NOISY = 1.0  # of a tensor's spread: with half as much again they no longer look related
+WEIGHT_NOISE = 1.0  # of a tensor's spread: with half as much again they no longer look related
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class Zoo:
             tensors = load_file(path)
             for value in tensors.values():
                 noise = torch.randn(value.shape, generator=dice)
-                value += (NOISY * value.float().std() * noise).to(value.dtype)
+                value += (WEIGHT_NOISE * value.float().std() * noise).to(value.dtype)
             save_file(tensors, path, {"format": "pt"})
 
     def raise_member(self, one: Member, until: int) -> None:

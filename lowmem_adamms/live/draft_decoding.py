@@ -12,12 +12,12 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from ..answers import round_confidence
 from ..settings import AnswerSettings
 from .prompt_encoder import Inputs
 from .transformers_model import quiet
@@ -57,12 +57,12 @@ class DecodedAnswer:
     @property
     def log_probability(self) -> float | None:
         """The mean over the tokens; None if it is no number."""
-        return _finite_mean(self.log_probabilities)
+        return round_confidence(fmean(self.log_probabilities))
 
     @property
     def entropy(self) -> float | None:
         """The mean over the tokens; None if it is no number."""
-        return _finite_mean(self.entropies)
+        return round_confidence(fmean(self.entropies))
 
     def append(self, token: int, log_probability: float, entropy: float) -> None:
         """Add a token."""
@@ -247,12 +247,6 @@ def _measure_confidence(logits: torch.Tensor) -> tuple[list[float], list[float]]
         found.append(torch.stack([logs.amax(-1), -(logs.exp() * logs).sum(-1)]))
     log_probabilities, entropies = torch.cat(found, 1).tolist()
     return log_probabilities, entropies
-
-
-def _finite_mean(values: Sequence[float]) -> float | None:
-    """To 6 decimals; None of a model whose logits are NaN or infinite."""
-    mean = fmean(values)
-    return round(mean, 6) + 0.0 if isfinite(mean) else None  # + 0.0 turns -0.0 into 0.0
 
 
 def _find_end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .scoring import (
@@ -52,15 +52,10 @@ def _resampled_scores(comparison: AnswerComparison, points: Sequence[GridPoint],
     """Scores of RESAMPLES draws of the prompts, [draws, points]; NaN where nothing moved."""
     import numpy as np
 
-    rng = np.random.default_rng(seed)
-    count = comparison.prompt_count
-    even = np.full(count, 1 / count)
     scores = np.array([comparison.prompt_scores(p) for p in points], np.float64)
     divisors = [comparison.prompt_divisors(p.alpha) for p in points]
-    block = max(1, _COUNTS_HELD // count)
     resampled = []
-    for start in range(0, RESAMPLES, block):
-        drawn = rng.multinomial(count, even, min(block, RESAMPLES - start))
+    for drawn in _draw_prompts(comparison.prompt_count, seed):
         totals = drawn @ scores.T
         if None not in divisors:
             divided_by = drawn @ np.array(divisors, np.float64).T
@@ -79,15 +74,32 @@ def draw_nuclear_scores(comparison: AnswerComparison, alphas: Sequence[float], s
     import numpy as np
 
     count = comparison.prompt_count
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    scores = np.empty((RESAMPLES, len(alphas)))
-    for i, alpha in enumerate(alphas):
-        columns = comparison.answer_squares(alpha)
-        assert columns is not None
-        lengths = [
-            np.sqrt(drawn[:, [place for place, _ in column]] @ [square for _, square in column])
-            for column in columns
-        ]
-        scores[:, i] = 100 * (1 - sum(lengths) / count)
-        scores[:, i] += comparison.nuclear_score(alpha) - scores[:, i].mean()
+    matrices = [comparison.answer_squares(alpha) or [] for alpha in alphas]
+    resampled = []
+    for drawn in _draw_prompts(count, seed):
+        norms = [_nuclear_norms(columns, drawn) for columns in matrices]
+        resampled.append(100 * (1 - np.stack(norms, axis=1) / count))
+    scores = np.concatenate(resampled)
+    scores += [comparison.nuclear_score(alpha) for alpha in alphas] - scores.mean(axis=0)
     return scores.round(9)
+
+
+def _nuclear_norms(columns: Sequence[Sequence[tuple[int, float]]], drawn: Any) -> Any:
+    """The nuclear norm of each draw, [draws]. columns: of `answer_squares`."""
+    import numpy as np
+
+    return sum(
+        np.sqrt(drawn[:, [place for place, _ in column]] @ [square for _, square in column])
+        for column in columns
+    )
+
+
+def _draw_prompts(count: int, seed: int) -> Iterator[Any]:
+    """RESAMPLES draws of so many prompts: how often each is drawn, [draws, prompts], in blocks."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    even = np.full(count, 1 / count)
+    block = max(1, _COUNTS_HELD // count)
+    for start in range(0, RESAMPLES, block):
+        yield rng.multinomial(count, even, min(block, RESAMPLES - start))

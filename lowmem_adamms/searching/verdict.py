@@ -32,6 +32,8 @@ def judge_merge(comparison: AnswerComparison, chosen: float, seed: int) -> Verdi
     if comparison.smallest != 0 or before is None or after is None:
         return None
     at_zero = f"nuclear D is {before:.1f} % at alpha 0"
+    if chosen == 0 and not comparison.rule.pooled:
+        return Verdict(False, f"The base itself is chosen, by {comparison.measure}: {at_zero}.")
     if chosen == 0:
         return Verdict(False, f"No alpha makes the answers surer or more varied: {at_zero}.")
     drawn = draw_nuclear_scores(comparison, (0.0, chosen), seed)

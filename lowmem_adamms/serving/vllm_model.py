@@ -14,10 +14,9 @@ from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from math import isfinite
 from typing import Any
 
-from ..answers import Answer
+from ..answers import Answer, round_confidence
 from ..checkpoints.dtypes import DTYPES
 from ..errors import PromptError, RecipeError, SearchError, first_line
 from ..live.draft_decoding import Cost
@@ -291,7 +290,7 @@ def _as_answer(completion: Any) -> Answer:
     """What vLLM has answered. It tells nothing from which an entropy could be found."""
     tokens = tuple(completion.token_ids)
     mean = completion.cumulative_logprob / max(len(tokens), 1)
-    return Answer(completion.text.strip(), tokens, round(mean, 6) if isfinite(mean) else None)
+    return Answer(completion.text.strip(), tokens, round_confidence(mean))
 
 
 def _message(prompt: Prompt) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import log
 
 import numpy as np
@@ -12,6 +13,7 @@ from lowmem_adamms.answers import Answer
 from lowmem_adamms.errors import SearchError
 from lowmem_adamms.reporting.terminal import describe_result
 from lowmem_adamms.reporting.view import SearchView
+from lowmem_adamms.searching import resampling
 from lowmem_adamms.searching.search import choose
 from lowmem_adamms.settings import Measure
 
@@ -110,6 +112,34 @@ def test_a_merge_without_is_advised_against(
     assert result.verdict.reason.startswith(reason)
     assert describe_result(result).splitlines()[1] == f"do not merge: {result.verdict.reason}"
     assert SearchView(result).advice == "Do not merge."
+
+
+def test_where_another_measure_chooses_the_base_it_is_said_which() -> None:
+    """Answers become surer here, by the nuclear norm; the verdict must not say that they do not."""
+    table = {
+        alpha: [replace(answer, entropy=alpha) for answer in row] for alpha, row in HELPS.items()
+    }
+    result = choose(table, measure="entropy")
+    assert result.alpha == 0
+    assert result.verdict is not None
+    assert not result.verdict.merge
+    reason = "The base itself is chosen, by entropy: nuclear D is 68.4 % at alpha 0."
+    assert result.verdict.reason == reason
+
+
+@pytest.mark.parametrize("prompts", [40, 3000])
+def test_draws_are_made_in_blocks_of_bounded_size(
+    prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are the same as in one."""
+    table = answered({0.0: varied(4, prompts=prompts), 0.1: varied(9, prompts=prompts)})
+    table[0.2] = table[0.1]
+    whole = choose(table, measure="nuclear")
+    monkeypatch.setattr(resampling, "_COUNTS_HELD", 7 * prompts)
+    sizes = [drawn.shape for drawn in resampling._draw_prompts(prompts, 0)]
+    assert max(sizes) == (7, prompts)
+    assert sum(draws for draws, _ in sizes) == resampling.RESAMPLES
+    assert choose(table, measure="nuclear") == whole
 
 
 @pytest.mark.parametrize(
