@@ -352,7 +352,8 @@ class GridSettings:
     )
     noise: bool = setting(
         True,
-        "do not ask a second time at the chosen alpha to see how many answers differ by chance",
+        "do not ask a second time at the chosen alpha to see how many answers differ by chance, as"
+        " the measures that compare answers do (pairwise, joint, relative)",
         off=True,
     )
     donor_answers: bool = setting(
