@@ -30,7 +30,16 @@ from numba import get_num_threads, njit, prange, types
 from numba.extending import intrinsic, overload
 
 from .compile_cache import keep_compiled
-from .reference import ALL_KEPT, COARSE_BITS, SUM_BLOCK, Mixing, Triple, without_ends
+from .reference import (
+    ALL_KEPT,
+    COARSE_BITS,
+    CUT_BITS,
+    GOLDEN,
+    SUM_BLOCK,
+    Mixing,
+    Triple,
+    without_ends,
+)
 
 BLOCK = 1 << 15
 """Elements a thread takes at a time: large enough to stream, small enough to share out."""
@@ -66,7 +75,12 @@ _start_threads()
 Bytes = npt.NDArray[np.uint8]
 
 
-def blend(parts: Sequence[tuple[Bytes, Bytes, Bytes]], dtypes: Triple, alpha: float) -> None:
+def blend(
+    parts: Sequence[tuple[Bytes, Bytes, Bytes]],
+    dtypes: Triple,
+    alpha: float,
+    stochastic: bool = False,
+) -> None:
     """Blend parts of the same dtypes.
 
     Args:
@@ -75,13 +89,14 @@ def blend(parts: Sequence[tuple[Bytes, Bytes, Bytes]], dtypes: Triple, alpha: fl
             that are aligned to their elements.
         dtypes: "BF16", "F16" or "F32" each.
         alpha: Weight of the donor, 0 to 1.
+        stochastic: How it is rounded: as `reference.round_stochastically` does, or to nearest.
     """
-    parts, dtypes, alpha = without_ends(parts, dtypes, alpha)
+    parts, dtypes, alpha, stochastic = without_ends(parts, dtypes, alpha, stochastic)
     addresses, counts = _locate(parts, dtypes)
     owner, first = _split(counts)
     tags = [_TAGS[dtype] for dtype in dtypes]
     with _one_caller:
-        _blend(addresses, counts, owner, first, alpha, *tags)
+        _blend(addresses, counts, owner, first, alpha, stochastic, *tags)
 
 
 def _locate(
@@ -118,7 +133,7 @@ def mix(
     addresses, counts = _locate(parts, dtypes)
     table = np.array([(t.factor, t.weight, t.low, t.high) for t in mixing.terms], np.float64)
     chances = np.array([(term.kept, term.key) for term in mixing.terms], np.uint64)
-    flags = (mixing.relative, mixing.elect, mixing.mean, mixing.keeps_equal)
+    flags = (mixing.relative, mixing.elect, mixing.mean, mixing.keeps_equal, mixing.stochastic)
     with _one_caller:
         _mix(
             *(addresses, counts, *_split(counts), np.array(firsts, np.int64), _codes(dtypes)),
@@ -204,6 +219,26 @@ def _as_bits(typingctx: Any, value: Any):
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _as_wide_float(typingctx: Any, bits: Any):
+    """uint64 to the float64 of the same bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.uint64), codegen
+
+
+@intrinsic
+def _as_wide_bits(typingctx: Any, value: Any):
+    """float64 to the uint64 of the same bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.uint64(types.float64), codegen
 
 
 def _widen(element):
@@ -296,6 +331,32 @@ def _narrow_f32(value, like):
     return single if single == single else _as_float(np.uint32(0x7FC00000))
 
 
+@njit(inline="always")
+def _hash(word, value):
+    """What the values that are mixed add to their hash, one after the other."""
+    single = np.uint32(_as_bits(np.float32(value)) if value == value else 0x7FC00000)
+    return np.uint32((word + single) * np.uint32(GOLDEN))
+
+
+def _scatter(value, word, like):
+    """One of the two neighbours of a float64 in the type of `like`, chosen by a hash."""
+    raise NotImplementedError
+
+
+@overload(_scatter)
+def _scatter_any(value, word, like):
+    if like == types.float32:
+        return lambda value, word, like: value
+    cut = CUT_BITS["BF16" if like == types.uint16 else "F16"]
+
+    def scatter(value, word, like):
+        bits = _as_wide_bits(value) + (np.uint64(word) << np.uint64(cut - 32))
+        rounded = _as_wide_float((bits >> np.uint64(cut)) << np.uint64(cut))
+        return rounded if value == value else value
+
+    return scatter
+
+
 def _keep(base, donor, out):
     """`base` where base and donor are the same bits of the output's type, else `out`."""
     raise NotImplementedError
@@ -312,7 +373,7 @@ def _keep_any(base, donor, out):
 
 @keep_compiled
 @njit(parallel=True, nogil=True, error_model="numpy")
-def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag):
+def _blend(addresses, counts, owner, first, alpha, stochastic, base_tag, donor_tag, out_tag):
     """Every block of every part; addresses is (parts, 3), owner and first are per block."""
     beta = 1.0 - alpha
     for block in prange(owner.size):
@@ -322,9 +383,16 @@ def _blend(addresses, counts, owner, first, alpha, base_tag, donor_tag, out_tag)
         out = _at(addresses[part, 2], out_tag)
         start = first[block]
         stop = min(counts[part], start + BLOCK)
-        for i in range(start, stop):
-            mixed = beta * _widen(base[i]) + alpha * _widen(donor[i])
-            out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
+        if stochastic:
+            for i in range(start, stop):
+                ours, theirs = _widen(base[i]), _widen(donor[i])
+                word = _hash(_hash(np.uint32(0), ours), theirs)
+                mixed = _scatter(beta * ours + alpha * theirs, word, out[i])
+                out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
+        else:
+            for i in range(start, stop):
+                mixed = beta * _widen(base[i]) + alpha * _widen(donor[i])
+                out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
 
 
 @njit(inline="always")
@@ -385,6 +453,7 @@ def _mix(
     elect,
     mean,
     keeps_equal,
+    stochastic,
     bf16,
     f16,
     f32,
@@ -395,16 +464,39 @@ def _mix(
         part = owner[block]
         stop = min(counts[part], block_first[block] + BLOCK)
         values = np.empty((streams, STRIPE))
-        mixed = np.empty(STRIPE)
+        mixed, words = np.empty(STRIPE), np.zeros(STRIPE, np.uint32)
         for start in range(block_first[block], stop, STRIPE):
             count = min(STRIPE, stop - start)
             for s in range(streams):
                 _read(addresses[part, s], codes[s], start, count, values[s], bf16, f16, f32)
+            if stochastic:
+                _hash_columns(values, words, count)
             _mix_stripe(
                 *(values, mixed, count, firsts[part] + start, table, chances, scale),
                 *(relative, elect, mean, keeps_equal),
             )
+            if stochastic:
+                _scatter_row(mixed, words, count, codes[streams])
             _write(addresses[part, streams], codes[streams], start, count, mixed, bf16, f16, f32)
+
+
+@njit(error_model="numpy")
+def _hash_columns(values, words, count):
+    """The hash of what each element is mixed from."""
+    words[:count] = 0
+    for s in range(values.shape[0]):
+        for i in range(count):
+            words[i] = _hash(words[i], values[s, i])
+
+
+@njit(error_model="numpy")
+def _scatter_row(row, words, count, code):
+    """Round a row stochastically to the dtype of this code."""
+    for i in range(count):
+        if code == 0:
+            row[i] = _scatter(row[i], words[i], np.uint16(0))
+        elif code == 1:
+            row[i] = _scatter(row[i], words[i], np.int16(0))
 
 
 @njit(error_model="numpy")

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from . import reference
-from .reference import ALL_KEPT, Mixing, Term, Triple
+from .reference import ALL_KEPT, CUT_BITS, GOLDEN, Mixing, Term, Triple
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Kernel = Callable[[Sequence[Part], Triple, float], None]
-"""kernel(parts, dtypes, alpha): see `blend_torch`."""
+Kernel = Callable[[Sequence[Part], Triple, float, bool], None]
+"""kernel(parts, dtypes, alpha, stochastic): see `blend_torch`."""
 MixKernel = Callable[[Sequence[Sequence[torch.Tensor]], Sequence[str], Mixing, Sequence[int]], None]
 """kernel(parts, dtypes, mixing, firsts): see `cpu.mix`."""
 
@@ -137,10 +137,20 @@ def _why_not_triton(device: torch.device, checks: Mapping[str, Callable[[], bool
 
 
 def matches_reference(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
-    """Whether a kernel gives the reference's bits on this device at alpha 0.3."""
-    sides = _make_words(dtypes[:2], dtypes[2])
-    arrays = [*sides, reference.blend(sides[0], sides[1], dtypes, 0.3)]
-    return _gives_last(lambda parts: blend(parts, dtypes, 0.3), arrays, dtypes, device)
+    """Whether a kernel gives the reference's bits on this device at alpha 0.3.
+
+    Rounded to nearest as stochastically.
+    """
+    base, donor = _make_words(dtypes[:2], dtypes[2])
+    return all(
+        _gives_last(
+            lambda parts, way=way: blend(parts, dtypes, 0.3, way),
+            [base, donor, reference.blend(base, donor, dtypes, 0.3, way)],
+            dtypes,
+            device,
+        )
+        for way in (False, True)
+    )
 
 
 def mix_matches_reference(
@@ -193,7 +203,9 @@ def _gives_last(
     return torch.equal(whole[-1], expected) and torch.equal(tail[-1], expected[skip[-1] :])
 
 
-def blend_torch(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
+def blend_torch(
+    parts: Sequence[Part], dtypes: Triple, alpha: float, stochastic: bool = False
+) -> None:
     """Blend parts of the same dtypes with torch's own operations, on any device with float64.
 
     Temporaries stay under 32 MiB.
@@ -203,24 +215,46 @@ def blend_torch(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
             dtypes[0], [1] and [2], aligned to these; out is overwritten.
         dtypes: "BF16", "F16" or "F32" each.
         alpha: Weight of the donor, 0 to 1.
+        stochastic: How it is rounded: as `reference.round_stochastically` does, or to nearest.
     """
-    parts, dtypes, alpha = reference.without_ends(parts, dtypes, alpha)
+    parts, dtypes, alpha, stochastic = reference.without_ends(parts, dtypes, alpha, stochastic)
     for part in parts:
         base, donor, out = _words(part, dtypes)
         for start in range(0, out.numel(), CHUNK):
             piece = slice(start, start + CHUNK)
-            _blend_piece(base[piece], donor[piece], out[piece], dtypes, alpha)
+            _blend_piece(base[piece], donor[piece], out[piece], dtypes, alpha, stochastic)
 
 
 def _blend_piece(
-    base: torch.Tensor, donor: torch.Tensor, out: torch.Tensor, dtypes: Triple, alpha: float
+    base: torch.Tensor,
+    donor: torch.Tensor,
+    out: torch.Tensor,
+    dtypes: Triple,
+    alpha: float,
+    stochastic: bool,
 ) -> None:
-    mixed = base.view(_FLOAT[dtypes[0]]).to(torch.float64).mul_(1.0 - alpha)
-    mixed += donor.view(_FLOAT[dtypes[1]]).to(torch.float64).mul_(alpha)
+    ours, theirs = base.view(_FLOAT[dtypes[0]]), donor.view(_FLOAT[dtypes[1]])
+    mixed = ours.to(torch.float64).mul_(1.0 - alpha)
+    mixed += theirs.to(torch.float64).mul_(alpha)
+    if stochastic:
+        _scatter_torch(mixed, (ours, theirs), dtypes[2])
     words = _narrow_torch(mixed, dtypes[2])
     if dtypes[0] == dtypes[1] == dtypes[2]:
         words = torch.where(base == donor, base, words)
     out.copy_(words)
+
+
+def _scatter_torch(mixed: torch.Tensor, values: Sequence[torch.Tensor], dtype: str) -> None:
+    """`reference.round_stochastically` of a float64 tensor, in place."""
+    if dtype not in CUT_BITS:
+        return
+    word = torch.zeros(mixed.shape, dtype=torch.int64, device=mixed.device)
+    for value in values:
+        single = value.to(torch.float32).view(torch.int32)
+        single = single.masked_fill(value.isnan(), reference.QUIET_NAN["F32"])
+        word = (word + single) * GOLDEN & 0xFFFFFFFF
+    bits = (mixed.view(torch.int64) + (word << CUT_BITS[dtype] - 32)) & -(1 << CUT_BITS[dtype])
+    mixed.copy_(torch.where(mixed.isnan(), mixed, bits.view(torch.float64)))
 
 
 def _narrow_torch(values: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -254,6 +288,8 @@ def mix_torch(
             mixed = reference.mix_values(
                 values, torch.zeros_like(values[0]), mixing, draw, torch.where
             )
+            if mixing.stochastic:
+                _scatter_torch(mixed, values, dtypes[-1])
             out[start : start + chunk] = _narrow_torch(mixed, dtypes[-1])
 
 
@@ -276,16 +312,18 @@ def _shift(word: torch.Tensor, places: int) -> torch.Tensor:
     return (word >> places) & ((1 << 64 - places) - 1)
 
 
-def blend_triton(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
+def blend_triton(
+    parts: Sequence[Part], dtypes: Triple, alpha: float, stochastic: bool = False
+) -> None:
     """The same in one launch of the Triton kernel for each part, without temporaries.
 
     The first call of a triple of dtypes compiles. Raises ImportError without Triton.
     """
     if _no_triton:
         raise ImportError(_no_triton)
-    parts, dtypes, alpha = reference.without_ends(parts, dtypes, alpha)
+    parts, dtypes, alpha, stochastic = reference.without_ends(parts, dtypes, alpha, stochastic)
     bits = _scaled_bits(1.0 - alpha, dtypes[0]), _scaled_bits(alpha, dtypes[1])
-    constants = _constants(dtypes)
+    constants = _constants(dtypes, stochastic)
     for part in parts:
         words = _words(part, dtypes)
         count = words[2].numel()
@@ -295,7 +333,7 @@ def blend_triton(parts: Sequence[Part], dtypes: Triple, alpha: float) -> None:
                 _blend[grid](*words, count, *bits, **constants, **_OPTIONS)
 
 
-def _constants(dtypes: Triple) -> dict[str, int]:
+def _constants(dtypes: Triple, stochastic: bool) -> dict[str, int]:
     """What `_blend` is compiled for."""
     (base, base_exponent), (donor, donor_exponent), (out, _) = (_FORMAT[d] for d in dtypes)
     return {
@@ -305,6 +343,7 @@ def _constants(dtypes: Triple) -> dict[str, int]:
         "donor_exponent": donor_exponent,
         "out_fraction": out,
         "quiet": reference.QUIET_NAN[dtypes[2]],
+        "stochastic": stochastic,
         "block": BLOCK,
     }
 
@@ -359,6 +398,31 @@ def _narrow(value, fraction: tl.constexpr, quiet: tl.constexpr):
 
 
 @_jit
+def _hash(hashed, word, fraction: tl.constexpr):
+    """What an element that is mixed adds to the hash, in the lower half of an int64."""
+    if fraction == 7:
+        value = (word.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif fraction == 10:
+        value = word.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = word.to(tl.float32, bitcast=True)
+    single = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
+    golden: tl.constexpr = 0x9E3779B9
+    return ((hashed + single.to(tl.int64)) * golden) & 0xFFFFFFFF
+
+
+@_jit
+def _scatter(value, hashed, fraction: tl.constexpr):
+    """`reference.round_stochastically` of a float64, for a dtype of this fraction."""
+    if fraction == 23:
+        return value
+    cut: tl.constexpr = 52 - fraction
+    keep: tl.constexpr = -(1 << cut)
+    bits = (value.to(tl.int64, bitcast=True) + (hashed << (cut - 32))) & keep
+    return tl.where(value == value, bits.to(tl.float64, bitcast=True), value)
+
+
+@_jit
 def _blend(
     base,
     donor,
@@ -372,6 +436,7 @@ def _blend(
     donor_exponent: tl.constexpr,
     out_fraction: tl.constexpr,
     quiet: tl.constexpr,
+    stochastic: tl.constexpr,
     block: tl.constexpr,
 ):
     """One block of `block` elements of one part; the bits are those of the scaled weights."""
@@ -383,6 +448,9 @@ def _blend(
     alpha = alpha_bits.to(tl.float64, bitcast=True)
     mixed = beta * _widen(ours, base_fraction, base_exponent)
     mixed += alpha * _widen(theirs, donor_fraction, donor_exponent)
+    if stochastic:
+        hashed = _hash(_hash(0, ours, base_fraction), theirs, donor_fraction)
+        mixed = _scatter(mixed, hashed, out_fraction)
     word = _narrow(mixed, out_fraction, quiet)
     if base_fraction == donor_fraction and donor_fraction == out_fraction:
         word = tl.where(ours == theirs, ours, word)
@@ -435,6 +503,7 @@ def _mix_constants(dtypes: Sequence[str], mixing: Mixing) -> dict[str, Any]:
         "elect": mixing.elect,
         "mean": mixing.mean,
         "keeps_equal": mixing.keeps_equal,
+        "stochastic": mixing.stochastic,
         "random": _is_random(mixing),
         "quiet": reference.QUIET_NAN[dtypes[-1]],
         "block": BLOCK,
@@ -492,6 +561,7 @@ def _mix(
     elect: tl.constexpr,
     mean: tl.constexpr,
     keeps_equal: tl.constexpr,
+    stochastic: tl.constexpr,
     random: tl.constexpr,
     quiet: tl.constexpr,
     block: tl.constexpr,
@@ -528,5 +598,11 @@ def _mix(
     mixed = origin + _number(table, 6 * terms) * total
     if keeps_equal:
         mixed = tl.where(same, base, mixed)
+    if stochastic:
+        hashed = tl.full((block,), 0, tl.int64)
+        for stream in tl.static_range(terms + relative):
+            read = tl.load(streams[stream] + at, mask=inside, other=0)
+            hashed = _hash(hashed, read, fractions[stream])
+        mixed = _scatter(mixed, hashed, fractions[terms + relative])
     word = _narrow(mixed, fractions[terms + relative], quiet)
     tl.store(out + at, word, mask=inside)

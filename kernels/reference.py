@@ -4,8 +4,10 @@ Of two models, `blend`:
 
     out = round((1 - alpha) * base + alpha * donor)
 
-evaluated in float64 and rounded once, to nearest, ties to even. Every bf16, fp16 and fp32 value is
-exact in float64, so the only other error is that of the float64 sum (2**-52 of its larger term).
+evaluated in float64 and rounded once. Every bf16, fp16 and fp32 value is exact in float64, so the
+only other error is that of the float64 sum (2**-52 of its larger term).
+
+Rounded is to nearest, ties to even, or stochastically: see `round_stochastically`.
 
 Exceptions: alpha 0 gives the base and alpha 1 the donor exactly, even where the other side is NaN
 or infinite. Where base and donor have equal bits and the output has their dtype, these bits come
@@ -39,17 +41,23 @@ STORAGE: dict[str, type[np.unsignedinteger[Any]]] = {
     "F32": np.uint32,
 }
 QUIET_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
+CUT_BITS = {"BF16": 45, "F16": 42}
+"""By how many bits a float64's fraction is longer than that of a dtype of 16 bits."""
+GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: its multiples are spread evenly
 
 
-def blend(base: Bits, donor: Bits, dtypes: Triple, alpha: float) -> Bits:
+def blend(base: Bits, donor: Bits, dtypes: Triple, alpha: float, stochastic: bool = False) -> Bits:
     """Blend two storage arrays of one shape into a third."""
     base_dtype, donor_dtype, out_dtype = dtypes
     if alpha == 0:
         return cast(base, base_dtype, out_dtype)
     if alpha == 1:
         return cast(donor, donor_dtype, out_dtype)
+    values = widen(base, base_dtype), widen(donor, donor_dtype)
     with np.errstate(invalid="ignore", over="ignore"):
-        mixed = (1.0 - alpha) * widen(base, base_dtype) + alpha * widen(donor, donor_dtype)
+        mixed = (1.0 - alpha) * values[0] + alpha * values[1]
+    if stochastic:
+        mixed = round_stochastically(mixed, values, out_dtype)
     out = narrow(mixed, out_dtype)
     if base_dtype == donor_dtype == out_dtype:
         return np.where(base == donor, base, out)
@@ -57,17 +65,17 @@ def blend(base: Bits, donor: Bits, dtypes: Triple, alpha: float) -> Bits:
 
 
 def without_ends(
-    parts: Sequence[tuple[T, T, T]], dtypes: Triple, alpha: float
-) -> tuple[Sequence[tuple[T, T, T]], Triple, float]:
+    parts: Sequence[tuple[T, T, T]], dtypes: Triple, alpha: float, stochastic: bool
+) -> tuple[Sequence[tuple[T, T, T]], Triple, float, bool]:
     """Express alpha 0 and 1 as alpha 0.5 of one side with itself, which is that side exactly.
 
     A kernel that is given this needs no loop of its own for the ends. Parts are (base, donor, out).
     """
     if alpha not in (0, 1):
-        return parts, dtypes, alpha
+        return parts, dtypes, alpha, stochastic
     side = int(alpha)
     parts = [(part[side], part[side], part[2]) for part in parts]
-    return parts, (dtypes[side], dtypes[side], dtypes[2]), 0.5
+    return parts, (dtypes[side], dtypes[side], dtypes[2]), 0.5, False
 
 
 def cast(bits: Bits, dtype: str, out_dtype: str) -> Bits:
@@ -81,6 +89,28 @@ def widen(bits: Bits, dtype: str) -> Floats:
         bits, dtype = np.left_shift(bits, np.uint32(16), dtype=np.uint32), "F32"
     with np.errstate(invalid="ignore"):
         return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float64)
+
+
+def round_stochastically(mixed: Floats, values: Sequence[Floats], dtype: str) -> Floats:
+    """Round to one of the two neighbours in a dtype, to the nearer one more often.
+
+    Fine-tuned bf16 weights are often one or two steps apart. To nearest, nearly all of those that
+    are one step apart stay the base's up to alpha 0.5 and are the donor's from there on; like this,
+    a share alpha of them is the donor's (Gupta et al., "Deep learning with limited numerical
+    precision", 2015, on sums of small gradients). The choice hangs on the values that are mixed,
+    not on their place or on a seed, so that a tensor comes out the same however it is cut or laid
+    out. F32 stays as it is, and so does what the dtype holds exactly.
+    """
+    if dtype not in CUT_BITS:
+        return mixed
+    cut = CUT_BITS[dtype]
+    word = np.zeros(mixed.shape, np.uint32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for value in values:
+            word = (word + narrow(value, "F32")) * np.uint32(GOLDEN)
+    bits = mixed.view(np.uint64) + (word.astype(np.uint64) << np.uint64(cut - 32))
+    rounded = (bits >> np.uint64(cut) << np.uint64(cut)).view(np.float64)
+    return np.where(np.isnan(mixed), mixed, rounded)
 
 
 def narrow(values: Floats, dtype: str) -> Bits:
@@ -150,6 +180,7 @@ class Mixing:
     elect: only what has the sign of the sum counts, in each element; a zero never does.
     mean: the sum is divided by the weights of what counts.
     keeps_equal: what all streams hold alike comes out as it is.
+    stochastic: the result is rounded stochastically, not to nearest.
     """
 
     terms: tuple[Term, ...]
@@ -158,6 +189,7 @@ class Mixing:
     elect: bool = False
     mean: bool = False
     keeps_equal: bool = True
+    stochastic: bool = False
 
 
 def mix(streams: Sequence[Bits], dtypes: Sequence[str], mixing: Mixing, first: int = 0) -> Bits:
@@ -174,6 +206,8 @@ def mix(streams: Sequence[Bits], dtypes: Sequence[str], mixing: Mixing, first: i
     with np.errstate(invalid="ignore", over="ignore"):
         zeros = np.zeros(len(values[0]))
         mixed = mix_values(values, zeros, mixing, lambda key: draw(key, index), np.where)
+    if mixing.stochastic:
+        mixed = round_stochastically(mixed, values, dtypes[len(streams)])
     return narrow(mixed, dtypes[len(streams)])
 
 

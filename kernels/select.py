@@ -11,8 +11,8 @@ import numpy.typing as npt
 from . import reference
 
 Bytes = npt.NDArray[np.uint8]
-Kernel = Callable[[Sequence[tuple[Bytes, Bytes, Bytes]], reference.Triple, float], None]
-"""kernel(parts, dtypes, alpha): see `cpu.blend`."""
+Kernel = Callable[[Sequence[tuple[Bytes, Bytes, Bytes]], reference.Triple, float, bool], None]
+"""kernel(parts, dtypes, alpha, stochastic): see `cpu.blend`."""
 
 
 def select_kernel(triples: Iterable[reference.Triple] = ()) -> tuple[Kernel, str]:
@@ -31,13 +31,16 @@ def select_kernel(triples: Iterable[reference.Triple] = ()) -> tuple[Kernel, str
 
 
 def blend_numpy(
-    parts: Sequence[tuple[Bytes, Bytes, Bytes]], dtypes: reference.Triple, alpha: float
+    parts: Sequence[tuple[Bytes, Bytes, Bytes]],
+    dtypes: reference.Triple,
+    alpha: float,
+    stochastic: bool = False,
 ) -> None:
     """The reference on the buffers that `cpu.blend` takes: the same bits, ten times slower."""
     base_type, donor_type, out_type = (reference.STORAGE[dtype] for dtype in dtypes)
     for base, donor, out in parts:
         sides: tuple[Any, Any] = (base.view(base_type), donor.view(donor_type))
-        out.view(out_type)[...] = reference.blend(*sides, dtypes, alpha)
+        out.view(out_type)[...] = reference.blend(*sides, dtypes, alpha, stochastic)
 
 
 def mix(

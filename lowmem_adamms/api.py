@@ -25,7 +25,7 @@ from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
 from .live.placing import check_runnable, place
 from .mapping import join
-from .mapping.alphas import Alpha, alpha_to_json, resolve
+from .mapping.alphas import Alpha, alpha_to_json, as_tuple, resolve
 from .mapping.mixture import Mixture, ModelRef, make_mixture
 from .mapping.plan import Plan
 from .merging import replacing, writer
@@ -80,8 +80,8 @@ def make_plan(
     Args:
         base: Folder, file or `org/name[@revision]` of the model that is kept.
         donor: The same of the model whose language weights are blended in, or several of them.
-        settings: Or its fields as keywords: `embeddings`, `unmatched`, `dtype`, `arch`, `method`,
-            `ancestor`, `density`, `trim`, `mask_seed`.
+        settings: Or its fields as keywords: `embeddings`, `unmatched`, `dtype`, `rounding`, `arch`,
+            `method`, `ancestor`, `density`, `trim`, `mask_seed`.
         weights: Of base and donors, beside alpha; for methods that use an ancestor. Default: 1.
         densities: Of base and donors, instead of one `density` for all.
         declared: Architectures declared in Python, before those of the files in `arch`.
@@ -107,6 +107,7 @@ def make_plan(
         "embeddings": settings.embeddings,
         "dtype": settings.dtype,
         "unmatched": settings.unmatched,
+        "rounding": settings.rounding,
         "declared": (*declared, *read_declarations(settings.arch)),
     }
     opened_base, opened_donors = open_model(base), [open_model(each) for each in donors]
@@ -323,7 +324,10 @@ def _search(
     settings: SearchSettings,
     progress: SearchProgress | None,
 ) -> tuple[Result, ...]:
-    """The result of the search, or of several donors in turn."""
+    """The result of the search, or of several donors in turn.
+
+    A verdict compares with the base, so that there is none where alpha 0 is another model.
+    """
     how: dict[str, Any] = {
         "measure": settings.measure,
         "refine": settings.refine,
@@ -332,12 +336,17 @@ def _search(
         "reasoning_tags": settings.reasoning_tags,
         "progress": progress.candidates if progress else None,
     }
+    results: tuple[Result, ...]
     if plan.coefficients == 1:
-        return (search(session, prompts, settings.alphas, **how),)
-    adds_up = isinstance(plan, Mixture) and not plan.method.relative
-    return search_in_turn(
-        session, prompts, plan.coefficients, settings.alphas, adds_up=adds_up, **how
-    )
+        results = (search(session, prompts, settings.alphas, **how),)
+    else:
+        adds_up = isinstance(plan, Mixture) and not plan.method.relative
+        results = search_in_turn(
+            session, prompts, plan.coefficients, settings.alphas, adds_up=adds_up, **how
+        )
+    if plan.starts_at_base:
+        return results
+    return tuple(replace(result, verdict=None) for result in results)
 
 
 def _ask_donor(
@@ -463,7 +472,7 @@ class Merge:
         """Write the checkpoint, with the report of the search if alpha was searched for."""
         found = alpha if isinstance(alpha, FoundAlpha) else None
         weight = alpha.alpha if isinstance(alpha, FoundAlpha) else alpha
-        if found and found.result.verdict and weight == 0:
+        if found and found.result.verdict and not any(as_tuple(found.alpha)):
             raise SearchError(
                 f"nothing is merged: {found.result.verdict.reason} `alpha=0.5` merges all the same,"
                 f" into another folder than {self.output.folder}, which has the answers"

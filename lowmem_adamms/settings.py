@@ -31,6 +31,7 @@ from .values import (
 S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
 Unmatched = Literal["stop", "keep"]
+Rounding = Literal["stochastic", "nearest"]
 Measure = Literal["nuclear", "entropy", "pairwise", "joint", "relative"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
@@ -169,6 +170,12 @@ class PlanSettings(MethodSettings):
         None,
         "dtype of the output: bf16, fp16 or fp32; default: that of each tensor of the base",
         parse=parse_dtype,
+    )
+    rounding: Rounding = setting(
+        "stochastic",
+        "round bf16 and fp16 so that they are right in the mean (default), or to nearest, by which"
+        " what differs by one step stays the base's up to alpha 0.5",
+        choices=("stochastic", "nearest"),
     )
     arch: tuple[str, ...] = setting(
         (),

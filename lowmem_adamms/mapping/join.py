@@ -22,7 +22,7 @@ from ..checkpoints.dtypes import DTYPES, DType
 from ..checkpoints.span import Span
 from ..checkpoints.vocabulary import RowRun
 from ..errors import MappingError
-from ..settings import Embeddings, Unmatched
+from ..settings import Embeddings, Rounding, Unmatched
 from ..values import parse_dtype
 from .adapter import read_adapter_side
 from .arrange import arrange_parts
@@ -82,6 +82,7 @@ def make_plan(
     embeddings: Embeddings = "merge",
     dtype: str | None = None,
     unmatched: Unmatched = "stop",
+    rounding: Rounding = "stochastic",
     declared: Sequence[Arch] = (),
     allow_misfits: bool = False,
 ) -> Plan:
@@ -130,6 +131,7 @@ def make_plan(
         "embeddings": embeddings,
         "dtype": output_dtype.name if output_dtype else None,
         "unmatched": unmatched,
+        "rounding": rounding,
     }
     return Plan(
         ours.checkpoint,

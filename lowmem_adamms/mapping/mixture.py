@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.span import Span
 from ..errors import MappingError, RecipeError
 from ..methods import METHODS, Method
-from ..settings import Embeddings, MethodSettings, Trim, Unmatched
+from ..settings import Embeddings, MethodSettings, Rounding, Trim, Unmatched
 from .alphas import Alpha, Alphas, OneAlpha, alpha_of, as_tuple
 from .join import make_plan
 from .plan import Part, Plan, Step
@@ -86,6 +86,11 @@ class Mixture(Plan):
     def coefficients(self) -> int:
         """How many alphas it takes: one for each donor, or one for all."""
         return len(self.plans) if self.method.alpha_of_each else 1
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether alpha 0 is the base, with all that it has learned."""
+        return self.method.alpha_of_each and (self.weights[0], self.densities[0]) == (1.0, 1.0)
 
     @property
     def donor_plans(self) -> tuple[Plan, ...]:
@@ -195,6 +200,7 @@ def make_mixture(
     embeddings: Embeddings = "merge",
     dtype: str | None = None,
     unmatched: Unmatched = "stop",
+    rounding: Rounding = "stochastic",
     declared: Sequence[Arch] = (),
     weights: Sequence[float] | None = None,
     densities: Sequence[float] | None = None,
@@ -203,9 +209,9 @@ def make_mixture(
 
     RecipeError if the settings do not fit the method, MappingError if a model does not fit.
 
-    ancestor: what the models were trained from. embeddings, dtype, unmatched, declared: as for
-    `make_plan`. weights: of base and donors, beside alpha; default: 1 for each. densities: of base
-    and donors; default: that of the settings, else the method's.
+    ancestor: what the models were trained from. embeddings, dtype, unmatched, rounding,
+    declared: as for `make_plan`. weights: of base and donors, beside alpha; default: 1 for each.
+    densities: of base and donors; default: that of the settings, else the method's.
     """
     method = METHODS[settings.method]
     _check_settings(method, settings, ancestor is not None, len(donors))
@@ -214,6 +220,7 @@ def make_mixture(
         "embeddings": embeddings,
         "dtype": dtype,
         "unmatched": unmatched,
+        "rounding": rounding,
         "declared": declared,
     }
     plans = tuple(make_plan(opened, donor, **how) for donor in donors)

@@ -102,8 +102,8 @@ class Plan:
     steps: one for each output tensor, in the order of the base's bytes.
     leftover: the donor's tensors that are not used, and what they are.
     notes: what a user should know before merging.
-    options: the arguments `embeddings`, `unmatched` and `dtype` (a name such as "BF16") it was made
-        with.
+    options: the arguments `embeddings`, `unmatched`, `rounding` and `dtype` (a name such as "BF16")
+        it was made with.
     declared: the user's own declarations.
     misfits: why some tensors stay the base's that a merge would refuse; see `make_plan`.
     """
@@ -165,6 +165,16 @@ class Plan:
         return 1
 
     @property
+    def rounds_stochastically(self) -> bool:
+        """How blended values are rounded; else to nearest."""
+        return self.options["rounding"] == "stochastic"
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether alpha 0 is the base."""
+        return True
+
+    @property
     def donors(self) -> tuple[Checkpoint, ...]:
         """The models that are blended in."""
         return tuple(plan.donor for plan in self.donor_plans)
@@ -215,6 +225,7 @@ class Plan:
             [checkpoint.identity() for checkpoint in self.checkpoints.values()],
             steps.hexdigest(),
             [arch.to_json() for arch in self.declared],
+            self.options["rounding"],
         ]
 
     def to_json(self) -> dict[str, Any]:

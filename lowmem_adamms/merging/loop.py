@@ -129,7 +129,7 @@ def run(
             if isinstance(todo, Copy):
                 written = sink.copy(todo.step, todo.offset, source.view(todo.span))
             else:
-                _blend_window(todo, sink, source, kernel, nonfinite)
+                _blend_window(plan, todo, sink, source, kernel, nonfinite)
             pieces = _pieces(todo)
             for span in spans_ended(side for piece in pieces for side in piece.sides):
                 if release := source.release(span, evict=evict):
@@ -160,6 +160,7 @@ def _release_after(written: Future[None] | None, release: Callable[[], None]) ->
 
 
 def _blend_window(
+    plan: Plan,
     window: Sequence[Blend | Mix],
     sink: Sink,
     source: Source,
@@ -181,7 +182,7 @@ def _blend_window(
         if piece.dtypes in _MAY_OVERFLOW or (nonfinite and len(piece.sides) > 1):
             checked.append((piece, buffers))
     for (dtypes, alpha), parts in calls.items():
-        kernel(parts, dtypes, alpha)
+        kernel(parts, dtypes, alpha, plan.rounds_stochastically)
     mix_pieces(mixed)
     for done, content in (*checked, *mixed):
         count = _count_nonfinite(done, content)

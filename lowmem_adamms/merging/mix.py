@@ -60,7 +60,7 @@ def make_mixing(mixture: Mixture, step: Step, shares: Shares) -> Mixing:
     method = mixture.method
     found = find(mixture, step)
     if method.measure == "products":
-        return _make_slerp(shares, found)
+        return _make_slerp(mixture, shares, found)
     terms = tuple(
         _make_term(mixture, step, model, weight, found)
         for model, weight in zip(shares.models, shares.weights, strict=True)
@@ -73,6 +73,7 @@ def make_mixing(mixture: Mixture, step: Step, shares: Shares) -> Mixing:
         method.elect,
         method.mean,
         keeps_equal=method.relative or abs(total - 1) < 1e-12,
+        stochastic=mixture.rounds_stochastically,
     )
 
 
@@ -92,7 +93,7 @@ def _make_term(mixture: Mixture, step: Step, model: int, weight: float, found: F
     return Term(factor / density, weight, low, high, round(density * ALL_KEPT), key)
 
 
-def _make_slerp(shares: Shares, found: Found) -> Mixing:
+def _make_slerp(mixture: Mixture, shares: Shares, found: Found) -> Mixing:
     """Base and donor by the share of the angle between them; linear where they are collinear."""
     from ..kernels.reference import Mixing, Term
 
@@ -103,4 +104,5 @@ def _make_slerp(shares: Shares, found: Found) -> Mixing:
             model: math.sin(weight * found.angle) / sine for model, weight in weights.items()
         }
     terms = tuple(Term(weight) for weight in weights.values())
-    return Mixing(terms, keeps_equal=found.angle is None)
+    is_linear = found.angle is None
+    return Mixing(terms, keeps_equal=is_linear, stochastic=mixture.rounds_stochastically)

@@ -128,6 +128,7 @@ def _is_recipe(document: Any) -> bool:
         and all(isinstance(digest, str) for digest in document.get("sidecars", {}).values())
         and options["embeddings"] in ("merge", "keep")
         and options.get("unmatched", "keep") in ("stop", "keep")
+        and options.get("rounding", "nearest") in ("stochastic", "nearest")
         and (options["dtype"] is None or DTYPES[options["dtype"]].blendable)
         and {"base", "donor"} <= set(inputs)
         and all(set(item) & set(_DIGESTS) for side in inputs.values() for item in side)
@@ -252,6 +253,7 @@ def _plan_again(recipe: dict[str, Any]) -> Plan:
         "embeddings": options["embeddings"],
         "dtype": options["dtype"],
         "unmatched": options.get("unmatched", "keep"),  # earlier versions kept them without a word
+        "rounding": options.get("rounding", "nearest"),  # as earlier versions did
         "declared": declared,
     }
     donors = [recipe[side] for side in _donor_names(recipe)]
@@ -295,7 +297,7 @@ def _check_step(plan: Plan, step: Step, out: Span, alpha: Alpha, reader: Sampled
             count = min(count, SQUARE_ELEMENTS)
         for first in evenly_spread(part.base.elements, count, SAMPLES):
             found, *inputs = _take_sample((written, *whole.sides), whole, first, count)
-            if reader.read_bytes(found) != _recompute(reader, whole, inputs, first):
+            if reader.read_bytes(found) != _recompute(reader, plan, whole, inputs, first):
                 start = part_start + first
                 raise FormatError(
                     f"{out.path}: {step.name} differs from its recipe in elements"
@@ -317,6 +319,7 @@ def _take_sample(
 
 def _recompute(
     reader: SampledReader,
+    plan: Plan,
     whole: Blend | Mix | Copy,
     inputs: Sequence[Span | Arranged],
     first: int,
@@ -331,4 +334,5 @@ def _recompute(
         mixing = make_mixing(whole.mixture, whole.step, whole.shares)
         mixed = reference.mix(bits, whole.dtypes, mixing, whole.first + first)
         return bytes(mixed.tobytes())
-    return bytes(reference.blend(bits[0], bits[-1], whole.dtypes, whole.alpha).tobytes())
+    how = whole.dtypes, whole.alpha, plan.rounds_stochastically
+    return bytes(reference.blend(bits[0], bits[-1], *how).tobytes())

@@ -84,6 +84,7 @@ def spell_merge(plan: Plan, alphas: Sequence[float]) -> str:
     words += ["--embeddings", "keep"] if plan.options["embeddings"] == "keep" else []
     words += ["--unmatched", "keep"] if plan.options["unmatched"] == "keep" else []
     words += ["--dtype", plan.options["dtype"].lower()] if plan.options["dtype"] else []
+    words += ["--rounding", "nearest"] if not plan.rounds_stochastically else []
     words += ["--arch", "FILE"] if plan.declared else []
     words += ["--alpha", *(f"{alpha:g}" for alpha in alphas)]
     return shlex.join(["python", "-m", "lowmem_adamms", *words])

@@ -108,7 +108,8 @@ def test_a_compiled_blend_neither_fuses_nor_flushes(
     dtypes: Triple, capability: int, ptx_of: Callable[..., str]
 ) -> None:
     types = [*words(dtypes), "i32", "i64", "i64"]
-    assert_plain_arithmetic(ptx_of("_blend", lambda g: g._constants(dtypes), types, capability))
+    ptx = ptx_of("_blend", lambda g: g._constants(dtypes, True), types, capability)
+    assert_plain_arithmetic(ptx)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def without_subnormals(base: Any, donor: Any, alpha: float) -> Any:
 def wrong_kernel(mix: Callable[[Any, Any, float], Any]) -> gpu.Kernel:
     """The reference with another sum."""
 
-    def blend(parts: Parts, dtypes: Triple, alpha: float) -> None:
+    def blend(parts: Parts, dtypes: Triple, alpha: float, stochastic: bool) -> None:
         for *sides, out in parts:
             bits = [
                 side.numpy().view(reference.STORAGE[dtype])
@@ -232,7 +233,10 @@ def wrong_kernel(mix: Callable[[Any, Any, float], Any]) -> gpu.Kernel:
             ]
             with np.errstate(all="ignore"):
                 base, donor = (reference.widen(bits[i], dtypes[i]) for i in (0, 1))
-                mixed = reference.narrow(mix(base, donor, alpha).astype(np.float64), dtypes[2])
+                values = mix(base, donor, alpha).astype(np.float64)
+                if stochastic:
+                    values = reference.round_stochastically(values, (base, donor), dtypes[2])
+                mixed = reference.narrow(values, dtypes[2])
             if dtypes[0] == dtypes[1] == dtypes[2]:
                 mixed = np.where(bits[0] == bits[1], bits[0], mixed)
             out.copy_(torch.from_numpy(mixed.view(np.uint8)))
@@ -255,7 +259,7 @@ def test_the_check_notices_other_arithmetic(dtypes: Triple) -> None:
 
 
 def test_the_check_sees_an_unaligned_tail() -> None:
-    def aligned_only(parts: Parts, dtypes: Triple, alpha: float) -> None:
-        gpu.blend_torch(parts[:1], dtypes, alpha)
+    def aligned_only(parts: Parts, dtypes: Triple, alpha: float, stochastic: bool) -> None:
+        gpu.blend_torch(parts[:1], dtypes, alpha, stochastic)
 
     assert not gpu.matches_reference(aligned_only, torch.device("cpu"), ALL_BF16)

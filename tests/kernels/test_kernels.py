@@ -34,17 +34,17 @@ from lowmem_adamms.kernels import cpu, gpu, reference, select
 
 ALL_BF16 = ("BF16", "BF16", "BF16")
 Buffers = Sequence[tuple[Bits, Bits, Bits]]
-Kernel = Callable[[Buffers, Triple, float], None]
+Kernel = Callable[[Buffers, Triple, float, bool], None]
 """Takes byte buffers in numpy arrays, wherever it works."""
 
 
 def on_device(blend: Any, device: str) -> Kernel:
     """A kernel for torch tensors as one for numpy arrays."""
 
-    def kernel(parts: Buffers, dtypes: Triple, alpha: float) -> None:
+    def kernel(parts: Buffers, dtypes: Triple, alpha: float, stochastic: bool) -> None:
         tensors = [[torch.from_numpy(side).to(device) for side in part] for part in parts]
         with np.errstate(all="ignore"):  # the interpreter is numpy
-            blend([tuple(part) for part in tensors], dtypes, alpha)
+            blend([tuple(part) for part in tensors], dtypes, alpha, stochastic)
         for part, (_, _, out) in zip(parts, tensors, strict=True):
             part[2][...] = out.cpu().numpy()
 
@@ -68,7 +68,11 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 def run(
-    kernel: Kernel, sides: Sequence[tuple[Bits, Bits]], dtypes: Triple, alpha: float
+    kernel: Kernel,
+    sides: Sequence[tuple[Bits, Bits]],
+    dtypes: Triple,
+    alpha: float,
+    stochastic: bool = False,
 ) -> list[Bits]:
     """Results for storage arrays, in buffers that are filled with rubbish before."""
     outs = [np.full(base.size, 0xA5, reference.STORAGE[dtypes[2]]) for base, _ in sides]
@@ -76,17 +80,21 @@ def run(
         (base.view(np.uint8), donor.view(np.uint8), out.view(np.uint8))
         for (base, donor), out in zip(sides, outs, strict=True)
     ]
-    kernel(parts, dtypes, alpha)
+    kernel(parts, dtypes, alpha, stochastic)
     return outs
 
 
 def assert_equals_reference(
     kernel: Kernel, sides: Sequence[tuple[Bits, Bits]], dtypes: Triple, alpha: float
 ) -> None:
-    for (base, donor), found in zip(sides, run(kernel, sides, dtypes, alpha), strict=True):
-        expected = reference.blend(base, donor, dtypes, alpha)
-        wrong = np.flatnonzero(found != expected)[:1]
-        assert not wrong.size, (alpha, [hex(x[wrong[0]]) for x in (base, donor, found, expected)])
+    """Rounded to nearest as stochastically."""
+    for stochastic in (False, True):
+        outs = run(kernel, sides, dtypes, alpha, stochastic)
+        for (base, donor), found in zip(sides, outs, strict=True):
+            expected = reference.blend(base, donor, dtypes, alpha, stochastic)
+            wrong = np.flatnonzero(found != expected)[:1]
+            shown = [hex(x[wrong[0]]) for x in (base, donor, found, expected) if wrong.size]
+            assert not wrong.size, (alpha, stochastic, shown)
 
 
 # Bits
@@ -123,10 +131,12 @@ def test_every_16_bit_base(kernel: Kernel, dtypes: Triple) -> None:
 def test_the_ends_and_equal_inputs_keep_every_bit(kernel: Kernel, dtypes: Triple) -> None:
     bits = np.concatenate([patterns(dtypes[0], 20_000, 0), specials(dtypes[0])])
     for alpha in ALPHAS:
-        assert np.array_equal(run(kernel, [(bits, bits)], dtypes, alpha)[0], bits)
+        for stochastic in (False, True):
+            assert np.array_equal(run(kernel, [(bits, bits)], dtypes, alpha, stochastic)[0], bits)
     base, donor = special_pairs(dtypes)
     for alpha, side in ((0.0, base), (1.0, donor), (0, base), (1, donor)):
-        assert np.array_equal(run(kernel, [(base, donor)], dtypes, alpha)[0], side)
+        for stochastic in (False, True):
+            assert np.array_equal(run(kernel, [(base, donor)], dtypes, alpha, stochastic)[0], side)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_parts_begin_at_any_element_and_only_they_are_written(
     base, donor = (array[window] for array, window in zip(expected, windows[:2], strict=False))
     expected[2][windows[2]] = reference.blend(base, donor, dtypes, 0.3)
     part = [array[window].view(np.uint8) for array, window in zip(arrays, windows, strict=True)]
-    kernel([(part[0], part[1], part[2])], dtypes, 0.3)
+    kernel([(part[0], part[1], part[2])], dtypes, 0.3, False)
     assert all(map(np.array_equal, arrays, expected))
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ def run(
 def test_a_kernel_gives_the_reference_bits(kernel: Callable[..., None], name: str) -> None:
     mixing = MIXINGS[name]
     count = cpu.BLOCK + 300 if kernel is cpu.mix else 900
-    for shift, out in itertools.product(range(3), DTYPES):
+    for shift, out, stochastic in itertools.product(range(3), DTYPES, (False, True)):
+        mixing = replace(mixing, stochastic=stochastic)
         dtypes = [DTYPES[(i + shift) % 3] for i in range(streams_of(mixing))] + [out]
         streams = inputs(dtypes[:-1], count)
         expected = reference.mix(streams, dtypes, mixing, FIRST)

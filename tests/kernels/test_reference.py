@@ -124,3 +124,40 @@ def test_cancellation_keeps_only_float64s_error(dtype: str) -> None:
     """0.7 * 3 - 0.3 * 7 is 0 but for the rounding of 0.3: a float32 sum would leave 1e-7."""
     out = reference.blend(bits_of(3, dtype), bits_of(-7, dtype), (dtype, dtype, "F32"), 0.3)
     assert abs(float(reference.widen(out, "F32")[0])) <= 7 * 2.0**-51
+
+
+# Stochastic rounding
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_stochastic_rounding_takes_a_neighbour_and_keeps_what_is_exact(dtype: str) -> None:
+    base, donor = weights(dtype, 9000, 0), weights(dtype, 9000, 1)
+    exact = reference.widen(base, dtype) * 0.7 + reference.widen(donor, dtype) * 0.3
+    out, nearest = (
+        reference.blend(base, donor, (dtype,) * 3, 0.3, True),
+        reference.narrow(exact, dtype),
+    )
+    assert np.abs(ordered(out, dtype) - ordered(nearest, dtype)).max() == 1
+    above = [reference.widen(bits, dtype) > exact for bits in (out, nearest)]
+    assert np.array_equal(out != nearest, above[0] != above[1])
+    halfway = reference.blend(base, base + np.uint16(2), (dtype,) * 3, 0.5, True)
+    assert np.array_equal(halfway, base + np.uint16(1))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_stochastic_rounding_is_right_in_the_mean(dtype: str, steps: int) -> None:
+    """Of weights a few steps apart; to nearest, those one step apart stay the base's."""
+    base = weights(dtype, 100_000, 0)
+    donor = (base + np.uint16(steps)).astype(np.uint16)
+    for alpha in (0.1, 0.3, 0.45):
+        for stochastic in (True, False):
+            out = reference.blend(base, donor, (dtype,) * 3, alpha, stochastic)
+            moved = float((out - base).astype(np.int16).mean()) / steps
+            assert (abs(moved - alpha) < 0.005) == stochastic or steps > 1
+
+
+def test_stochastic_rounding_leaves_f32_alone() -> None:
+    base, donor = weights("F32", 900, 0), weights("F32", 900, 1)
+    both = [reference.blend(base, donor, ("F32",) * 3, 0.3, way) for way in (True, False)]
+    assert np.array_equal(*both)

@@ -17,6 +17,7 @@ from lowmem_adamms import LiveModel, find_alpha, make_plan, merge
 from lowmem_adamms.errors import RecipeError
 from lowmem_adamms.live.device_source import DeviceSource
 from lowmem_adamms.live.transformers_model import quiet
+from lowmem_adamms.merging.journal import ANSWERS
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,33 @@ def test_two_donors_are_searched_in_turn_and_merged(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "donor 2" in page and f"--alpha {recipe['alpha'][0]:g} " in page
     assert run("merge", *words, "-o", tmp_path / "out") == 0  # complete: nothing is asked
+
+
+def test_nothing_is_merged_where_no_donor_is_of_use(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = models["base"], tmp_path / "out"
+    words = ["merge", base, base, base, "-o", out, "--prompts", write_prompts(tmp_path)]
+    words += ["--alphas", "0,0.2,0.4", "--max-new-tokens", "4", "--device", "cpu"]
+    assert run(*words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nothing is merged: ")
+    assert [path.name for path in out.rglob("*") if path.is_file()] == [ANSWERS]
+
+
+@pytest.mark.parametrize(
+    ("method", "is_judged"),
+    [("linear", True), ("task-arithmetic", True), ("dare-linear", False), ("ties", False)],
+)
+def test_a_verdict_needs_the_base_at_alpha_0(
+    method: str, is_judged: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """By TIES alpha 0 is the ancestor, by DARE the base without some of what it has learned."""
+    donor = models["donor"]
+    ancestor = None if method == "linear" else models["ancestor"]
+    plan = make_plan(models["base"], donor, method=method, ancestor=ancestor)
+    prompts = write_prompts(tmp_path)
+    found = find_alpha(plan, prompts, alphas=(0.0, 0.3, 0.6), max_new_tokens=4, device="cpu")
+    assert (found.result.verdict is not None) == is_judged
 
 
 def test_the_search_varies_the_factor_of_ties(models: dict[str, Path], tmp_path: Path) -> None:
