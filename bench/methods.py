@@ -104,8 +104,9 @@ def write_recipe(name: str, job: Job) -> Path:
 
 
 def ours(name: str, job: Job) -> list[str]:
-    """The command of our own merge."""
+    """The command of our own merge, rounded as mergekit does."""
     argv = [sys.executable, "-m", "lowmem_adamms", "merge", "-o", str(job.out)]
+    argv += ["--rounding", "nearest"]
     if name != "metagpt":
         return [*argv, "--config", str(write_recipe(name, job))]
     base, donor, ancestor = map(str, job.inputs)

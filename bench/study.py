@@ -12,6 +12,7 @@ regret by the number of prompts and the step of the grid. Prints them and, last,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def main() -> None:
         "useless": show_searches(f"useless donors: {title}", useless, given.samples, given.size),
         "verdicts": show_verdicts(everything, given.samples, given.size),
         "variants": show_variants(everything),
-        "budgets": show_budgets(pairs, given.samples),
+        "budgets": show_budgets(everything, given.samples),
     }
     print(json.dumps(_as_plain_data(figures)))
 
@@ -176,23 +177,34 @@ def show_variants(pairs: Sequence[Pair]) -> Figures:
 
 
 def show_budgets(pairs: Sequence[Pair], samples: int) -> Figures:
-    """Mean regret over all pairs by the number of prompts and the step of the grid."""
+    """Mean regret over all pairs by the number of prompts and the step of the grid.
+
+    Also the most that a search ended below its base, and what fixed alphas lose.
+    """
     figures: Figures = {}
     rows: Rows = []
     for measure in MEASURES:
         for step in STEPS:
             if any(pair.grid(step, LAST) is None for pair in pairs):
                 continue
-            means = {
-                size: float(np.mean([
-                    pair.accuracy.max() - search_often(pair, measure, step, samples, size).mean()
+            found = {
+                size: [
+                    summarize(pair, search_often(pair, measure, step, samples, size))
                     for pair in pairs
-                ]))
+                ]
                 for size in SIZES
-            }  # fmt: skip
-            figures[f"{measure} by {step}"] = means
-            rows.append((measure, f"{step}", *means.values()))
-    heads = ("measure", "step", *(f"{size} prompts" for size in SIZES))
+            }
+            means = {size: np.mean([each["mean"] for each in found[size]]) for size in SIZES}
+            below = -min(each["lowest_gain"] for each in itertools.chain(*found.values()))
+            figures[f"{measure} by {step}"] = means | {"below": below}
+            rows.append((measure, f"{step}", *means.values(), below))
+    for alpha in FIXED:
+        chosen = [(pair, pair.accuracy[np.abs(pair.alphas - alpha).argmin()]) for pair in pairs]
+        mean = np.mean([pair.accuracy.max() - accuracy for pair, accuracy in chosen])
+        below = max(pair.accuracy[0] - accuracy for pair, accuracy in chosen)
+        figures[f"fixed {alpha}"] = {"mean": mean, "below": below}
+        rows.append((f"fixed {alpha}", "", *[mean] * len(SIZES), below))
+    heads = ("measure", "step", *(f"{size} prompts" for size in SIZES), "below the base")
     show("Mean regret over all pairs", heads, rows)
     return figures
 

@@ -25,7 +25,7 @@ from .errors import OutputError, PromptError, RecipeError, SearchError
 from .live.free_memory import measure_memory
 from .live.placing import check_runnable, place
 from .mapping import join
-from .mapping.alphas import Alpha, alpha_to_json, as_tuple, resolve
+from .mapping.alphas import Alpha, alpha_to_json, resolve
 from .mapping.mixture import Mixture, ModelRef, make_mixture
 from .mapping.plan import Plan
 from .merging import replacing, writer
@@ -177,6 +177,13 @@ class FoundAlpha:
         if not self.earlier:
             return self.result.alpha
         return tuple(result.alpha for result in (*self.earlier, self.result))
+
+    @property
+    def reason_against(self) -> str:
+        """Why nothing should be merged; empty if something should, or that is not known."""
+        verdicts = [result.verdict for result in (*self.earlier, self.result)]
+        reasons = [verdict.reason for verdict in verdicts if verdict and not verdict.merge]
+        return reasons[-1] if len(reasons) == len(verdicts) else ""
 
     @property
     def page(self) -> str:
@@ -365,8 +372,8 @@ def check_search(plan: Plan, settings: SearchSettings) -> None:
     """RecipeError for what vLLM cannot tell, or what takes one donor that is blended linearly."""
     if settings.engine == "vllm" and settings.measure == "entropy":
         raise RecipeError(
-            "vLLM does not tell the entropy of its answers: choose the measure nuclear, which takes"
-            " their probabilities, or the engine transformers"
+            "vLLM does not tell the entropy of its answers: choose another measure, or the engine"
+            " transformers"
         )
     if not isinstance(plan, Mixture):
         return
@@ -472,10 +479,10 @@ class Merge:
         """Write the checkpoint, with the report of the search if alpha was searched for."""
         found = alpha if isinstance(alpha, FoundAlpha) else None
         weight = alpha.alpha if isinstance(alpha, FoundAlpha) else alpha
-        if found and found.result.verdict and not any(as_tuple(found.alpha)):
+        if found and (reason := found.reason_against):
             raise SearchError(
-                f"nothing is merged: {found.result.verdict.reason} `alpha=0.5` merges all the same,"
-                f" into another folder than {self.output.folder}, which has the answers"
+                f"nothing is merged: {reason} `alpha=0.5` merges all the same, into another folder"
+                f" than {self.output.folder}, which has the answers"
             )
         out, staging = self.output.folder, self.staging
         if find_complete(out) == self.output.fingerprint(resolve(weight, self.plan)):

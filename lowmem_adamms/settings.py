@@ -32,7 +32,7 @@ S = TypeVar("S")
 Embeddings = Literal["merge", "keep"]
 Unmatched = Literal["stop", "keep"]
 Rounding = Literal["stochastic", "nearest"]
-Measure = Literal["nuclear", "entropy", "pairwise", "joint", "relative"]
+Measure = Literal["relative", "pairwise", "joint", "nuclear", "entropy"]
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["cpu", "cuda"]
 Engine = Literal["transformers", "vllm"]
@@ -348,13 +348,13 @@ class GridSettings:
     )
     measure: Measure | None = setting(
         None,
-        "what D is: how far the answers are from being sure and all different, in per cent"
-        " (nuclear, by their nuclear norm); how unsure the model is of them, in nats per token"
-        " (entropy); the answers that differ from the previous alpha's and those that differ from"
-        " the next one's (pairwise, the paper's Algorithm 1); answers that differ from either"
-        " (joint, its Appendix B); or pairwise in per cent of the answers that are no longer the"
-        " base's (relative). By the first two the grid's ends may be chosen too. Default: nuclear,"
-        " or pairwise where probabilities are not known",
+        "what D is: the answers that differ from the previous alpha's and those that differ from"
+        " the next one's (pairwise, the paper's Algorithm 1), or these in per cent of the answers"
+        " that are no longer the base's (relative); answers that differ from either (joint, its"
+        " Appendix B); how far the answers are from being sure and all different, in per cent"
+        " (nuclear, by their nuclear norm); or how unsure the model is of them, in nats per token"
+        " (entropy). By the last two the grid's ends may be chosen too. Default: relative, or"
+        " pairwise where probabilities are not known",
         choices=get_args(Measure),
     )
     noise: bool = setting(

@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         asked = exam(given.scenes, Path(folder))
         if LINES[lines[0]].package:
-            asked += reading_exam(given.zoo / lines[0] / "model", given.out / "known.json")
+            asked += reading_exam(given.zoo / lines[0])
         for a, b in pairs:
             if a.line not in lines:
                 continue
@@ -110,8 +110,12 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
     return out
 
 
-def reading_exam(ancestor: Path, kept: Path) -> list[tuple[Question, Prompt, int]]:
-    """Questions about lengths of words, and those that the ancestor answers right by itself."""
+def reading_exam(home: Path) -> list[tuple[Question, Prompt, int]]:
+    """Questions about lengths of words, and those that the ancestor answers right by itself.
+
+    home: of the ancestor, where it is kept which these are.
+    """
+    ancestor, kept = home / "model", home / "known.json"
     dice = random.Random(9)
     found = [letters_question(dice) for _ in range(80)]
     known = known_questions()

@@ -90,8 +90,17 @@ def _note_quiet_ends(comparison: AnswerComparison, grid: Sequence[GridPoint]) ->
 
 
 def _note_ineligible(comparison: AnswerComparison) -> Iterator[str]:
+    collapse = comparison.find_collapse()
+    if collapse is not None:
+        share = comparison.compare_probability(collapse)
+        yield (
+            f"From alpha {collapse} on none can be chosen: there the answers collapse. Their tokens"
+            f" are {share:.0%} as probable as at alpha {comparison.smallest}."
+        )
     for alpha in sorted(comparison.answers):
-        if not comparison.is_sound(alpha):
+        if collapse is not None and alpha >= collapse:
+            return
+        if comparison.has_many_degenerate(alpha):
             yield (
                 f"Alpha {alpha} cannot be chosen: {comparison.degenerate[alpha]} of"
                 f" {comparison.prompt_count} answers are empty, repeating or all the same,"

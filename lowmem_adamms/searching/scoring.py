@@ -1,8 +1,9 @@
 """From the answers at each alpha to the alpha with the lowest score.
 
 Answers are compared between neighbouring alphas of a grid (arXiv 2503.23733, Algorithm 1), or
-judged by how sure the model is of them. A refinement is a round of its own: its neighbours lie
-closer together, so that answers differ less.
+judged by how sure the model is of them. An alpha at which they collapse cannot be chosen, nor one
+beyond. A refinement is a round of its own: its neighbours lie closer together, so that answers
+differ less.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
+from statistics import fmean
 
 from ..answers import Answer
 from ..errors import RecipeError
@@ -22,6 +24,9 @@ CONSTANT = 0.9
 """Share of the prompts that must get one and the same answer for it to count as constant."""
 MARKEDLY = 0.1
 """Share of the prompts by which degenerate answers must exceed the smallest alpha's to matter."""
+COLLAPSE = 0.5
+"""Answers have collapsed where their tokens are less than so many times as probable as at the
+smallest alpha. A donor of noise does that; no donor did that was trained."""
 _FEWEST_FOR_CONSTANT = 10  # different prompts; of fewer, equal answers prove nothing
 
 
@@ -50,7 +55,8 @@ class AnswerComparison:
     def __init__(self, measure: Measure | None, distinct_prompts: Sequence[int]) -> None:
         """Start without answers. RecipeError if there is no such measure.
 
-        measure: None: "nuclear" if the first answers have probabilities, else "pairwise".
+        measure: None: "relative" if the first answers are those at alpha 0 and have probabilities,
+        by which a collapse shows; else "pairwise".
         distinct_prompts: the place of each different prompt.
         """
         if measure is not None and measure not in RULES:
@@ -67,7 +73,8 @@ class AnswerComparison:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
         self.answers[alpha] = tuple(answers)
         if self._measure is None:
-            self._measure = "pairwise" if self.log_probabilities(alpha) is None else "nuclear"
+            shows_collapse = alpha == 0 and self.log_probabilities(alpha) is not None
+            self._measure = "relative" if shows_collapse else "pairwise"
         self._normalised[alpha] = tuple(normalise(answer.text) for answer in answers)
         self.degenerate_places[alpha] = self._find_degenerate(alpha)
         self.degenerate[alpha] = len(self.degenerate_places[alpha])
@@ -101,9 +108,31 @@ class AnswerComparison:
     # Which alphas may be chosen
 
     def is_sound(self, alpha: float) -> bool:
-        """Whether degenerate answers are not markedly more than at the smallest alpha."""
+        """Whether an alpha lies before any collapse, with not markedly more degenerate answers."""
+        collapse = self.find_collapse()
+        return (collapse is None or alpha < collapse) and not self.has_many_degenerate(alpha)
+
+    def has_many_degenerate(self, alpha: float) -> bool:
+        """Whether degenerate answers are markedly more than at the smallest alpha."""
         excess = self.degenerate[alpha] - self.degenerate[self.smallest]
-        return excess <= MARKEDLY * self.prompt_count
+        return excess > MARKEDLY * self.prompt_count
+
+    def find_collapse(self) -> float | None:
+        """The first alpha at which the answers collapse; None without one, or if it is unknown."""
+        collapsed = (
+            alpha
+            for alpha in sorted(self.answers)
+            if (share := self.compare_probability(alpha)) is not None and share < COLLAPSE
+        )
+        return next(collapsed, None)
+
+    def compare_probability(self, alpha: float) -> float | None:
+        """How many times as probable a token of an answer is as at the smallest alpha.
+
+        By the geometric mean. None unless that is known.
+        """
+        here, before = self.log_probabilities(alpha), self.log_probabilities(self.smallest)
+        return None if here is None or before is None else exp(fmean(here) - fmean(before))
 
     def _find_degenerate(self, alpha: float) -> frozenset[int]:
         answers = enumerate(self.answers[alpha])

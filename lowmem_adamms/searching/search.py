@@ -141,10 +141,10 @@ def search(
         prompts: Any objects that `generate` understands; equal ones count as one prompt where a
             constant answer is looked for.
         alphas: Ascending, in 0..1, three or more; taken to 6 decimals.
-        measure: "nuclear" (how far answers are from sure and all different), "entropy" (how unsure
-            the model is), both of `Answer`s that know it, "pairwise" (Algorithm 1), "joint"
-            (Appendix B) or "relative" (in per cent of the answers that have left the base's).
-            None: nuclear where it is known, else pairwise.
+        measure: "pairwise" (Algorithm 1), "joint" (Appendix B), "relative" (pairwise in per cent of
+            the answers that have left the base's), "nuclear" (how far answers are from sure and all
+            different) or "entropy" (how unsure the model is), both of `Answer`s that know it.
+            None: relative where answers at alpha 0 have probabilities, else pairwise.
         refine: How many times to go on between the best alpha and its neighbours: the two alphas
             halfway are asked, and the best of the inner three goes on.
         noise: Called once, at the chosen alpha, by measures that compare answers. The same model in

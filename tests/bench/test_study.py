@@ -144,5 +144,7 @@ def test_the_study_tells_all_and_ends_in_json(
     assert figures["variants"]["B ← D"]["kept"] == figures["accuracy"]["B ← D"]["mean"][::-1]
     # Of probabilities that fall from alpha to alpha, the first is the highest
     assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 0, "gains": ["", 0]}
-    assert set(figures["budgets"]) == {f"{measure} by 0.1" for measure in study.MEASURES}
+    fixed = {f"fixed {alpha}" for alpha in study.FIXED}
+    assert set(figures["budgets"]) == fixed | {f"{measure} by 0.1" for measure in study.MEASURES}
+    assert figures["budgets"]["fixed 0.1"] == {"mean": 50, "below": 0}
     assert "useless donors: searches, 2 a pair with 30 prompts" in printed

@@ -106,10 +106,16 @@ def test_a_mistyped_command_is_not_taken_for_a_model(capsys: Capture) -> None:
 
 def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
     words = ("--dtype", "fp32", "--embeddings", "keep", "--max-shard-size", "200kB")
+    words += ("--rounding", "nearest")
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.5", *words) == 0
     recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
     assert recipe["alpha"] == 0.5
-    assert recipe["options"] == {"embeddings": "keep", "dtype": "F32", "unmatched": "stop"}
+    assert recipe["options"] == {
+        "embeddings": "keep",
+        "dtype": "F32",
+        "unmatched": "stop",
+        "rounding": "nearest",
+    }
     assert len(recipe["outputs"]) > 4
     assert run("verify", tmp_path / "out", "--deep", "--base", pair[0], "--donor", pair[1]) == 0
     assert ": ok, " in capsys.readouterr().out

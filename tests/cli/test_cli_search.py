@@ -711,9 +711,9 @@ def test_nothing_is_merged_where_no_alpha_is_better_than_the_base(
     short = (*HERE, "--max-new-tokens", "4", "--alphas", "0,0.2,0.4")
     assert run(base, base, "-o", out, "--prompts", texts, *short) == 2
     captured = capsys.readouterr()
-    assert "do not merge: No alpha makes the answers surer or more varied" in captured.out
+    assert "do not merge: No other alpha can be chosen" in captured.out
     error = captured.err.splitlines()[-1]
-    assert error.startswith("error: nothing is merged: No alpha makes the answers surer")
+    assert error.startswith("error: nothing is merged: No other alpha can be chosen")
     assert [path.name for path in out.rglob("*") if path.is_file()] == [ANSWERS]
 
 

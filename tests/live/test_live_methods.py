@@ -114,6 +114,8 @@ def test_two_donors_are_searched_in_turn_and_merged(
         "0,0.2,0.4",
         "--max-new-tokens",
         "4",
+        "--measure",
+        "pairwise",
     ]
     assert run("merge", *words, "-o", tmp_path / "out") == 0
     stderr = capsys.readouterr().err

@@ -61,7 +61,7 @@ def plan(pair: Pair) -> Plan:
 
 def blended(base: torch.Tensor, donor: torch.Tensor, alpha: float) -> bytes:
     bits = (tensor.contiguous().view(torch.int16).numpy().view("u2") for tensor in (base, donor))
-    return bytes(reference.blend(*bits, ("BF16", "BF16", "BF16"), alpha).tobytes())
+    return bytes(reference.blend(*bits, ("BF16", "BF16", "BF16"), alpha, True).tobytes())
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

@@ -93,7 +93,7 @@ def test_an_adapter_of_the_text_model_is_added_to_a_multimodal_one(
 ) -> None:
     tensors, products = draw(SHAPES, dtype=dtype)
     adapter = write(tmp_path / "adapter", tensors)
-    plan = make_plan(base, adapter)
+    plan = make_plan(base, adapter, rounding="nearest")
     assert plan.counts["interpolate"] == len(products)
     assert any("LoRA adapter for some/text" in note for note in plan.notes)
     out = merge(plan, alpha, tmp_path / "out")
@@ -132,7 +132,9 @@ def test_scales(base: Path, tmp_path: Path) -> None:
         alpha_pattern={"1.self_attn.q_proj": 6, r"layers\.0\..*q_proj": 3, "_proj": 99},
     )
     before = tiny.load(base)
-    after = tiny.load(merge(make_plan(base, adapter), 0.5, tmp_path / "out", force=True))
+    after = tiny.load(
+        merge(make_plan(base, adapter, rounding="nearest"), 0.5, tmp_path / "out", force=True)
+    )
     for module, product in (q_products | products).items():
         scale = 8 / math.sqrt(4)
         if "q_proj" in module:
@@ -164,7 +166,7 @@ def test_modules_to_save_are_blended_as_they_are(base: Path, tmp_path: Path) -> 
         "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": before[bias] * 3,
     }
     adapter = write(tmp_path / "adapter", saved)
-    plan = make_plan(base, adapter)
+    plan = make_plan(base, adapter, rounding="nearest")
     after = tiny.load(merge(plan, 0.5, tmp_path / "out"))
     assert plan.counts["interpolate"] == 3
     for name, whole in zip((head, norm, bias), saved.values(), strict=True):
@@ -179,7 +181,9 @@ def test_fused_and_duplicated_weights(ancestors: dict[str, tiny.Tensors], tmp_pa
     for family in ("cogvlm", "mplug_owl2"):
         base = tiny.make(family, tmp_path / family, ancestor=ancestors["llama"])
         before = tiny.load(base)
-        after = tiny.load(merge(make_plan(base, adapter), 0.5, tmp_path / f"{family} out"))
+        after = tiny.load(
+            merge(make_plan(base, adapter, rounding="nearest"), 0.5, tmp_path / f"{family} out")
+        )
         changed = {n for n in before if tiny.raw(before[n]) != tiny.raw(after[n])}
         for layer in range(tiny.LAYERS):
             q, k = (products[f"{layer}.self_attn.{part}_proj"] for part in "qk")
@@ -199,7 +203,7 @@ def test_two_adapters(base: Path, tmp_path: Path) -> None:
     made = [draw(SHAPES, seed=seed) for seed in (0, 100)]
     adapters = [write(tmp_path / str(i), tensors) for i, (tensors, _) in enumerate(made)]
     before = tiny.load(base)
-    plan = make_plan(base, adapters)
+    plan = make_plan(base, adapters, rounding="nearest")
     out = merge(plan, (0.5, 0.25), tmp_path / "out")
     after = tiny.load(out)
     for module, first in made[0][1].items():
@@ -362,7 +366,7 @@ def test_modules_fused_in_the_adapter_alone(base: Path, tmp_path: Path) -> None:
     """As of Phi-3: the rows of q, k and v, as many as the base has of each."""
     tensors, products = draw({"self_attn.qkv_proj": (128, H)})
     before = tiny.load(base)
-    plan = make_plan(base, write(tmp_path / "adapter", tensors))
+    plan = make_plan(base, write(tmp_path / "adapter", tensors), rounding="nearest")
     after = tiny.load(merge(plan, 0.5, tmp_path / "out", force=True))
     for layer in range(tiny.LAYERS):
         product = products[f"{layer}.self_attn.qkv_proj"]

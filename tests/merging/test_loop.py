@@ -67,7 +67,8 @@ def blended(base: torch.Tensor, donor: torch.Tensor | None, alpha: float, out: s
         shared = slice(0, min(len(base), len(donor)))
         triple = (kind, NAMES[donor.dtype], out)
         assert base[shared].shape == donor[shared].shape
-        result[shared] = reference.blend(bits(base)[shared], bits(donor)[shared], triple, alpha)
+        sides = bits(base)[shared], bits(donor)[shared]
+        result[shared] = reference.blend(*sides, triple, alpha, True)
     return bytes(result.tobytes())
 
 

@@ -287,7 +287,7 @@ def words_of(case: Case) -> str:
 def test_a_method_is_what_its_oracle_says(
     case: Case, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    merge(plan_of(case, models), alpha_of(case), tmp_path / "out")
+    merge(plan_of(case, models, rounding="nearest"), alpha_of(case), tmp_path / "out")
     found, ours = tiny.load(tmp_path / "out"), tiny.load(models["base"])
     values = expected(case, models)
     for name, tensor in found.items():
@@ -377,7 +377,9 @@ def test_a_new_method_is_one_entry(
     monkeypatch.setitem(METHODS, method.name, method)
     settings = MethodSettings(method=method.name)
     donors = [models["donor"], models["text"]]
-    plan = make_mixture(models["base"], donors, settings, ancestor=models["ancestor"])
+    plan = make_mixture(
+        models["base"], donors, settings, ancestor=models["ancestor"], rounding="nearest"
+    )
     merge(plan, (0.5, 0.25), tmp_path / "out")
     case = Case("task-arithmetic", (0.5, 0.25))
     name = "model.layers.1.mlp.up_proj.weight"

@@ -74,7 +74,7 @@ def blended(
     for name, array in base.items():
         triple = (NAMES[array.dtype], NAMES[donor[name].dtype], NAMES[array.dtype])
         sides = (side[name].view(f"u{side[name].itemsize}") for side in (base, donor))
-        out[name] = reference.blend(*sides, triple, alpha).tobytes()
+        out[name] = reference.blend(*sides, triple, alpha, True).tobytes()
     return out
 
 

@@ -17,12 +17,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import random_pair
 import tiny
+import torch
 from blake3 import blake3
 from command import NUMPY_KERNEL, Done, Forker
 from huggingface_hub import ModelCard
+from lowmem_adamms.kernels import reference
 from safetensors.torch import save_file
 from tiny import seen
 
@@ -208,7 +211,12 @@ def test_adamms_json_holds_recipe_versions_and_digests(pair: Pair, merged: Path)
         if name not in PAPERS and content != b"(folder)" and not name.endswith(".safetensors")
     }
     assert recipe["version"] == __version__
-    assert recipe["options"] == {"embeddings": "merge", "dtype": None, "unmatched": "stop"}
+    assert recipe["options"] == {
+        "embeddings": "merge",
+        "dtype": None,
+        "unmatched": "stop",
+        "rounding": "stochastic",
+    }
     for side, folder in zip(("base", "donor"), pair, strict=True):
         assert {item["file"]: item["size"] for item in recipe["inputs"][side]} == {
             path.name: path.stat().st_size for path in folder.glob("*.safetensors")
@@ -228,6 +236,27 @@ def test_the_same_merge_elsewhere_gives_the_same_files(
     pair: Pair, whole: Files, tmp_path: Path
 ) -> None:
     assert seen(merge(make_plan(*pair), 0.3, tmp_path / "deep" / "out")) == whole
+
+
+def test_rounding_to_nearest_is_another_merge_and_stays_with_it(
+    pair: Pair, whole: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    merge(make_plan(*pair, rounding="nearest"), 0.3, out)
+    with pytest.raises(OutputError, match="another"):
+        merge(make_plan(*pair), 0.3, out)
+    base, donor = (tiny.load(side) for side in pair)
+    name = "model.layers.0.mlp.up_proj.weight"
+    sides = base[name], donor[f"language_model.{name}"]
+    bits = (side.view(torch.int16).numpy().view(np.uint16) for side in sides)
+    assert tensor_bytes(out)[name] == reference.blend(*bits, ("BF16",) * 3, 0.3).tobytes()
+    assert whole != seen(out)
+    recipe = json.loads((out / "adamms.json").read_bytes())
+    assert recipe["options"]["rounding"] == "nearest"
+    assert verify(out, deep=True, base=pair[0], donor=pair[1]).rows
+    del recipe["options"]["rounding"]  # as versions wrote it that knew no other rounding
+    (out / "adamms.json").write_text(json.dumps(recipe))
+    assert verify(out, deep=True, base=pair[0], donor=pair[1]).rows
 
 
 def tensor_bytes(folder: Path) -> Files:

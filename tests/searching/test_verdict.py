@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import log
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_its_intervals_are_those_of_drawn_prompts() -> None:
 
 def test_a_merge_with_surer_and_more_varied_answers_is_one_to_make() -> None:
     result = choose(HELPS)
-    assert (result.alpha, result.measure) == (0.2, "nuclear")
+    assert (result.alpha, result.measure) == (0.2, "relative")
     assert result.verdict is not None
     assert result.verdict.merge
     reason = result.verdict.reason
@@ -78,53 +79,84 @@ def test_a_merge_with_surer_and_more_varied_answers_is_one_to_make() -> None:
     assert next(view.list_reasons()) == reason
 
 
+def test_answers_that_grow_less_sure_are_no_reason_not_to_merge() -> None:
+    """What has forgotten is sure of its few answers, and less sure of what it learns again."""
+    table = answered({0.0: varied(8), 0.1: varied(8, 0.8), 0.2: varied(8)})
+    result = choose(table, measure="pairwise")
+    assert result.verdict is not None
+    assert result.verdict.merge
+    assert result.verdict.reason.startswith(
+        "No alpha breaks the model, though answers are no surer: nuclear D is 55.3 % at alpha 0,"
+    )
+
+
 @pytest.mark.parametrize(
-    ("measure", "rows", "alpha", "reason"),
+    ("measure", "rows", "alpha", "reason", "end"),
     [
         (
             "nuclear",
             {0.0: varied(8), 0.1: varied(8, 0.9), 0.2: varied(4)},
             0,
-            "No alpha makes the answers surer or more varied: nuclear D is 55.3 % at alpha 0.",
+            "The base itself is chosen, by nuclear: nuclear D is 55.3 % at alpha 0.",
+            "",
         ),
         (
-            "nuclear",  # one prompt of 40 has another answer, which many draws are without
-            {0.0: varied(8), 0.1: [("new", 1.0), *varied(8, 0.975)[1:]], 0.2: varied(8, 0.5)},
-            0.1,
-            "By these prompts the answers are no surer or more varied: nuclear D is 55.3 % at",
+            None,
+            {0.0: varied(8), 0.1: varied(8), 0.2: varied(8)},
+            0,
+            "No other alpha can be chosen: nuclear D is 55.3 % at alpha 0.",
+            "",
         ),
         (
-            "pairwise",
-            {0.0: varied(8), 0.1: varied(8, 0.5), 0.2: varied(8)},
+            None,
+            {0.0: varied(8), 0.1: varied(9, 0.4), 0.2: varied(30)},
+            0,
+            "No other alpha can be chosen: nuclear D is 55.3 % at alpha 0.",
+            " From alpha 0.1 on they collapse.",
+        ),
+        (
+            None,  # one prompt of 40 has another answer, which many draws are without
+            {0.0: varied(8), 0.1: [("new", 1.0), *varied(8, 0.975)[1:]], 0.2: varied(8, 0.4)},
             0.1,
-            "By these prompts the answers are no surer or more varied: nuclear D is 55.3 % at alpha"
-            " 0, 77.6 % at 0.1, standard error ",
+            "The answers are no surer or more varied: nuclear D is 55.3 % at alpha 0, ",
+            " From alpha 0.2 on they collapse.",
         ),
     ],
+    ids=["the base is surest", "answers stay the same", "all collapse", "one is left"],
 )
-def test_a_merge_without_is_advised_against(
-    measure: Measure, rows: dict[float, list[tuple[str, float]]], alpha: float, reason: str
+def test_a_merge_is_advised_against(
+    measure: Measure | None,
+    rows: dict[float, list[tuple[str, float]]],
+    alpha: float,
+    reason: str,
+    end: str,
 ) -> None:
     result = choose(answered(rows), measure=measure)
     assert result.alpha == alpha
     assert result.verdict is not None
     assert not result.verdict.merge
     assert result.verdict.reason.startswith(reason)
+    assert result.verdict.reason.endswith(end)
     assert describe_result(result).splitlines()[1] == f"do not merge: {result.verdict.reason}"
     assert SearchView(result).advice == "Do not merge."
 
 
-def test_where_another_measure_chooses_the_base_it_is_said_which() -> None:
-    """Answers become surer here, by the nuclear norm; the verdict must not say that they do not."""
+@pytest.mark.parametrize("measure", get_args(Measure))
+def test_nothing_is_chosen_from_a_collapse_on(measure: Measure) -> None:
+    """Further on tokens may be as probable again, as where one word is repeated for ever."""
+    table = answered(
+        {0.0: varied(4), 0.1: varied(8), 0.2: varied(8), 0.3: varied(30, 0.49), 0.4: varied(40),
+         0.5: varied(40), 0.6: varied(40)}
+    )  # fmt: skip
     table = {
-        alpha: [replace(answer, entropy=alpha) for answer in row] for alpha, row in HELPS.items()
+        alpha: [replace(answer, entropy=1 - alpha) for answer in row]
+        for alpha, row in table.items()
     }
-    result = choose(table, measure="entropy")
-    assert result.alpha == 0
-    assert result.verdict is not None
-    assert not result.verdict.merge
-    reason = "The base itself is chosen, by entropy: nuclear D is 68.4 % at alpha 0."
-    assert result.verdict.reason == reason
+    result = choose(table, measure=measure)
+    assert 0 < result.alpha < 0.3
+    note = "From alpha 0.3 on none can be chosen: there the answers collapse. Their tokens are 49%"
+    assert sum(each.startswith(note) for each in result.notes) == 1
+    assert not any("0.4 cannot" in each for each in result.notes)
 
 
 @pytest.mark.parametrize("prompts", [40, 3000])
