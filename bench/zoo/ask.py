@@ -36,6 +36,7 @@ from world import Question, letters_question, questions, scenes, text_question
 from lowmem_adamms import LiveModel, make_plan
 from lowmem_adamms.answers import Answer
 from lowmem_adamms.live.answerer import Answerer
+from lowmem_adamms.mapping.plan import Plan
 from lowmem_adamms.prompts import Prompt
 from lowmem_adamms.settings import AnswerSettings
 
@@ -57,6 +58,8 @@ def main() -> None:
     options.add_argument("--last", type=float, default=1.0)
     options.add_argument("--scenes", type=int, default=490)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--rounding", default="stochastic")
+    options.add_argument("--dtype", help="of the merged weights: fp32 leaves them unrounded")
     options.add_argument("--ablate", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     options.add_argument("--threads", type=int, default=1)
     given = options.parse_args()
@@ -78,7 +81,8 @@ def main() -> None:
             base, donor = (given.zoo / one.name / "model" for one in (a, b))
             changes = {name: VARIANTS[name] for name in given.ablate}
             alphas = {alpha for step in given.fine for alpha in grid(step, PAPER)}
-            made = ask_pair(base, donor, asked, sorted({*grid(0.1, given.last), *alphas}), changes)
+            plan = make_plan(base, donor, rounding=given.rounding, dtype=given.dtype)
+            made = ask_pair(plan, asked, sorted({*grid(0.1, given.last), *alphas}), changes)
             useless = bool(b.misled or b.noisy)
             names = {"base": a.name, "donor": b.name, "seed": given.seed, "useless": useless}
             path.write_text(json.dumps({**names, **made}))
@@ -135,11 +139,10 @@ def grid(step: float, last: float) -> list[float]:
 
 
 def ask_pair(
-    base: Path, donor: Path, asked: Asked, alphas: Sequence[float],
-    changes: Mapping[str, Change],
-) -> dict[str, Any]:  # fmt: skip
+    plan: Plan, asked: Asked, alphas: Sequence[float], changes: Mapping[str, Change]
+) -> dict[str, Any]:
     """Everything `bench/study.py` wants to know of one ordered pair."""
-    plan = make_plan(base, donor)
+    donor = plan.donor.path
     coarse = [alpha for alpha in alphas if alpha in grid(0.1, 1.0)]
     with LiveModel(plan, device="cpu", trust_remote_code=True) as live:
         ask = partial(ask_all, live, live.make_answerer(SETTINGS, batch_size=BATCH_SIZE), asked)

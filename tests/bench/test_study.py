@@ -130,7 +130,9 @@ def test_the_study_tells_all_and_ends_in_json(
     """Of a pair, and of one whose donor is useless."""
     pair = drifting()
     (tmp_path / "pair.json").write_text(json.dumps(pair))
-    (tmp_path / "useless.json").write_text(json.dumps(pair | {"donor": "M", "useless": True}))
+    broken = [[-5 * alpha] * len(pair["half"]) for alpha in pair["alphas"]]
+    useless = {"donor": "M", "useless": True, "log_probability": broken}
+    (tmp_path / "useless.json").write_text(json.dumps(pair | useless))
     monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--samples=2", "--size=30"])
     study.main()
     printed = capsys.readouterr().out
@@ -142,8 +144,8 @@ def test_the_study_tells_all_and_ends_in_json(
     assert (searched["best"], searched["best_mean"]) == (0.4, 100)
     assert searched["fixed"] == {"0.1": 50, "0.3": 50, "0.5": 100}
     assert figures["variants"]["B ← D"]["kept"] == figures["accuracy"]["B ← D"]["mean"][::-1]
-    # Of probabilities that fall from alpha to alpha, the first is the highest
-    assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 0, "gains": ["", 0]}
+    assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 100, "gains": [50, ""]}
+    assert figures["verdicts"]["B ← M"] == {"possible": 50, "merge": 0, "gains": ["", 0]}
     fixed = {f"fixed {alpha}" for alpha in study.FIXED}
     assert set(figures["budgets"]) == fixed | {f"{measure} by 0.1" for measure in study.MEASURES}
     assert figures["budgets"]["fixed 0.1"] == {"mean": 50, "below": 0}
