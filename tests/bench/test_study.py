@@ -144,7 +144,7 @@ def test_the_study_tells_all_and_ends_in_json(
     assert (searched["best"], searched["best_mean"]) == (0.4, 100)
     assert searched["fixed"] == {"0.1": 50, "0.3": 50, "0.5": 100}
     assert figures["variants"]["B ← D"]["kept"] == figures["accuracy"]["B ← D"]["mean"][::-1]
-    assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 100, "gains": [50, ""]}
+    assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 100, "gains": [0, ""]}
     assert figures["verdicts"]["B ← M"] == {"possible": 50, "merge": 0, "gains": ["", 0]}
     fixed = {f"fixed {alpha}" for alpha in study.FIXED}
     assert set(figures["budgets"]) == fixed | {f"{measure} by 0.1" for measure in study.MEASURES}

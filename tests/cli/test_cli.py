@@ -105,8 +105,8 @@ def test_a_mistyped_command_is_not_taken_for_a_model(capsys: Capture) -> None:
 
 
 def test_options_reach_the_merge(pair: Pair, tmp_path: Path, capsys: Capture) -> None:
-    words = ("--dtype", "fp32", "--embeddings", "keep", "--max-shard-size", "200kB")
-    words += ("--rounding", "nearest")
+    words = ["--dtype", "fp32", "--embeddings", "keep", "--max-shard-size", "200kB"]
+    words += ["--rounding", "nearest"]
     assert run(*pair, "-o", tmp_path / "out", "--alpha", "0.5", *words) == 0
     recipe = json.loads((tmp_path / "out" / "adamms.json").read_bytes())
     assert recipe["alpha"] == 0.5
