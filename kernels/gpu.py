@@ -137,10 +137,7 @@ def _why_not_triton(device: torch.device, checks: Mapping[str, Callable[[], bool
 
 
 def matches_reference(blend: Kernel, device: torch.device, dtypes: Triple) -> bool:
-    """Whether a kernel gives the reference's bits on this device at alpha 0.3.
-
-    Rounded to nearest as stochastically.
-    """
+    """Whether a kernel gives the reference's bits at alpha 0.3 on this device, both roundings."""
     base, donor = _make_words(dtypes[:2], dtypes[2])
 
     def agrees(stochastic: bool) -> bool:

@@ -7,7 +7,7 @@ Of two models, `blend`:
 evaluated in float64 and rounded once. Every bf16, fp16 and fp32 value is exact in float64, so the
 only other error is that of the float64 sum (2**-52 of its larger term).
 
-Rounded is to nearest, ties to even, or stochastically: see `round_stochastically`.
+It is rounded to nearest, ties to even, or stochastically: see `round_stochastically`.
 
 Exceptions: alpha 0 gives the base and alpha 1 the donor exactly, even where the other side is NaN
 or infinite. Where base and donor have equal bits and the output has their dtype, these bits come
@@ -94,12 +94,12 @@ def widen(bits: Bits, dtype: str) -> Floats:
 def round_stochastically(mixed: Floats, values: Sequence[Floats], dtype: str) -> Floats:
     """Round to one of the two neighbours in a dtype, to the nearer one more often.
 
-    Fine-tuned bf16 weights are often one or two steps apart. To nearest, nearly all of those that
-    are one step apart stay the base's up to alpha 0.5 and are the donor's from there on; like this,
-    a share alpha of them is the donor's (Gupta et al., "Deep learning with limited numerical
-    precision", 2015, on sums of small gradients). The choice hangs on the values that are mixed,
-    not on their place or on a seed, so that a tensor comes out the same however it is cut or laid
-    out. F32 stays as it is, and so does what the dtype holds exactly.
+    So the mean of many is right (Gupta et al., "Deep learning with limited numerical precision",
+    2015, on sums of small gradients). Fine-tuned bf16 weights are often one step apart: to nearest,
+    all of these stay the base's up to alpha 0.5 and are the donor's from there on; like this, a
+    share alpha of them is the donor's. A hash of the values that are mixed chooses, not their place
+    or a seed, so that a tensor comes out the same however it is cut or laid out. What the dtype
+    holds exactly stays as it is, and so does F32, whose steps are small.
     """
     if dtype not in CUT_BITS:
         return mixed

@@ -6,6 +6,7 @@ docs/merge_methods.md, config.py and plan.py for what these leave open):
 - Of a list of filters the first whose text occurs in the tensor's name counts, in the spelling of
   the model that the weight is for.
 - Weights are divided by their sum unless normalize is false.
+- Not mergekit's: how values are rounded, which the option `rounding` says; it rounds to nearest.
 - base_model is what slerp starts from; of methods that mix differences it is the ancestor, and the
   first other model is the base that the output is built on.
 Rarer keys are refused by name.
