@@ -481,8 +481,8 @@ class Merge:
         weight = alpha.alpha if isinstance(alpha, FoundAlpha) else alpha
         if found and (reason := found.reason_against):
             raise SearchError(
-                f"nothing is merged: {reason} `alpha=0.5` merges all the same, into another folder"
-                f" than {self.output.folder}, which has the answers"
+                f"nothing is merged: {reason} To merge all the same, give `alpha` and another"
+                f" folder than {self.output.folder}, which has the answers"
             )
         out, staging = self.output.folder, self.staging
         if find_complete(out) == self.output.fingerprint(resolve(weight, self.plan)):
