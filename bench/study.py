@@ -179,9 +179,11 @@ def show_variants(pairs: Sequence[Pair]) -> Figures:
 def show_budgets(pairs: Sequence[Pair], samples: int) -> Figures:
     """Mean regret over all pairs by the number of prompts and the step of the grid.
 
-    Also the most that a search ended below its base, and what fixed alphas lose.
+    Also the most that a search ended below its base, what each pair loses by the measure that is
+    the best on all others, and what fixed alphas lose.
     """
     figures: Figures = {}
+    by_measure: dict[int, dict[Measure, list[float]]] = {size: {} for size in SIZES}
     rows: Rows = []
     for measure in MEASURES:
         for step in STEPS:
@@ -198,6 +200,11 @@ def show_budgets(pairs: Sequence[Pair], samples: int) -> Figures:
             below = -min(each["lowest_gain"] for each in itertools.chain(*found.values()))
             figures[f"{measure} by {step}"] = means | {"below": below}
             rows.append((measure, f"{step}", *means.values(), below))
+            for size in SIZES:  # of the largest step, which is the last
+                by_measure[size][measure] = [each["mean"] for each in found[size]]
+    elected = {size: np.mean(elect(by_measure[size])) for size in SIZES}
+    figures["elected on the others"] = elected
+    rows.append(("elected on the others", "", *elected.values(), ""))
     for alpha in FIXED:
         chosen = [(pair, pair.accuracy[np.abs(pair.alphas - alpha).argmin()]) for pair in pairs]
         mean = np.mean([pair.accuracy.max() - accuracy for pair, accuracy in chosen])
@@ -207,6 +214,16 @@ def show_budgets(pairs: Sequence[Pair], samples: int) -> Figures:
     heads = ("measure", "step", *(f"{size} prompts" for size in SIZES), "below the base")
     show("Mean regret over all pairs", heads, rows)
     return figures
+
+
+def elect(regrets: Mapping[Measure, Sequence[float]]) -> list[float]:
+    """What each pair loses by the measure that loses the least on all the others."""
+    total = {measure: sum(lost) for measure, lost in regrets.items()}
+
+    def best_without(i: int) -> Measure:
+        return min(total, key=lambda measure: total[measure] - regrets[measure][i])
+
+    return [regrets[best_without(i)][i] for i in range(len(regrets[MEASURES[0]]))]
 
 
 def show(title: str, heads: Sequence[str], rows: Rows) -> None:

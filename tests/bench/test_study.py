@@ -124,6 +124,13 @@ def test_regret_and_gain_of_searches(tmp_path: Path) -> None:
                      "lowest_gain": -12.5}  # fmt: skip
 
 
+def test_the_measure_for_a_pair_is_elected_on_the_others() -> None:
+    regrets = {measure: [9.0, 9.0, 9.0] for measure in study.MEASURES}
+    regrets |= {"nuclear": [0, 0, 5], "entropy": [1, 1, 0]}
+    # Without the first pair entropy loses 1 and nuclear 5; without the last, nuclear loses nothing
+    assert study.elect(regrets) == [1, 1, 5]
+
+
 def test_the_study_tells_all_and_ends_in_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +154,7 @@ def test_the_study_tells_all_and_ends_in_json(
     assert figures["verdicts"]["B ← D"] == {"possible": 50, "merge": 100, "gains": [0, ""]}
     assert figures["verdicts"]["B ← M"] == {"possible": 50, "merge": 0, "gains": ["", 0]}
     fixed = {f"fixed {alpha}" for alpha in study.FIXED}
-    assert set(figures["budgets"]) == fixed | {f"{measure} by 0.1" for measure in study.MEASURES}
+    searched = {f"{measure} by 0.1" for measure in study.MEASURES}
+    assert set(figures["budgets"]) == fixed | searched | {"elected on the others"}
     assert figures["budgets"]["fixed 0.1"] == {"mean": 50, "below": 0}
     assert "useless donors: searches, 2 a pair with 30 prompts" in printed
