@@ -201,44 +201,23 @@ def _at(typingctx: Any, address: Any, like: Any):
     return pointer(types.int64, like), codegen
 
 
-@intrinsic
-def _as_float(typingctx: Any, bits: Any):
-    """uint32 to the float32 of the same bits."""
+def _make_bitcast(source: Any, target: Any) -> Any:
+    """A function that turns a number of one type into that of another with the same bits."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
+    @intrinsic
+    def bitcast(typingctx: Any, value: Any):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(target))
 
-    return types.float32(types.uint32), codegen
+        return target(source), codegen
 
-
-@intrinsic
-def _as_bits(typingctx: Any, value: Any):
-    """float32 to the uint32 of the same bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
+    return bitcast
 
 
-@intrinsic
-def _as_wide_float(typingctx: Any, bits: Any):
-    """uint64 to the float64 of the same bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.uint64), codegen
-
-
-@intrinsic
-def _as_wide_bits(typingctx: Any, value: Any):
-    """float64 to the uint64 of the same bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(64))
-
-    return types.uint64(types.float64), codegen
+_as_float = _make_bitcast(types.uint32, types.float32)
+_as_bits = _make_bitcast(types.float32, types.uint32)
+_as_wide_float = _make_bitcast(types.uint64, types.float64)
+_as_wide_bits = _make_bitcast(types.float64, types.uint64)
 
 
 def _widen(element):
@@ -383,16 +362,13 @@ def _blend(addresses, counts, owner, first, alpha, stochastic, base_tag, donor_t
         out = _at(addresses[part, 2], out_tag)
         start = first[block]
         stop = min(counts[part], start + BLOCK)
-        if stochastic:
-            for i in range(start, stop):
-                ours, theirs = _widen(base[i]), _widen(donor[i])
+        for i in range(start, stop):
+            ours, theirs = _widen(base[i]), _widen(donor[i])
+            mixed = beta * ours + alpha * theirs
+            if stochastic:
                 word = _hash(_hash(np.uint32(0), ours), theirs)
-                mixed = _scatter(beta * ours + alpha * theirs, word, out[i])
-                out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
-        else:
-            for i in range(start, stop):
-                mixed = beta * _widen(base[i]) + alpha * _widen(donor[i])
-                out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
+                mixed = _scatter(mixed, word, out[i])
+            out[i] = _keep(base[i], donor[i], _narrow(mixed, out[i]))
 
 
 @njit(inline="always")
