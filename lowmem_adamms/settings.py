@@ -173,8 +173,8 @@ class PlanSettings(MethodSettings):
     )
     rounding: Rounding = setting(
         "stochastic",
-        "round bf16 and fp16 so that they are right in the mean (default), or to nearest, by which"
-        " what differs by one step stays the base's up to alpha 0.5",
+        "how bf16 and fp16 are rounded: stochastic is right in the mean (default); by nearest,"
+        " weights that lie one step apart stay the base's up to alpha 0.5",
         choices=("stochastic", "nearest"),
     )
     arch: tuple[str, ...] = setting(

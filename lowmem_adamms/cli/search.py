@@ -185,8 +185,9 @@ COMMAND = Command(
     usage="%(prog)s BASE DONOR --prompts SET [options]\n"
     "       %(prog)s --answers FILE ... [options]",
     description="Answers unlabelled questions at each alpha of a grid, with one loaded model,"
-    " and takes\nthe alpha with the lowest D, by default the one whose answers are surest and most"
-    " varied.\nWrites no checkpoint: merge does the same and then merges.",
+    " and takes\nthe alpha with the lowest D, by default the one beside which the fewest answers"
+    " change, in\nper cent of those that are no longer the base's. Writes no checkpoint: merge does"
+    " the same\nand then merges.",
     examples="""\
 examples:
   %(prog)s BASE DONOR --prompts questions.jsonl --report report.html
