@@ -90,7 +90,7 @@ def show_searches(title: str, pairs: Sequence[Pair], samples: int, size: int) ->
     for pair in pairs:
         accuracy = pair.accuracy
         found = {m: summarize(pair, search_often(pair, m, 0.1, samples, size)) for m in MEASURES}
-        fixed = {alpha: accuracy[np.abs(pair.alphas - alpha).argmin()] for alpha in FIXED}
+        fixed = {alpha: accuracy[pair.place(alpha)] for alpha in FIXED}
         best = float(pair.alphas[accuracy.argmax()])
         donor = float(pair.mean_accuracy(pair.donor_right))
         cells = [regret_cell(found[measure]) for measure in MEASURES]
@@ -206,9 +206,9 @@ def show_budgets(pairs: Sequence[Pair], samples: int) -> Figures:
     figures["elected on the others"] = elected
     rows.append(("elected on the others", "", *elected.values(), ""))
     for alpha in FIXED:
-        chosen = [(pair, pair.accuracy[np.abs(pair.alphas - alpha).argmin()]) for pair in pairs]
-        mean = np.mean([pair.accuracy.max() - accuracy for pair, accuracy in chosen])
-        below = max(pair.accuracy[0] - accuracy for pair, accuracy in chosen)
+        always = [summarize(pair, pair.accuracy[[pair.place(alpha)]]) for pair in pairs]
+        mean = np.mean([each["mean"] for each in always])
+        below = -min(each["lowest_gain"] for each in always)
         figures[f"fixed {alpha}"] = {"mean": mean, "below": below}
         rows.append((f"fixed {alpha}", "", *[mean] * len(SIZES), below))
     heads = ("measure", "step", *(f"{size} prompts" for size in SIZES), "below the base")

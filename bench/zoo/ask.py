@@ -117,7 +117,7 @@ def exam(count: int, folder: Path) -> list[tuple[Question, Prompt, int]]:
 def reading_exam(home: Path) -> list[tuple[Question, Prompt, int]]:
     """Questions about lengths of words, and those that the ancestor answers right by itself.
 
-    home: of the ancestor, where it is kept which these are.
+    home: the ancestor's folder. Which questions these are is kept there, in known.json.
     """
     ancestor, kept = home / "model", home / "known.json"
     dice = random.Random(9)

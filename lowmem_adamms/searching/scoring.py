@@ -26,7 +26,7 @@ MARKEDLY = 0.1
 """Share of the prompts by which degenerate answers must exceed the smallest alpha's to matter."""
 COLLAPSE = 0.5
 """Answers have collapsed where their tokens are less than so many times as probable as at the
-smallest alpha. A donor of noise does that; no donor did that was trained."""
+smallest alpha. A donor of noise does that; of the trained ones none did (`bench/zoo.md`)."""
 _FEWEST_FOR_CONSTANT = 10  # different prompts; of fewer, equal answers prove nothing
 
 
@@ -63,6 +63,7 @@ class AnswerComparison:
             raise RecipeError(f"measure {measure!r}: expected one of {', '.join(RULES)}")
         self._measure = measure
         self.answers: dict[float, tuple[Answer, ...]] = {}
+        self.mean_log_probability: dict[float, float | None] = {}  # None unless all are known
         self._distinct_prompts = distinct_prompts
         self._normalised: dict[float, tuple[str, ...]] = {}
         self.degenerate_places: dict[float, frozenset[int]] = {}
@@ -72,8 +73,10 @@ class AnswerComparison:
     def add(self, alpha: float, answers: Sequence[Answer]) -> None:
         """Add the answers at one alpha. The smallest comes first; the others are judged by it."""
         self.answers[alpha] = tuple(answers)
+        known = self.log_probabilities(alpha)
+        self.mean_log_probability[alpha] = None if known is None else fmean(known)
         if self._measure is None:
-            shows_collapse = alpha == 0 and self.log_probabilities(alpha) is not None
+            shows_collapse = alpha == 0 and known is not None
             self._measure = "relative" if shows_collapse else "pairwise"
         self._normalised[alpha] = tuple(normalise(answer.text) for answer in answers)
         self.degenerate_places[alpha] = self._find_degenerate(alpha)
@@ -131,8 +134,8 @@ class AnswerComparison:
 
         By the geometric mean. None unless that is known.
         """
-        here, before = self.log_probabilities(alpha), self.log_probabilities(self.smallest)
-        return None if here is None or before is None else exp(fmean(here) - fmean(before))
+        here, before = (self.mean_log_probability[each] for each in (alpha, self.smallest))
+        return None if here is None or before is None else exp(here - before)
 
     def _find_degenerate(self, alpha: float) -> frozenset[int]:
         answers = enumerate(self.answers[alpha])

@@ -332,6 +332,8 @@ def _conclude(
 def _candidate(
     comparison: AnswerComparison, point: GridPoint, interval: tuple[float, float] | None = None
 ) -> Candidate:
+    entropies = comparison.entropies(point.alpha)
+    log_probability = comparison.mean_log_probability[point.alpha]
     return Candidate(
         point.alpha,
         comparison.difference(point.previous, point.alpha),
@@ -341,10 +343,6 @@ def _candidate(
         interval,
         (point.previous, point.next),
         point.round,
-        _mean(comparison.entropies(point.alpha)),
-        _mean(comparison.log_probabilities(point.alpha)),
+        None if entropies is None else round(fmean(entropies), 9),
+        None if log_probability is None else round(log_probability, 9),
     )
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return None if values is None else round(fmean(values), 9)

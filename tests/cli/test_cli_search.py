@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[2]
 GRID = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 # So much room on every machine, and no card: placements and reports are then the same everywhere
 HERE = ("--ram", "8GB", "--vram", "0")
-# By differences: an untrained base is as sure of its answers as any merge of it
+# The paper's measure, whose scores are whole numbers of answers
 SHORT = (*HERE, "--max-new-tokens", "8", "--measure", "pairwise")
 QUICK = (*SHORT, "--alphas", "0,0.2,0.4")
 TEXTS = (
